@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Density: the share of heads and neurons that is kept in the predicted layers (1.0 = dense)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shadowc.spec.errors import InputError
+
+
+@dataclass(frozen=True, slots=True)
+class Density:
+    """Shares kept, each in 0..1.
+
+    Raises:
+        InputError: a share is outside 0..1 or not a number.
+    """
+
+    heads: float = 1.0
+    neurons: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Check the range; NaN fails the comparison and is refused too."""
+        wrong = [f"{kind} {value}" for kind, value in (("heads", self.heads), ("neurons", self.neurons)) if not 0.0 <= value <= 1.0]
+        if wrong:
+            raise InputError(
+                f"a density is the share kept, from 0 to 1; found {' and '.join(wrong)}",
+                hint="for example --density 0.5",
+            )
+
+    @staticmethod
+    def of(value: float | Density) -> Density:
+        """One number means the same share for both kinds."""
+        return value if isinstance(value, Density) else Density(float(value), float(value))

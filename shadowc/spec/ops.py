@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three operators, specified once: names, operands, attributes, types and shapes.
+
+The ONNX functions (oracle.py), the C++ registration, the docs table and the test cases derive from
+this table or are checked against it.
+
+Letters: B batch, S new tokens, Z sparse tail (the last Z of the S tokens are masked, Z <= S),
+T cache capacity, E hidden, H heads, D head size, F neurons, N units of a kind per layer
+(H, or ceil(F / block)), L predicted layers. A shape entry "B|1" broadcasts over the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DOMAIN = "shadowc"
+VERSION = 1
+
+Role = Literal["always", "kernel"]
+
+
+@dataclass(frozen=True, slots=True)
+class Operand:
+    """One input or output: shape letters and ONNX element types (lower case)."""
+
+    name: str
+    shape: tuple[str, ...]
+    types: tuple[str, ...]
+    meaning: str
+    role: Role = "always"
+    """"kernel": only machine code produces it, the ONNX function does not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """One node attribute with its default."""
+
+    name: str
+    kind: Literal["int", "ints", "string"]
+    default: int | tuple[int, ...] | str
+    meaning: str
+    choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class OpSpec:
+    """One operator of domain `shadowc`."""
+
+    name: str
+    promise: str
+    inputs: tuple[Operand, ...]
+    outputs: tuple[Operand, ...]
+    attributes: tuple[Attribute, ...]
+
+
+_F32 = ("float32",)
+_I32 = ("int32",)
+_I64 = ("int64",)
+_CACHE = ("float32",)
+WEIGHT_TYPES = ("float32", "int8")
+
+_SCORES = Operand("scores", ("B|1", "Z", "L", "N"), _F32, "score of every unit of every predicted layer, for the last Z tokens")
+_THRESHOLD = Operand("threshold", ("B|1", "Z", "L"), _F32, "a unit is active unless score < threshold")
+_LAYER = Attribute("layer", "int", 0, "which of the L rows of scores and threshold belongs to this node")
+_READ = Operand("read", ("2",), _I64, "records and bytes of w and scales really read", role="kernel")
+
+SELECT_THRESHOLD = OpSpec(
+    name="SelectThreshold",
+    promise="Turns scores and a density into one threshold per token and layer.",
+    inputs=(
+        Operand("scores", ("B", "Z", "L", "N"), _F32, "score of every unit; NaN ranks highest"),
+        Operand("density", ("B|1",), _F32, "share of units to keep, clamped to 0..1; NaN means 1"),
+    ),
+    outputs=(
+        Operand("threshold", ("B", "Z", "L"), _F32, "+inf keeps nothing, -inf keeps all"),
+        Operand("active", ("B", "Z", "L"), _I32, "number of active units"),
+    ),
+    attributes=(
+        Attribute("scope", "string", "local", "rank within each layer, or over all layers that are not exempt", ("local", "global")),
+        Attribute("exempt", "ints", (-1,), "layers (indices into L) that stay dense; -1 stands for none"),
+        Attribute("min_active", "int", 0, "units that every layer keeps at least"),
+    ),
+)
+
+SPARSE_ATTENTION = OpSpec(
+    name="SparseAttention",
+    promise="Self-attention with a fixed-capacity cache that computes the active heads only.",
+    inputs=(
+        Operand("x", ("B", "S", "E"), _F32, "normalised hidden states"),
+        _SCORES,
+        _THRESHOLD,
+        Operand("w", ("H", "4", "D", "E"), WEIGHT_TYPES, "head records: q, k, v rows, then out_proj columns transposed"),
+        Operand("scales", ("H", "4", "D"), _F32, "factor per record row; ones for float weights"),
+        Operand("bqkv", ("H", "3", "D"), _F32, "biases of q, k, v"),
+        Operand("bo", ("E",), _F32, "bias of out_proj; stays even if no head is active"),
+        Operand("past_key", ("B", "H", "T", "D"), _CACHE, "cache before this call"),
+        Operand("past_value", ("B", "H", "T", "D"), _CACHE, "cache before this call"),
+        Operand("start", ("B",), _I64, "first slot that holds a real token (left padding)"),
+        Operand("past", ("B",), _I64, "slots filled before this call"),
+    ),
+    outputs=(
+        Operand("y", ("B", "S", "E"), _F32, "block output, bias included"),
+        Operand("present_key", ("B", "H", "T", "D"), _CACHE, "cache after this call; may share the memory of past_key"),
+        Operand("present_value", ("B", "H", "T", "D"), _CACHE, "cache after this call; may share the memory of past_value"),
+        Operand("context", ("B", "S", "E"), _F32, "attention context before out_proj; zero for inactive heads"),
+        _READ,
+    ),
+    attributes=(
+        _LAYER,
+        Attribute("kv", "string", "all", "write K/V of every head, or of active heads only (legal for a fixed mask)", ("all", "active")),
+    ),
+)
+
+SPARSE_FFN = OpSpec(
+    name="SparseFFN",
+    promise="fc2(relu(fc1(x))) over the active blocks of neurons.",
+    inputs=(
+        Operand("x", ("B", "S", "E"), _F32, "normalised hidden states"),
+        _SCORES,
+        _THRESHOLD,
+        Operand("w", ("F", "2", "E"), WEIGHT_TYPES, "neuron records: fc1 row, then fc2 column"),
+        Operand("scales", ("F", "2"), _F32, "factor per record row; ones for float weights"),
+        Operand("b1", ("F",), _F32, "bias of fc1"),
+        Operand("b2", ("E",), _F32, "bias of fc2; with nothing active it is the result"),
+    ),
+    outputs=(Operand("y", ("B", "S", "E"), _F32, "block output, bias included"), _READ),
+    attributes=(
+        _LAYER,
+        Attribute("block", "int", 1, "neurons per unit; the last block may be short"),
+        Attribute("skip_zeros", "int", 0, "1: do not read the fc2 half of a neuron whose ReLU output is 0 (exact)"),
+    ),
+)
+
+OPS = (SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN)

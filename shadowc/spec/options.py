@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options of the stages: frozen, checked on construction, and hashable into cache keys."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from shadowc.spec.density import Density
+
+Criterion = str
+Scope = Literal["local", "global"]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class CollectOptions(_Frozen):
+    """What the calibration run records."""
+
+    criterion: Criterion = "plainact"
+    data: str = "self"
+    """"self": text sampled from the model; otherwise the path of a .txt or .jsonl file."""
+    positions: int = Field(default=4096, ge=16)
+    """Token positions recorded."""
+    length: int = Field(default=256, ge=8)
+    """Tokens per calibration sequence (at most the model's context)."""
+    seed: int = 0
+
+
+class TrainOptions(_Frozen):
+    """How the predictor is trained."""
+
+    neuron_block: int = Field(default=16, ge=1)
+    width: int = Field(default=0, ge=0)
+    """Hidden width P of both networks; 0: the largest multiple of 32, at most 1024, within 3 % of the model's bytes."""
+    epochs: int = Field(default=60, ge=1)
+    batch: int = Field(default=64, ge=1)
+    rate: float = Field(default=1e-3, gt=0)
+    validation: float = Field(default=0.1, gt=0, lt=1)
+    seed: int = 0
+
+
+class CompileOptions(_Frozen):
+    """Everything that decides the bytes of an engine folder, and where it goes."""
+
+    model: str
+    out: Path | None = None
+    """None: ./<name of the model>.engine"""
+    target: str = "cpu"
+    weights: Literal["fp32", "int8"] = "fp32"
+    predictor: str = "train"
+    """"train", "none" (a dense engine), or the folder of a trained predictor."""
+    head_density: float = 0.5
+    neuron_density: float = 0.5
+    scope: Scope = "global"
+    mask: Literal["token"] = "token"
+    skip_zeros: bool = True
+    load_format: Literal["auto", "dummy"] = "auto"
+    offline: bool = False
+    seed: int = 0
+    collect: CollectOptions = CollectOptions()
+    train: TrainOptions = TrainOptions()
+    dump_passes: Path | None = None
+
+    @property
+    def density(self) -> Density:
+        """The engine's default density."""
+        return Density(self.head_density, self.neuron_density)

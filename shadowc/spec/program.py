@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What travels from trace through the passes to emit: a graph without weights, and recipes for its weights.
+
+Letters: E hidden, H heads, D head size, F neurons, P predictor width, L predicted layers, N units per layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import onnx_graphsurgeon as gs
+
+    from shadowc.checkpoint.opt import OptFacts
+
+RecipeKind = Literal[
+    "copy",  # sources[0] as it is
+    "transpose",  # sources[0] [a, b] -> [b, a]
+    "ffn_records",  # (fc1.weight [F,E], fc2.weight [E,F]) -> [F,2,E]
+    "ffn_scales",  # the same sources -> [F,2]
+    "ffn_bias",  # fc1.bias [F], in neuron order
+    "attention_records",  # (q,k,v,out_proj weights [E,E]) -> [H,4,D,E]
+    "attention_scales",  # the same sources -> [H,4,D]
+    "qkv_bias",  # (q,k,v biases [E]) -> [H,3,D]
+    "nbits_weights",  # sources[0] [n,k] row-quantised for MatMulNBits 8 bit -> [n,k/block,block] uint8
+    "nbits_scales",  # the same source -> [n * k/block] float32
+]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightRecipe:
+    """How one initialiser of the graph is made from named tensors.
+
+    Recipes that share `kind`'s family and `sources` (records and their scales) are made together, once.
+    """
+
+    kind: RecipeKind
+    sources: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: Literal["float32", "int8", "uint8"] = "float32"
+    quantised: bool = False
+    """True: scales are per record row max|w| / 127; False: scales are ones."""
+    order: str = ""
+    """Name of the int32 [F] tensor that permutes the neurons; empty: as in the checkpoint."""
+    block: int = 0
+    """Quantisation block along k (nbits recipes)."""
+
+
+class TensorSource(Protocol):
+    """Named float32 tensors, read one at a time (a checkpoint, a predictor, or both)."""
+
+    def names(self) -> tuple[str, ...]:
+        """All tensor names, sorted."""
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """One tensor, converted to float32 (int32 for neuron orders)."""
+
+
+@dataclass(frozen=True, slots=True)
+class SparsityPlan:
+    """What the passes need to know about the predictor and the masks; None of it is weights."""
+
+    width_heads: int
+    width_neurons: int
+    block: int
+    """Neurons per unit."""
+    scope: Literal["local", "global"]
+    exempt: tuple[int, ...] = ()
+    """Predicted layers (0 = model layer 1) that stay dense."""
+    min_active_heads: int = 0
+    min_active_neurons: int = 0
+
+
+@dataclass(slots=True)
+class Program:
+    """The traced or transformed graph with its weight recipes. Passes change it in place, and nothing else."""
+
+    graph: gs.Graph
+    facts: OptFacts
+    weights: dict[str, WeightRecipe] = field(default_factory=dict)
+    """Graph tensor name -> recipe. After the trace: one `copy` per parameter, under the parameter's name."""
+    plan: SparsityPlan | None = None
+    """None: a dense engine without predictor."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassReport:
+    """What one pass did: counts by name, and why it left things alone."""
+
+    name: str
+    counts: dict[str, int]
+    refusals: tuple[str, ...] = ()
