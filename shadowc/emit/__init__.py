@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a transformed program to files: weight packing, one module per target, the engine folder."""

@@ -1,0 +1,260 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Makes the graph's initialisers from named tensors, as the weight recipes say; pure numpy, one group at a time.
+
+One head and one neuron are one contiguous record each, so that the kernels read exactly what is active.
+Letters: E hidden, H heads, D head size, F neurons, R record rows of length E, N rows and K columns of a matrix.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from shadowc.spec.errors import InputError, InternalError
+from shadowc.spec.program import TensorSource, WeightRecipe
+
+Array = npt.NDArray[np.generic]
+Floats = npt.NDArray[np.float32]
+
+INT8_LIMIT = 127
+NBITS_ZERO_POINT = 128
+_CHUNK_ROWS = 64
+"""Rows handled at once: few enough that the temporaries of a 4096-wide model stay in the second-level cache."""
+
+_FAMILY = {
+    "attention_records": "attention",
+    "attention_scales": "attention",
+    "ffn_records": "ffn",
+    "ffn_scales": "ffn",
+    "nbits_weights": "nbits",
+    "nbits_scales": "nbits",
+}
+
+
+def natural_key(name: str) -> tuple[tuple[int, int, str], ...]:
+    """Sort key that puts layers.2 before layers.10."""
+    return tuple((0, int(part), "") if part.isdigit() else (1, 0, part) for part in re.split(r"(\d+)", name))
+
+
+def groups(weights: Mapping[str, WeightRecipe]) -> list[tuple[str, ...]]:
+    """Names that are made together (records and their scales), in layer order whatever the mapping's order is."""
+    members: dict[object, list[str]] = {}
+    for name in sorted(weights, key=natural_key):
+        recipe = weights[name]
+        family = _FAMILY.get(recipe.kind)
+        key = (family, recipe.sources, recipe.order, recipe.block, recipe.quantised) if family else name
+        members.setdefault(key, []).append(name)
+    return [tuple(names) for names in members.values()]
+
+
+def materialise(recipes: Mapping[str, WeightRecipe], source: TensorSource, names: Sequence[str]) -> dict[str, Array]:
+    """The arrays of one group, C-contiguous, with the dtypes and shapes that the recipes promise.
+
+    Args:
+        recipes: all recipes of the program.
+        source: where the tensors that they name are read.
+        names: one group as `groups` returns it.
+
+    Raises:
+        InputError: a weight that is to be quantised is NaN or infinite.
+        InternalError: tensors and recipe do not fit together.
+    """
+    first = recipes[names[0]]
+    family = _FAMILY.get(first.kind, first.kind)
+    made: dict[str, Array] = {}
+    if family == "attention":
+        records, scales = _attention(recipes, source, names)
+        made = {name: records if recipes[name].kind == "attention_records" else scales for name in names}
+    elif family == "ffn":
+        records, scales = _ffn(recipes, source, names)
+        made = {name: records if recipes[name].kind == "ffn_records" else scales for name in names}
+    elif family == "nbits":
+        values, scales = quantise_nbits(source.tensor(first.sources[0]), first.block, where=first.sources[0])
+        made = {name: values if recipes[name].kind == "nbits_weights" else scales for name in names}
+    else:
+        made = {name: _single(recipes[name], source) for name in names}
+    for name, array in made.items():
+        recipe = recipes[name]
+        if array.shape != recipe.shape or array.dtype != np.dtype(recipe.dtype):
+            raise InternalError(
+                f"recipe of {name} promises {recipe.dtype}{list(recipe.shape)}, "
+                f"its sources {', '.join(recipe.sources)} make {array.dtype}{list(array.shape)}"
+            )
+    return made
+
+
+def quantise_rows(rows_RE: Floats, *, where: str = "weights") -> tuple[npt.NDArray[np.int8], Floats]:
+    """Symmetric int8 per row: scale = max|w| / 127 (1 for a row of zeros), ties to even, range -127..127."""
+    R, E = rows_RE.shape
+    out_RE, scales_R = np.empty((R, E), np.int8), np.empty(R, np.float32)
+    _fill(out_RE, scales_R, rows_RE, where=where)
+    return out_RE, scales_R
+
+
+def dequantise(records: Array, scales: Floats) -> Floats:
+    """Records times their row scales, float32; exact for float records, whose scales are ones."""
+    return np.multiply(records, scales[..., None], dtype=np.float32)
+
+
+def round_trip(weight_NK: Floats, *, axis: int = -1) -> Floats:
+    """What a matrix becomes when its rows (axis -1) or columns (axis 0) are quantised, in its own layout.
+
+    It shares the rounding with the packing, but not the layout, so that a packing error shows in a comparison.
+    """
+    rows = weight_NK if axis in (-1, 1) else weight_NK.T
+    values, scales = quantise_rows(rows)
+    back = dequantise(values, scales)
+    return back if axis in (-1, 1) else np.ascontiguousarray(back.T)
+
+
+def quantise_nbits(weight_NK: Floats, block: int, *, where: str = "weight") -> tuple[npt.NDArray[np.uint8], Floats]:
+    """MatMulNBits operands at 8 bits: values [N, ceil(K/block), block] around 128, scales [N * ceil(K/block)]."""
+    N, K = weight_NK.shape
+    blocks = -(-K // block)
+    values = np.empty((N, blocks, block), np.uint8)
+    scales = np.empty((N, blocks), np.float32)
+    padded = np.zeros((_CHUNK_ROWS, blocks * block), np.float32)
+    for start in range(0, N, _CHUNK_ROWS):
+        rows = min(_CHUNK_ROWS, N - start)
+        padded[:rows, :K] = weight_NK[start : start + rows]
+        signed, scale = quantise_rows(padded[:rows].reshape(rows * blocks, block), where=where)
+        np.add(
+            signed.reshape(rows, blocks, block), NBITS_ZERO_POINT, dtype=np.int16, casting="unsafe",
+            out=values[start : start + rows],
+        )  # fmt: skip
+        scales[start : start + rows] = scale.reshape(rows, blocks)
+    return values, scales.reshape(-1)
+
+
+def dequantise_nbits(values: npt.NDArray[np.uint8], scales: Floats, columns: int) -> Floats:
+    """The [N, columns] matrix that MatMulNBits multiplies with."""
+    N, blocks, _ = values.shape
+    signed = values.astype(np.float32) - np.float32(NBITS_ZERO_POINT)
+    signed *= scales.reshape(N, blocks, 1)
+    return np.ascontiguousarray(signed.reshape(N, -1)[:, :columns])
+
+
+def unpack_attention(records_HDE: Array, scales: Floats) -> tuple[Floats, Floats, Floats, Floats]:
+    """The four projection matrices [E, E] of attention records [H, 4, D, E] (q, k, v, out_proj)."""
+    H, _, D, E = records_HDE.shape
+    real = dequantise(records_HDE, scales)
+    query, key, value, out = (np.ascontiguousarray(real[:, part]).reshape(H * D, E) for part in range(4))
+    return query, key, value, np.ascontiguousarray(out.T)
+
+
+def unpack_ffn(records_FE: Array, scales: Floats, order: npt.NDArray[np.int32] | None = None) -> tuple[Floats, Floats]:
+    """fc1 [F, E] and fc2 [E, F] in checkpoint order, of records [F, 2, E] that `order` had permuted."""
+    real = dequantise(records_FE, scales)
+    rows, columns = np.empty_like(real[:, 0]), np.empty_like(real[:, 1])
+    target = np.arange(len(real)) if order is None else order
+    rows[target], columns[target] = real[:, 0], real[:, 1]
+    return rows, np.ascontiguousarray(columns.T)
+
+
+def _attention(recipes: Mapping[str, WeightRecipe], source: TensorSource, names: Sequence[str]) -> tuple[Array, Floats]:
+    recipe = recipes[names[0]]
+    H, _, D = recipe.shape[:3]
+    E = H * D
+    records = np.empty((H, 4, D, E), np.int8 if recipe.quantised else np.float32)
+    scales = np.ones((H, 4, D), np.float32)
+    for part, name in enumerate(recipe.sources):
+        weight_EE = _matrix(source, name, (E, E))
+        rows_EE = weight_EE.T if part == 3 else weight_EE
+        for head in range(H):
+            rows_DE = rows_EE[head * D : (head + 1) * D]
+            _fill(records[head, part], scales[head, part] if recipe.quantised else None, rows_DE, where=name)
+    return records, scales
+
+
+def _ffn(recipes: Mapping[str, WeightRecipe], source: TensorSource, names: Sequence[str]) -> tuple[Array, Floats]:
+    recipe = recipes[names[0]]
+    F = recipe.shape[0]
+    fc1_FE = source.tensor(recipe.sources[0])
+    E = fc1_FE.shape[-1]
+    records = np.empty((F, 2, E), np.int8 if recipe.quantised else np.float32)
+    scales = np.ones((F, 2), np.float32)
+    order = _order(source, recipe, F)
+    for part, name in enumerate(recipe.sources):
+        rows_FE = _matrix(source, name, (F, E)) if part == 0 else _matrix(source, name, (E, F)).T
+        if order is not None and part == 1:
+            rows_FE = _transposed(rows_FE.T)
+        _fill(records[:, part], scales[:, part] if recipe.quantised else None, rows_FE, order=order, where=name)
+    return records, scales
+
+
+def _single(recipe: WeightRecipe, source: TensorSource) -> Array:
+    if recipe.kind == "copy":
+        return np.ascontiguousarray(source.tensor(recipe.sources[0]))
+    if recipe.kind == "transpose":
+        return _transposed(source.tensor(recipe.sources[0]))
+    if recipe.kind == "ffn_bias":
+        bias_F = source.tensor(recipe.sources[0])
+        order = _order(source, recipe, len(bias_F))
+        return np.ascontiguousarray(bias_F if order is None else bias_F[order])
+    if recipe.kind == "qkv_bias":
+        H, _, D = recipe.shape
+        return np.stack([source.tensor(name).reshape(H, D) for name in recipe.sources], axis=1)
+    raise InternalError(f"unknown weight recipe {recipe.kind!r}")
+
+
+def _order(source: TensorSource, recipe: WeightRecipe, F: int) -> npt.NDArray[np.int32] | None:
+    if not recipe.order:
+        return None
+    order = np.asarray(source.tensor(recipe.order)).astype(np.int32)
+    if order.shape != (F,) or not np.array_equal(np.sort(order), np.arange(F)):
+        raise InputError(
+            f"neuron order {recipe.order} is not a permutation of 0..{F - 1}", hint="train the predictor again"
+        )
+    return order
+
+
+def _matrix(source: TensorSource, name: str, shape: tuple[int, int]) -> Floats:
+    tensor = source.tensor(name)
+    if tensor.shape != shape:
+        raise InternalError(f"{name} is {list(tensor.shape)}, the recipe needs {list(shape)}")
+    return tensor
+
+
+def _transposed(weight_NK: Floats) -> Floats:
+    """A contiguous transpose, made in blocks of columns: several times faster than one strided copy."""
+    N, K = weight_NK.shape
+    out_KN = np.empty((K, N), weight_NK.dtype)
+    for columns in _chunks(K):
+        out_KN[columns] = weight_NK[:, columns].T
+    return out_KN
+
+
+def _chunks(length: int) -> Iterator[slice]:
+    return (slice(start, min(start + _CHUNK_ROWS, length)) for start in range(0, length, _CHUNK_ROWS))
+
+
+def _fill(
+    out_RE: Array,
+    scales_R: Floats | None,
+    rows_RE: Floats,
+    *,
+    order: npt.NDArray[np.int32] | None = None,
+    where: str,
+) -> None:
+    """Write rows (permuted by `order`) to `out`; quantised if there is room for scales."""
+    for rows in _chunks(len(out_RE)):
+        values = rows_RE[rows] if order is None else rows_RE[order[rows]]
+        if scales_R is None:
+            out_RE[rows] = values
+            continue
+        values = np.array(values, order="C")
+        peak = np.maximum(values.max(axis=1), -values.min(axis=1))
+        if not np.isfinite(peak).all():
+            raise InputError(
+                f"{where} holds NaN or infinite values and cannot be quantised", hint="check the checkpoint"
+            )
+        scale = peak / np.float32(INT8_LIMIT)
+        scale[scale == 0] = 1
+        np.divide(values, scale[:, None], out=values)
+        np.rint(values, out=values)
+        np.clip(values, -INT8_LIMIT, INT8_LIMIT, out=values)
+        out_RE[rows] = values
+        scales_R[rows] = scale

@@ -1,0 +1,205 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weight packing: layouts, rounding, and what ONNX Runtime makes of the packed LM head."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from shadowc.emit import records
+from shadowc.spec.errors import InputError, InternalError
+from shadowc.spec.program import WeightRecipe
+
+E, H, D, F = 12, 3, 4, 70
+HALF_STEP = 0.5 + 1e-3
+"""A rounded value is at most half a step away; the excess covers float32 division."""
+NBITS_TOLERANCE = 2e-2
+"""MatMulNBits at accuracy level 4 quantises the activations to 8 bits as well (relative to the largest output)."""
+
+
+class Tensors:
+    """Random tensors by name."""
+
+    def __init__(self) -> None:
+        rng = np.random.default_rng(7)
+        shapes = {"q": (E, E), "k": (E, E), "v": (E, E), "o": (E, E), "fc1": (F, E), "fc2": (E, F)}
+        shapes |= {"bq": (E,), "bk": (E,), "bv": (E,), "b1": (F,), "lm": (50, 20)}
+        self.values = {name: rng.standard_normal(shape, dtype=np.float32) for name, shape in shapes.items()}
+        self.values["order"] = rng.permutation(F).astype(np.int32)  # type: ignore[assignment]
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(sorted(self.values))
+
+    def tensor(self, name: str) -> np.ndarray:
+        return self.values[name]
+
+
+def recipes(*, quantised: bool, order: str = "") -> dict[str, WeightRecipe]:
+    dtype = "int8" if quantised else "float32"
+    return {
+        "layers.10.ffn.w": WeightRecipe("ffn_records", ("fc1", "fc2"), (F, 2, E), dtype, quantised, order),
+        "layers.10.ffn.scales": WeightRecipe("ffn_scales", ("fc1", "fc2"), (F, 2), "float32", quantised, order),
+        "layers.10.ffn.b1": WeightRecipe("ffn_bias", ("b1",), (F,), order=order),
+        "layers.2.attention.w": WeightRecipe("attention_records", tuple("qkvo"), (H, 4, D, E), dtype, quantised),
+        "layers.2.attention.scales": WeightRecipe("attention_scales", tuple("qkvo"), (H, 4, D), "float32", quantised),
+        "layers.2.attention.bqkv": WeightRecipe("qkv_bias", ("bq", "bk", "bv"), (H, 3, D)),
+        "wte": WeightRecipe("copy", ("lm",), (50, 20)),
+        "lm_head": WeightRecipe("transpose", ("lm",), (20, 50)),
+    }
+
+
+def pack(source: Tensors, made_from: dict[str, WeightRecipe]) -> dict[str, np.ndarray]:
+    return {
+        name: array
+        for names in records.groups(made_from)
+        for name, array in records.materialise(made_from, source, names).items()
+    }
+
+
+def test_groups_join_records_with_their_scales_in_layer_order() -> None:
+    order = [names[0].rsplit(".", 1)[0] for names in records.groups(recipes(quantised=True))]
+    assert order == ["layers.2.attention", "layers.2.attention", "layers.10.ffn", "layers.10.ffn", "lm_head", "wte"]
+    assert ("layers.2.attention.scales", "layers.2.attention.w") in records.groups(recipes(quantised=True))
+
+
+def test_groups_do_not_depend_on_the_order_of_the_mapping() -> None:
+    forward = recipes(quantised=True)
+    assert records.groups(dict(reversed(forward.items()))) == records.groups(forward)
+
+
+def test_attention_records_hold_rows_of_their_head() -> None:
+    source = Tensors()
+    packed = pack(source, recipes(quantised=False))["layers.2.attention.w"]
+    for head in range(H):
+        rows = slice(head * D, (head + 1) * D)
+        np.testing.assert_array_equal(packed[head, 1], source.tensor("k")[rows])
+        np.testing.assert_array_equal(packed[head, 3], source.tensor("o")[:, rows].T)
+
+
+def test_ffn_records_follow_the_neuron_order() -> None:
+    source = Tensors()
+    packed = pack(source, recipes(quantised=False, order="order"))
+    order = source.tensor("order")
+    np.testing.assert_array_equal(packed["layers.10.ffn.w"][5, 0], source.tensor("fc1")[order[5]])
+    np.testing.assert_array_equal(packed["layers.10.ffn.w"][5, 1], source.tensor("fc2")[:, order[5]])
+    np.testing.assert_array_equal(packed["layers.10.ffn.b1"], source.tensor("b1")[order])
+    assert (packed["layers.10.ffn.scales"] == 1).all()
+
+
+@pytest.mark.parametrize("order", ["", "order"])
+def test_unpacking_gives_the_checkpoint_back_when_weights_are_float(order: str) -> None:
+    source = Tensors()
+    packed = pack(source, recipes(quantised=False, order=order))
+    attention = records.unpack_attention(packed["layers.2.attention.w"], packed["layers.2.attention.scales"])
+    for name, weight in zip("qkvo", attention, strict=True):
+        np.testing.assert_array_equal(weight, source.tensor(name))
+    permutation = source.tensor("order") if order else None
+    fc1, fc2 = records.unpack_ffn(packed["layers.10.ffn.w"], packed["layers.10.ffn.scales"], permutation)
+    np.testing.assert_array_equal(fc1, source.tensor("fc1"))
+    np.testing.assert_array_equal(fc2, source.tensor("fc2"))
+
+
+def test_int8_packing_equals_rounding_in_the_checkpoints_layout() -> None:
+    source = Tensors()
+    packed = pack(source, recipes(quantised=True, order="order"))
+    attention = records.unpack_attention(packed["layers.2.attention.w"], packed["layers.2.attention.scales"])
+    for name, weight in zip("qkvo", attention, strict=True):
+        np.testing.assert_array_equal(weight, records.round_trip(source.tensor(name), axis=0 if name == "o" else 1))
+    unpacked = records.unpack_ffn(packed["layers.10.ffn.w"], packed["layers.10.ffn.scales"], source.tensor("order"))
+    np.testing.assert_array_equal(unpacked[0], records.round_trip(source.tensor("fc1")))
+    np.testing.assert_array_equal(unpacked[1], records.round_trip(source.tensor("fc2"), axis=0))
+
+
+def test_a_head_swapped_in_the_packing_is_caught_by_the_round_trip() -> None:
+    source = Tensors()
+    packed = pack(source, recipes(quantised=True))
+    planted = packed["layers.2.attention.w"].copy()
+    planted[[0, 1]] = planted[[1, 0]]
+    query = records.unpack_attention(planted, packed["layers.2.attention.scales"])[0]
+    assert not np.array_equal(query, records.round_trip(source.tensor("q")))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    hnp.arrays(
+        np.float32,
+        hnp.array_shapes(min_dims=2, max_dims=2, max_side=40),
+        elements=st.floats(-(2.0**40), 2.0**40, width=32),
+    )
+)
+def test_int8_rounding_stays_within_half_a_step(weight: np.ndarray) -> None:
+    values, scales = records.quantise_rows(weight)
+    assert np.abs(values.astype(np.int32)).max() <= records.INT8_LIMIT
+    error = np.abs(records.dequantise(values, scales).astype(np.float64) - weight)
+    assert (error <= HALF_STEP * scales[:, None].astype(np.float64)).all()
+
+
+def test_a_row_of_zeros_gets_scale_one_and_ties_go_to_even() -> None:
+    values, scales = records.quantise_rows(np.array([[0, 0, 0], [127, 2.5, 3.5]], np.float32))
+    assert scales.tolist() == [1, 1]
+    assert values.tolist() == [[0, 0, 0], [127, 2, 4]]
+
+
+def test_weights_that_are_not_finite_are_refused_by_name() -> None:
+    source = Tensors()
+    source.values["v"][3, 3] = np.nan
+    with pytest.raises(InputError, match="v holds NaN"):
+        pack(source, recipes(quantised=True))
+
+
+def test_an_order_that_is_no_permutation_is_refused() -> None:
+    source = Tensors()
+    source.values["order"][0] = source.values["order"][1]
+    with pytest.raises(InputError, match="not a permutation"):
+        pack(source, recipes(quantised=False, order="order"))
+
+
+def test_a_recipe_that_promises_another_shape_is_an_internal_error() -> None:
+    with pytest.raises(InternalError, match="wte promises"):
+        pack(Tensors(), {"wte": WeightRecipe("copy", ("lm",), (20, 50))})
+
+
+def run_nbits(weight: np.ndarray, x: np.ndarray, block: int, values: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    import onnx
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    N, K = weight.shape
+    node = helper.make_node(
+        "MatMulNBits",
+        ["x", "b", "s"],
+        ["y"],
+        domain="com.microsoft",
+        K=K,
+        N=N,
+        bits=8,
+        block_size=block,
+        accuracy_level=4,
+    )
+    graph = helper.make_graph(
+        [node],
+        "nbits",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, K])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, N])],
+        [numpy_helper.from_array(values, "b"), numpy_helper.from_array(scales, "s")],
+    )
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
+    model: onnx.ModelProto = helper.make_model(graph, ir_version=10, opset_imports=opsets)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.asarray(session.run(None, {"x": x})[0])
+
+
+@pytest.mark.parametrize(("columns", "block"), [(64, 32), (256, 32), (256, 128), (80, 32)])
+def test_onnx_runtime_reads_the_nbits_layout(columns: int, block: int) -> None:
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((150, columns), dtype=np.float32)
+    x = rng.standard_normal((5, columns), dtype=np.float32)
+    values, scales = records.quantise_nbits(weight, block)
+    expected = x @ records.dequantise_nbits(values, scales, columns).T
+    found = run_nbits(weight, x, block, values, scales)
+    assert np.abs(found - expected).max() <= NBITS_TOLERANCE * np.abs(expected).max()
+    planted = run_nbits(weight, x, block, np.roll(values, 1, axis=0), scales)
+    assert np.abs(planted - expected).max() > NBITS_TOLERANCE * np.abs(expected).max()
