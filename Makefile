@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` work on a bare clone: `setup` brings Python packages, headers and the compiled
+# operators into .venv, once, and again only when pyproject.toml, CMake files or C++ sources change.
+
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+BIN := .venv/bin
+# A virtual environment does not survive a move, so the stamp carries the folder's path.
+READY := .venv/ready-$(shell pwd | cksum | cut -d' ' -f1)
+NATIVE := $(shell find CMakeLists.txt cmake plugins \( -name '*.cc' -o -name '*.h' -o -name '*.cmake' -o -name '*.map' \
+          -o -name CMakeLists.txt \) 2>/dev/null)
+CXX_SOURCES = $(shell find plugins \( -name '*.cc' -o -name '*.h' \) 2>/dev/null)
+PYTEST := $(BIN)/pytest --numprocesses=2 --dist=worksteal
+FAST := not slow and not network
+
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test test-all lint wheel setup clean
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(READY) ## compile the OPT that the repository carries, generate text, show what was skipped
+	@bash examples/quickstart/demo.sh
+
+test: $(READY) ## run the tests
+	@$(PYTEST) -m "$(FAST)"
+
+test-all: $(READY) ## run all tests, the slow ones and those that need the network or a GPU too
+	@$(PYTEST)
+
+lint: $(READY) ## style, format and types of Python and C++
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@bash scripts/typecheck.sh
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+wheel: $(READY) ## build dist/shadowc-*.whl
+	@mkdir -p dist build
+	@rm -f dist/shadowc-*.whl
+	@$(BIN)/pip wheel . --no-deps --no-build-isolation --wheel-dir dist >build/wheel.log 2>&1 || { tail -n 30 build/wheel.log; exit 1; }
+	@ls dist/shadowc-*.whl
+
+setup: $(READY) ## create .venv, install everything, build the operators
+
+$(READY): pyproject.toml scripts/setup.sh $(NATIVE)
+	@bash scripts/setup.sh
+	@touch $@
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +
