@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From scores and a density to thresholds and masks, in torch: the twin of the operator SelectThreshold.
+
+Letters: B batch, Z tokens, L predicted layers, N units of a layer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from shadowc.spec.errors import InputError
+
+
+def select_threshold(
+    scores_BZLN: Tensor,
+    density_B: Tensor,
+    *,
+    scope: Literal["local", "global"],
+    exempt: Sequence[int] = (),
+    min_active: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Return the threshold of every layer and the number of its active units.
+
+    A unit is active unless its score is below the threshold, so ties make more units active and NaN always is.
+
+    Args:
+        scores_BZLN: float32; NaN ranks as +inf.
+        density_B: share of the units to keep, one per row or a single one; clamped to 0..1, NaN means 1.
+        scope: rank the units within each layer, or those of all layers that are not exempt together.
+        exempt: layers that stay dense; an index that is no layer (-1) exempts nothing.
+        min_active: units that every layer keeps at least.
+
+    Returns:
+        threshold_BZL (float32; +inf keeps nothing, -inf keeps all) and active_BZL (int32).
+
+    Raises:
+        InputError: the scope is neither "local" nor "global".
+    """
+    if scope not in ("local", "global"):
+        raise InputError(f"the scope of a selection is local or global; found {scope!r}", hint="--scope global")
+    batch, _, layers, units = scores_BZLN.shape
+    ranked = [layer for layer in range(layers) if layer not in exempt]
+    rank_BZRN = torch.where(scores_BZLN.isnan(), math.inf, scores_BZLN)[:, :, ranked]
+    pool = rank_BZRN if scope == "local" else rank_BZRN.flatten(2).unsqueeze(2)
+    threshold_BZR = _kth_or_bound(pool, wanted_units(density_B, pool.shape[3]).expand(batch))
+    if min_active > 0:
+        floor_BZR = _kth_largest(rank_BZRN, torch.full((batch,), min(min_active, units)))
+        threshold_BZR = torch.minimum(threshold_BZR, floor_BZR)
+    threshold_BZL = scores_BZLN.new_full(scores_BZLN.shape[:3], -math.inf)
+    threshold_BZL[:, :, ranked] = threshold_BZR
+    return threshold_BZL, unit_mask(scores_BZLN, threshold_BZL).sum(-1, dtype=torch.int32)
+
+
+def unit_mask(scores: Tensor, threshold: Tensor) -> Tensor:
+    """Return which units are active (bool); `threshold` lacks the last axis of `scores`."""
+    return ~(scores < threshold[..., None])
+
+
+def wanted_units(density_B: Tensor, population: int) -> Tensor:
+    """Return the number of units that each density keeps of a population (int64).
+
+    Computed in float64 from the float32 density, so that every implementation rounds alike.
+    """
+    share = torch.nan_to_num(density_B.to(torch.float32).to(torch.float64), nan=1.0).clamp(0.0, 1.0)
+    return torch.floor(share * population + 0.5).to(torch.int64)
+
+
+def _kth_or_bound(pool_BZRM: Tensor, wanted_B: Tensor) -> Tensor:
+    """Return the wanted-th largest of each pool, or the infinity that keeps nothing or all of it."""
+    population = pool_BZRM.shape[3]
+    kth_BZR = _kth_largest(pool_BZRM, wanted_B.clamp(1, max(population, 1)))
+    wanted_B11 = wanted_B[:, None, None]
+    kth_BZR = torch.where(wanted_B11 <= 0, math.inf, kth_BZR)
+    return torch.where(wanted_B11 >= population, -math.inf, kth_BZR)
+
+
+def _kth_largest(pool_BZRM: Tensor, k_B: Tensor) -> Tensor:
+    """Return the k-th largest of the last axis, k counted from 1; selection where k is the same for all rows."""
+    population = pool_BZRM.shape[3]
+    if pool_BZRM.numel() == 0:
+        return pool_BZRM.new_full(pool_BZRM.shape[:3], -math.inf)
+    k = int(k_B[0])
+    if bool((k_B == k).all()):
+        return pool_BZRM.kthvalue(population - k + 1, dim=3).values
+    ascending = pool_BZRM.sort(dim=3).values
+    index_B111 = (population - k_B)[:, None, None, None]
+    return ascending.gather(3, index_B111.expand(*pool_BZRM.shape[:3], 1)).squeeze(3)

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fixtures of the whole suite: a tiny random OPT in memory and as a checkpoint folder. Offline and seeded.
+
+torch and transformers are imported inside the fixtures: tests/null runs without them.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from transformers import OPTForCausalLM
+
+TINY = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "word_embed_proj_dim": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "ffn_dim": 256,
+    "max_position_embeddings": 64,
+    "bos_token_id": 2,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+    "dropout": 0.0,
+}
+SPECIAL_TOKENS = ["<s>", "<pad>", "</s>", "<unk>"]  # ids 0 to 3, as in OPT's own vocabulary
+TOKENIZER_TEXT = (
+    "A sparse engine reads the weights of the heads and neurons that a token needs, and no others.",
+    "The quick brown fox jumps over the lazy dog; the dog, being lazy, lets the fox jump again.",
+    "One neuron is one record, one head is one record, and a record that is not read costs nothing.",
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> OPTForCausalLM:
+    """A random OPT whose masks matter: weights large enough that every head and neuron moves the logits.
+
+    Shared by the session: do not change it; take a `copy.deepcopy` where a test must.
+    """
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    with torch.random.fork_rng():
+        model = OPTForCausalLM(OPTConfig(**TINY, attn_implementation="eager")).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if name.endswith("norm.weight"):
+                parameter.copy_(1 + 0.2 * noise)
+            else:
+                parameter.copy_(noise * (0.3 if name.endswith(".bias") else 0.15))
+    return model.requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tiny_model: OPTForCausalLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a folder: config.json, model.safetensors and a byte-level BPE tokenizer. Read only."""
+    folder = tmp_path_factory.mktemp("tiny") / "opt-tiny"
+    tiny_model.save_pretrained(folder)
+    _write_tokenizer(folder)
+    return folder
+
+
+def _write_tokenizer(folder: Path) -> None:
+    """Train a byte-level BPE that puts </s> in front of a text, as OPT's tokenizer does."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TINY["vocab_size"],
+        special_tokens=SPECIAL_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TOKENIZER_TEXT, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", pair="</s> $A </s> $B", special_tokens=[("</s>", 2)]
+    )
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "</s>",
+        "eos_token": "</s>",
+        "unk_token": "</s>",
+        "pad_token": "<pad>",
+        "model_max_length": TINY["max_position_embeddings"],
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
