@@ -1,0 +1,149 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Target cpu: weights.bin, model.onnx for ONNX Runtime with the op library, reference.onnx for stock ONNX Runtime.
+
+Only here do the run-time dials get their defaults: GraphSurgeon would turn an initialiser that is also a graph
+input into a constant, and other targets do not know defaults.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, MutableSequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+
+from shadowc.emit.records import Array, natural_key
+from shadowc.emit.target import EmitResult
+from shadowc.emit.weights import Placement, nbytes, write_weights
+from shadowc.spec.density import Density
+from shadowc.spec.errors import InternalError
+from shadowc.spec.manifest import MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, BytesPart, FileEntry
+from shadowc.spec.program import WeightRecipe
+from shadowc.spec.progress import Progress
+
+if TYPE_CHECKING:
+    import onnx
+
+    from shadowc.spec.program import Program, TensorSource
+
+_Message = TypeVar("_Message")
+
+IR_VERSION = 10
+AUTOMATIC_TAIL = -1
+"""Default of sparse_tail: one masked token when one token comes in, none in a prefill."""
+_RECORD_KINDS = ("attention_records", "attention_scales", "ffn_records", "ffn_scales")
+_ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3}
+"""TensorProto.FLOAT, UINT8, INT8."""
+
+
+def emit_cpu(
+    program: Program,
+    source: TensorSource,
+    staging: Path,
+    *,
+    density: Density = Density(),  # noqa: B008 (frozen)
+    progress: Progress | None = None,
+) -> EmitResult:
+    """Write the three files; repeated with the same arguments they are the same bytes.
+
+    Args:
+        program: the final graph; its weights are graph inputs with recipes.
+        source: every tensor that the recipes name.
+        staging: an existing folder.
+        density: default of the density inputs, if the graph has them.
+        progress: told how many bytes of weights are written.
+    """
+    from shadowc.spec import oracle
+
+    model = export_model(program)
+    places, weights_entry = write_weights(staging / WEIGHTS_FILE, program.weights, source, progress)
+    _bind_weights(model, program.weights, places)
+    _give_defaults(model, density)
+    files = {WEIGHTS_FILE: weights_entry}
+    for name, proto in ((MODEL_FILE, model), (REFERENCE_FILE, oracle.attach(model))):
+        files[name] = _write_model(staging / name, proto)
+    ops = {opset.domain: opset.version for opset in model.opset_import if opset.domain not in ("", "com.microsoft")}
+    return EmitResult(files=files, bytes_per_token=bytes_per_token(model, program.weights), ops=ops)
+
+
+def export_model(program: Program) -> onnx.ModelProto:
+    """The program's graph as a ModelProto in which every weight is still a graph input."""
+    import onnx_graphsurgeon as gs
+
+    model: onnx.ModelProto = gs.export_onnx(program.graph, do_type_check=False)
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version, model.doc_string = "shadowc", "", ""
+    return model
+
+
+def bytes_per_token(model: onnx.ModelProto, recipes: Mapping[str, WeightRecipe]) -> BytesPart:
+    """What one token reads outside the sparse operators, and what the dense operators would read."""
+    rows = {node.input[0] for node in model.graph.node if node.op_type == "Gather"}
+    parts = dict.fromkeys(("lm_head", "predictor", "other", "records"), 0)
+    for name, recipe in recipes.items():
+        size = nbytes(recipe)
+        if recipe.kind in _RECORD_KINDS:
+            parts["records"] += size
+        elif name.startswith("lm_head"):
+            parts["lm_head"] += size
+        elif name.startswith("predictor."):
+            parts["predictor"] += size
+        else:
+            parts["other"] += size // recipe.shape[0] if name in rows else size
+    return BytesPart(**parts)
+
+
+def _bind_weights(model: onnx.ModelProto, recipes: Mapping[str, WeightRecipe], places: Mapping[str, Placement]) -> None:
+    """Turn the graph inputs that have recipes into initialisers that point into weights.bin."""
+    graph = model.graph
+    inputs = {value.name for value in graph.input}
+    missing = sorted(recipes.keys() - inputs)
+    if missing:
+        raise InternalError(f"recipes without a graph input: {', '.join(missing[:5])} ({len(missing)} in all)")
+    _replace(graph.input, [value for value in graph.input if value.name not in recipes])
+    constants: list[onnx.TensorProto] = list(graph.initializer)
+    tensors = [_external(name, recipes[name], places[name]) for name in recipes]
+    _replace(graph.initializer, sorted([*constants, *tensors], key=lambda tensor: natural_key(tensor.name)))
+
+
+def _external(name: str, recipe: WeightRecipe, place: Placement) -> onnx.TensorProto:
+    import onnx
+
+    tensor = onnx.TensorProto(
+        name=name,
+        dims=recipe.shape,
+        data_type=_ONNX_TYPES[recipe.dtype],
+        data_location=onnx.TensorProto.EXTERNAL,
+    )
+    for key, value in (("location", WEIGHTS_FILE), ("offset", str(place.offset)), ("length", str(place.length))):
+        tensor.external_data.add(key=key, value=value)
+    return tensor
+
+
+def _give_defaults(model: onnx.ModelProto, density: Density) -> None:
+    from onnx import numpy_helper
+
+    inputs = {value.name for value in model.graph.input}
+    defaults: dict[str, Array] = {
+        "density_heads": np.array([density.heads], np.float32),
+        "density_neurons": np.array([density.neurons], np.float32),
+        "sparse_tail": np.array([AUTOMATIC_TAIL], np.int64),
+    }
+    for name, value in defaults.items():
+        if name in inputs:
+            model.graph.initializer.append(numpy_helper.from_array(value, name))
+
+
+def _write_model(path: Path, model: onnx.ModelProto) -> FileEntry:
+    content = model.SerializeToString(deterministic=True)
+    path.write_bytes(content)
+    return FileEntry(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def _replace(field: MutableSequence[_Message], values: Iterable[_Message]) -> None:
+    """Set a repeated protobuf field; its Python class offers no assignment."""
+    kept = list(values)
+    del field[:]
+    field.extend(kept)

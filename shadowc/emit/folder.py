@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine folder: written beside its place, renamed when complete, described by engine.json."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shadowc.spec.errors import InputError, SetupError
+from shadowc.spec.manifest import MANIFEST_FILE, EngineManifest, FileEntry
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+CONTROLS_FILE = "controls.safetensors"
+"""Static rankings of heads and neurons, for the controls of `shadowc eval`."""
+_HASH_BYTES = 1 << 22
+_RENAME_EXCHANGE = 2
+_AT_FDCWD = -100
+
+
+def check_replaceable(out: Path) -> None:
+    """Refuse an output path that holds something else than an engine; nothing is touched.
+
+    Raises:
+        InputError: it is a file, or a folder with other content.
+    """
+    if out.is_dir():
+        if any(out.iterdir()) and not (out / MANIFEST_FILE).is_file():
+            raise InputError(
+                f"{out} exists and is not an engine folder (it has no {MANIFEST_FILE}); nothing was written",
+                hint="choose another folder with --out",
+            )
+    elif os.path.lexists(out):
+        raise InputError(
+            f"{out} exists and is not a folder; nothing was written", hint="choose another folder with --out"
+        )
+
+
+@contextmanager
+def staged(out: Path) -> Iterator[Path]:
+    """Give a temporary sibling of `out` to write to, and put it in `out`'s place when the block ends well.
+
+    An engine that is already there stays usable until it is replaced. If the block raises, nothing is left.
+
+    Raises:
+        InputError: `out` holds something else, or its parent cannot be written.
+        SetupError: the disk is full.
+    """
+    out = out.resolve()
+    check_replaceable(out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _recover(out)
+        staging = _sibling(out, "tmp")
+        staging.mkdir()
+    except OSError as error:
+        raise InputError(
+            f"cannot write to {out.parent}: {error.strerror}", hint="choose another folder with --out"
+        ) from error
+    try:
+        yield staging
+        _replace_folder(staging, out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise SetupError(
+                f"no space left on the disk of {out.parent}; no engine was written", hint="free some space"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """JSON with sorted keys and a newline at the end: equal content is equal bytes."""
+    path.write_text(json.dumps(content, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_manifest(folder: Path, manifest: EngineManifest) -> None:
+    """Write engine.json."""
+    write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json"))
+
+
+def hash_file(path: Path) -> FileEntry:
+    """Size and SHA-256 of a file."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return FileEntry(size=file.tell(), sha256=digest.hexdigest())
+
+
+def file_entries(folder: Path, known: Mapping[str, FileEntry] | None = None) -> dict[str, FileEntry]:
+    """An entry for every file of the folder except engine.json; those in `known` are not read again."""
+    known = known or {}
+    names = sorted(
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.is_file() and path != folder / MANIFEST_FILE
+    )
+    return {name: known.get(name) or hash_file(folder / name) for name in names}
+
+
+def copy_op_library(folder: Path) -> Path:
+    """Put the op library, and what it needs beside it, into the folder for hosts other than Python."""
+    from shadowc.plugins import cpu_library
+
+    library = Path(cpu_library())
+    for path in (library, *sorted(library.parent.glob("libhwy*.so*"))):
+        shutil.copyfile(path, folder / path.name)
+    return folder / library.name
+
+
+def write_controls(
+    folder: Path, rankings: Mapping[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
+) -> None:
+    """Write static rankings: method -> scores of heads [L, H] and of neuron units [L, N]."""
+    from safetensors.numpy import save_file
+
+    tensors: dict[str, npt.NDArray[np.float32]] = {}
+    for method, (heads_LH, neurons_LN) in sorted(rankings.items()):
+        tensors |= {f"{method}.heads": heads_LH, f"{method}.neurons": neurons_LN}
+    save_file(tensors, folder / CONTROLS_FILE)
+
+
+def _sibling(out: Path, kind: str) -> Path:
+    return out.parent / f".{out.name}.{os.getpid()}.{os.urandom(4).hex()}.{kind}"
+
+
+def _recover(out: Path) -> None:
+    """Clear what killed compiles left beside `out`, and put an engine back that was caught between two renames."""
+    pattern = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.[0-9a-f]+\.(tmp|old)")
+    for path in sorted(out.parent.iterdir()):
+        match = pattern.fullmatch(path.name)
+        if match is None or _alive(int(match[1])):
+            continue
+        if match[2] == "old" and not out.exists():
+            path.rename(out)
+        else:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _replace_folder(staging: Path, out: Path) -> None:
+    """Rename `staging` to `out`; whatever was there is exchanged in one step where the system can do that."""
+    if not out.exists():
+        staging.rename(out)
+        return
+    check_replaceable(out)
+    if _exchange(staging, out):
+        return  # the old engine now lies at `staging`, which the caller removes
+    old = _sibling(out, "old")
+    out.rename(old)
+    try:
+        staging.rename(out)
+    except OSError:
+        old.rename(out)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders atomically (Linux renameat2); False where that does not exist."""
+    with suppress(OSError, AttributeError):
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+        done = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE))
+        return int(done) == 0
+    return False

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""weights.bin: every initialiser that has a recipe, streamed group by group, hashed while it is written."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from shadowc.emit.records import Array, groups, materialise
+from shadowc.spec.manifest import FileEntry
+from shadowc.spec.program import TensorSource, WeightRecipe
+from shadowc.spec.progress import NullProgress, Progress
+
+RECORD_ALIGNMENT = 4096
+"""One page: a record starts where a page starts, and the file can be mapped."""
+SMALL_ALIGNMENT = 64
+"""One cache line."""
+_RECORDS = ("attention_records", "ffn_records", "nbits_weights")
+_WRITE_BYTES = 1 << 24
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one tensor lies in weights.bin."""
+
+    offset: int
+    length: int
+
+
+def nbytes(recipe: WeightRecipe) -> int:
+    """Size of the tensor that a recipe makes."""
+    return int(np.prod(recipe.shape, dtype=np.int64)) * np.dtype(recipe.dtype).itemsize
+
+
+def write_weights(
+    path: Path, recipes: Mapping[str, WeightRecipe], source: TensorSource, progress: Progress | None = None
+) -> tuple[dict[str, Placement], FileEntry]:
+    """Write all tensors in layer order; holds one group in memory at a time.
+
+    Returns:
+        Where each tensor lies, and the size and hash of the file.
+    """
+    progress = progress or NullProgress()
+    total = sum(map(nbytes, recipes.values()))
+    places: dict[str, Placement] = {}
+    digest = hashlib.sha256()
+    position = done = 0
+    with path.open("wb") as file:
+        for names in groups(recipes):
+            for name, array in materialise(recipes, source, names).items():
+                alignment = RECORD_ALIGNMENT if recipes[name].kind in _RECORDS else SMALL_ALIGNMENT
+                padding = bytes(-position % alignment)
+                for piece in (memoryview(padding), *_pieces(array)):
+                    file.write(piece)
+                    digest.update(piece)
+                position += len(padding) + array.nbytes
+                places[name] = Placement(position - array.nbytes, array.nbytes)
+                done += array.nbytes
+            progress.advance(done, total, "bytes")
+    return places, FileEntry(size=position, sha256=digest.hexdigest())
+
+
+def _pieces(array: Array) -> list[memoryview]:
+    """The bytes of an array in pieces that stay in the cache between writing and hashing."""
+    flat = array.reshape(-1).view(np.uint8)
+    return [flat[start : start + _WRITE_BYTES].data for start in range(0, len(flat), _WRITE_BYTES)]
