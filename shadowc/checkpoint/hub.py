@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Downloads a checkpoint from the Hugging Face hub: the only module of shadowc that uses the network.
+
+In: a repository id. Out: the folder of its snapshot in the hub's own cache (HF_HOME). Offline, by option or by
+HF_HUB_OFFLINE, only that cache is looked at.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from shadowc.checkpoint.weights import INDEX_FILE, SINGLE_FILE, no_safetensors
+from shadowc.spec.errors import InputError, SetupError
+
+FACT_FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
+WEIGHT_FILES = ("model*.safetensors", INDEX_FILE)
+
+ANSWER_SECONDS = 15.0
+"""How long the hub may take for its first answer, name resolution and all addresses included."""
+_REQUEST_SECONDS = 6.0
+
+T = TypeVar("T")
+
+
+def is_offline() -> bool:
+    """Whether the environment forbids the network (HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE)."""
+    return any(
+        os.environ.get(name, "").upper() in {"1", "ON", "YES", "TRUE"}
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+
+
+def download(repository: str, *, offline: bool, weights: bool = True) -> Path:
+    """The folder that holds a repository's config, tokenizer and (unless excluded) safetensors.
+
+    Args:
+        repository: `owner/name`.
+        offline: look into the local cache only.
+        weights: False: everything but the weights, for dummy weights of the same shape.
+
+    Raises:
+        InputError: the hub has no such repository, or it holds no weights.
+        UnsupportedError: it holds weights in another format only; nothing was downloaded.
+        SetupError: the hub cannot be reached, refuses access, or the local cache lacks the files.
+    """
+    patterns = [*FACT_FILES, *(WEIGHT_FILES if weights else ())]
+    if offline or is_offline():
+        return _cached(repository, patterns)
+    files = _list_files(repository)
+    if weights and SINGLE_FILE not in files and INDEX_FILE not in files:
+        raise no_safetensors(f"hub repository {repository}", files, repository)
+    return _fetch(repository, patterns)
+
+
+def _cached(repository: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
+    except LocalEntryNotFoundError as error:
+        raise SetupError(
+            f"{repository} is not in the local hub cache (or not completely), and the network is not to be used",
+            hint=f"run hf download {repository} where there is a network, or drop --offline and HF_HUB_OFFLINE",
+        ) from error
+
+
+def _list_files(repository: str) -> list[str]:
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    api = HfApi(endpoint=_endpoint())
+    try:
+        answer = _within(ANSWER_SECONDS, lambda: api.model_info(repository, timeout=_REQUEST_SECONDS))
+    except GatedRepoError as error:
+        raise SetupError(
+            f"access to {repository} must be asked for on the hub",
+            hint="run hf auth login with an account that has access",
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise InputError(
+            f"there is neither a folder {repository} here nor a public model of that name on the hub",
+            hint="check the spelling; for a private model run hf auth login",
+        ) from error
+    except _transport_errors() as error:
+        raise _unreachable(repository, error) from error
+    return sorted(file.rfilename for file in answer.siblings or ())
+
+
+def _fetch(repository: str, patterns: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns, endpoint=_endpoint()))
+    except _transport_errors() as error:
+        raise _unreachable(repository, error) from error
+
+
+def _unreachable(repository: str, error: BaseException) -> SetupError:
+    reason = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return SetupError(
+        f"the hub could not be reached to download {repository}: {reason}",
+        hint="check the network, add --offline if it was downloaded before, or try --model opt-mini (needs no network)",
+    )
+
+
+def _transport_errors() -> tuple[type[Exception], ...]:
+    """OSError and the root error of the HTTP client, which the hub library has changed once already."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (OSError, *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)))
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
+
+
+def _within(seconds: float, ask: Callable[[], T]) -> T:
+    """Run a request in a thread of its own and give it up after a while.
+
+    A request's own timeout counts per address and not for name resolution, so it does not bound the whole.
+    """
+    answers: list[T] = []
+    failures: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            answers.append(ask())
+        except BaseException as error:  # handed to the caller below
+            failures.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failures:
+        raise failures[0]
+    if not answers:
+        raise TimeoutError(f"no answer within {seconds:g} seconds")
+    return answers[0]

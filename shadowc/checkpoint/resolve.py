@@ -1,0 +1,185 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Resolves what the user wrote after --model into a checkpoint whose files have been checked.
+
+In: a short name, a folder, or a hub id. Out: `Checkpoint`: facts, weights as a TensorSource, identity. The
+network is used for a hub id (which the short names stand for) and for nothing else.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from shadowc.checkpoint.digest import facts_key, fingerprint, identity
+from shadowc.checkpoint.dummy import SCHEME, DummyWeights
+from shadowc.checkpoint.opt import PUBLISHED_NAMES, OptFacts, parameter_shapes, published_config
+from shadowc.checkpoint.tokenizer import has_tokenizer, tokenizer_files
+from shadowc.checkpoint.weights import open_weights
+from shadowc.spec.errors import InputError, SetupError
+from shadowc.spec.manifest import MANIFEST_FILE
+from shadowc.spec.program import TensorSource
+from shadowc.stage_cache import StageCache
+
+LoadFormat = Literal["auto", "dummy"]
+
+OPT_MINI = "opt-mini"
+SHORT_NAMES = (OPT_MINI, *PUBLISHED_NAMES)
+CONFIG_FILE = "config.json"
+_OWNER = "facebook/"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model that can be compiled."""
+
+    facts: OptFacts
+    weights: TensorSource
+    """All parameters as float32 by canonical name, the tied head included."""
+    identity: str
+    """Equal for equal facts, weights and tokenizer, wherever they lie and whatever they are called."""
+    folder: Path | None
+    """None: dummy weights of a published shape."""
+    tokenizer: Path | None
+    """Folder with tokenizer files, if there are any."""
+    dummy: bool
+    total_bytes: int
+    """Of all parameters in float32."""
+
+
+def resolve(
+    model: str,
+    *,
+    load_format: LoadFormat = "auto",
+    offline: bool = False,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Checkpoint:
+    """Find a model and check its files.
+
+    Args:
+        model: a short name, an existing folder, or a hub id.
+        load_format: "dummy": seeded random weights of the model's shape; its weight files are not looked at.
+        offline: do not use the network (HF_HUB_OFFLINE says the same).
+        seed: of dummy weights.
+        progress: called with bytes hashed and their total.
+
+    Raises:
+        InputError: no such model, or its files are missing or damaged; all findings at once.
+        UnsupportedError: not an OPT that is handled, or another file format.
+        SetupError: the hub cannot be reached, or this installation lacks opt-mini.
+    """
+    dummy = load_format == "dummy"
+    short = model.removeprefix(_OWNER)
+    if short in PUBLISHED_NAMES and (short == model or not Path(model).is_dir()):
+        facts = OptFacts.from_config(published_config(short), short)
+        if dummy:
+            return _dummy(facts, None, seed)
+        folder = _download(_OWNER + short, offline, weights=True)
+        return _from_folder(folder, short, progress)
+    folder, name = _find_folder(model, offline, dummy)
+    if dummy:
+        return _dummy(OptFacts.from_config(read_config(folder), name), folder, seed)
+    return _from_folder(folder, name, progress)
+
+
+def bundled_opt_mini() -> Path:
+    """The folder of the small OPT that shadowc carries: in the package when installed, else in the source checkout.
+
+    Raises:
+        SetupError: neither place has it.
+    """
+    package = Path(__file__).resolve().parents[1]
+    places = (package / "data" / "opt_mini", package.parent / "examples" / "opt_mini")
+    for place in places:
+        if (place / CONFIG_FILE).is_file():
+            return place
+    raise SetupError(
+        f"{OPT_MINI} is not part of this installation: no {CONFIG_FILE} in {places[0]} or {places[1]}",
+        hint="install shadowc again, or run from a complete source checkout",
+    )
+
+
+def read_config(folder: Path) -> dict[str, object]:
+    """The content of a checkpoint folder's config.json.
+
+    Raises:
+        InputError: it is missing or not a JSON object.
+    """
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        if (folder / MANIFEST_FILE).is_file():
+            raise InputError(f"{folder}: is a compiled engine, expected a checkpoint", hint=f"shadowc run {folder}")
+        raise InputError(
+            f"{folder}: has no {CONFIG_FILE}", hint="give the folder that holds config.json and model.safetensors"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: is not valid JSON: {error}", hint="download the checkpoint again") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: is not a JSON object", hint="download the checkpoint again")
+    return content
+
+
+def _find_folder(model: str, offline: bool, dummy: bool) -> tuple[Path, str]:
+    if model == OPT_MINI:
+        return bundled_opt_mini(), OPT_MINI
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path, path.resolve().name
+    if path.is_file():
+        raise InputError(f"{model} is a file, expected the checkpoint's folder", hint=f"give --model {path.parent}")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
+        return _download(model, offline, weights=not dummy), model.split("/")[1]
+    if "/" in model or model.startswith((".", "~")):
+        raise InputError(f"there is no folder {model}", hint="check the path; a hub id has the form owner/name")
+    near = difflib.get_close_matches(model.lower(), SHORT_NAMES, n=3, cutoff=0.4)
+    raise InputError(
+        f"unknown model {model!r}; expected a short name, a folder, or a hub id (owner/name)",
+        hint=f"did you mean {' or '.join(near)}" if near else f"short names are {', '.join(SHORT_NAMES)}",
+    )
+
+
+def _download(repository: str, offline: bool, *, weights: bool) -> Path:
+    from shadowc.checkpoint.hub import download
+
+    return download(repository, offline=offline, weights=weights)
+
+
+def _from_folder(folder: Path, name: str, progress: Callable[[int, int], None] | None) -> Checkpoint:
+    config = read_config(folder)
+    facts = OptFacts.from_config(config, name)
+    weights, files = open_weights(folder, facts, tied=config.get("tie_word_embeddings", True) is not False)
+    tokenizer = folder if has_tokenizer(folder) else None
+    tokens = tokenizer_files(folder) if tokenizer else ()
+    return Checkpoint(
+        facts=facts,
+        weights=weights,
+        identity=identity(facts, (*files, *tokens), StageCache(), progress),
+        folder=folder,
+        tokenizer=tokenizer,
+        dummy=False,
+        total_bytes=_total_bytes(facts),
+    )
+
+
+def _dummy(facts: OptFacts, folder: Path | None, seed: int) -> Checkpoint:
+    return Checkpoint(
+        facts=facts,
+        weights=DummyWeights(facts, seed),
+        identity=f"dummy-{seed}-{fingerprint({'facts': facts_key(facts), 'scheme': SCHEME})}",
+        folder=folder,
+        tokenizer=folder if folder is not None and has_tokenizer(folder) else None,
+        dummy=True,
+        total_bytes=_total_bytes(facts),
+    )
+
+
+def _total_bytes(facts: OptFacts) -> int:
+    return 4 * sum(math.prod(shape) for shape in parameter_shapes(facts).values())
