@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decode speed at several densities, beside the bytes that the kernels read and the machine's bandwidth.
+
+All settings run interleaved, round by round, and the stream bandwidth is measured in every round, because
+a shared machine drifts: medians and ratios within the run are what may be quoted.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shadowc.spec.density import Density
+from shadowc.spec.progress import NullProgress, Progress
+
+if TYPE_CHECKING:
+    from shadowc.runtime.engine import Engine
+
+STREAM_BYTES = 1 << 30
+STREAM_REPEATS = 2
+PROMPT_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the table before it is measured."""
+
+    label: str
+    density: Density
+    skip_zeros: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BenchRow:
+    """One setting, medians over the rounds."""
+
+    label: str
+    density_heads: float
+    density_neurons: float
+    skip_zeros: bool
+    ms_per_token: float
+    ms_lowest: float
+    ms_highest: float
+    megabytes_per_token: float
+    """Counted by the kernels, plus the LM head, the predictor, norms and biases."""
+    gigabytes_per_second: float
+    share_of_stream: float
+    """Median over the rounds of achieved over stream bandwidth."""
+    speedup: float
+    """Median over the rounds of the first setting's time over this one's."""
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """The whole table and what it was measured on."""
+
+    model: str
+    weights: str
+    threads: int
+    isa: str
+    rounds: int
+    tokens: int
+    stream_gigabytes_per_second: float
+    rows: tuple[BenchRow, ...]
+
+
+def bench(
+    folder: Path,
+    *,
+    densities: Sequence[Density],
+    twin: Path | None = None,
+    rounds: int = 5,
+    tokens: int = 24,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> BenchReport:
+    """Measures batch-1 decoding at every density, `skip_zeros` off and on.
+
+    Args:
+        folder: the engine.
+        densities: at least one; each is measured without and with skip_zeros.
+        twin: a dense engine of the same model; it becomes the first row, the base of every speed-up. None:
+            the first density without skip_zeros is the base.
+        rounds: how often the whole table is measured.
+        tokens: tokens generated per measurement; the first one is not timed.
+        threads: intra-op threads; None: one per core.
+        progress: told about runs.
+    """
+    from shadowc.runtime.load import load
+
+    progress = progress or NullProgress()
+    engines = {flag: load(folder, threads=threads, skip_zeros=flag) for flag in (False, True)}
+    jobs = [(Setting(_label(density, flag), density, flag), engines[flag]) for density in densities for flag in engines]
+    if twin is not None:
+        jobs.insert(0, (Setting("dense engine", Density(), False), load(twin, threads=threads, skip_zeros=False)))
+    library = engines[False].op_library
+    stream, times, sizes = _measure(jobs, library, engines[False].threads, rounds, tokens, progress)
+    rows = tuple(_row(setting, times[index], times[0], sizes[index], stream) for index, (setting, _) in enumerate(jobs))
+    manifest = engines[False].manifest
+    return BenchReport(
+        model=manifest.model.name,
+        weights=manifest.weights,
+        threads=engines[False].threads,
+        isa=library.isa,
+        rounds=rounds,
+        tokens=tokens,
+        stream_gigabytes_per_second=median(stream) / 1e9,
+        rows=rows,
+    )
+
+
+def _label(density: Density, skip_zeros: bool) -> str:
+    name = f"{density.heads:g} heads, {density.neurons:g} neurons"
+    return f"{name}, skip zeros" if skip_zeros else name
+
+
+def _measure(
+    jobs: Sequence[tuple[Setting, Engine]],
+    library: ctypes.CDLL,
+    threads: int,
+    rounds: int,
+    tokens: int,
+    progress: Progress,
+) -> tuple[list[float], list[list[float]], list[float]]:
+    """Stream bandwidth per round [bytes/s], then per job its seconds per token by round, and its bytes per token."""
+    prompt = np.random.default_rng(0).integers(4, 1000, (1, PROMPT_TOKENS), dtype=np.int64)
+    stream: list[float] = []
+    times: list[list[float]] = [[] for _ in jobs]
+    sizes = [0.0] * len(jobs)
+    with progress.stage("bench"):
+        for index, (setting, engine) in enumerate(jobs):  # first touch of the mapped weights, not timed
+            _decode(engine, prompt, 4, setting.density)
+            progress.advance(index + 1, len(jobs) * (rounds + 1), "runs")
+        for turn in range(rounds):
+            stream.append(library.stream_read(STREAM_BYTES, threads, STREAM_REPEATS))
+            for index, (setting, engine) in enumerate(jobs):
+                seconds, sizes[index] = _decode(engine, prompt, tokens, setting.density)
+                times[index].append(seconds)
+                progress.advance(len(jobs) * (turn + 1) + index + 1, len(jobs) * (rounds + 1), "runs")
+    return stream, times, sizes
+
+
+def _decode(engine: Engine, prompt: np.ndarray, tokens: int, density: Density) -> tuple[float, float]:
+    engine.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, density=density)
+    stats = engine.last_stats
+    return stats.seconds / stats.tokens, stats.bytes_read
+
+
+def _row(
+    setting: Setting, times: Sequence[float], base: Sequence[float], size: float, stream: Sequence[float]
+) -> BenchRow:
+    seconds = median(times)
+    return BenchRow(
+        label=setting.label,
+        density_heads=setting.density.heads,
+        density_neurons=setting.density.neurons,
+        skip_zeros=setting.skip_zeros,
+        ms_per_token=seconds * 1e3,
+        ms_lowest=min(times) * 1e3,
+        ms_highest=max(times) * 1e3,
+        megabytes_per_token=size / 1e6,
+        gigabytes_per_second=size / seconds / 1e9,
+        share_of_stream=median(size / own / limit for own, limit in zip(times, stream, strict=True)),
+        speedup=median(first / own for first, own in zip(base, times, strict=True)),
+    )

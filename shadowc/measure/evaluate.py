@@ -1,0 +1,157 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quality of an engine on text, in bits per byte, beside its controls.
+
+Protocol `decode`: every token after the first of a window is computed under its own mask, as in
+generation, and its K/V come from masked layers too. Windows are disjoint, so every byte of the text
+counts once. The controls put other scores through the same SelectThreshold and the same kernels.
+
+Letters: S tokens, V vocabulary, L predicted layers, N units per layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+
+from shadowc.spec.density import Density
+from shadowc.spec.errors import InputError
+from shadowc.spec.progress import NullProgress, Progress
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from shadowc.runtime.engine import Engine
+
+Method = Literal["predictor", "static", "normalised", "random"]
+METHODS: tuple[Method, ...] = get_args(Method)
+Scores = tuple["npt.NDArray[np.float32]", "npt.NDArray[np.float32]"]
+"""Heads [1,S,L,H] and neurons [1,S,L,N]."""
+
+
+@dataclass(frozen=True, slots=True)
+class EvalRow:
+    """One method at one density."""
+
+    method: Method
+    density: Density
+    bits_per_byte: float
+    active_heads: float
+    """Share of the heads of the predicted layers that were computed, counted by the kernels."""
+    active_neurons: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """All rows over one text; `dense` is the same engine at density 1."""
+
+    text_sha256: str
+    text_bytes: int
+    tokens: int
+    window: int
+    protocol: str
+    dense: float
+    rows: tuple[EvalRow, ...]
+
+
+def evaluate(
+    engine: Engine,
+    text: str,
+    *,
+    densities: Sequence[Density],
+    methods: Sequence[Method] = METHODS,
+    window: int | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> EvalReport:
+    """Bits per byte of `text` under every method and density, protocol `decode`.
+
+    Args:
+        engine: what is measured.
+        text: what to predict; must not have calibrated the engine's predictor.
+        densities: shares kept; density 1 is always measured first.
+        methods: the predictor and the controls.
+        window: tokens per window, the first (bos) included; None: the model's context.
+        seed: of the random control.
+        progress: told about settings.
+
+    Raises:
+        InputError: the text is empty, was used for calibration, or a control is missing from the engine.
+    """
+    progress = progress or NullProgress()
+    windows = list(_windows(engine, text, window))
+    if not windows:
+        raise InputError("the evaluation text holds no tokens; expected prose", hint="shadowc eval ENGINE --text FILE")
+    engine.refuse_calibration_text(text)
+    jobs: list[tuple[Method, Density]] = [("predictor", Density())]
+    jobs += [(method, density) for density in densities for method in methods]
+    rows = []
+    with progress.stage("eval"):
+        for done, (method, density) in enumerate(jobs):
+            rows.append(_row(engine, windows, len(text.encode()), method, density, seed))
+            progress.advance(done + 1, len(jobs), "settings")
+    return EvalReport(
+        text_sha256=hashlib.sha256(text.encode()).hexdigest(),
+        text_bytes=len(text.encode()),
+        tokens=sum(len(ids) - 1 for ids in windows),
+        window=max(len(ids) for ids in windows),
+        protocol="decode",
+        dense=rows[0].bits_per_byte,
+        rows=tuple(rows[1:]),
+    )
+
+
+def _windows(engine: Engine, text: str, window: int | None) -> Iterator[npt.NDArray[np.int64]]:
+    """Disjoint pieces of the text's tokens, each behind one bos token."""
+    model = engine.manifest.model
+    ids = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
+    step = min(window or model.positions, model.positions) - 1
+    for at in range(0, len(ids), step):
+        yield np.array([model.bos, *ids[at : at + step]], np.int64)
+
+
+def _row(
+    engine: Engine, windows: Sequence[npt.NDArray[np.int64]], size: int, method: Method, density: Density, seed: int
+) -> EvalRow:
+    bits, heads, neurons, tokens = 0.0, 0.0, 0.0, 0
+    scores = _control(engine, method, seed)
+    for ids_S in windows:
+        logits_SV = engine.logits(ids_S[None], density=density, protocol="decode", prompt_tokens=1, scores=scores)[0]
+        bits += _bits(logits_SV[:-1], ids_S[1:])
+        stats = engine.last_stats
+        heads += stats.active_head_share * len(ids_S)
+        neurons += stats.active_neuron_share * len(ids_S)
+        tokens += len(ids_S)
+    return EvalRow(method, density, bits / size, heads / tokens, neurons / tokens)
+
+
+def _bits(logits_SV: npt.NDArray[np.float32], ids_S: npt.NDArray[np.int64]) -> float:
+    """Sum of -log2 p(token) in float64."""
+    wide_SV = logits_SV.astype(np.float64)
+    top_S1 = wide_SV.max(axis=1, keepdims=True)
+    log_total_S = np.log(np.exp(wide_SV - top_S1).sum(axis=1)) + top_S1[:, 0]
+    return float((log_total_S - wide_SV[np.arange(len(ids_S)), ids_S]).sum() / np.log(2))
+
+
+def _control(engine: Engine, method: Method, seed: int) -> Callable[[int], Scores] | None:
+    """Makes the scores of the next `tokens` tokens; None: the predictor's own."""
+    if method == "predictor":
+        return None
+    if method == "random":
+        rng = np.random.default_rng(seed)
+        model, sparsity = engine.manifest.model, engine.manifest.sparsity
+        if sparsity is None:
+            raise InputError("a dense engine has no masks to control", hint="shadowc compile without --predictor none")
+        layers, units = model.layers - 1, -(-model.ffn // sparsity.neuron_block)
+        return lambda tokens: (
+            rng.random((1, tokens, layers, model.heads), np.float32),
+            rng.random((1, tokens, layers, units), np.float32),
+        )
+    ranking = engine.controls(method)
+    return lambda tokens: (
+        np.repeat(ranking.heads[None, None], tokens, axis=1),
+        np.repeat(ranking.neurons[None, None], tokens, axis=1),
+    )

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoder layer in torch, with the engine's own masks forced: the truth for parity layer by layer.
+
+Letters: B batch, S tokens, E hidden, H heads, D head size, F neurons.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from shadowc.checkpoint.opt import OptFacts, config_dict
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from shadowc.spec.program import TensorSource
+
+
+class LayerReference:
+    """Transformers' OPTDecoderLayer with the weights of one layer, causal, without a cache.
+
+    Args:
+        facts: the model's sizes.
+        source: float32 tensors by canonical parameter name.
+        layer: model layer, 0 to layers - 1.
+    """
+
+    def __init__(self, facts: OptFacts, source: TensorSource, layer: int) -> None:
+        from transformers import OPTConfig
+        from transformers.models.opt.modeling_opt import OPTDecoderLayer
+
+        config = OPTConfig(**{**config_dict(facts), "attn_implementation": "eager"})
+        with torch.device("meta"):
+            self._module = OPTDecoderLayer(config, layer_idx=layer).eval()
+        prefix = f"model.decoder.layers.{layer}."
+        state = {name: torch.from_numpy(source.tensor(prefix + name)) for name in self._module.state_dict()}
+        self._module.load_state_dict(state, assign=True)
+
+    def run(self, x_BSE: Tensor, head_mask_BSH: Tensor, neuron_mask_BSF: Tensor) -> Tensor:
+        """Output [B,S,E] for residual input x, with inactive units set to zero.
+
+        Masks are bool in checkpoint order; all true means dense.
+        """
+        tokens = x_BSE.shape[1]
+
+        def drop_heads(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            context_BSHD = args[0].reshape(*head_mask_BSH.shape, -1)
+            return (torch.where(head_mask_BSH[..., None], context_BSHD, 0.0).reshape(x_BSE.shape),)
+
+        def drop_neurons(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+            return (torch.where(neuron_mask_BSF.reshape(args[0].shape), args[0], 0.0),)
+
+        hooks = (
+            self._module.self_attn.out_proj.register_forward_pre_hook(drop_heads),
+            self._module.fc2.register_forward_pre_hook(drop_neurons),
+        )
+        causal_11SS = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1)[None, None]
+        try:
+            with torch.no_grad():
+                result: Tensor = self._module(x_BSE, attention_mask=causal_11SS)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return result

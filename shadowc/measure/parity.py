@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parity A: torch with the engine's rounding and the engine's own masks must give the engine's numbers.
+
+The check goes layer by layer: each layer of the real transformers model gets the engine's own input
+of that layer, so memory stays bounded by one layer and an error cannot hide behind an earlier one.
+Between prefill and decode it crosses the cache. The embedding, the final norm and the LM head are
+checked the same way. It is the gate of every compile.
+
+Letters: B batch, S tokens, Z masked tokens, E hidden, H heads, F neurons, N units per layer, P positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+import torch
+
+from shadowc.measure.dequantised import DequantisedSource
+from shadowc.measure.layer_reference import LayerReference
+from shadowc.spec.density import Density
+from shadowc.spec.errors import VerificationError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    import numpy.typing as npt
+
+    from shadowc.checkpoint.opt import OptFacts
+    from shadowc.spec.program import TensorSource
+
+    Float = npt.NDArray[np.float32]
+
+LAYER_TOLERANCE = {"fp32": 1e-4, "int8": 1e-4}
+"""Largest |difference| of a layer's output over the largest |update| of that layer; both sides accumulate in fp32."""
+LOGITS_TOLERANCE = {"fp32": 1e-4, "int8": 3e-2}
+"""Largest |difference| of the logits over the largest |logit|; for int8 the LM head rounds its input to 8 bits too."""
+PREFILL_TOKENS = 12
+MASKED_TOKENS = 6
+DECODE_TOKENS = 4
+DENSITIES = (Density(0.5, 0.5), Density(0.25, 0.2))
+
+
+class Probe(Protocol):
+    """A fresh run of the engine with every inner tensor of interest as an output."""
+
+    def step(self, ids_BS: npt.NDArray[np.int64], *, density: Density, sparse_tail: int) -> Mapping[str, Float]:
+        """Runs the next tokens (the cache goes on) and returns outputs by graph name, `residual.{l}` included."""
+
+
+@dataclass(frozen=True, slots=True)
+class ParityReport:
+    """Worst relative difference per part of the model, with the tolerance that it was held to."""
+
+    weights: str
+    embedding: float
+    layers: tuple[float, ...]
+    logits: float
+    layer_tolerance: float
+    logits_tolerance: float
+    positions: int
+    """Token positions compared, all densities together."""
+
+    def passed(self) -> bool:
+        """Whether every part is within its tolerance; a NaN never is."""
+        exact = self.embedding <= self.layer_tolerance and all(value <= self.layer_tolerance for value in self.layers)
+        return bool(exact and self.logits <= self.logits_tolerance)
+
+    def as_dict(self) -> dict[str, object]:
+        """For engine.json."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    def require(self) -> None:
+        """Raises VerificationError naming every part that is out of tolerance."""
+        if self.passed():
+            return
+        problems = [] if self.embedding <= self.layer_tolerance else [f"embedding: {self.embedding:.2e}"]
+        problems += [
+            f"layer {index}: {value:.2e}"
+            for index, value in enumerate(self.layers)
+            if not value <= self.layer_tolerance
+        ]
+        problems += [] if self.logits <= self.logits_tolerance else [f"logits: {self.logits:.2e}"]
+        raise VerificationError(
+            f"the engine does not compute what torch computes ({self.weights}; tolerance "
+            f"{self.layer_tolerance:.0e} per layer, {self.logits_tolerance:.0e} for logits); no engine was written",
+            hint="shadowc compile --dump-passes DIR writes the graph after every pass",
+            problems=problems,
+        )
+
+
+def check_parity(
+    new_probe: Callable[[], Probe],
+    facts: OptFacts,
+    source: TensorSource,
+    *,
+    weights: str,
+    head_block: int,
+    block: int,
+    orders: Mapping[int, npt.NDArray[np.int32]],
+    sparse: bool,
+    seed: int = 0,
+    advance: Callable[[int, int], None] | None = None,
+) -> ParityReport:
+    """Compares the engine with torch on random tokens: a prefill whose tail is masked, then single steps.
+
+    Args:
+        new_probe: makes a probe with an empty cache.
+        facts: the model's sizes.
+        source: the checkpoint's tensors (not yet rounded).
+        weights: "fp32" or "int8"; int8 rounds the checkpoint's tensors as the engine should have.
+        head_block: quantisation block of the LM head (0: float).
+        block: neurons per unit.
+        orders: model layer -> neuron order [F] of the packed records (absent: as in the checkpoint).
+        sparse: False for a dense engine.
+        seed: of the random tokens.
+        advance: called with layers done and their number.
+    """
+    truth = source if weights == "fp32" else DequantisedSource(source, head_block)
+    prefill, masked = _lengths(facts)
+    ids_BS = np.random.default_rng(seed).integers(4, facts.vocab, (1, prefill + DECODE_TOKENS), dtype=np.int64)
+    runs = [_run(new_probe(), ids_BS, density, prefill, masked) for density in (DENSITIES if sparse else DENSITIES[:1])]
+    layers = []
+    for layer in range(facts.layers):
+        reference = LayerReference(facts, truth, layer)
+        worst = 0.0
+        for run in runs:
+            heads, neurons = _masks(run, layer, facts, block, orders.get(layer), sparse)
+            x = torch.from_numpy(run[f"residual.{layer}"])
+            found = torch.from_numpy(run[f"residual.{layer + 1}"])
+            wanted = reference.run(x, heads, neurons)
+            worst = _worse(worst, (wanted - found).abs().max().item() / (wanted - x).abs().max().item())
+        layers.append(worst)
+        if advance:
+            advance(layer + 1, facts.layers)
+    return ParityReport(
+        weights=weights,
+        embedding=_embedding_difference(runs[0], ids_BS, facts, truth),
+        layers=tuple(layers),
+        logits=max((_logits_difference(run, facts, truth) for run in runs), key=_nan_last),
+        layer_tolerance=LAYER_TOLERANCE[weights],
+        logits_tolerance=LOGITS_TOLERANCE[weights],
+        positions=ids_BS.shape[1] * len(runs),
+    )
+
+
+def _lengths(facts: OptFacts) -> tuple[int, int]:
+    prefill = min(PREFILL_TOKENS, facts.positions - DECODE_TOKENS)
+    return prefill, min(MASKED_TOKENS, prefill)
+
+
+def _run(probe: Probe, ids_BS: npt.NDArray[np.int64], density: Density, prefill: int, masked: int) -> dict[str, Float]:
+    """All tokens through the engine; every output joined along the token axis."""
+    parts = [probe.step(ids_BS[:, :prefill], density=density, sparse_tail=masked)]
+    parts += [
+        probe.step(ids_BS[:, at : at + 1], density=density, sparse_tail=-1) for at in range(prefill, ids_BS.shape[1])
+    ]
+    per_token = ("residual.", "scores.", "threshold.", "logits")
+    return {
+        name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0] if name.startswith(per_token)
+    }
+
+
+def _masks(
+    run: Mapping[str, Float],
+    layer: int,
+    facts: OptFacts,
+    block: int,
+    order_F: npt.NDArray[np.int32] | None,
+    sparse: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The engine's masks of one model layer, over all tokens and in checkpoint order."""
+    tokens = run["residual.0"].shape[1]
+    heads_BSH = np.ones((1, tokens, facts.heads), bool)
+    neurons_BSF = np.ones((1, tokens, facts.ffn), bool)
+    if sparse and layer > 0:
+        heads_BZH = _active(run, "heads", layer - 1)
+        units_BZN = _active(run, "neurons", layer - 1)
+        packed_BZF = np.repeat(units_BZN, block, axis=2)[:, :, : facts.ffn]
+        heads_BSH[:, -heads_BZH.shape[1] :] = heads_BZH
+        columns = np.arange(facts.ffn) if order_F is None else order_F
+        neurons_BSF[:, -packed_BZF.shape[1] :, columns] = packed_BZF
+    return torch.from_numpy(heads_BSH), torch.from_numpy(neurons_BSF)
+
+
+def _active(run: Mapping[str, Float], kind: str, row: int) -> npt.NDArray[np.bool_]:
+    return ~(run[f"scores.{kind}"][:, :, row] < run[f"threshold.{kind}"][:, :, row, None])
+
+
+def _embedding_difference(
+    run: Mapping[str, Float], ids_BS: npt.NDArray[np.int64], facts: OptFacts, truth: TensorSource
+) -> float:
+    words_VE = truth.tensor("model.decoder.embed_tokens.weight")
+    places_PE = truth.tensor("model.decoder.embed_positions.weight")
+    wanted_BSE = words_VE[ids_BS] + places_PE[np.arange(ids_BS.shape[1]) + facts.position_offset]
+    return float(np.abs(run["residual.0"] - wanted_BSE).max() / np.abs(wanted_BSE).max())
+
+
+def _logits_difference(run: Mapping[str, Float], facts: OptFacts, truth: TensorSource) -> float:
+    norm = {
+        part: torch.from_numpy(truth.tensor(f"model.decoder.final_layer_norm.{part}")) for part in ("weight", "bias")
+    }
+    x_BSE = torch.from_numpy(run[f"residual.{facts.layers}"])
+    hidden_BSE = torch.nn.functional.layer_norm(x_BSE, (facts.hidden,), **norm, eps=facts.norm_eps)
+    wanted_BSV = hidden_BSE @ torch.from_numpy(truth.tensor("lm_head.weight")).T
+    difference = (wanted_BSV - torch.from_numpy(run["logits"])).abs().max()
+    return float(difference / wanted_BSV.abs().max())
+
+
+def _nan_last(value: float) -> float:
+    return float("inf") if np.isnan(value) else value
+
+
+def _worse(one: float, other: float) -> float:
+    return max(one, other, key=_nan_last)
