@@ -1,0 +1,367 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The masked torch model: transformers' own OPT, with inactive heads and neurons set to zero by hooks.
+
+In: token ids, a density and where masking begins. Out: logits, and the scores, thresholds and masks behind them.
+It is the truth for the quality of a sparse model and the yardstick of every engine; it saves no work.
+
+Heads are zeroed in the attention context before out_proj, neurons after ReLU before fc2, in the predicted layers
+(model layers 1 to n-1). Keys and values of inactive heads are kept, as the engine keeps them.
+
+Letters: B batch, S new tokens, Z the last Z of them (those masked in at least one row), P tokens so far, the new
+ones included, E hidden, F neurons, N units of a layer, L predicted layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import DynamicCache, OPTConfig, OPTForCausalLM
+
+from shadowc.sparsity.selection import select_threshold, unit_mask
+from shadowc.spec.density import Density
+from shadowc.spec.errors import InputError, InternalError
+from shadowc.spec.program import SparsityPlan
+
+if TYPE_CHECKING:
+    from shadowc.checkpoint.resolve import Checkpoint
+
+SMALLEST_SPAN = 1e-12
+
+Granularity = Literal["token", "sequence"]
+Array: TypeAlias = Tensor | npt.NDArray[Any]
+Pair: TypeAlias = tuple[Array, Array]
+"""For the heads, for the neurons."""
+
+
+class NamedTensors(Protocol):
+    """What the model needs of a predictor."""
+
+    def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
+        """`{heads,neurons}.fc{1,2}.{weight,bias}`, and `order.{model layer}` [F] if units are permuted blocks."""
+
+
+@dataclass(slots=True)
+class MaskedState:
+    """What a text that is fed in pieces carries from call to call; every call changes it."""
+
+    cache: DynamicCache = field(default_factory=DynamicCache)
+    prompt_end: Tensor | None = None
+    """[B,E]: layer-0 context of each row's last token before masking, once seen."""
+
+    @property
+    def length(self) -> int:
+        """Tokens so far, pads included."""
+        return int(self.cache.get_seq_length())
+
+
+@dataclass(frozen=True, slots=True)
+class MaskedResult:
+    """Logits of all new tokens, and what decided the masks of the last Z of them.
+
+    Where masking begins at different tokens, a row has all units active before its own first one.
+    Scores and thresholds are None if masks were forced.
+    """
+
+    logits: Tensor
+    """[B,S,V]"""
+    mask_heads: Tensor
+    """[B,Z,L,N] bool"""
+    mask_neurons: Tensor
+    """[B,Z,L,N] bool"""
+    scores_heads: Tensor | None
+    """[B,Z,L,N]"""
+    scores_neurons: Tensor | None
+    """[B,Z,L,N]"""
+    threshold_heads: Tensor | None
+    """[B,Z,L]"""
+    threshold_neurons: Tensor | None
+    """[B,Z,L]"""
+
+
+@dataclass(slots=True)
+class _Kind:
+    """Masks of one kind of unit, and what they were made of, for one call."""
+
+    density: Tensor
+    """[B], or [1] for all rows."""
+    min_active: int
+    mask: Tensor | None = None
+    scores: Tensor | None = None
+    threshold: Tensor | None = None
+
+
+@dataclass(slots=True)
+class _Call:
+    """The arguments of one call in one form."""
+
+    tokens: int
+    past: int
+    first: Tensor
+    """[B]: first masked slot of each row."""
+    dense: Tensor
+    """[B,Z]: tokens of the tail that come before their row's first masked slot."""
+    granularity: Granularity
+    state: MaskedState
+    heads: _Kind
+    neurons: _Kind
+
+    @property
+    def kinds(self) -> tuple[_Kind, _Kind]:
+        return self.heads, self.neurons
+
+    @property
+    def tail(self) -> slice:
+        """The last Z of the new tokens."""
+        return slice(self.tokens - self.dense.shape[1], self.tokens)
+
+
+class MaskedOpt:
+    """An OPT whose heads and neurons can be masked per token.
+
+    Args:
+        model: in eval mode; it is shared, and left as it was after each call.
+        plan: block size, scope, exempt layers and least numbers of active units.
+        predictor: scores every unit and fixes the order of the neurons. Without it scores or masks must be given,
+            and units are blocks of neurons in the order of the checkpoint.
+    """
+
+    def __init__(self, model: OPTForCausalLM, plan: SparsityPlan, predictor: NamedTensors | None = None) -> None:
+        self.model = model
+        self.plan = plan
+        self._layers = model.model.decoder.layers
+        tensors = {} if predictor is None else predictor.tensors()
+        self._tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
+        self._unit_of_neuron = [self._units(layer) for layer in range(1, len(self._layers))]
+
+    def logits(
+        self,
+        ids_BS: Array,
+        attention_mask_BP: Array | None = None,
+        *,
+        density: Density | Sequence[Density],
+        masked_from: int | Tensor | None = None,
+        masks: Pair | None = None,
+        scores: Pair | None = None,
+        granularity: Granularity = "token",
+        state: MaskedState | None = None,
+    ) -> MaskedResult:
+        """Run the new tokens and return their logits under masks.
+
+        Args:
+            ids_BS: the new tokens.
+            attention_mask_BP: 1 for tokens, 0 for pads on the left; covers what `state` holds too. None: no pads.
+            density: for all rows, or one for each.
+            masked_from: the first masked slot (pads and what `state` holds are counted) for all rows or for each
+                [B]; earlier tokens are dense. None: the length of the forced `masks` decides.
+            masks: forced, (heads [B,Z,L,N], neurons [B,Z,L,N]), bool.
+            scores: in place of the predictor's, (heads, neurons), each [L,N] or [B,Z,L,N] where B and Z may be 1.
+            granularity: "token": the token's own context decides; "sequence": that of the last token before
+                `masked_from` decides for all that follow.
+            state: starts (`MaskedState()`) or continues a text that is fed in pieces.
+
+        Raises:
+            InputError: the arguments do not fit together.
+        """
+        ids_BS = torch.as_tensor(ids_BS)
+        if masked_from is None:
+            if masks is None:
+                raise InputError("masked_from says where masking begins; only forced masks can do without it")
+            masked_from = ids_BS.shape[1] - masks[0].shape[1] + (0 if state is None else state.length)
+        call = self._call(ids_BS, density, masked_from, granularity, state)
+        with torch.no_grad():
+            if masks is not None:
+                _force(call, masks)
+            elif scores is not None:
+                self._select(call, scores)
+            elif not self._tensors:
+                raise InputError("a model without a predictor needs scores or masks")
+            with self._hooks(call):
+                output = self.model(
+                    input_ids=ids_BS,
+                    attention_mask=None if attention_mask_BP is None else torch.as_tensor(attention_mask_BP),
+                    past_key_values=None if state is None else state.cache,
+                    use_cache=state is not None,
+                )
+        heads, neurons = call.kinds
+        return MaskedResult(
+            logits=output.logits,
+            mask_heads=_known(heads.mask),
+            mask_neurons=_known(neurons.mask),
+            scores_heads=heads.scores,
+            scores_neurons=neurons.scores,
+            threshold_heads=heads.threshold,
+            threshold_neurons=neurons.threshold,
+        )
+
+    def _call(
+        self,
+        ids_BS: Tensor,
+        density: Density | Sequence[Density],
+        masked_from: int | Tensor,
+        granularity: Granularity,
+        state: MaskedState | None,
+    ) -> _Call:
+        batch, tokens = ids_BS.shape
+        past = 0 if state is None else state.length
+        first_B = torch.as_tensor(masked_from, dtype=torch.int64).expand(batch)
+        end = past + tokens
+        slot_Z = torch.arange(min(max(past, int(first_B.min())), end), end)
+        rows = [density] if isinstance(density, Density) else list(density)
+        if len(rows) not in (1, batch):
+            raise InputError(f"a density for all rows or for each of the {batch}; found {len(rows)}")
+        if granularity not in ("token", "sequence"):
+            raise InputError(f"the granularity of masks is token or sequence; found {granularity!r}")
+        if granularity == "sequence" and int(first_B.min()) < 1:
+            raise InputError("masks of a whole sequence come from the last token of its prompt; found no prompt")
+        return _Call(
+            tokens=tokens,
+            past=past,
+            first=first_B,
+            dense=slot_Z < first_B[:, None],
+            granularity=granularity,
+            state=MaskedState() if state is None else state,
+            heads=_Kind(torch.tensor([row.heads for row in rows]), self.plan.min_active_heads),
+            neurons=_Kind(torch.tensor([row.neurons for row in rows]), self.plan.min_active_neurons),
+        )
+
+    @contextmanager
+    def _hooks(self, call: _Call) -> Iterator[None]:
+        """Predict in layer 0 unless the masks are known, and mask the later layers, for one run of the model."""
+        with ExitStack() as stack:
+
+            def before(module: nn.Module, act: Callable[[Tensor], None]) -> None:
+                handle = module.register_forward_pre_hook(lambda _, inputs: act(inputs[0]))
+                stack.callback(handle.remove)
+
+            if call.heads.mask is None:
+                before(self._layers[0].self_attn.out_proj, lambda context: self._predict(call, context))
+            for index, layer in enumerate(self._layers[1:]):
+                before(layer.self_attn.out_proj, _mask_heads(call, index))
+                before(layer.fc2, _mask_neurons(call, index, self._unit_of_neuron[index]))
+            yield
+
+    def _predict(self, call: _Call, context_BSE: Tensor) -> None:
+        """Score the units from the layer-0 context, before out_proj, and select."""
+        source = context_BSE[:, call.tail]
+        if call.granularity == "sequence":
+            _remember_prompt_end(call, context_BSE)
+            source = _known(call.state.prompt_end)[:, None]
+        low = source.amin(-1, keepdim=True)
+        scaled = (source - low) / (source.amax(-1, keepdim=True) - low).clamp_min(SMALLEST_SPAN)
+        self._select(call, (self._network("heads", scaled), self._network("neurons", scaled)))
+
+    def _network(self, kind: str, scaled_BZE: Tensor) -> Tensor:
+        """Return the scores [B,Z,L,N] of one kind."""
+
+        def linear(tensor: Tensor, name: str) -> Tensor:
+            return functional.linear(
+                tensor, self._tensors[f"{kind}.{name}.weight"], self._tensors[f"{kind}.{name}.bias"]
+            )
+
+        scores = linear(linear(scaled_BZE, "fc1").relu(), "fc2")
+        return scores.view(*scores.shape[:2], len(self._layers) - 1, -1)
+
+    def _select(self, call: _Call, scores: Pair) -> None:
+        """Turn scores into thresholds and masks; rows and tokens that share their scores are ranked once."""
+        batch, tail = call.dense.shape
+        for kind, given in zip(call.kinds, scores, strict=True):
+            ranked = torch.as_tensor(given)
+            ranked = ranked[None, None] if ranked.ndim == 2 else ranked
+            ranked = ranked.expand(max(len(ranked), len(kind.density)), -1, -1, -1)
+            threshold, _ = select_threshold(
+                ranked,
+                kind.density,
+                scope=self.plan.scope,
+                exempt=self.plan.exempt,
+                min_active=kind.min_active,
+            )
+            kind.mask = _or_dense(call, unit_mask(ranked, threshold).expand(batch, tail, -1, -1))
+            kind.scores = ranked.expand(batch, tail, -1, -1)
+            kind.threshold = threshold.expand(batch, tail, -1)
+            if bool(call.dense.any()):
+                kind.threshold = torch.where(call.dense[:, :, None], -math.inf, kind.threshold)
+
+    def _units(self, layer: int) -> Tensor:
+        """Return the unit of each neuron of the checkpoint, [F]."""
+        neurons = self._layers[layer].fc1.out_features
+        order_F = self._tensors.get(f"order.{layer}", torch.arange(neurons))
+        unit_F = torch.empty(neurons, dtype=torch.int64)
+        unit_F[order_F.to(torch.int64)] = torch.arange(neurons) // self.plan.block
+        return unit_F
+
+
+def _force(call: _Call, masks: Pair) -> None:
+    """Take the masks as they are given."""
+    for kind, mask in zip(call.kinds, masks, strict=True):
+        if mask.shape[:2] != call.dense.shape:
+            raise InputError(f"forced masks of shape {list(mask.shape)} for rows x tokens {list(call.dense.shape)}")
+        kind.mask = _or_dense(call, torch.as_tensor(mask, dtype=torch.bool))
+
+
+def _or_dense(call: _Call, mask_BZLN: Tensor) -> Tensor:
+    """Return the mask with all units active at tokens that come before their row's first masked one."""
+    return mask_BZLN | call.dense[:, :, None, None] if bool(call.dense.any()) else mask_BZLN
+
+
+def _remember_prompt_end(call: _Call, context_BSE: Tensor) -> None:
+    """Keep the context of each row's last token before masking, if it is among the new tokens."""
+    if call.state.prompt_end is None:
+        call.state.prompt_end = torch.full_like(context_BSE[:, 0], math.nan)
+    token_B = call.first - 1 - call.past
+    (rows,) = torch.nonzero((token_B >= 0) & (token_B < call.tokens), as_tuple=True)
+    call.state.prompt_end[rows] = context_BSE[rows, token_B[rows]]
+
+
+def _mask_heads(call: _Call, index: int) -> Callable[[Tensor], None]:
+    """Return what zeroes the inactive heads of predicted layer `index` in its context [B,S,E], in place."""
+
+    def act(context_BSE: Tensor) -> None:
+        inactive_BZH1 = ~_known(call.heads.mask)[:, :, index, :, None]
+        context_BSHD = context_BSE.view(*context_BSE.shape[:2], inactive_BZH1.shape[2], -1)
+        context_BSHD[:, call.tail].masked_fill_(inactive_BZH1, 0.0)
+
+    return act
+
+
+def _mask_neurons(call: _Call, index: int, unit_F: Tensor) -> Callable[[Tensor], None]:
+    """Return what zeroes the inactive neurons of predicted layer `index` after ReLU, [B*S,F], in place."""
+
+    def act(fired: Tensor) -> None:
+        inactive_BZF = ~_known(call.neurons.mask)[:, :, index, unit_F]
+        fired.view(-1, call.tokens, len(unit_F))[:, call.tail].masked_fill_(inactive_BZF, 0.0)
+
+    return act
+
+
+def _known(tensor: Tensor | None) -> Tensor:
+    """Return a tensor that the order of the hooks promises."""
+    if tensor is None:
+        raise InternalError("a mask was needed before layer 0 had run")
+    return tensor
+
+
+def load_torch_model(checkpoint: Checkpoint) -> OPTForCausalLM:
+    """Return the checkpoint as transformers' model: float32, eval mode, eager attention.
+
+    It is built on the meta device and filled tensor by tensor, so that no weight is in memory twice.
+    """
+    from shadowc.checkpoint.opt import config_dict
+
+    config = OPTConfig(**config_dict(checkpoint.facts), attn_implementation="eager")
+    with torch.device("meta"):
+        model = OPTForCausalLM(config)
+    for name, _ in list(model.named_parameters()):
+        array = np.require(checkpoint.weights.tensor(name), np.float32, ["C", "W"])
+        owner = model.get_submodule(name.rpartition(".")[0])
+        setattr(owner, name.rpartition(".")[2], nn.Parameter(torch.from_numpy(array), requires_grad=False))
+    model.tie_weights()
+    return model.eval()
