@@ -108,7 +108,9 @@ if ! "$py" -c 'import importlib.metadata as m, sys; sys.exit(tuple(map(int, m.ve
   logged "torch from ${source}" "${pip[@]}" 'torch>=2.9' $index
 fi
 tools=()
-command -v cmake >/dev/null || tools+=(cmake)
+if ! cmake --version 2>/dev/null | awk 'NR == 1 { split($3, v, "."); exit !(v[1] > 3 || v[1] == 3 && v[2] >= 24) }'; then
+  tools+=('cmake>=3.24')
+fi
 command -v ninja >/dev/null || tools+=(ninja)
 logged "tools for building, testing and linting" "${pip[@]}" --group dev "${tools[@]}"
 PATH=$venv/bin:$PATH logged "shadowc and its packages, operators compiled" "${pip[@]}" --no-build-isolation --editable .

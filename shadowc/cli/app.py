@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The table of commands. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from shadowc._version import __version__
+from shadowc.cli import render
+from shadowc.cli.bench import bench
+from shadowc.cli.collect import collect
+from shadowc.cli.compile import compile_model
+from shadowc.cli.doctor import doctor
+from shadowc.cli.evaluate import evaluate
+from shadowc.cli.guard import guarded
+from shadowc.cli.inspect import inspect
+from shadowc.cli.run import run
+from shadowc.cli.train import train
+from shadowc.cli.verify import verify
+
+app = typer.Typer(
+    name="shadowc",
+    help="Compile an OPT checkpoint into an inference engine that reads only the weights each token needs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+COMMANDS = (
+    ("compile", compile_model, "no engine was written; finished stages stay in the cache"),
+    ("collect", collect, "no trace was written"),
+    ("train", train, "no predictor was written"),
+    ("run", run, "the engine is unchanged"),
+    ("eval", evaluate, "the engine is unchanged"),
+    ("bench", bench, "the engine is unchanged"),
+    ("inspect", inspect, "the engine is unchanged"),
+    ("verify", verify, "the engine is unchanged"),
+    ("doctor", doctor, "nothing was changed"),
+)
+"""Name, function, and what Ctrl-C leaves behind."""
+
+for _name, _function, _kept in COMMANDS:
+    app.command(_name)(guarded(_function, kept=_kept))
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        render.line(f"shadowc {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Compile an OPT checkpoint into an inference engine that reads only the weights each token needs."""
+
+
+def main() -> None:
+    """Entry point of the `shadowc` script."""
+    app()

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shadowc collect`: which heads and neurons mattered, position by position."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shadowc.cli import flags, render
+
+if TYPE_CHECKING:
+    from shadowc.sparsity.importance import ImportanceTrace
+
+
+def collect(
+    model: flags.Model,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Trace folder; default: ./MODEL.trace.", show_default=False)
+    ] = None,
+    data: flags.Data = "self",
+    criterion: flags.Criterion = "plainact",
+    positions: flags.Positions = 4096,
+    length: Annotated[int, typer.Option("--length", help="Tokens per calibration sequence.", min=8)] = 256,
+    load_format: flags.LoadFormatFlag = "auto",
+    offline: flags.Offline = False,
+    seed: flags.Seed = 0,
+    json: flags.AsJson = False,
+) -> None:
+    """Record the importance of every head and neuron over calibration text, for `shadowc train`."""
+    from shadowc.spec.options import CollectOptions
+
+    options = flags.checked(
+        CollectOptions,
+        {"criterion": criterion, "data": data, "positions": positions, "length": length, "seed": seed},
+    )
+    from shadowc.checkpoint.resolve import resolve
+    from shadowc.sparsity.collect import collect as run_collect
+
+    checkpoint = resolve(model, load_format=load_format, offline=offline, seed=seed)
+    folder = out or Path(f"{checkpoint.facts.name}.trace")
+    with render.progress() as progress, progress.stage("collect"):
+        trace = run_collect(checkpoint, options, folder, progress)
+    if json:
+        render.as_json({"folder": str(trace.folder), **trace.meta})
+    else:
+        _show(trace)
+
+
+def _show(trace: ImportanceTrace) -> None:
+    meta = trace.meta
+    render.facts(
+        {
+            "model": str(meta["model"]["name"]),
+            "criterion": str(meta["criterion"]),
+            "text": f"{meta['source']}, {meta['sequences']:,} sequences of {meta['length']} tokens",
+            "positions": f"{meta['positions']:,} of {trace.layers} layers",
+            "dense loss": f"{meta['loss']:.3f} nats per token",
+            "folder": str(trace.folder),
+        }
+    )
+    render.line(f"next: shadowc train --trace {trace.folder}")

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shadowc compile`: a checkpoint becomes an engine folder."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shadowc.cli import flags, render
+
+if TYPE_CHECKING:
+    from shadowc.compiler import CompileSummary
+
+
+def compile_model(
+    model: flags.Model,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Engine folder; default: ./MODEL.engine.", show_default=False)
+    ] = None,
+    target: Annotated[str, typer.Option("--target", help="What the engine runs on.")] = "cpu",
+    weights: Annotated[flags.Weights, typer.Option("--weights", help="Type of the stored weights.")] = "fp32",
+    predictor: Annotated[
+        str, typer.Option("--predictor", help="train, none (a dense engine), or the folder of a trained predictor.")
+    ] = "train",
+    head_density: Annotated[float, typer.Option("--head-density", help="Default share of heads kept.")] = 0.5,
+    neuron_density: Annotated[float, typer.Option("--neuron-density", help="Default share of neurons kept.")] = 0.5,
+    scope: Annotated[flags.Scope, typer.Option("--scope", help="Rank within each layer, or over all.")] = "global",
+    mask: Annotated[flags.Mask, typer.Option("--mask", help="How often a mask is made.")] = "token",
+    skip_zeros: Annotated[
+        bool, typer.Option("--skip-zeros/--no-skip-zeros", help="Skip fc2 where ReLU gave 0 (exact).")
+    ] = True,
+    data: flags.Data = "self",
+    criterion: flags.Criterion = "plainact",
+    positions: flags.Positions = 4096,
+    neuron_block: flags.NeuronBlock = 16,
+    width: flags.Width = 0,
+    load_format: flags.LoadFormatFlag = "auto",
+    offline: flags.Offline = False,
+    seed: flags.Seed = 0,
+    dump_passes: Annotated[
+        Path | None, typer.Option("--dump-passes", help="Write the graph after every pass here.", show_default=False)
+    ] = None,
+    json: flags.AsJson = False,
+) -> None:
+    """Compile a checkpoint into an engine folder; missing stages run first, finished ones are reused."""
+    from shadowc.spec.density import Density
+    from shadowc.spec.options import CollectOptions, CompileOptions, TrainOptions
+
+    Density(head_density, neuron_density)  # refuses what is outside 0..1 before any work
+    options = flags.checked(
+        CompileOptions,
+        {
+            "model": model,
+            "out": out,
+            "target": target,
+            "weights": weights,
+            "predictor": predictor,
+            "head_density": head_density,
+            "neuron_density": neuron_density,
+            "scope": scope,
+            "mask": mask,
+            "skip_zeros": skip_zeros,
+            "load_format": load_format,
+            "offline": offline,
+            "seed": seed,
+            "collect": flags.checked(
+                CollectOptions, {"criterion": criterion, "data": data, "positions": positions, "seed": seed}
+            ),
+            "train": flags.checked(TrainOptions, {"neuron_block": neuron_block, "width": width, "seed": seed}),
+            "dump_passes": dump_passes,
+        },
+    )
+    from shadowc.compiler import compile_engine
+
+    with render.progress() as progress:
+        summary = compile_engine(options, progress)
+    if json:
+        render.as_json(_as_dict(summary))
+    else:
+        _show(summary)
+
+
+def _as_dict(summary: CompileSummary) -> dict[str, object]:
+    return {
+        "folder": str(summary.folder),
+        "up_to_date": summary.up_to_date,
+        "stages": [asdict(stage) for stage in summary.stages],
+        "manifest": summary.manifest.model_dump(mode="json"),
+    }
+
+
+def _show(summary: CompileSummary) -> None:
+    from shadowc.cli.inspect import model_facts, parity_text, sparsity_facts
+
+    if summary.up_to_date:
+        render.line(f"{summary.folder} is up to date")
+        return
+    manifest = summary.manifest
+    total = sum(entry.size for entry in manifest.files.values())
+    render.facts(
+        {
+            **model_facts(manifest),
+            **sparsity_facts(manifest),
+            "parity": parity_text(manifest),
+            "folder": f"{summary.folder}, {render.size(total)}",
+        }
+    )
+    if summary.stages:
+        rows = [
+            (
+                stage.name + (" (reused)" if stage.reused else ""),
+                render.seconds(stage.seconds),
+                render.size(stage.peak_bytes),
+            )
+            for stage in summary.stages
+        ]
+        rows.append(
+            (
+                "total",
+                render.seconds(sum(stage.seconds for stage in summary.stages)),
+                render.size(max(stage.peak_bytes for stage in summary.stages)),
+            )
+        )
+        render.table(("stage", "time", "peak memory"), rows)
+    render.line(f'next: shadowc run {summary.folder} "Once upon a time"')

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Flags that several commands share, declared once; defaults come from the options of the stages."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from shadowc.spec.density import Density
+    from shadowc.spec.manifest import SparsityPart
+
+Weights = Literal["fp32", "int8"]
+Scope = Literal["local", "global"]
+Mask = Literal["token"]
+LoadFormat = Literal["auto", "dummy"]
+
+# --- the model
+Model = Annotated[
+    str,
+    typer.Option("--model", "-m", help="opt-125m … opt-66b, opt-mini, a hub id, or a folder.", show_default=False),
+]
+LoadFormatFlag = Annotated[
+    LoadFormat, typer.Option("--load-format", help="dummy: seeded random weights of the true shape, no download.")
+]
+Offline = Annotated[bool, typer.Option("--offline", help="Never use the network (HF_HUB_OFFLINE=1 means the same).")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", min=0)]
+
+# --- calibration and training
+Data = Annotated[
+    str, typer.Option("--data", help="Calibration text: self (sampled from the model), or a .txt or .jsonl file.")
+]
+Criterion = Annotated[str, typer.Option("--criterion", help="Importance of a unit: plainact or l2norm.")]
+Positions = Annotated[
+    int, typer.Option("--positions", "--samples", help="Token positions to record.", min=16, show_default=True)
+]
+NeuronBlock = Annotated[int, typer.Option("--neuron-block", help="Neurons that are skipped together.", min=1)]
+Width = Annotated[
+    int, typer.Option("--width", help="Hidden width of the predictor; 0: within 3 % of the model.", min=0)
+]
+Epochs = Annotated[int, typer.Option("--epochs", help="Passes over the recorded positions.", min=1)]
+
+# --- running
+Engine = Annotated[Path, typer.Argument(metavar="ENGINE", help="Engine folder.", show_default=False)]
+BothDensities = Annotated[
+    float | None,
+    typer.Option("--density", help="Share of heads and neurons kept; default: the engine's own.", show_default=False),
+]
+HeadDensity = Annotated[float | None, typer.Option("--head-density", help="Share of heads kept.", show_default=False)]
+NeuronDensity = Annotated[
+    float | None, typer.Option("--neuron-density", help="Share of neurons kept.", show_default=False)
+]
+Threads = Annotated[
+    int | None, typer.Option("--threads", help="Threads; default: one per core.", min=1, show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
+
+
+def density_of(
+    both: float | None, heads: float | None, neurons: float | None, default: SparsityPart | None
+) -> Density | None:
+    """The density that the flags ask for, on top of the engine's own; None: nothing was asked for.
+
+    Raises:
+        InputError: a share is outside 0..1, or --density comes with a single share.
+    """
+    from shadowc.spec.density import Density
+    from shadowc.spec.errors import InputError
+
+    if both is not None and (heads is not None or neurons is not None):
+        raise InputError(
+            "--density sets heads and neurons; it was given together with a flag for one of them",
+            hint="use either --density, or --head-density and --neuron-density",
+        )
+    if both is not None:
+        return Density.of(both)
+    if heads is None and neurons is None:
+        return None
+    own = Density(default.head_density, default.neuron_density) if default else Density()
+    return Density(own.heads if heads is None else heads, own.neurons if neurons is None else neurons)
+
+
+def densities_of(text: str) -> tuple[Density, ...]:
+    """Densities from a list such as `1,0.5,0.5/0.2` (heads/neurons).
+
+    Raises:
+        InputError: an entry is not a number or outside 0..1.
+    """
+    from shadowc.spec.density import Density
+    from shadowc.spec.errors import InputError
+
+    found = []
+    for entry in text.split(","):
+        heads, _, neurons = entry.strip().partition("/")
+        try:
+            found.append(Density(float(heads), float(neurons or heads)))
+        except ValueError:
+            raise InputError(
+                f"a list of densities was expected, found {entry.strip()!r} in it", hint="for example 1,0.5,0.5/0.2"
+            ) from None
+    return tuple(found)
+
+
+def checked(options: Callable[..., Any], values: Mapping[str, object]) -> Any:
+    """Build frozen options; what pydantic finds wrong becomes one InputError with all findings.
+
+    Raises:
+        InputError: a value is out of its range or of the wrong kind.
+    """
+    from pydantic import ValidationError
+
+    from shadowc.spec.errors import InputError
+
+    try:
+        return options(**values)
+    except ValidationError as error:
+        findings = [f"--{'-'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}" for item in error.errors()]
+        raise InputError(
+            f"{len(findings)} option value{'s' if len(findings) > 1 else ''} cannot be used",
+            hint="shadowc COMMAND --help lists what each flag takes",
+            problems=findings,
+        ) from None

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shadowc inspect`: what an engine folder holds, from its manifest alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shadowc.cli import flags, render
+from shadowc.cli.recall import layer_table, summary_table
+
+if TYPE_CHECKING:
+    from shadowc.spec.manifest import EngineManifest
+
+
+def inspect(engine: flags.Engine, json: flags.AsJson = False) -> None:
+    """Show the model, the sparsity plan, sizes, parity and the predictor's recall; nothing is loaded or changed."""
+    manifest = read_manifest(engine)
+    if json:
+        render.as_json(manifest.model_dump(mode="json"))
+        return
+    render.facts(
+        {**model_facts(manifest), **sparsity_facts(manifest), "parity": parity_text(manifest)}, title=str(engine)
+    )
+    render.table(("bytes per token", "dense", "at the default density"), bytes_rows(manifest))
+    report = recall_report(manifest)
+    if manifest.sparsity and report:
+        scope = manifest.sparsity.scope
+        render.table(
+            *summary_table(report, scope), title=f"found among the important units of held-out text, {scope} ranking"
+        )
+        render.table(*layer_table(report, scope), title="recall per layer at density 0.5")
+    render.table(
+        ("file", "size", "sha256"),
+        [(name, render.size(entry.size), entry.sha256[:16]) for name, entry in sorted(manifest.files.items())],
+    )
+    render.facts(dict(sorted(manifest.producer.items())), title="made with")
+
+
+def read_manifest(folder: Path) -> EngineManifest:
+    """Read engine.json without loading anything else.
+
+    Raises:
+        InputError: the folder is missing or not an engine.
+        IncompatibleEngineError: the manifest is of a newer schema or damaged.
+    """
+    from shadowc.runtime.load import read_manifest as read
+
+    return read(folder)
+
+
+def model_facts(manifest: EngineManifest) -> dict[str, str]:
+    """Return the model and how it is stored."""
+    model = manifest.model
+    return {
+        "model": f"{model.name}: {model.layers} layers, hidden {model.hidden}, {model.heads} heads, "
+        f"{model.ffn} neurons, vocabulary {model.vocab:,}, context {model.positions}",
+        "source": model.source,
+        "target": f"{manifest.target}, {manifest.weights} weights",
+    }
+
+
+def sparsity_facts(manifest: EngineManifest) -> dict[str, str]:
+    """Return how masks are made."""
+    plan = manifest.sparsity
+    if plan is None:
+        return {"sparsity": "none: a dense engine"}
+    exempt = f", layers {', '.join(map(str, plan.exempt))} exempt" if plan.exempt else ""
+    return {
+        "sparsity": f"a mask per {plan.mask}, ranked {plan.scope}ly, blocks of {plan.neuron_block} neurons{exempt}",
+        "density": f"{plan.head_density:g} of the heads, {plan.neuron_density:g} of the neurons, unless a run says so",
+        "predictor": predictor_text(plan.predictor),
+    }
+
+
+def predictor_text(predictor: Mapping[str, object]) -> str:
+    """Return where the predictor comes from, in one line."""
+    kept = {name: value for name, value in predictor.items() if isinstance(value, str | int | float)}
+    return ", ".join(f"{name} {value}" for name, value in kept.items()) or "not described"
+
+
+def parity_text(manifest: EngineManifest) -> str:
+    """Return the result of the compile's own check against torch."""
+    parity = manifest.parity
+    layers = parity.get("layers")
+    if not isinstance(layers, list) or not layers:
+        return "not recorded"
+    return (
+        f"{parity.get('positions', 0)} positions against torch: worst layer {max(layers):.1e} "
+        f"(tolerance {parity.get('layer_tolerance', 0):.0e}), logits {parity.get('logits', 0):.1e} "
+        f"(tolerance {parity.get('logits_tolerance', 0):.0e})"
+    )
+
+
+def bytes_rows(manifest: EngineManifest) -> list[tuple[str, str, str]]:
+    """Return what one token reads, part by part, dense and at the engine's default density."""
+    part, plan, model = manifest.bytes_per_token, manifest.sparsity, manifest.model
+    records = attention, ffn = record_bytes(manifest)
+    heads, neurons = (plan.head_density, plan.neuron_density) if plan else (1.0, 1.0)
+    first = 1 / model.layers  # layer 0 stays dense
+    kept = (attention * (first + (1 - first) * heads), ffn * (first + (1 - first) * neurons))
+    other = part.lm_head + part.predictor + part.other
+    rows = [
+        ("attention records", *map(render.size, (attention, kept[0]))),
+        ("neuron records", *map(render.size, (ffn, kept[1]))),
+        ("LM head", *[render.size(part.lm_head)] * 2),
+        ("predictor", *[render.size(part.predictor)] * 2),
+        ("norms, biases, embedding rows", *[render.size(part.other)] * 2),
+        ("all", render.size(sum(records) + other), render.size(sum(kept) + other)),
+    ]
+    return [(name, dense, sparse) for name, dense, sparse in rows]
+
+
+def record_bytes(manifest: EngineManifest) -> tuple[float, float]:
+    """Return the bytes of all attention records and of all neuron records, split by their number of rows."""
+    model = manifest.model
+    attention, ffn = 4 * model.heads * model.head_size, 2 * model.ffn
+    records = manifest.bytes_per_token.records
+    return records * attention / (attention + ffn), records * ffn / (attention + ffn)
+
+
+def recall_report(manifest: EngineManifest) -> Mapping[str, object] | None:
+    """Return the training's report on its held-out positions; None for a dummy or a foreign predictor without one."""
+    report = manifest.sparsity.predictor.get("report") if manifest.sparsity else None
+    return report if isinstance(report, Mapping) and "found" in report else None

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`shadowc run`: text in, text out, and what it cost."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from shadowc.cli import flags, render
+
+if TYPE_CHECKING:
+    from shadowc.runtime.stats import RunStats
+    from shadowc.spec.density import Density
+    from shadowc.spec.manifest import EngineManifest
+
+ENDINGS = {
+    "eos": "the model ended the text",
+    "length": "--max-new-tokens reached",
+    "context": "the model's context is full",
+}
+
+
+def run(
+    engine: flags.Engine,
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to go on from.", show_default=False)],
+    density: flags.BothDensities = None,
+    head_density: flags.HeadDensity = None,
+    neuron_density: flags.NeuronDensity = None,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", "-n", help="Tokens to generate.", min=1)] = 64,
+    reference: Annotated[
+        bool, typer.Option("--reference", help="Run reference.onnx: standard operators only, slow, the judge.")
+    ] = False,
+    threads: flags.Threads = None,
+    json: flags.AsJson = False,
+) -> None:
+    """Generate text, greedily; the share of the model that is computed can differ from run to run."""
+    flags.density_of(density, head_density, neuron_density, None)  # a bad share is told before anything is loaded
+    from shadowc.runtime.load import load
+
+    with render.progress() as progress, progress.stage("load"):
+        loaded = load(engine, threads=threads, reference=reference)
+    plan = loaded.manifest.sparsity
+    wanted = flags.density_of(density, head_density, neuron_density, plan)
+    stream = None if json else _Echo(prompt)
+    text = loaded.generate(prompt, max_new_tokens=max_new_tokens, density=wanted, stream=stream)
+    stats = loaded.last_stats
+    if json:
+        render.as_json(_as_dict(loaded.manifest, prompt, text, wanted, stats))
+        return
+    render.line("" if text else prompt)
+    render.facts(_cost(loaded.manifest, wanted, stats), talk=True)
+
+
+class _Echo:
+    """Shows the prompt once the first piece is there (a prompt that is refused is not shown), then every piece."""
+
+    def __init__(self, prompt: str) -> None:
+        self._prompt = prompt
+
+    def __call__(self, piece: str) -> None:
+        render.piece(self._prompt + piece)
+        self._prompt = ""
+
+
+def _as_dict(
+    manifest: EngineManifest, prompt: str, text: str, density: Density | None, stats: RunStats
+) -> dict[str, object]:
+    used = _used(manifest, density)
+    return {
+        "prompt": prompt,
+        "text": text,
+        "new_tokens": stats.new_tokens,
+        "finish": stats.finish[0] if stats.finish else None,
+        "density": {"heads": used.heads, "neurons": used.neurons} if used else None,
+        "tokens_per_second": stats.tokens_per_second,
+        "prefill_seconds": stats.prefill_seconds,
+        "seconds": stats.seconds,
+        "active_heads": stats.heads,
+        "heads": stats.head_units,
+        "active_neurons": min(stats.neurons * stats.neuron_block, manifest.model.ffn),
+        "neurons": manifest.model.ffn,
+        "bytes_per_token": stats.bytes_read,
+        "dense_bytes_per_token": dense_bytes(manifest),
+    }
+
+
+def _cost(manifest: EngineManifest, density: Density | None, stats: RunStats) -> dict[str, str]:
+    """Return what the talk says after the text: all numbers are counted by the kernels, none is what was asked for."""
+    used, heads, ffn = _used(manifest, density), stats.head_units, manifest.model.ffn
+    neurons = min(stats.neurons * stats.neuron_block, ffn)
+    ending = f"; {ENDINGS.get(stats.finish[0], stats.finish[0])}" if stats.finish else ""
+    rows = {
+        "generated": f"{stats.new_tokens} tokens{ending}",
+        "speed": f"{stats.tokens_per_second:.1f} tokens/s after {render.seconds(stats.prefill_seconds)} for the prompt",
+        "asked for": f"{used.heads:g} of the heads, {used.neurons:g} of the neurons" if used else "a dense engine",
+        "active heads": f"{stats.heads:.1f} of {heads} per layer ({render.share(stats.heads / heads)})",
+        "active neurons": f"{neurons:.0f} of {ffn} per layer ({render.share(neurons / ffn)})",
+    }
+    if stats.tokens and not math.isnan(stats.bytes_read):
+        dense = dense_bytes(manifest)
+        rows["read per token"] = (
+            f"{render.size(stats.bytes_read)} of {render.size(dense)} ({render.share(stats.bytes_read / dense)})"
+        )
+    return rows
+
+
+def dense_bytes(manifest: EngineManifest) -> int:
+    """Return what one token reads when nothing is skipped."""
+    part = manifest.bytes_per_token
+    return part.records + part.lm_head + part.other
+
+
+def _used(manifest: EngineManifest, density: Density | None) -> Density | None:
+    """Return the density of the run: the one asked for, else the engine's own; None for a dense engine."""
+    from shadowc.spec.density import Density
+
+    if manifest.sparsity is None:
+        return None
+    return density or Density(manifest.sparsity.head_density, manifest.sparsity.neuron_density)
