@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// Softmax attention of up to kTileRows queries of one head over its cache, once per SIMD target.
+
+#if defined(SHADOWC_CPU_ATTENTION_CORE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SHADOWC_CPU_ATTENTION_CORE_INL_H_
+#undef SHADOWC_CPU_ATTENTION_CORE_INL_H_
+#else
+#define SHADOWC_CPU_ATTENTION_CORE_INL_H_
+#endif
+
+#include <algorithm>
+#include <limits>
+
+#include "hwy/contrib/math/math-inl.h"
+#include "rows-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace shadowc {
+namespace HWY_NAMESPACE {
+
+// In place: p = softmax(p).
+HWY_INLINE void Softmax(float* HWY_RESTRICT p, size_t n) {
+  const DF df;
+  const size_t lanes = hn::Lanes(df);
+  const VF lowest = hn::Set(df, -std::numeric_limits<float>::infinity());
+  VF most = lowest;
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) most = hn::Max(most, hn::LoadU(df, p + i));
+  if (i < n) most = hn::Max(most, hn::IfThenElse(hn::FirstN(df, n - i), hn::LoadN(df, p + i, n - i), lowest));
+  most = hn::Set(df, hn::ReduceMax(df, most));
+  VF sum = hn::Zero(df);
+  for (i = 0; i + lanes <= n; i += lanes) {
+    const VF e = hn::Exp(df, hn::Sub(hn::LoadU(df, p + i), most));
+    hn::StoreU(e, df, p + i);
+    sum = hn::Add(sum, e);
+  }
+  if (i < n) {
+    const VF e = hn::Exp(df, hn::Sub(hn::LoadN(df, p + i, n - i), most));
+    hn::StoreN(e, df, p + i, n - i);
+    sum = hn::Add(sum, hn::IfThenElseZero(hn::FirstN(df, n - i), e));
+  }
+  const VF inverse = hn::Set(df, 1.0f / hn::ReduceSum(df, sum));
+  for (i = 0; i + lanes <= n; i += lanes) hn::StoreU(hn::Mul(hn::LoadU(df, p + i), inverse), df, p + i);
+  if (i < n) hn::StoreN(hn::Mul(hn::LoadN(df, p + i, n - i), inverse), df, p + i, n - i);
+}
+
+// Query i (scaled, at query[i]) sees keys 0 ... sees[i] - 1 of `key` and `value` [.., head_size]; sees
+// ascends and is at least 1. context[i] receives the result. `logits` holds count * stride floats, stride >=
+// the largest `sees` rounded up to 4.
+HWY_INLINE void AttendTile(const float* const* query, const size_t* sees, size_t count, const float* key,
+                           const float* value, size_t head_size, float* const* context, float* logits,
+                           size_t stride) {
+  const size_t most = sees[count - 1], all = sees[0];
+  for (size_t k = 0; k < most; k += 4) {
+    const float* rows[4];
+    for (size_t c = 0; c < 4; ++c) rows[c] = key + std::min(k + c, most - 1) * head_size;
+    ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
+      if (sees[r + group() - 1] <= k) return;  // all of them before these keys
+      DotTile<group()>(query + r, rows[0], rows[1], rows[2], rows[3], head_size,
+                       static_cast<const float* const*>(nullptr), logits + r * stride + k, stride);
+    });
+  }
+  for (size_t r = 0; r < count; ++r) {
+    Softmax(logits + r * stride, sees[r]);
+    std::fill(context[r], context[r] + head_size, 0.0f);
+  }
+  // The keys that all queries see together, then each query's own rest: no 0 * value of a token it must not
+  // see.
+  const Strided<float> values{value, head_size};
+  ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
+    AxpyTile<group()>(context + r, values, all, logits + r * stride, stride, head_size, 0, values);
+  });
+  for (size_t r = 0; r < count; ++r) {
+    const Strided<float> rest{value + all * head_size, head_size};
+    AxpyTile<1>(context + r, rest, sees[r] - all, logits + r * stride + all, stride, head_size, 0, rest);
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace shadowc
+HWY_AFTER_NAMESPACE();
+
+#endif  // include guard, toggled per target

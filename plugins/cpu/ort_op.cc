@@ -1,0 +1,162 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ort_op.h"
+
+namespace shadowc {
+
+std::string ToText(const Shape& shape) {
+  std::string text = "[";
+  for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+  return text + "]";
+}
+
+void Problems::Expect(bool ok, const std::string& name, const std::string& expected,
+                      const std::string& found) {
+  if (!ok) Add(name + " must be " + expected + ", found " + found);
+}
+
+void Problems::ExpectShape(const std::string& name, const Shape& found, const Shape& expected,
+                           const char* letters) {
+  Expect(found == expected, name, std::string(letters) + " = " + ToText(expected), ToText(found));
+}
+
+void Problems::ExpectRank(const std::string& name, const Shape& found, size_t rank, const char* letters) {
+  Expect(found.size() == rank, name, letters, ToText(found));
+}
+
+void Problems::ThrowIfAny() const {
+  if (found_.empty()) return;
+  std::string text = where_ + ": ";
+  for (size_t i = 0; i < found_.size(); ++i) text += (i == 0 ? "" : "; ") + found_[i];
+  throw Ort::Exception(std::move(text), ORT_INVALID_ARGUMENT);
+}
+
+namespace {
+
+bool WeightTypeOf(ONNXTensorElementDataType type, WeightType* out) {
+  switch (type) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+      *out = WeightType::kFloat32;
+      return true;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
+      *out = WeightType::kInt8;
+      return true;
+    default:
+      return false;
+  }
+}
+
+const char* TypeName(ONNXTensorElementDataType type) {
+  static const char* const kNames[] = {
+      "undefined", "float32", "uint8",   "int8",   "uint16", "int16",     "int32",      "int64",   "string",
+      "bool",      "float16", "float64", "uint32", "uint64", "complex64", "complex128", "bfloat16"};
+  const size_t i = static_cast<size_t>(type);
+  if (i < sizeof(kNames) / sizeof(kNames[0])) return kNames[i];
+  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4) return "uint4";
+  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4) return "int4";
+  return "a float8 type";
+}
+
+void ExpectWeightType(ONNXTensorElementDataType type, WeightType* out, Problems* problems) {
+  problems->Expect(WeightTypeOf(type, out), "the element type of w", "float32 or int8", TypeName(type));
+}
+
+}  // namespace
+
+Weights ReadWeights(const Ort::KernelContext& context, size_t index, Problems* problems) {
+  Weights weights;
+  const Ort::ConstValue value = context.GetInput(index);
+  const Ort::TensorTypeAndShapeInfo info = value.GetTensorTypeAndShapeInfo();
+  ExpectWeightType(info.GetElementType(), &weights.type, problems);
+  weights.data = value.GetTensorRawData();
+  weights.shape = info.GetShape();
+  return weights;
+}
+
+void CheckWeightType(const Ort::ConstKernelInfo& info, size_t index, Problems* problems) {
+  const Ort::TypeInfo type = info.GetInputTypeInfo(index);
+  if (type.GetONNXType() != ONNX_TYPE_TENSOR) return;
+  WeightType unused;
+  ExpectWeightType(type.GetTensorTypeAndShapeInfo().GetElementType(), &unused, problems);
+}
+
+Selection ReadSelection(const Ort::KernelContext& context, size_t scores_index, size_t threshold_index,
+                        int64_t layer, int64_t batch, int64_t tokens, int64_t units, const char* units_text,
+                        Problems* problems) {
+  const Input<float> scores = ReadInput<float>(context, scores_index);
+  const Input<float> threshold = ReadInput<float>(context, threshold_index);
+  problems->ExpectRank("scores", scores.shape, 4, "[1 or B, S', L, N]");
+  problems->ExpectRank("threshold", threshold.shape, 3, "[1 or B, S', L]");
+  problems->ThrowIfAny();
+  const int64_t tail = scores.shape[1], layers = scores.shape[2];
+  const auto batch_fits = [&](int64_t found) { return found == 1 || found == batch; };
+  problems->Expect(batch_fits(scores.shape[0]), "the batch of scores",
+                   "1 or " + std::to_string(batch) + " (that of x)", std::to_string(scores.shape[0]));
+  problems->Expect(batch_fits(threshold.shape[0]), "the batch of threshold",
+                   "1 or " + std::to_string(batch) + " (that of x)", std::to_string(threshold.shape[0]));
+  problems->Expect(threshold.shape[1] == tail && threshold.shape[2] == layers, "threshold",
+                   "[1 or B, " + std::to_string(tail) + ", " + std::to_string(layers) + "] as scores are " +
+                       ToText(scores.shape),
+                   ToText(threshold.shape));
+  problems->Expect(tail <= tokens || tokens == 0, "S' (axis 1 of scores)",
+                   "at most S = " + std::to_string(tokens) + " (axis 1 of x)", std::to_string(tail));
+  problems->Expect(layer >= 0 && layer < layers, "attribute layer",
+                   "in 0 ... " + std::to_string(layers - 1) + " (axis 2 of scores)", std::to_string(layer));
+  problems->Expect(scores.shape[3] == units, "N (axis 3 of scores)",
+                   std::to_string(units) + " (" + units_text + ")", std::to_string(scores.shape[3]));
+  Selection selection;
+  selection.scores = scores.data;
+  selection.threshold = threshold.data;
+  selection.scores_batch = static_cast<size_t>(scores.shape[0]);
+  selection.threshold_batch = static_cast<size_t>(threshold.shape[0]);
+  selection.tail = static_cast<size_t>(tail);
+  selection.layers = static_cast<size_t>(layers);
+  selection.units = static_cast<size_t>(units);
+  selection.layer = static_cast<size_t>(layer);
+  return selection;
+}
+
+void WriteRead(const Ort::KernelContext& context, size_t index, const ReadCount& read) {
+  int64_t* out = Output<int64_t>(context, index, {2});
+  if (out == nullptr) return;
+  out[0] = read.records;
+  out[1] = read.bytes;
+}
+
+Parallel HostPool(OrtKernelContext* context) {
+  const auto run = [](void* pool, size_t total, Parallel::Body body, void* closure) {
+    // num_batch 0: one index at a time to whichever thread is free, so a disturbed thread does not hold up
+    // the rest.
+    Ort::ThrowOnError(Ort::GetApi().KernelContext_ParallelFor(static_cast<OrtKernelContext*>(pool), body,
+                                                              total, 0, closure));
+  };
+  return Parallel(run, context);
+}
+
+int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name, int64_t otherwise) {
+  int64_t value = 0;
+  const Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_int64(info, name, &value));
+  return status.IsOK() ? value : otherwise;
+}
+
+std::string TextAttribute(const Ort::ConstKernelInfo& info, const char* name, const char* otherwise) {
+  size_t size = 0;
+  Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_string(info, name, nullptr, &size));
+  if (!status.IsOK()) return otherwise;
+  std::string value(size, '\0');
+  Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttribute_string(info, name, value.data(), &size));
+  value.resize(size > 0 ? size - 1 : 0);  // the size counts the terminating zero
+  return value;
+}
+
+std::vector<int64_t> IntsAttribute(const Ort::ConstKernelInfo& info, const char* name,
+                                   const std::vector<int64_t>& otherwise) {
+  size_t size = 0;
+  const Ort::Status status(Ort::GetApi().KernelInfoGetAttributeArray_int64(info, name, nullptr, &size));
+  if (!status.IsOK()) return otherwise;
+  std::vector<int64_t> values(size);
+  if (size != 0)
+    Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttributeArray_int64(info, name, values.data(), &size));
+  return values;
+}
+
+}  // namespace shadowc

@@ -1,0 +1,145 @@
+// SPDX-License-Identifier: Apache-2.0
+// SparseAttention as an ONNX Runtime operator: checks shapes and cache positions, then calls the kernel
+// (sparse_attention.h).
+#include "arena.h"
+#include "ort_op.h"
+#include "sparse_attention.h"
+
+namespace shadowc {
+namespace {
+
+constexpr const char* kName = "SparseAttention";
+enum In : size_t {
+  kX,
+  kScores,
+  kThreshold,
+  kW,
+  kScales,
+  kBqkv,
+  kBo,
+  kPastKey,
+  kPastValue,
+  kStart,
+  kPast,
+  kInputs
+};
+enum Out : size_t { kY, kPresentKey, kPresentValue, kContext, kRead, kOutputs };
+
+// Positions decide which memory is touched: every row is checked on every call.
+void CheckPositions(const Input<int64_t>& start, const Input<int64_t>& past, int64_t batch, int64_t tokens,
+                    int64_t capacity, Problems* problems) {
+  problems->ExpectShape("start", start.shape, {batch}, "[B]");
+  problems->ExpectShape("past", past.shape, {batch}, "[B]");
+  problems->ThrowIfAny();
+  for (int64_t b = 0; b < batch; ++b) {
+    const std::string row = "[" + std::to_string(b) + "]";
+    const int64_t p = past.data[b], s = start.data[b];
+    problems->Expect(p >= 0, "past" + row, "at least 0", std::to_string(p));
+    problems->Expect(p <= capacity - tokens, "past" + row + " + S",
+                     "at most the cache capacity T = " + std::to_string(capacity),
+                     std::to_string(p) + " + " + std::to_string(tokens));
+    problems->Expect(s >= 0 && s - tokens <= p, "start" + row,
+                     "in 0 ... past + S = " + std::to_string(p) + " + " + std::to_string(tokens),
+                     std::to_string(s));
+  }
+}
+
+class SparseAttentionKernel {
+ public:
+  explicit SparseAttentionKernel(const Ort::ConstKernelInfo& info)
+      : node_(info.GetNodeName()), layer_(IntAttribute(info, "layer", 0)) {
+    const std::string kv = TextAttribute(info, "kv", "all");
+    Problems problems(kName, node_);
+    problems.Expect(kv == "all" || kv == "active", "attribute kv", "'all' or 'active'", "'" + kv + "'");
+    CheckWeightType(info, kW, &problems);
+    problems.ThrowIfAny();
+    kv_active_only_ = kv == "active";
+  }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
+    return AsStatus([&] { Compute(context); });
+  }
+
+ private:
+  void Compute(OrtKernelContext* raw) const {
+    const Ort::KernelContext context(raw);
+    Problems problems(kName, node_);
+    const Input<float> x = ReadInput<float>(context, kX), scales = ReadInput<float>(context, kScales);
+    const Input<float> bqkv = ReadInput<float>(context, kBqkv), bo = ReadInput<float>(context, kBo);
+    const Input<float> key = ReadInput<float>(context, kPastKey),
+                       value = ReadInput<float>(context, kPastValue);
+    const Input<int64_t> start = ReadInput<int64_t>(context, kStart),
+                         past = ReadInput<int64_t>(context, kPast);
+    const Weights w = ReadWeights(context, kW, &problems);
+    problems.ExpectRank("x", x.shape, 3, "[B, S, E]");
+    problems.ExpectRank("w", w.shape, 4, "[H, 4, D, E]");
+    problems.ExpectRank("past_key", key.shape, 4, "[B, H, T, D]");
+    problems.ThrowIfAny();
+    const int64_t batch = x.shape[0], tokens = x.shape[1], width = x.shape[2];
+    const int64_t heads = w.shape[0], size = w.shape[2], capacity = key.shape[2];
+    problems.ExpectShape("w", w.shape, {heads, 4, size, width}, "[H, 4, D, E]");
+    problems.Expect(heads * size == width, "H * D (axes 0 and 2 of w)", "E = " + std::to_string(width),
+                    std::to_string(heads) + " * " + std::to_string(size));
+    problems.ExpectShape("scales", scales.shape, {heads, 4, size}, "[H, 4, D]");
+    problems.ExpectShape("bqkv", bqkv.shape, {heads, 3, size}, "[H, 3, D]");
+    problems.ExpectShape("bo", bo.shape, {width}, "[E]");
+    problems.ExpectShape("past_key", key.shape, {batch, heads, capacity, size}, "[B, H, T, D]");
+    problems.ExpectShape("past_value", value.shape, {batch, heads, capacity, size}, "[B, H, T, D]");
+    AttentionArgs a{};
+    a.selection = ReadSelection(context, kScores, kThreshold, layer_, batch, tokens, heads, "H, axis 0 of w",
+                                &problems);
+    CheckPositions(start, past, batch, tokens, capacity, &problems);
+    problems.ThrowIfAny();
+    a.x = x.data;
+    a.batch = static_cast<size_t>(batch);
+    a.tokens = static_cast<size_t>(tokens);
+    a.width = static_cast<size_t>(width);
+    a.type = w.type;
+    a.w = w.data;
+    a.scales = scales.data;
+    a.bqkv = bqkv.data;
+    a.bo = bo.data;
+    a.heads = static_cast<size_t>(heads);
+    a.head_size = static_cast<size_t>(size);
+    a.capacity = static_cast<size_t>(capacity);
+    a.past_key = key.data;
+    a.past_value = value.data;
+    a.start = start.data;
+    a.past = past.data;
+    a.kv_active_only = kv_active_only_;
+    a.y = Output<float>(context, kY, x.shape);
+    a.present_key = Output<float>(context, kPresentKey, key.shape);
+    a.present_value = Output<float>(context, kPresentValue, value.shape);
+    a.context = Output<float>(context, kContext, x.shape);
+    CallArena arena;
+    if (a.context == nullptr) a.context = arena.Take<float>(a.batch * a.tokens * a.width);
+    WriteRead(context, kRead, SparseAttention(a, HostPool(raw)));
+  }
+
+  std::string node_;
+  int64_t layer_;
+  bool kv_active_only_ = false;
+};
+
+struct SparseAttentionOpType : OpBase<SparseAttentionOpType, SparseAttentionKernel> {
+  static constexpr size_t kRequiredOutputs = 3;
+  const char* GetName() const { return kName; }
+  size_t GetInputTypeCount() const { return kInputs; }
+  size_t GetOutputTypeCount() const { return kOutputs; }
+  ONNXTensorElementDataType GetInputType(size_t index) const {
+    if (index == kW) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    return index >= kStart ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  ONNXTensorElementDataType GetOutputType(size_t index) const {
+    return index == kRead ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+};
+
+}  // namespace
+
+const OrtCustomOp* SparseAttentionOp() {
+  static const SparseAttentionOpType op;
+  return &op;
+}
+
+}  // namespace shadowc

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// SparseFFN as an ONNX Runtime operator: checks shapes, then calls the kernel (sparse_ffn.h).
+#include "ort_op.h"
+#include "sparse_ffn.h"
+
+namespace shadowc {
+namespace {
+
+constexpr const char* kName = "SparseFFN";
+enum In : size_t { kX, kScores, kThreshold, kW, kScales, kB1, kB2, kInputs };
+enum Out : size_t { kY, kRead, kOutputs };
+
+class SparseFfnKernel {
+ public:
+  explicit SparseFfnKernel(const Ort::ConstKernelInfo& info)
+      : node_(info.GetNodeName()),
+        layer_(IntAttribute(info, "layer", 0)),
+        block_(IntAttribute(info, "block", 1)),
+        skip_zeros_(IntAttribute(info, "skip_zeros", 0) != 0) {
+    Problems problems(kName, node_);
+    problems.Expect(block_ >= 1, "attribute block", "at least 1", std::to_string(block_));
+    CheckWeightType(info, kW, &problems);
+    problems.ThrowIfAny();
+  }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
+    return AsStatus([&] { Compute(context); });
+  }
+
+ private:
+  void Compute(OrtKernelContext* raw) const {
+    const Ort::KernelContext context(raw);
+    Problems problems(kName, node_);
+    const Input<float> x = ReadInput<float>(context, kX), scales = ReadInput<float>(context, kScales);
+    const Input<float> b1 = ReadInput<float>(context, kB1), b2 = ReadInput<float>(context, kB2);
+    const Weights w = ReadWeights(context, kW, &problems);
+    problems.ExpectRank("x", x.shape, 3, "[B, S, E]");
+    problems.ExpectRank("w", w.shape, 3, "[F, 2, E]");
+    problems.ThrowIfAny();
+    const int64_t width = x.shape[2], neurons = w.shape[0];
+    problems.ExpectShape("w", w.shape, {neurons, 2, width}, "[F, 2, E]");
+    problems.ExpectShape("scales", scales.shape, {neurons, 2}, "[F, 2]");
+    problems.ExpectShape("b1", b1.shape, {neurons}, "[F]");
+    problems.ExpectShape("b2", b2.shape, {width}, "[E]");
+    FfnArgs a{};
+    a.selection = ReadSelection(context, kScores, kThreshold, layer_, x.shape[0], x.shape[1],
+                                (neurons + block_ - 1) / block_, "ceil(F / block)", &problems);
+    problems.ThrowIfAny();
+    a.x = x.data;
+    a.batch = static_cast<size_t>(x.shape[0]);
+    a.tokens = static_cast<size_t>(x.shape[1]);
+    a.width = static_cast<size_t>(width);
+    a.type = w.type;
+    a.w = w.data;
+    a.scales = scales.data;
+    a.b1 = b1.data;
+    a.b2 = b2.data;
+    a.neurons = static_cast<size_t>(neurons);
+    a.block = static_cast<size_t>(block_);
+    a.skip_zeros = skip_zeros_;
+    a.y = Output<float>(context, kY, x.shape);
+    WriteRead(context, kRead, SparseFfn(a, HostPool(raw)));
+  }
+
+  std::string node_;
+  int64_t layer_, block_;
+  bool skip_zeros_;
+};
+
+struct SparseFfnOpType : OpBase<SparseFfnOpType, SparseFfnKernel> {
+  static constexpr size_t kRequiredOutputs = 1;
+  const char* GetName() const { return kName; }
+  size_t GetInputTypeCount() const { return kInputs; }
+  size_t GetOutputTypeCount() const { return kOutputs; }
+  ONNXTensorElementDataType GetInputType(size_t index) const {
+    return index == kW ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  ONNXTensorElementDataType GetOutputType(size_t index) const {
+    return index == kRead ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+};
+
+}  // namespace
+
+const OrtCustomOp* SparseFfnOp() {
+  static const SparseFfnOpType op;
+  return &op;
+}
+
+}  // namespace shadowc

@@ -1,0 +1,267 @@
+// SPDX-License-Identifier: Apache-2.0
+// The arithmetic of weight rows, once per SIMD target: dot products of rows of x with weight rows, and weight
+// rows added to rows of y. Weights may be any type with a LoadWide below; everything accumulates in float32.
+//
+// Each output element is summed in an order that depends on the row length and the target alone: not on how
+// many rows or weight rows a call handles. So a row gets the same bits whatever its neighbours in a batch
+// are.
+//
+// No arrays of vectors: on SVE and RVV vectors have no size.
+
+#if defined(SHADOWC_CPU_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SHADOWC_CPU_ROWS_INL_H_
+#undef SHADOWC_CPU_ROWS_INL_H_
+#else
+#define SHADOWC_CPU_ROWS_INL_H_
+#endif
+
+#include <cstddef>
+#include <cstdint>
+
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace shadowc {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DF = hn::ScalableTag<float>;
+using VF = hn::Vec<DF>;
+
+// Rows of x (or y) handled together: rows x 4 accumulators, 4 weight vectors and one more must fit the
+// register file, which has 32 vectors on AVX-512, NEON and SVE, and 16 on older x86.
+#if HWY_ARCH_X86 && HWY_TARGET > HWY_AVX3
+inline constexpr size_t kMostRows = 2;
+#else
+inline constexpr size_t kMostRows = 4;
+#endif
+inline constexpr size_t kLine = 64;
+
+HWY_INLINE VF LoadWide(DF df, const float* p) { return hn::LoadU(df, p); }
+HWY_INLINE VF LoadWideN(DF df, const float* p, size_t n) { return hn::LoadN(df, p, n); }
+HWY_INLINE VF LoadWide(DF df, const int8_t* p) {
+  const hn::Rebind<int8_t, DF> d8;
+  const hn::Rebind<int32_t, DF> d32;
+  return hn::ConvertTo(df, hn::PromoteTo(d32, hn::LoadU(d8, p)));
+}
+HWY_INLINE VF LoadWideN(DF df, const int8_t* p, size_t n) {
+  const hn::Rebind<int8_t, DF> d8;
+  const hn::Rebind<int32_t, DF> d32;
+  return hn::ConvertTo(df, hn::PromoteTo(d32, hn::LoadN(d8, p, n)));
+}
+
+// Into L2, not L1 (locality 2 is T1 on x86, PLDL2KEEP on Arm): measured, L1 hints lose a third of the
+// bandwidth.
+HWY_INLINE void PrefetchL2(const void* p) { __builtin_prefetch(p, 0, 2); }
+
+// How many elements one step covers: whole cache lines, so that each is prefetched once, and 4 vectors, for
+// four independent accumulators.
+template <class W>
+HWY_INLINE size_t Step(DF df) {
+  return HWY_MAX(4 * hn::Lanes(df), kLine / sizeof(W));
+}
+
+template <class W>
+HWY_INLINE void PrefetchStep(const W* later, size_t elements) {
+  for (size_t e = 0; e < elements; e += kLine / sizeof(W)) PrefetchL2(later + e);
+}
+
+// Dot product of one row. One line of `later`, and of `announced`, is prefetched per line read; null means
+// none.
+template <class W>
+HWY_INLINE float Dot(const float* HWY_RESTRICT x, const W* HWY_RESTRICT w, size_t n, const W* later,
+                     const W* announced = nullptr) {
+  const DF df;
+  const size_t lanes = hn::Lanes(df), step = Step<W>(df);
+  VF a0 = hn::Zero(df), a1 = a0, a2 = a0, a3 = a0;
+  size_t i = 0;
+  for (; i + step <= n; i += step) {
+    if (later != nullptr) PrefetchStep(later + i, step);
+    if (announced != nullptr) PrefetchStep(announced + i, step);
+    for (size_t j = i; j < i + step; j += 4 * lanes) {
+      a0 = hn::MulAdd(LoadWide(df, w + j), hn::LoadU(df, x + j), a0);
+      a1 = hn::MulAdd(LoadWide(df, w + j + lanes), hn::LoadU(df, x + j + lanes), a1);
+      a2 = hn::MulAdd(LoadWide(df, w + j + 2 * lanes), hn::LoadU(df, x + j + 2 * lanes), a2);
+      a3 = hn::MulAdd(LoadWide(df, w + j + 3 * lanes), hn::LoadU(df, x + j + 3 * lanes), a3);
+    }
+  }
+  for (; i < n; i += lanes) {
+    const size_t m = HWY_MIN(lanes, n - i);
+    a0 = hn::MulAdd(LoadWideN(df, w + i, m), hn::LoadN(df, x + i, m), a0);
+  }
+  return hn::ReduceSum(df, hn::Add(hn::Add(a0, a1), hn::Add(a2, a3)));
+}
+
+// y += h * w, with the same prefetch.
+template <class W>
+HWY_INLINE void Axpy(float h, const W* HWY_RESTRICT w, float* HWY_RESTRICT y, size_t n, const W* later) {
+  const DF df;
+  const size_t lanes = hn::Lanes(df), step = Step<W>(df);
+  const VF vh = hn::Set(df, h);
+  size_t i = 0;
+  for (; i + step <= n; i += step) {
+    if (later != nullptr) PrefetchStep(later + i, step);
+    for (size_t j = i; j < i + step; j += lanes) {
+      hn::StoreU(hn::MulAdd(LoadWide(df, w + j), vh, hn::LoadU(df, y + j)), df, y + j);
+    }
+  }
+  for (; i < n; i += lanes) {
+    const size_t m = HWY_MIN(lanes, n - i);
+    hn::StoreN(hn::MulAdd(LoadWideN(df, w + i, m), vh, hn::LoadN(df, y + i, m)), df, y + i, m);
+  }
+}
+
+// Where weight row k lies: at a fixed stride, or listed.
+template <class W>
+struct Strided {
+  const W* base;
+  size_t stride;
+  HWY_INLINE const W* operator()(size_t k) const { return base + k * stride; }
+};
+template <class W>
+struct Listed {
+  const W* const* rows;
+  HWY_INLINE const W* operator()(size_t k) const { return rows[k]; }
+};
+
+HWY_INLINE void Store4(float* out, VF a, VF b, VF c, VF d) {
+  const DF df;
+  out[0] = hn::ReduceSum(df, a);
+  out[1] = hn::ReduceSum(df, b);
+  out[2] = hn::ReduceSum(df, c);
+  out[3] = hn::ReduceSum(df, d);
+}
+
+// Dot products of kRows rows of x with 4 weight rows: out[r * out_stride + c]. `later`, if not null, points
+// to 4 further weight rows to prefetch.
+template <size_t kRows, class W>
+HWY_INLINE void DotTile(const float* const* x, const W* w0, const W* w1, const W* w2, const W* w3, size_t n,
+                        const W* const* later, float* out, size_t out_stride) {
+  static_assert(kRows == 1 || kRows == 2 || kRows == 4);
+  const DF df;
+  const size_t lanes = hn::Lanes(df), line = HWY_MAX(lanes, kLine / sizeof(W));
+  const float *x0 = x[0], *x1 = x[kRows > 1 ? 1 : 0], *x2 = x[kRows > 2 ? 2 : 0], *x3 = x[kRows > 2 ? 3 : 0];
+  const VF zero = hn::Zero(df);
+  VF a00 = zero, a01 = zero, a02 = zero, a03 = zero, a10 = zero, a11 = zero, a12 = zero, a13 = zero;
+  VF a20 = zero, a21 = zero, a22 = zero, a23 = zero, a30 = zero, a31 = zero, a32 = zero, a33 = zero;
+  const auto accumulate = [&](VF b0, VF b1, VF b2, VF b3, auto load_x) HWY_ATTR {
+    VF v = load_x(x0);
+    a00 = hn::MulAdd(b0, v, a00), a01 = hn::MulAdd(b1, v, a01);
+    a02 = hn::MulAdd(b2, v, a02), a03 = hn::MulAdd(b3, v, a03);
+    if constexpr (kRows > 1) {
+      v = load_x(x1);
+      a10 = hn::MulAdd(b0, v, a10), a11 = hn::MulAdd(b1, v, a11);
+      a12 = hn::MulAdd(b2, v, a12), a13 = hn::MulAdd(b3, v, a13);
+    }
+    if constexpr (kRows > 2) {
+      v = load_x(x2);
+      a20 = hn::MulAdd(b0, v, a20), a21 = hn::MulAdd(b1, v, a21);
+      a22 = hn::MulAdd(b2, v, a22), a23 = hn::MulAdd(b3, v, a23);
+      v = load_x(x3);
+      a30 = hn::MulAdd(b0, v, a30), a31 = hn::MulAdd(b1, v, a31);
+      a32 = hn::MulAdd(b2, v, a32), a33 = hn::MulAdd(b3, v, a33);
+    }
+  };
+  size_t i = 0;
+  for (; i + line <= n; i += line) {
+    if (later != nullptr) {
+      for (size_t c = 0; c < 4; ++c) PrefetchStep(later[c] + i, line);
+    }
+    for (size_t j = i; j < i + line; j += lanes) {
+      accumulate(LoadWide(df, w0 + j), LoadWide(df, w1 + j), LoadWide(df, w2 + j), LoadWide(df, w3 + j),
+                 [=](const float* row) HWY_ATTR { return hn::LoadU(DF(), row + j); });
+    }
+  }
+  for (; i < n; i += lanes) {
+    const size_t m = HWY_MIN(lanes, n - i);
+    accumulate(LoadWideN(df, w0 + i, m), LoadWideN(df, w1 + i, m), LoadWideN(df, w2 + i, m),
+               LoadWideN(df, w3 + i, m),
+               [=](const float* row) HWY_ATTR { return hn::LoadN(DF(), row + i, m); });
+  }
+  Store4(out, a00, a01, a02, a03);
+  if constexpr (kRows > 1) Store4(out + out_stride, a10, a11, a12, a13);
+  if constexpr (kRows > 2) {
+    Store4(out + 2 * out_stride, a20, a21, a22, a23);
+    Store4(out + 3 * out_stride, a30, a31, a32, a33);
+  }
+}
+
+// y[r] += sum over k < count of h[r * h_stride + k] * row(k), k ascending. Row k of `later` is prefetched as
+// row k is read.
+template <size_t kRows, class Row, class Later>
+HWY_INLINE void AxpyTile(float* const* y, Row row, size_t count, const float* h, size_t h_stride, size_t n,
+                         size_t later_count, Later later) {
+  static_assert(kRows == 1 || kRows == 2 || kRows == 4);
+  const DF df;
+  const size_t lanes = hn::Lanes(df);
+  float *y0 = y[0], *y1 = y[kRows > 1 ? 1 : 0], *y2 = y[kRows > 2 ? 2 : 0], *y3 = y[kRows > 2 ? 3 : 0];
+  const float *h0 = h, *h1 = h + h_stride, *h2 = h + 2 * h_stride, *h3 = h + 3 * h_stride;
+  size_t i = 0;
+  for (; i + 4 * lanes <= n; i += 4 * lanes) {
+    for (size_t k = 0; k < later_count; ++k) PrefetchStep(later(k) + i, 4 * lanes);
+    const size_t i1 = i + lanes, i2 = i1 + lanes, i3 = i2 + lanes;
+    VF a00 = hn::LoadU(df, y0 + i), a01 = hn::LoadU(df, y0 + i1);
+    VF a02 = hn::LoadU(df, y0 + i2), a03 = hn::LoadU(df, y0 + i3);
+    VF a10 = hn::LoadU(df, y1 + i), a11 = hn::LoadU(df, y1 + i1);
+    VF a12 = hn::LoadU(df, y1 + i2), a13 = hn::LoadU(df, y1 + i3);
+    VF a20 = hn::LoadU(df, y2 + i), a21 = hn::LoadU(df, y2 + i1);
+    VF a22 = hn::LoadU(df, y2 + i2), a23 = hn::LoadU(df, y2 + i3);
+    VF a30 = hn::LoadU(df, y3 + i), a31 = hn::LoadU(df, y3 + i1);
+    VF a32 = hn::LoadU(df, y3 + i2), a33 = hn::LoadU(df, y3 + i3);
+    for (size_t k = 0; k < count; ++k) {
+      const auto* w = row(k);
+      const VF b0 = LoadWide(df, w + i), b1 = LoadWide(df, w + i1);
+      const VF b2 = LoadWide(df, w + i2), b3 = LoadWide(df, w + i3);
+      VF v = hn::Set(df, h0[k]);
+      a00 = hn::MulAdd(b0, v, a00), a01 = hn::MulAdd(b1, v, a01);
+      a02 = hn::MulAdd(b2, v, a02), a03 = hn::MulAdd(b3, v, a03);
+      if constexpr (kRows > 1) {
+        v = hn::Set(df, h1[k]);
+        a10 = hn::MulAdd(b0, v, a10), a11 = hn::MulAdd(b1, v, a11);
+        a12 = hn::MulAdd(b2, v, a12), a13 = hn::MulAdd(b3, v, a13);
+      }
+      if constexpr (kRows > 2) {
+        v = hn::Set(df, h2[k]);
+        a20 = hn::MulAdd(b0, v, a20), a21 = hn::MulAdd(b1, v, a21);
+        a22 = hn::MulAdd(b2, v, a22), a23 = hn::MulAdd(b3, v, a23);
+        v = hn::Set(df, h3[k]);
+        a30 = hn::MulAdd(b0, v, a30), a31 = hn::MulAdd(b1, v, a31);
+        a32 = hn::MulAdd(b2, v, a32), a33 = hn::MulAdd(b3, v, a33);
+      }
+    }
+    const auto store = [=](float* to, VF a, VF b, VF c, VF d) HWY_ATTR {
+      hn::StoreU(a, DF(), to + i), hn::StoreU(b, DF(), to + i1);
+      hn::StoreU(c, DF(), to + i2), hn::StoreU(d, DF(), to + i3);
+    };
+    store(y0, a00, a01, a02, a03);
+    if constexpr (kRows > 1) store(y1, a10, a11, a12, a13);
+    if constexpr (kRows > 2) store(y2, a20, a21, a22, a23), store(y3, a30, a31, a32, a33);
+  }
+  for (; i < n; i += lanes) {
+    const size_t m = HWY_MIN(lanes, n - i);
+    for (size_t r = 0; r < kRows; ++r) {
+      VF a = hn::LoadN(df, y[r] + i, m);
+      for (size_t k = 0; k < count; ++k) {
+        a = hn::MulAdd(LoadWideN(df, row(k) + i, m), hn::Set(df, h[r * h_stride + k]), a);
+      }
+      hn::StoreN(a, df, y[r] + i, m);
+    }
+  }
+}
+
+// Calls f(integral_constant<kRows>, first) so that the calls cover rows 0 ... count - 1 in groups of 4, 2, 1.
+template <class F>
+HWY_INLINE void ForRowGroups(size_t count, F&& f) {
+  size_t r = 0;
+  if constexpr (kMostRows == 4) {
+    for (; r + 4 <= count; r += 4) f(std::integral_constant<size_t, 4>(), r);
+  }
+  for (; r + 2 <= count; r += 2) f(std::integral_constant<size_t, 2>(), r);
+  if (r < count) f(std::integral_constant<size_t, 1>(), r);
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace shadowc
+HWY_AFTER_NAMESPACE();
+
+#endif  // include guard, toggled per target

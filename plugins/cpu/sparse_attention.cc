@@ -1,0 +1,343 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "sparse_attention.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "arena.h"
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "sparse_attention.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+// After foreach_target:
+#include "attention_core-inl.h"
+#include "hwy/highway.h"
+#include "rows-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace shadowc {
+namespace HWY_NAMESPACE {
+namespace {
+
+enum Part : size_t { kQuery, kKey, kValue, kOut };
+
+// The four parts of one head's record.
+template <class W>
+struct Head {
+  Head(const AttentionArgs& a, size_t h)
+      : part_size(a.head_size * a.width),
+        w(static_cast<const W*>(a.w) + h * 4 * part_size),
+        scales(a.scales + h * 4 * a.head_size),
+        bias(a.bqkv + h * 3 * a.head_size) {}
+  size_t part_size;
+  const W* w;
+  const float* scales;
+  const float* bias;
+};
+
+// out[r][d] = (x[r] . row d of the part * scale + bias) * factor. The rows of the record that follow those in
+// hand are prefetched 4 rows ahead; `following` parts are read after this one.
+template <class W>
+HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, size_t following,
+                        float factor, const float* const* x, size_t count, float* const* out) {
+  const size_t d_end = a.head_size, width = a.width;
+  const W* w = head.w + part * head.part_size;
+  const W* last = w + (following + 1) * head.part_size - width;  // last row that will be read
+  const float *scales = head.scales + part * d_end, *bias = head.bias + part * d_end;
+  for (size_t d = 0; d < d_end; d += 4) {
+    const size_t here = std::min<size_t>(4, d_end - d);
+    const W *rows[4], *ahead[4];
+    for (size_t c = 0; c < 4; ++c) {
+      rows[c] = w + (d + std::min(c, here - 1)) * width;
+      ahead[c] = std::min(w + (d + 4 + c) * width, last);
+    }
+    const W* const* later = ahead;
+    float dots[kTileRows * 4];
+    ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
+      DotTile<group()>(x + r, rows[0], rows[1], rows[2], rows[3], width, later, dots + r * 4, 4);
+      later = nullptr;
+    });
+    for (size_t r = 0; r < count; ++r) {
+      for (size_t c = 0; c < here; ++c)
+        out[r][d + c] = (dots[r * 4 + c] * scales[d + c] + bias[d + c]) * factor;
+    }
+  }
+}
+
+// y[r] += context[r] (head_size values) times the head's output rows.
+template <class W>
+HWY_INLINE void ProjectOut(const AttentionArgs& a, const Head<W>& head, const float* const* context,
+                           size_t count, float* const* y, float* h) {
+  constexpr size_t kRowsAtOnce = 8;
+  const W* w = head.w + kOut * head.part_size;
+  const float* scales = head.scales + kOut * a.head_size;
+  for (size_t r = 0; r < count; ++r) {
+    for (size_t d = 0; d < a.head_size; ++d) h[r * a.head_size + d] = context[r][d] * scales[d];
+  }
+  for (size_t d = 0; d < a.head_size; d += kRowsAtOnce) {
+    const size_t rows = std::min(kRowsAtOnce, a.head_size - d);
+    const Strided<W> here{w + d * a.width, a.width}, ahead{w + (d + kRowsAtOnce) * a.width, a.width};
+    size_t later = d + kRowsAtOnce < a.head_size ? std::min(kRowsAtOnce, a.head_size - d - kRowsAtOnce) : 0;
+    ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
+      AxpyTile<group()>(y + r, here, rows, h + r * a.head_size + d, a.head_size, a.width, later, ahead);
+      later = 0;
+    });
+  }
+}
+
+template <class W>
+ReadCount CountHead(const AttentionArgs& a, bool active, bool key_value) {
+  if (!active && !key_value) return {};
+  const size_t parts = active ? 4 : 2;
+  return {1, static_cast<int64_t>(parts * a.head_size * (a.width * sizeof(W) + sizeof(float)))};
+}
+
+HWY_INLINE float QueryFactor(const AttentionArgs& a) {
+  return 1.0f / std::sqrt(static_cast<float>(a.head_size));
+}
+
+HWY_INLINE size_t SlotOffset(const AttentionArgs& a, size_t batch, size_t head, size_t slot) {
+  return ((batch * a.heads + head) * a.capacity + slot) * a.head_size;
+}
+
+// Copies the filled prefix of one (row, head) when the caller did not bind one buffer as past and present.
+void CopyPrefix(const AttentionArgs& a, size_t batch, size_t head) {
+  const size_t slots = static_cast<size_t>(a.past[batch]) + (a.kv_active_only ? a.tokens : 0);
+  const size_t offset = SlotOffset(a, batch, head, 0), bytes = slots * a.head_size * sizeof(float);
+  if (bytes == 0) return;
+  if (a.present_key != a.past_key) std::memcpy(a.present_key + offset, a.past_key + offset, bytes);
+  if (a.present_value != a.past_value) std::memcpy(a.present_value + offset, a.past_value + offset, bytes);
+}
+
+// Attention of the rows `token[0 ... count)` (ascending, at most kTileRows) of one (batch, head). query and
+// context point to the values of token 0 with row stride `query_stride` and E.
+void Attend(const AttentionArgs& a, size_t batch, size_t head, const uint32_t* token, size_t count,
+            const float* query, size_t query_stride, float* context, Arena* arena) {
+  const size_t start = static_cast<size_t>(a.start[batch]), past = static_cast<size_t>(a.past[batch]);
+  const float* queries[kTileRows];
+  float* contexts[kTileRows];
+  size_t sees[kTileRows], seeing = 0;
+  for (size_t i = 0; i < count; ++i) {
+    float* out = context + token[i] * a.width;
+    if (past + token[i] < start) {
+      std::fill(out, out + a.head_size, 0.0f);
+      continue;
+    }
+    queries[seeing] = query + token[i] * query_stride;
+    contexts[seeing] = out;
+    sees[seeing++] = past + token[i] + 1 - start;
+  }
+  if (seeing == 0) return;
+  const size_t stride = (sees[seeing - 1] + 3) / 4 * 4;
+  const size_t offset = SlotOffset(a, batch, head, start);
+  AttendTile(queries, sees, seeing, a.present_key + offset, a.present_value + offset, a.head_size, contexts,
+             arena->Take<float>(seeing * stride), stride);
+}
+
+// ---- one row: each head is one task from its queries to its share of y
+
+template <class W>
+void OneHead(const AttentionArgs& a, size_t h, bool active, float* y) {
+  Arena& arena = ThreadArena();
+  const Head<W> head(a, h);
+  float* context = a.context + h * a.head_size;
+  CopyPrefix(a, 0, h);
+  if (!active) std::fill(context, context + a.head_size, 0.0f);
+  if (!active && a.kv_active_only) return;
+  float* query = arena.Take<float>(a.head_size);
+  const size_t slot = SlotOffset(a, 0, h, static_cast<size_t>(a.past[0]));
+  float *key = a.present_key + slot, *value = a.present_value + slot;
+  if (active) Project(a, head, kQuery, 3, QueryFactor(a), &a.x, 1, &query);
+  Project(a, head, kKey, active ? 2 : 1, 1.0f, &a.x, 1, &key);
+  Project(a, head, kValue, active ? 1 : 0, 1.0f, &a.x, 1, &value);
+  if (!active) return;
+  const uint32_t token = 0;
+  Attend(a, 0, h, &token, 1, query, 0, context, &arena);
+  const float* context_row = context;
+  std::fill(y, y + a.width, 0.0f);
+  ProjectOut(a, head, &context_row, 1, &y, arena.Take<float>(a.head_size));
+}
+
+template <class W>
+ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& parallel) {
+  uint32_t* masks = arena->Take<uint32_t>(a.heads);
+  size_t* place = arena->Take<size_t>(a.heads);  // of an active head among the partial sums
+  TileMasks(a.selection, a.tokens, 0, 1, masks);
+  size_t active = 0;
+  ReadCount read;
+  for (size_t h = 0; h < a.heads; ++h) {
+    place[h] = active;
+    active += masks[h];
+    read += CountHead<W>(a, masks[h] != 0, !a.kv_active_only);
+  }
+  float* partial = arena->Take<float>(active * a.width);
+  parallel.For(a.heads, [&](size_t h) { OneHead<W>(a, h, masks[h] != 0, partial + place[h] * a.width); });
+  ReducePartials(partial, active, 1, a.width, a.bo, a.y, parallel);
+  return read;
+}
+
+// ---- several rows: projections by tile and head, attention, output projection by tile
+
+// One tile of at most kTileRows rows: which of them use each head.
+struct Tiling {
+  size_t rows, tiles, heads;
+  const uint32_t* masks;  // [tiles, heads]
+  size_t First(size_t t) const { return t * kTileRows; }
+  size_t Count(size_t t) const { return std::min(kTileRows, rows - First(t)); }
+};
+
+// Row numbers within the tile, ascending.
+HWY_INLINE size_t RowsOf(uint32_t bits, uint32_t* list) {
+  size_t count = 0;
+  for (uint32_t r = 0; bits != 0; ++r, bits >>= 1) {
+    if ((bits & 1) != 0) list[count++] = r;
+  }
+  return count;
+}
+
+template <class W>
+void ProjectTile(const AttentionArgs& a, const Tiling& tiling, size_t t, size_t h, float* query) {
+  const Head<W> head(a, h);
+  const uint32_t active = tiling.masks[t * a.heads + h];
+  const size_t all_rows = tiling.Count(t);
+  const uint32_t all = all_rows == 32 ? ~0u : (1u << all_rows) - 1;
+  const auto project = [&](Part part, uint32_t bits, size_t following, float factor, auto target) HWY_ATTR {
+    uint32_t list[kTileRows];
+    const float* x[kTileRows];
+    float* out[kTileRows];
+    const size_t count = RowsOf(bits, list);
+    for (size_t i = 0; i < count; ++i) {
+      const size_t row = tiling.First(t) + list[i];
+      x[i] = a.x + row * a.width;
+      out[i] = target(row);
+    }
+    if (count != 0) Project(a, head, part, following, factor, x, count, out);
+  };
+  const auto slot = [&](size_t row) {
+    const size_t batch = row / a.tokens;
+    return SlotOffset(a, batch, h, static_cast<size_t>(a.past[batch]) + row % a.tokens);
+  };
+  const uint32_t key_value = a.kv_active_only ? active : all;
+  project(kQuery, active, 2, QueryFactor(a),
+          [&](size_t row) { return query + row * a.width + h * a.head_size; });
+  project(kKey, key_value, 1, 1.0f, [&](size_t row) { return a.present_key + slot(row); });
+  project(kValue, key_value, 0, 1.0f, [&](size_t row) { return a.present_value + slot(row); });
+}
+
+// One batch entry, head and run of kTileRows tokens.
+void AttendTokens(const AttentionArgs& a, const Tiling& tiling, size_t batch, size_t h, size_t first,
+                  const float* query) {
+  uint32_t token[kTileRows];
+  size_t count = 0;
+  const size_t row0 = batch * a.tokens, column = h * a.head_size;
+  for (size_t s = first; s < std::min(a.tokens, first + kTileRows); ++s) {
+    const size_t row = row0 + s;
+    if ((tiling.masks[row / kTileRows * a.heads + h] >> row % kTileRows & 1) != 0) {
+      token[count++] = static_cast<uint32_t>(s);
+    } else {
+      float* context = a.context + row * a.width + column;
+      std::fill(context, context + a.head_size, 0.0f);
+    }
+  }
+  const size_t origin = row0 * a.width + column;
+  Attend(a, batch, h, token, count, query + origin, a.width, a.context + origin, &ThreadArena());
+}
+
+// Heads begin ... end - 1 of the output projection of one tile; y points to the tile's first row.
+template <class W>
+void ProjectOutTile(const AttentionArgs& a, const Tiling& tiling, size_t t, size_t begin, size_t end,
+                    float* y) {
+  float* scratch = ThreadArena().Take<float>(kTileRows * a.head_size);
+  for (size_t h = begin; h < end; ++h) {
+    uint32_t list[kTileRows];
+    const float* context[kTileRows];
+    float* out[kTileRows];
+    const size_t count = RowsOf(tiling.masks[t * a.heads + h], list);
+    for (size_t i = 0; i < count; ++i) {
+      context[i] = a.context + (tiling.First(t) + list[i]) * a.width + h * a.head_size;
+      out[i] = y + list[i] * a.width;
+    }
+    if (count != 0) ProjectOut(a, Head<W>(a, h), context, count, out, scratch);
+  }
+}
+
+template <class W>
+void ProjectOutRows(const AttentionArgs& a, const Tiling& tiling, CallArena* arena,
+                    const Parallel& parallel) {
+  const size_t bytes = a.heads * a.head_size * a.width * sizeof(W);
+  const size_t most = std::min(a.heads, std::max<size_t>(1, 32 / tiling.tiles));
+  const size_t pieces = PiecesOf(bytes, most);
+  float* partial = pieces == 1 ? a.y : arena->Take<float>(pieces * tiling.rows * a.width);
+  parallel.For(tiling.tiles * pieces, [&](size_t task) {
+    const size_t t = task / pieces, p = task % pieces;
+    float* mine = partial + (p * tiling.rows + tiling.First(t)) * a.width;
+    for (size_t r = 0; r < tiling.Count(t); ++r) {
+      float* y = mine + r * a.width;
+      if (pieces == 1) {
+        std::copy(a.bo, a.bo + a.width, y);
+      } else {
+        std::fill(y, y + a.width, 0.0f);
+      }
+    }
+    ProjectOutTile<W>(a, tiling, t, a.heads * p / pieces, a.heads * (p + 1) / pieces, mine);
+  });
+  if (pieces > 1) ReducePartials(partial, pieces, tiling.rows, a.width, a.bo, a.y, parallel);
+}
+
+template <class W>
+ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& parallel) {
+  const size_t rows = a.batch * a.tokens, tiles = (rows + kTileRows - 1) / kTileRows;
+  uint32_t* masks = arena->Take<uint32_t>(tiles * a.heads);
+  const Tiling tiling{rows, tiles, a.heads, masks};
+  ReadCount read;
+  for (size_t t = 0; t < tiles; ++t) {
+    uint32_t* mine = masks + t * a.heads;
+    TileMasks(a.selection, a.tokens, tiling.First(t), tiling.Count(t), mine);
+    for (size_t h = 0; h < a.heads; ++h) read += CountHead<W>(a, mine[h] != 0, !a.kv_active_only);
+  }
+  float* query = arena->Take<float>(rows * a.width);
+  parallel.For(a.batch * a.heads, [&](size_t i) { CopyPrefix(a, i / a.heads, i % a.heads); });
+  parallel.For(tiles * a.heads, [&](size_t i) { ProjectTile<W>(a, tiling, i % tiles, i / tiles, query); });
+  const size_t runs = (a.tokens + kTileRows - 1) / kTileRows;
+  parallel.For(a.batch * a.heads * runs, [&](size_t i) {
+    // Late tokens see most: they go first, so that no long task is left for the end.
+    const size_t run = runs - 1 - i / (a.batch * a.heads), pair = i % (a.batch * a.heads);
+    AttendTokens(a, tiling, pair / a.heads, pair % a.heads, run * kTileRows, query);
+  });
+  ProjectOutRows<W>(a, tiling, arena, parallel);
+  return read;
+}
+
+}  // namespace
+
+ReadCount SparseAttention(const AttentionArgs& args, const Parallel& parallel) {
+  ReadCount read;
+  DispatchWeights(args.type, [&](auto type) {
+    using W = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
+    const size_t rows = args.batch * args.tokens;
+    CallArena arena;
+    if (rows == 0) {
+      for (size_t i = 0; i < args.batch * args.heads; ++i) CopyPrefix(args, i / args.heads, i % args.heads);
+      return;
+    }
+    read = rows == 1 ? OneRow<W>(args, &arena, parallel) : ManyRows<W>(args, &arena, parallel);
+  });
+  return read;
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace shadowc
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace shadowc {
+
+HWY_EXPORT(SparseAttention);
+
+ReadCount SparseAttention(const AttentionArgs& args, const Parallel& parallel) {
+  return HWY_DYNAMIC_DISPATCH(SparseAttention)(args, parallel);
+}
+
+}  // namespace shadowc
+#endif  // HWY_ONCE

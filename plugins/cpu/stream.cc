@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "stream.h"
+
+#include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <thread>
+#include <vector>
+
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "stream.cc"
+#include "hwy/foreach_target.h"  // IWYU pragma: keep
+// After foreach_target:
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace shadowc {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+// Sum of n words, n a multiple of 4 vectors; the sum keeps the compiler from dropping the loads.
+uint64_t SumWords(const uint64_t* words, size_t n) {
+  const hn::ScalableTag<uint64_t> d;
+  const size_t lanes = hn::Lanes(d);
+  auto a0 = hn::Zero(d), a1 = a0, a2 = a0, a3 = a0;
+  for (size_t i = 0; i + 4 * lanes <= n; i += 4 * lanes) {
+    a0 = hn::Add(a0, hn::Load(d, words + i));
+    a1 = hn::Add(a1, hn::Load(d, words + i + lanes));
+    a2 = hn::Add(a2, hn::Load(d, words + i + 2 * lanes));
+    a3 = hn::Add(a3, hn::Load(d, words + i + 3 * lanes));
+  }
+  return hn::ReduceSum(d, hn::Add(hn::Add(a0, a1), hn::Add(a2, a3)));
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace shadowc
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace shadowc {
+namespace {
+
+constexpr size_t kGrain = 4096;  // a page, and a multiple of 4 vectors on every target
+
+struct FreeAligned {
+  void operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t{kGrain}); }
+};
+
+}  // namespace
+
+HWY_EXPORT(SumWords);
+
+double StreamRead(size_t bytes, int threads, int repeats) {
+  if (threads < 1 || repeats < 1) return 0.0;
+  const size_t count = static_cast<size_t>(threads), part = bytes / count / kGrain * kGrain;
+  if (part == 0) return 0.0;
+  const std::unique_ptr<std::byte, FreeAligned> memory(
+      static_cast<std::byte*>(::operator new(part * count, std::align_val_t{kGrain}, std::nothrow)));
+  if (memory == nullptr) return 0.0;
+
+  using Clock = std::chrono::steady_clock;
+  std::atomic<uint64_t> sink{0};
+  double best = 0.0;
+  std::barrier gate(threads + 1);
+  std::vector<std::thread> pool;
+  for (size_t t = 0; t < count; ++t) {
+    pool.emplace_back([&, t] {
+      std::byte* mine = memory.get() + t * part;
+      std::fill(mine, mine + part, static_cast<std::byte>(t + 1));
+      for (int r = 0; r < repeats; ++r) {
+        gate.arrive_and_wait();
+        const auto* words = reinterpret_cast<const uint64_t*>(mine);
+        sink += HWY_DYNAMIC_DISPATCH(SumWords)(words, part / sizeof(uint64_t));
+        gate.arrive_and_wait();
+      }
+    });
+  }
+  for (int r = 0; r < repeats; ++r) {
+    gate.arrive_and_wait();
+    const Clock::time_point begin = Clock::now();
+    gate.arrive_and_wait();
+    const double seconds = std::chrono::duration<double>(Clock::now() - begin).count();
+    best = std::max(best, static_cast<double>(part * count) / seconds);
+  }
+  for (std::thread& thread : pool) thread.join();
+  return best;
+}
+
+}  // namespace shadowc
+#endif  // HWY_ONCE

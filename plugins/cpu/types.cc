@@ -1,0 +1,70 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "types.h"
+
+#include <algorithm>
+
+#include "parallel.h"
+
+namespace shadowc {
+
+void TileMasks(const Selection& selection, size_t tokens, size_t first_row, size_t rows, uint32_t* masks) {
+  const size_t units = selection.units;
+  std::fill(masks, masks + units, 0u);
+  uint32_t dense = 0;
+  for (size_t r = 0; r < rows; ++r) {
+    const size_t batch = (first_row + r) / tokens;
+    const size_t token = (first_row + r) % tokens;
+    if (token + selection.tail < tokens) {
+      dense |= 1u << r;
+      continue;
+    }
+    const size_t tail_row = token + selection.tail - tokens;
+    const size_t score_row = (selection.scores_batch == 1 ? 0 : batch) * selection.tail + tail_row;
+    const size_t threshold_row = (selection.threshold_batch == 1 ? 0 : batch) * selection.tail + tail_row;
+    const float* scores = selection.scores + (score_row * selection.layers + selection.layer) * units;
+    const float threshold = selection.threshold[threshold_row * selection.layers + selection.layer];
+    for (size_t u = 0; u < units; ++u) masks[u] |= static_cast<uint32_t>(!(scores[u] < threshold)) << r;
+  }
+  if (dense != 0) {
+    for (size_t u = 0; u < units; ++u) masks[u] |= dense;
+  }
+}
+
+size_t ActiveUnits(const uint32_t* masks, size_t units, uint32_t* list) {
+  size_t count = 0;
+  for (size_t u = 0; u < units; ++u) {
+    list[count] = static_cast<uint32_t>(u);
+    count += masks[u] != 0;
+  }
+  return count;
+}
+
+size_t PiecesOf(size_t bytes, size_t most) {
+  size_t pieces = 1;
+  while (pieces * 2 <= most && bytes >= pieces * 2 * (size_t{256} << 10)) pieces *= 2;
+  return pieces;
+}
+
+void ReducePartials(const float* partial, size_t pieces, size_t rows, size_t width, const float* bias,
+                    float* y, const Parallel& parallel) {
+  const size_t total = rows * width;
+  const auto reduce = [=](size_t begin, size_t end) {
+    for (size_t r = begin / width; r * width < end; ++r) {
+      const size_t from = std::max(begin, r * width), to = std::min(end, (r + 1) * width);
+      std::copy(bias + (from - r * width), bias + (to - r * width), y + from);
+      for (size_t p = 0; p < pieces; ++p) {
+        const float* add = partial + p * total;
+        for (size_t i = from; i < to; ++i) y[i] += add[i];
+      }
+    }
+  };
+  // Below a megabyte of partial sums, starting a second parallel section costs more than it saves.
+  const size_t chunks = std::min<size_t>(64, pieces * total / (size_t{256} << 10) + 1);
+  const size_t step = (total + chunks - 1) / chunks;
+  parallel.For(chunks, [&](size_t c) {
+    const size_t begin = std::min(total, c * step);
+    reduce(begin, std::min(total, begin + step));
+  });
+}
+
+}  // namespace shadowc

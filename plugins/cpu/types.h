@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the three kernels share. Letters: B batch, S new tokens, S' sparse tail, L predicted layers,
+// N units (heads, or blocks of neurons) per layer, E hidden width.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace shadowc {
+
+// Element type of the packed weights. A further type needs: a name here, a LoadWide in rows-inl.h, one line
+// in DispatchWeights below and one in WeightTypeOf (ort_op.h).
+enum class WeightType { kFloat32, kInt8 };
+
+// Calls f with a null pointer of the element type.
+template <class F>
+void DispatchWeights(WeightType type, F&& f) {
+  switch (type) {
+    case WeightType::kFloat32:
+      f(static_cast<const float*>(nullptr));
+      return;
+    case WeightType::kInt8:
+      f(static_cast<const int8_t*>(nullptr));
+      return;
+  }
+}
+
+// What one call really read of the weights (`w` and `scales`; nothing else). `records` counts neurons or
+// heads of which at least one part was read. A record that serves several rows of one tile (kTileRows rows)
+// counts once; if it is streamed again for the next tile it counts again.
+struct ReadCount {
+  int64_t records = 0;
+  int64_t bytes = 0;
+
+  ReadCount& operator+=(const ReadCount& other) {
+    records += other.records;
+    bytes += other.bytes;
+    return *this;
+  }
+};
+
+// Rows (tokens) that share one pass over the records: 32 rows of x and y at E = 2048 fill half of a 1 MiB L2,
+// and one 32-bit word holds the rows of a unit. Re-streaming the weights per tile costs 6 % of a dense
+// prefill.
+inline constexpr size_t kTileRows = 32;
+
+// Which units a row computes. Scores cover the last `tail` of `tokens` tokens, earlier tokens are dense.
+// scores [scores_batch, tail, layers, units], threshold [threshold_batch, tail, layers]; a batch of 1 serves
+// all rows. A unit is active iff !(score < threshold), so NaN on either side keeps it.
+struct Selection {
+  const float* scores = nullptr;
+  const float* threshold = nullptr;
+  size_t scores_batch = 1;
+  size_t threshold_batch = 1;
+  size_t tail = 0;
+  size_t layers = 1;
+  size_t units = 0;
+  size_t layer = 0;
+};
+
+// masks[u] gets bit r when row first_row + r computes unit u; `rows` <= kTileRows. Rows are numbered b * S +
+// s.
+void TileMasks(const Selection& selection, size_t tokens, size_t first_row, size_t rows, uint32_t* masks);
+
+// The units with any bit set, ascending; returns how many.
+size_t ActiveUnits(const uint32_t* masks, size_t units, uint32_t* list);
+
+// Into how many parts (a power of two, at most `most`) to cut `bytes` of weights: pieces of at least 256 KiB,
+// which take some 15 us of a core's bandwidth, several times what handing one out costs.
+size_t PiecesOf(size_t bytes, size_t most);
+
+// y[r, :] = bias + sum over p of partial[p][r, :], in the order of p. partial [pieces, rows, width].
+class Parallel;
+void ReducePartials(const float* partial, size_t pieces, size_t rows, size_t width, const float* bias,
+                    float* y, const Parallel& parallel);
+
+}  // namespace shadowc
