@@ -23,7 +23,7 @@ _BLOCK = 1 << 22
 
 
 def identity(
-    facts: OptFacts, files: Sequence[Path], cache: StageCache, progress: Callable[[int, int], None] | None = None
+    facts: OptFacts, files: Sequence[Path], cache: StageCache, advance: Callable[[int, int], None] | None = None
 ) -> str:
     """Hash of everything that decides what the model computes; its name and place do not.
 
@@ -31,7 +31,7 @@ def identity(
         facts: the model's sizes.
         files: weight and tokenizer files.
         cache: where digests of files are kept; if it cannot be written to, files are simply hashed again.
-        progress: called with bytes done and their total.
+        advance: called with bytes done and their total.
     """
     total = sum(path.stat().st_size for path in files)
     parts: dict[str, str] = {}
@@ -39,8 +39,8 @@ def identity(
     for path in sorted(files, key=lambda path: path.name):
         parts[path.name] = _digest(path, cache)
         done += path.stat().st_size
-        if progress is not None:
-            progress(done, total)
+        if advance is not None:
+            advance(done, total)
     return fingerprint({"facts": facts_key(facts), "files": parts})
 
 

@@ -13,16 +13,13 @@ from shadowc.spec.errors import InputError
 if TYPE_CHECKING:
     from shadowc.checkpoint.resolve import Checkpoint
 
-Progress = Callable[[int, int], None]
-"""Called with what is done and what there is to do, both in the same unit."""
 
-
-def check_finite(checkpoint: Checkpoint, progress: Progress | None = None) -> None:
+def check_finite(checkpoint: Checkpoint, advance: Callable[[int, int], None] | None = None) -> None:
     """Read all weights once and refuse NaN and infinities. Dummy weights are finite by construction.
 
     Args:
         checkpoint: what `resolve` returned.
-        progress: called with the number of tensors done and their total.
+        advance: called with the number of tensors done and their total.
 
     Raises:
         InputError: names the tensors that hold such values.
@@ -36,8 +33,8 @@ def check_finite(checkpoint: Checkpoint, progress: Progress | None = None) -> No
         count = weights.count_nonfinite(name)
         if count:
             problems.append(f"{name} ({count} value{'s' if count > 1 else ''})")
-        if progress is not None:
-            progress(done, len(names))
+        if advance is not None:
+            advance(done, len(names))
     if problems:
         raise InputError(
             f"{checkpoint.folder}: NaN or infinity in {len(problems)} of {len(names)} tensors: {join(problems)}",

@@ -19,8 +19,8 @@ from typing import Literal
 from shadowc.checkpoint.digest import facts_key, fingerprint, identity
 from shadowc.checkpoint.dummy import SCHEME, DummyWeights
 from shadowc.checkpoint.opt import PUBLISHED_NAMES, OptFacts, parameter_shapes, published_config
-from shadowc.checkpoint.tokenizer import has_tokenizer, tokenizer_files
-from shadowc.checkpoint.weights import open_weights
+from shadowc.checkpoint.tokenizer import has_tokenizer, highest_token_id, tokenizer_files
+from shadowc.checkpoint.weights import find_weight_files, join, open_weights
 from shadowc.spec.errors import InputError, SetupError
 from shadowc.spec.manifest import MANIFEST_FILE
 from shadowc.spec.program import TensorSource
@@ -58,7 +58,7 @@ def resolve(
     load_format: LoadFormat = "auto",
     offline: bool = False,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    advance: Callable[[int, int], None] | None = None,
 ) -> Checkpoint:
     """Find a model and check its files.
 
@@ -67,7 +67,7 @@ def resolve(
         load_format: "dummy": seeded random weights of the model's shape; its weight files are not looked at.
         offline: do not use the network (HF_HUB_OFFLINE says the same).
         seed: of dummy weights.
-        progress: called with bytes hashed and their total.
+        advance: called with bytes hashed and their total.
 
     Raises:
         InputError: no such model, or its files are missing or damaged; all findings at once.
@@ -81,11 +81,11 @@ def resolve(
         if dummy:
             return _dummy(facts, None, seed)
         folder = _download(_OWNER + short, offline, weights=True)
-        return _from_folder(folder, short, progress)
+        return _from_folder(folder, short, advance)
     folder, name = _find_folder(model, offline, dummy)
     if dummy:
         return _dummy(OptFacts.from_config(read_config(folder), name), folder, seed)
-    return _from_folder(folder, name, progress)
+    return _from_folder(folder, name, advance)
 
 
 def bundled_opt_mini() -> Path:
@@ -152,16 +152,21 @@ def _download(repository: str, offline: bool, *, weights: bool) -> Path:
     return download(repository, offline=offline, weights=weights)
 
 
-def _from_folder(folder: Path, name: str, progress: Callable[[int, int], None] | None) -> Checkpoint:
+def _from_folder(folder: Path, name: str, advance: Callable[[int, int], None] | None) -> Checkpoint:
     config = read_config(folder)
-    facts = OptFacts.from_config(config, name)
+    try:
+        facts = OptFacts.from_config(config, name)
+    except InputError as error:
+        raise _with_damage(error, folder) from error
     weights, files = open_weights(folder, facts, tied=config.get("tie_word_embeddings", True) is not False)
     tokenizer = folder if has_tokenizer(folder) else None
+    if tokenizer is not None:
+        _check_vocabulary(facts, tokenizer)
     tokens = tokenizer_files(folder) if tokenizer else ()
     return Checkpoint(
         facts=facts,
         weights=weights,
-        identity=identity(facts, (*files, *tokens), StageCache(), progress),
+        identity=identity(facts, (*files, *tokens), StageCache(), advance),
         folder=folder,
         tokenizer=tokenizer,
         dummy=False,
@@ -170,15 +175,36 @@ def _from_folder(folder: Path, name: str, progress: Callable[[int, int], None] |
 
 
 def _dummy(facts: OptFacts, folder: Path | None, seed: int) -> Checkpoint:
+    tokenizer = folder if folder is not None and has_tokenizer(folder) else None
+    if tokenizer is not None:
+        _check_vocabulary(facts, tokenizer)
     return Checkpoint(
         facts=facts,
         weights=DummyWeights(facts, seed),
         identity=f"dummy-{seed}-{fingerprint({'facts': facts_key(facts), 'scheme': SCHEME})}",
         folder=folder,
-        tokenizer=folder if folder is not None and has_tokenizer(folder) else None,
+        tokenizer=tokenizer,
         dummy=True,
         total_bytes=_total_bytes(facts),
     )
+
+
+def _with_damage(error: InputError, folder: Path) -> InputError:
+    """The same error with what is wrong with the weight files, which would be the next thing to fail."""
+    damaged = find_weight_files(folder).damaged
+    if not damaged:
+        return error
+    message = f"{error.message}; {join(damaged)}"
+    return InputError(message, hint=error.hint, problems=(*error.problems, *damaged))
+
+
+def _check_vocabulary(facts: OptFacts, folder: Path) -> None:
+    highest = highest_token_id(folder)
+    if highest >= facts.vocab:
+        raise InputError(
+            f"{folder}: the tokenizer has ids up to {highest}, the model a vocabulary of {facts.vocab}",
+            hint="copy the tokenizer files of the original checkpoint",
+        )
 
 
 def _total_bytes(facts: OptFacts) -> int:

@@ -48,6 +48,22 @@ def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     return tuple(path for name in sorted((*main, SETTINGS_FILE, SPECIAL_FILE)) if (path := folder / name).is_file())
 
 
+def highest_token_id(folder: Path) -> int:
+    """The highest id that the tokenizer of a folder can give, read without loading it.
+
+    Raises:
+        InputError: its file is damaged.
+    """
+    if not (folder / FAST_FILE).is_file():
+        return max(_read_vocab(folder).values(), default=-1)
+    content = _read_json(folder / FAST_FILE)
+    model, added = content.get("model"), content.get("added_tokens")
+    vocab = model.get("vocab") if isinstance(model, dict) else None
+    ids = list(vocab.values()) if isinstance(vocab, dict) else []
+    ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    return max((number for number in ids if isinstance(number, int)), default=-1)
+
+
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Load the tokenizer of a folder.
 
@@ -130,7 +146,7 @@ def _from_bpe(folder: Path, specials: _Specials) -> Tokenizer:
     """Build the fast byte-level BPE from the two files of the slow one, as OPT's own code does."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-    vocab = {token: number for token, number in _read_json(folder / VOCAB_FILE).items() if isinstance(number, int)}
+    vocab = _read_vocab(folder)
     lines = (folder / MERGES_FILE).read_text(encoding="utf-8").split("\n")
     merges = []
     for number, line in enumerate(lines, start=1):
@@ -169,6 +185,15 @@ def _ensure_start(tokenizer: Tokenizer, folder: Path, specials: _Specials) -> No
 
 def _present(specials: _Specials, tokenizer: Tokenizer) -> dict[str, str]:
     return {role: token for role, token in specials.tokens.items() if tokenizer.token_to_id(token) is not None}
+
+
+def _read_vocab(folder: Path) -> dict[str, int]:
+    vocab: dict[str, int] = {}
+    for token, number in _read_json(folder / VOCAB_FILE).items():
+        if not isinstance(number, int):
+            raise InputError(f"{folder / VOCAB_FILE}: {token!r} has the id {number!r}, expected a number", hint=_HINT)
+        vocab[token] = number
+    return vocab
 
 
 def _read_json(path: Path) -> dict[str, object]:

@@ -29,6 +29,7 @@ _NUMPY = {"F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 _BITS = {"F32": ("<u4", 0x7FFFFFFF, 0x7F800000), "F16": ("<u2", 0x7FFF, 0x7C00), "BF16": ("<u2", 0x7FFF, 0x7F80)}
 _BLOCK = 1 << 20
 _NAMED = 5
+_ALL = frozenset({"*"})
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ def find_weight_files(folder: Path) -> WeightFiles:
     """
     if (folder / SINGLE_FILE).exists():
         entries, problems = read_header(folder / SINGLE_FILE)
-        excused = frozenset(() if entries else {"*"})
+        excused = _ALL if problems and not entries else frozenset()
         return WeightFiles((folder / SINGLE_FILE,), canonical(entries), tuple(problems), excused)
     if (folder / INDEX_FILE).exists():
         return _read_shards(folder)
@@ -217,7 +218,7 @@ def _tensor_problems(stored: Mapping[str, Stored], facts: OptFacts, excused: fro
     problems = []
     for name, shape in parameter_shapes(facts).items():
         if name not in stored:
-            if "*" not in excused and name not in excused:
+            if excused is not _ALL and name not in excused:
                 problems.append(f"{name} is missing")
         elif stored[name].shape != shape:
             problems.append(

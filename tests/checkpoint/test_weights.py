@@ -1,0 +1,296 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading safetensors, and every fault of weight files."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shadowc.checkpoint.opt import EMBEDDING, HEAD, parameter_shapes
+from shadowc.checkpoint.stored import read_header
+from shadowc.checkpoint.weights import SafetensorsWeights, open_weights
+from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
+from tests.checkpoint.handmade import FACTS, contents, pack, some_tensors, write_shards, write_single
+
+LAST_SHARD = "model-00003-of-00003.safetensors"
+A_WEIGHT = "model.decoder.layers.1.fc1.weight"
+
+
+def refusal(folder: Path, kind: type[ShadowcError], *, tied: bool = True) -> ShadowcError:
+    """The error that opening the folder gives; nothing may have been written."""
+    before = contents(folder)
+    with pytest.raises(kind) as caught:
+        open_weights(folder, FACTS, tied=tied)
+    assert type(caught.value) is kind
+    assert caught.value.hint
+    assert contents(folder) == before
+    return caught.value
+
+
+def opened(folder: Path) -> SafetensorsWeights:
+    return open_weights(folder, FACTS)[0]
+
+
+@pytest.mark.parametrize("write", [write_single, write_shards])
+def test_tensors_come_back_bit_for_bit_when_stored_as_float32(write, tmp_path: Path) -> None:
+    tensors = some_tensors()
+    weights = opened(write(tmp_path, tensors))
+    assert weights.names() == tuple(sorted((*tensors, HEAD)))
+    for name, tensor in tensors.items():
+        assert weights.tensor(name).dtype == np.float32
+        assert np.array_equal(weights.tensor(name), tensor)
+
+
+def test_tensors_equal_what_the_safetensors_library_reads(tiny_checkpoint: Path) -> None:
+    from safetensors.numpy import load_file
+
+    from shadowc.checkpoint.resolve import resolve
+
+    weights = resolve(str(tiny_checkpoint)).weights
+    theirs = load_file(tiny_checkpoint / "model.safetensors")
+    assert set(weights.names()) == {*theirs, HEAD}
+    assert all(np.array_equal(weights.tensor(name), theirs[name]) for name in theirs)
+
+
+def test_files_of_the_checkpoint_are_returned(tmp_path: Path) -> None:
+    _, files = open_weights(write_shards(tmp_path, some_tensors()), FACTS)
+    assert [file.name for file in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+
+
+def test_every_half_becomes_the_equal_float(tmp_path: Path) -> None:
+    halves = np.arange(65536, dtype="<u2").view("<f2")
+    (tmp_path / "a").write_bytes(pack({EMBEDDING: halves}))
+    weights = SafetensorsWeights(read_header(tmp_path / "a")[0])
+    assert np.array_equal(weights.tensor(EMBEDDING), halves.astype(np.float32), equal_nan=True)
+    assert weights.count_nonfinite(EMBEDDING) == int(np.count_nonzero(~np.isfinite(halves)))
+
+
+def test_every_bfloat16_becomes_the_equal_float(tmp_path: Path) -> None:
+    bits = np.arange(65536, dtype="<u2")
+    (tmp_path / "a").write_bytes(pack({EMBEDDING: bits}))
+    weights = SafetensorsWeights(read_header(tmp_path / "a")[0])
+    floats = (bits.astype(np.uint32) << 16).view(np.float32)
+    assert np.array_equal(weights.tensor(EMBEDDING).view(np.uint32), floats.view(np.uint32))
+    assert weights.count_nonfinite(EMBEDDING) == int(np.count_nonzero(~np.isfinite(floats)))
+
+
+def test_mixed_types_are_all_read_as_float32(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    tensors[EMBEDDING] = tensors[EMBEDDING].astype("<f2")
+    weights = opened(write_single(tmp_path, tensors))
+    assert np.array_equal(weights.tensor(EMBEDDING), tensors[EMBEDDING].astype(np.float32))
+
+
+def test_bare_model_is_read_under_canonical_names(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    bare = {name.removeprefix("model."): tensor for name, tensor in tensors.items()}
+    weights = opened(write_shards(tmp_path, bare))
+    assert np.array_equal(weights.tensor(A_WEIGHT), tensors[A_WEIGHT])
+
+
+def test_tensor_is_the_callers_own_copy(tmp_path: Path) -> None:
+    weights = opened(write_single(tmp_path, some_tensors()))
+    weights.tensor(A_WEIGHT)[:] = 0
+    assert weights.tensor(A_WEIGHT).any()
+
+
+def test_file_is_not_kept_mapped_after_a_read(tmp_path: Path) -> None:
+    weights = opened(write_single(tmp_path, some_tensors()))
+    for name in weights.names():
+        weights.tensor(name)
+        weights.count_nonfinite(name)
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_head_is_the_embedding_when_the_file_lacks_it(tmp_path: Path) -> None:
+    weights = opened(write_single(tmp_path, some_tensors()))
+    assert np.array_equal(weights.tensor(HEAD), weights.tensor(EMBEDDING))
+
+
+def test_embedding_is_the_head_when_only_that_was_saved(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    saved = tensors | {HEAD: tensors[EMBEDDING]}
+    del saved[EMBEDDING]
+    assert np.array_equal(opened(write_single(tmp_path, saved)).tensor(EMBEDDING), tensors[EMBEDDING])
+
+
+def test_equal_head_is_accepted_when_config_unties_it(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    write_single(tmp_path, tensors | {HEAD: tensors[EMBEDDING]})
+    weights, _ = open_weights(tmp_path, FACTS, tied=False)
+    assert np.array_equal(weights.tensor(HEAD), tensors[EMBEDDING])
+
+
+def test_head_of_its_own_is_refused(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    write_single(tmp_path, tensors | {HEAD: tensors[EMBEDDING] + np.float32(1)})
+    assert HEAD in refusal(tmp_path, UnsupportedError, tied=False).message
+
+
+def test_unknown_extra_tensors_are_ignored(tmp_path: Path) -> None:
+    extra = {"decoder.version": np.zeros(1, "<f4")}
+    assert "model.decoder.version" not in opened(write_single(tmp_path, some_tensors() | extra)).names()
+
+
+def test_missing_tensor_is_named(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    del tensors[A_WEIGHT]
+    assert refusal(write_single(tmp_path, tensors), InputError).problems == (f"{A_WEIGHT} is missing",)
+
+
+def test_wrong_shape_is_named_with_both_shapes(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    tensors[A_WEIGHT] = tensors[A_WEIGHT].T.copy()
+    message = refusal(write_single(tmp_path, tensors), InputError).message
+    assert f"model.safetensors: {A_WEIGHT} has shape [8, 12], expected [12, 8]" in message
+
+
+def test_missing_shard_is_named_once_and_its_tensors_are_not(tmp_path: Path) -> None:
+    write_shards(tmp_path, some_tensors())
+    (tmp_path / LAST_SHARD).unlink()
+    error = refusal(tmp_path, InputError)
+    assert len(error.problems) == 1
+    assert error.problems[0].startswith(f"{LAST_SHARD}: is missing")
+
+
+def test_shard_truncated_by_one_byte_is_named_with_both_sizes(tmp_path: Path) -> None:
+    write_shards(tmp_path, some_tensors())
+    whole = (tmp_path / LAST_SHARD).read_bytes()
+    (tmp_path / LAST_SHARD).write_bytes(whole[:-1])
+    error = refusal(tmp_path, InputError)
+    expected = f"{LAST_SHARD}: truncated: its tensors need {len(whole)} bytes, the file has {len(whole) - 1}"
+    assert error.problems == (expected,)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.data())
+def test_file_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    whole = pack(some_tensors())
+    cut = data.draw(st.integers(0, len(whole) - 1))
+    folder = tmp_path_factory.mktemp("cut")
+    (folder / "model.safetensors").write_bytes(whole[:cut])
+    error = refusal(folder, InputError)
+    assert "model.safetensors" in error.message
+    assert len(error.problems) == 1
+
+
+def test_bytes_behind_the_last_tensor_are_refused(tmp_path: Path) -> None:
+    write_single(tmp_path, some_tensors())
+    with (tmp_path / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+    assert "1 bytes lie behind its last tensor" in refusal(tmp_path, InputError).message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "truncated: 0 bytes"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", "git lfs pull"),
+        (b"PK\x03\x04 a zip file, as torch.save writes", "is not a safetensors file"),
+        (struct.pack("<Q", 4) + b"{{{{", "not valid JSON"),
+        (struct.pack("<Q", 2) + b"[]", "not a JSON object"),
+        (struct.pack("<Q", 3) + b"\xff\xfe\xfd", "not valid JSON"),
+    ],
+)
+def test_file_of_another_kind_is_refused_in_words(content: bytes, words: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    error = refusal(tmp_path, InputError)
+    assert words in error.message
+    assert len(error.problems) == 1
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        3,
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [-1], "data_offsets": [0, 4]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [4, 0]},
+        {"dtype": "F32", "shape": [1], "data_offsets": [0]},
+        {"dtype": 1, "shape": [1], "data_offsets": [0, 4]},
+        {"shape": [1], "data_offsets": [0, 4]},
+    ],
+)
+def test_damaged_entry_of_the_header_is_named(entry: object, tmp_path: Path) -> None:
+    text = json.dumps({A_WEIGHT: entry}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + bytes(4))
+    assert f"the header's entry of {A_WEIGHT} is damaged" in refusal(tmp_path, InputError).message
+
+
+def test_quantised_type_is_refused_by_tensor_and_type(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    tensors[A_WEIGHT] = tensors[A_WEIGHT].astype("i1")
+    message = refusal(write_single(tmp_path, tensors), UnsupportedError).message
+    assert f"{A_WEIGHT} has type I8" in message
+
+
+def test_all_faults_are_reported_together(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    del tensors[A_WEIGHT]
+    tensors[EMBEDDING] = tensors[EMBEDDING][:-1].copy()
+    write_shards(tmp_path, tensors)
+    (tmp_path / LAST_SHARD).unlink()
+    second = tmp_path / "model-00002-of-00003.safetensors"
+    second.write_bytes(second.read_bytes()[:-1])
+    problems = refusal(tmp_path, InputError).problems
+    for part in (LAST_SHARD, "model-00002-of-00003.safetensors: truncated", f"{A_WEIGHT} is missing", EMBEDDING):
+        assert any(part in problem for problem in problems)
+
+
+def test_long_list_of_faults_is_cut_in_the_message_and_whole_in_the_problems(tmp_path: Path) -> None:
+    error = refusal(write_single(tmp_path, {}), InputError)
+    assert len(error.problems) == len(parameter_shapes(FACTS))
+    assert error.message.endswith(f"and {len(error.problems) - 5} more")
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}', '{"weight_map": 3}']
+)
+def test_damaged_index_is_refused_by_name(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text(text)
+    assert "model.safetensors.index.json" in refusal(tmp_path, InputError).message
+
+
+def test_index_that_places_a_tensor_wrongly_is_refused(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    write_shards(tmp_path, tensors)
+    index = tmp_path / "model.safetensors.index.json"
+    placed = json.loads(index.read_text())["weight_map"]
+    placed[A_WEIGHT] = next(shard for shard in placed.values() if shard != placed[A_WEIGHT])
+    index.write_text(json.dumps({"weight_map": placed}))
+    assert f"{placed[A_WEIGHT]}: lacks {A_WEIGHT}" in refusal(tmp_path, InputError).message
+
+
+def test_index_cannot_point_outside_the_folder(tmp_path: Path) -> None:
+    folder = write_shards(tmp_path / "model", some_tensors())
+    (folder / LAST_SHARD).rename(tmp_path / "outside.safetensors")
+    index = folder / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(LAST_SHARD, "../outside.safetensors"))
+    assert "expected a file beside it" in refusal(folder, InputError).message
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.gguf", "tf_model.h5"])
+def test_other_format_is_refused_with_the_way_to_convert_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"weights")
+    error = refusal(tmp_path, UnsupportedError)
+    assert name in error.message
+    assert "save_pretrained" in error.hint
+    assert error.exit_code == 3
+
+
+def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert "holds no weights" in refusal(tmp_path, InputError).message
+
+
+def test_one_file_wins_over_an_index_as_in_transformers(tmp_path: Path) -> None:
+    write_shards(tmp_path, some_tensors(seed=1))
+    write_single(tmp_path, some_tensors(seed=2))
+    _, files = open_weights(tmp_path, FACTS)
+    assert [file.name for file in files] == ["model.safetensors"]
