@@ -15,16 +15,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shadowc.emit.genai import genai_config
 from shadowc.spec.errors import InputError, SetupError
-from shadowc.spec.manifest import MANIFEST_FILE, EngineManifest, FileEntry
+from shadowc.spec.manifest import MANIFEST_FILE, EngineManifest, FileEntry, ModelPart
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from shadowc.checkpoint.opt import OptFacts
+
+GENAI_FILE = "genai_config.json"
 CONTROLS_FILE = "controls.safetensors"
 """Static rankings of heads and neurons, for the controls of `shadowc eval`."""
-_HASH_BYTES = 1 << 22
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -109,11 +112,37 @@ def file_entries(folder: Path, known: Mapping[str, FileEntry] | None = None) -> 
     return {name: known.get(name) or hash_file(folder / name) for name in names}
 
 
+def model_part(facts: OptFacts, source: str) -> ModelPart:
+    """The manifest's copy of the model facts; `source` identifies the checkpoint by content."""
+    sizes = {name: getattr(facts, name) for name in ModelPart.model_fields if name != "source"}
+    return ModelPart(source=source, **sizes)
+
+
+def add_companions(folder: Path, model: ModelPart, tokenizer: Path | None) -> None:
+    """Put beside the graphs what other hosts need: tokenizer, op library, genai_config.json.
+
+    Args:
+        folder: the staging folder.
+        model: for genai_config.json.
+        tokenizer: folder with tokenizer files; None: the model has none.
+
+    Raises:
+        InputError: the tokenizer is damaged.
+        SetupError: the op library is not installed.
+    """
+    from shadowc.checkpoint.tokenizer import write_tokenizer
+
+    if tokenizer is not None:
+        write_tokenizer(tokenizer, folder)
+    library = copy_op_library(folder)
+    write_json(folder / GENAI_FILE, genai_config(model, library.name))
+
+
 def copy_op_library(folder: Path) -> Path:
     """Put the op library, and what it needs beside it, into the folder for hosts other than Python."""
-    from shadowc.plugins import cpu_library
+    from shadowc.runtime.library import library_path
 
-    library = Path(cpu_library())
+    library = library_path()
     for path in (library, *sorted(library.parent.glob("libhwy*.so*"))):
         shutil.copyfile(path, folder / path.name)
     return folder / library.name

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The key/value cache of one batch: fixed capacity, updated in place, enlarged in steps.
+
+Letters: B batch, H heads, T capacity in slots, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from shadowc.spec.errors import InternalError
+
+if TYPE_CHECKING:
+    from shadowc.runtime.session import Binding
+
+STEP_SLOTS = 256
+_ALIGNMENT = 64
+"""A cache line, so that a vector load never straddles two."""
+
+Floats = npt.NDArray[np.float32]
+
+
+def aligned_zeros(shape: tuple[int, ...]) -> Floats:
+    """Zeros that start at a cache line; the system commits their memory only when it is written."""
+    size = int(np.prod(shape)) * 4
+    raw = np.zeros(size + _ALIGNMENT, np.uint8)
+    skip = -raw.ctypes.data % _ALIGNMENT
+    return raw[skip : skip + size].view(np.float32).reshape(shape)
+
+
+class KvCache:
+    """Keys and values of all layers, bound to a session as past and present.
+
+    Args:
+        layers: number of layers.
+        shape: (B, H, D).
+        limit: the largest capacity in slots.
+        in_place: one buffer is both past and present, which the kernels allow. False: two buffers take turns, for
+            graphs of standard operators.
+    """
+
+    def __init__(self, layers: int, shape: tuple[int, int, int], limit: int, *, in_place: bool = True) -> None:
+        self.capacity = 0
+        self.filled = 0
+        self._names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+        self._shape = shape
+        self._limit = limit
+        self._in_place = in_place
+        self._past: dict[str, Floats] = {}
+        self._present: dict[str, Floats] = {}
+
+    def reserve(self, slots: int) -> bool:
+        """Make room for `slots` slots, keeping what is filled; True if the buffers changed and must be bound again.
+
+        Raises:
+            InternalError: more slots than the limit (callers check the context first).
+        """
+        if slots <= self.capacity:
+            return False
+        if slots > self._limit:
+            raise InternalError(f"cache of {slots} slots asked for, the context has {self._limit}")
+        B, H, D = self._shape
+        capacity = min(-(-slots // STEP_SLOTS) * STEP_SLOTS, self._limit)
+        for name in self._names:
+            old = self._past.get(name)
+            new = aligned_zeros((B, H, capacity, D))
+            if old is not None:
+                new[:, :, : self.filled] = old[:, :, : self.filled]
+            self._past[name] = new
+            self._present[name] = new if self._in_place else aligned_zeros(new.shape)
+        self.capacity = capacity
+        return True
+
+    def bind(self, binding: Binding) -> None:
+        """Bind all buffers as past inputs and present outputs."""
+        for name in self._names:
+            binding.give(f"past_key_values.{name}", self._past[name])
+            binding.take(f"present.{name}", self._present[name])
+
+    def advance(self, tokens: int) -> bool:
+        """Count new tokens after a run; True if past and present changed places and must be bound again."""
+        self.filled += tokens
+        if self._in_place:
+            return False
+        self._past, self._present = self._present, self._past
+        return True

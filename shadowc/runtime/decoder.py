@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One batch of sequences moving through a session: cache, masks, bound buffers.
+
+Letters: B rows, S new tokens, Z masked tokens of them, P slots of the mask, V vocabulary, L predicted layers,
+H heads, N units of neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shadowc.runtime.cache import KvCache
+from shadowc.runtime.prompts import Batch, Ids
+
+if TYPE_CHECKING:
+    from shadowc.runtime.session import Binding, Session
+    from shadowc.spec.manifest import EngineManifest
+
+Floats = npt.NDArray[np.float32]
+Outputs = dict[str, npt.NDArray[Any]]
+ScoreSource = Callable[[int], tuple[Floats, Floats]]
+"""Number of masked tokens Z -> scores of heads [1 or B,Z,L,H] and of neuron units [1 or B,Z,L,N]."""
+
+AUTOMATIC = -1
+"""sparse_tail: one masked token when one token comes in, none otherwise."""
+
+
+class Decoder:
+    """Feeds tokens of one batch, in order.
+
+    Args:
+        session: the graph.
+        manifest: sizes.
+        batch: where each row starts; only `starts` and the number of rows are used.
+        in_place: see KvCache.
+        scores: for a graph whose scores are inputs.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        manifest: EngineManifest,
+        batch: Batch,
+        *,
+        in_place: bool = True,
+        scores: ScoreSource | None = None,
+    ) -> None:
+        model = manifest.model
+        self._session = session
+        self._batch = batch
+        self._vocab = model.vocab
+        self._manifest = manifest
+        self._scores = scores
+        self._cache = KvCache(
+            model.layers, (batch.rows, model.heads, model.head_size), model.positions, in_place=in_place
+        )
+        self._density = {name: np.ones(batch.rows, np.float32) for name in ("density_heads", "density_neurons")}
+        self._step: Binding | None = None
+        self._step_ids: Ids = np.zeros((batch.rows, 1), np.int64)
+        self._step_outputs: Outputs = {}
+
+    @property
+    def filled(self) -> int:
+        """Slots in the cache."""
+        return self._cache.filled
+
+    def set_density(self, heads: float | Floats, neurons: float | Floats) -> None:
+        """Set the density of all rows (a number) or of each row ([B]); it holds from the next run on."""
+        self._density["density_heads"][:] = heads
+        self._density["density_neurons"][:] = neurons
+
+    def mute(self, row: int) -> None:
+        """Compute as little as possible for a finished row from now on."""
+        for values in self._density.values():
+            values[row] = 0.0
+
+    def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str]) -> Outputs:
+        """Run any number of tokens and return the named outputs."""
+        S = ids_BS.shape[1]
+        self._cache.reserve(self.filled + S)
+        binding = self._bind(ids_BS, sparse_tail)
+        for name in outputs:
+            binding.take(name)
+        self._cache.bind(binding)
+        values = binding.run()[: len(outputs)]
+        self._cache.advance(S)
+        self._step = None  # its buffers may have been replaced
+        return {name: value.numpy() for name, value in zip(outputs, values, strict=True)}
+
+    def step(self, ids_B: Ids) -> Outputs:
+        """Run one masked token per row; the arrays returned are overwritten by the next step."""
+        if self._cache.reserve(self.filled + 1):
+            self._step = None
+        self._step_ids[:, 0] = ids_B
+        if self._step is None:
+            self._step = self._bind_step()
+        else:
+            self._step.give("attention_mask", self._batch.mask(self.filled + 1))
+            self._bind_scores(self._step, 1)
+        self._step.run_in_place()
+        if self._cache.advance(1):
+            self._cache.bind(self._step)
+        return self._step_outputs
+
+    def _bind(self, ids_BS: Ids, sparse_tail: int) -> Binding:
+        S = ids_BS.shape[1]
+        binding = self._session.bind()
+        binding.give("input_ids", ids_BS)
+        binding.give("attention_mask", self._batch.mask(self.filled + S))
+        dials: dict[str, npt.NDArray[Any]] = {**self._density, "sparse_tail": np.array([sparse_tail], np.int64)}
+        for name, value in dials.items():
+            if name in self._session.inputs:
+                binding.give(name, value)
+        automatic = 1 if S == 1 else 0
+        self._bind_scores(binding, min(sparse_tail, S) if sparse_tail >= 0 else automatic)
+        return binding
+
+    def _bind_scores(self, binding: Binding, tokens: int) -> None:
+        if self._scores is None:
+            return
+        for kind, scores in zip(("heads", "neurons"), self._scores(tokens), strict=True):
+            shape = (self._batch.rows, *scores.shape[1:])
+            binding.give(f"scores.{kind}", np.ascontiguousarray(np.broadcast_to(scores, shape), np.float32))
+
+    def _bind_step(self) -> Binding:
+        """A binding whose outputs lie in buffers that all steps share."""
+        model, rows = self._manifest.model, self._batch.rows
+        known = set(self._session.outputs)
+        shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+            "logits": ((rows, 1, model.vocab), np.float32),
+            "active.heads": ((rows, 1, model.layers - 1), np.int32),
+            "active.neurons": ((rows, 1, model.layers - 1), np.int32),
+            "read": ((model.layers, 2, 2), np.int64),
+        }
+        self._step_outputs = {name: np.zeros(*shapes[name]) for name in shapes if name in known}
+        binding = self._bind(self._step_ids, AUTOMATIC)
+        for name, array in self._step_outputs.items():
+            binding.take(name, array)
+        self._cache.bind(binding)
+        return binding

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The installed op library. Engines are always run with it, never with the copy in their folder."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from shadowc._version import __version__
+from shadowc.spec.errors import IncompatibleEngineError, SetupError
+
+VARIABLE = "SHADOWC_ORT_LIBRARY"
+"""Environment variable with the path of another build of the library."""
+
+
+def library_path() -> Path:
+    """Where the op library is.
+
+    Raises:
+        SetupError: it was not built or not installed.
+    """
+    from shadowc.plugins import cpu_library
+
+    chosen = os.environ.get(VARIABLE)
+    if chosen and not Path(chosen).is_file():
+        raise SetupError(f"{VARIABLE} names {chosen}, which is no file", hint=f"unset {VARIABLE}")
+    try:
+        return Path(chosen) if chosen else Path(cpu_library())
+    except FileNotFoundError as error:
+        raise SetupError(
+            "the op library libshadowc_ort.so is not installed",
+            hint="run make in a checkout, or pip install --force-reinstall shadowc",
+        ) from error
+
+
+@dataclass(frozen=True)
+class OpLibrary:
+    """The library, loaded."""
+
+    path: Path
+    version: str
+    isa: str
+    """Instruction set that the kernels chose on this machine."""
+    _handle: ctypes.CDLL
+
+    @staticmethod
+    def installed() -> OpLibrary:
+        """Load the installed library and check that it belongs to this package.
+
+        Raises:
+            SetupError: it is missing or cannot be loaded.
+            IncompatibleEngineError: it was built from another version of shadowc.
+        """
+        return OpLibrary.at(library_path())
+
+    @staticmethod
+    def at(path: Path) -> OpLibrary:
+        """Load the library at `path`; raises as `installed`."""
+        rebuild = "run make in a checkout, or pip install --force-reinstall shadowc"
+        try:
+            handle = ctypes.CDLL(str(path))
+            version = _text(handle, "shadowc_ort_version")
+            isa = _text(handle, "shadowc_ort_isa")
+        except (OSError, AttributeError) as error:
+            raise SetupError(f"the op library {path} cannot be loaded: {error}", hint=rebuild) from error
+        if version != __version__:
+            raise IncompatibleEngineError(
+                f"the op library {path} is of version {version}, shadowc of version {__version__}", hint=rebuild
+            )
+        if not isa:
+            raise SetupError(
+                f"SHADOWC_ISA={os.environ.get('SHADOWC_ISA', '')} is no level of this machine", hint="unset SHADOWC_ISA"
+            )
+        return OpLibrary(path, version, isa, handle)
+
+    def stream_read(self, size: int, threads: int, repeats: int) -> float:
+        """Best bytes per second of `repeats` sequential reads of `size` bytes of memory."""
+        function = self._handle.shadowc_stream_read
+        function.argtypes = (ctypes.c_size_t, ctypes.c_int, ctypes.c_int)
+        function.restype = ctypes.c_double
+        return float(function(size, threads, repeats))
+
+
+def _text(handle: ctypes.CDLL, name: str) -> str:
+    function = getattr(handle, name)
+    function.argtypes, function.restype = (), ctypes.c_char_p
+    return bytes(function()).decode()

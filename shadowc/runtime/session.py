@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ONNX Runtime sessions over an engine folder: CPU provider only, weights.bin mapped, op library registered."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shadowc.spec.errors import IncompatibleEngineError, SetupError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import onnx
+    import onnxruntime
+
+LOWEST_ORT = (1, 23)
+_ERRORS_ONLY = 3
+_EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on (containers and taskset narrow them)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def check_ort() -> None:
+    """Refuse an ONNX Runtime that is too old, or missing.
+
+    Raises:
+        SetupError: not installed, or older than the lowest tested version.
+    """
+    lowest = ".".join(map(str, LOWEST_ORT))
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise SetupError(
+            f"ONNX Runtime is not installed, shadowc needs {lowest} or newer", hint="pip install onnxruntime"
+        ) from error
+    version = onnxruntime.__version__
+    if tuple(int(part) for part in version.split(".")[:2]) < LOWEST_ORT:
+        raise SetupError(
+            f"ONNX Runtime {version} is installed, shadowc needs {lowest} or newer",
+            hint="pip install --upgrade onnxruntime",
+        )
+
+
+class Binding:
+    """Buffers bound to a session. It keeps them alive: ONNX Runtime borrows the memory of numpy arrays."""
+
+    def __init__(self, session: onnxruntime.InferenceSession) -> None:
+        self._session = session
+        self._binding = session.io_binding()
+        self._held: dict[str, tuple[object, object]] = {}
+
+    def give(self, name: str, array: npt.NDArray[Any]) -> None:
+        """Bind a contiguous array as an input; `bind_cpu_input` would refuse inputs that have defaults."""
+        value = self._hold(name, array)
+        self._binding.bind_ortvalue_input(name, value)
+
+    def take(self, name: str, array: npt.NDArray[Any] | None = None) -> None:
+        """Bind an output to an array; None: ONNX Runtime allocates it, see `run`."""
+        if array is None:
+            self._binding.bind_output(name)
+        else:
+            self._binding.bind_ortvalue_output(name, self._hold(name, array))
+
+    def run(self) -> list[Any]:
+        """Run the graph; returns the outputs in the order in which they were bound."""
+        self._session.run_with_iobinding(self._binding)
+        values: list[Any] = self._binding.get_outputs()
+        return values
+
+    def run_in_place(self) -> None:
+        """Run the graph when every output is bound to an array."""
+        self._session.run_with_iobinding(self._binding)
+
+    def _hold(self, name: str, array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
+        import onnxruntime as ort
+
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._held[name] = (array, value)
+        return value
+
+
+@dataclass(frozen=True)
+class Session:
+    """One graph, ready to run.
+
+    Args:
+        model: the graph; None: the file `path`.
+        path: a model file of the folder; external weights lie beside it.
+        threads: intra-op threads.
+        library: op library to register; None for graphs of standard operators.
+    """
+
+    path: Path
+    threads: int
+    library: Path | None
+    model: onnx.ModelProto | None = None
+
+    @cached_property
+    def ort(self) -> onnxruntime.InferenceSession:
+        """The session, made on first use.
+
+        Raises:
+            SetupError: the op library cannot be loaded.
+            IncompatibleEngineError: this ONNX Runtime cannot run the graph.
+        """
+        import onnxruntime as ort
+
+        ort.set_default_logger_severity(_ERRORS_ONLY)
+        options = self._options()
+        source: Any = str(self.path) if self.model is None else self.model.SerializeToString()
+        try:
+            return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise IncompatibleEngineError(
+                f"ONNX Runtime {ort.__version__} cannot run {self.path}: {_first_line(error)}",
+                hint="compile the engine again with this version of shadowc",
+            ) from error
+
+    def load_model(self) -> onnx.ModelProto:
+        """The graph as a message, without the weights that lie beside it."""
+        import onnx
+
+        return self.model if self.model is not None else onnx.load(self.path, load_external_data=False)
+
+    def bind(self) -> Binding:
+        """A new, empty binding."""
+        return Binding(self.ort)
+
+    @cached_property
+    def inputs(self) -> frozenset[str]:
+        """Names of the graph inputs, those with defaults included."""
+        session = self.ort
+        return frozenset(value.name for value in (*session.get_inputs(), *session.get_overridable_initializers()))
+
+    @cached_property
+    def outputs(self) -> tuple[str, ...]:
+        """Names of the graph outputs other than the cache."""
+        return tuple(value.name for value in self.ort.get_outputs() if not value.name.startswith("present."))
+
+    def _options(self) -> onnxruntime.SessionOptions:
+        import onnxruntime as ort
+
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = self.threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = _ERRORS_ONLY
+        options.enable_mem_pattern = False  # shapes change from call to call
+        options.add_session_config_entry(_EXTERNAL_FOLDER, str(self.path.parent))
+        if self.library is not None:
+            try:
+                options.register_custom_ops_library(str(self.library))
+            except Exception as error:
+                raise SetupError(
+                    f"the op library {self.library} cannot be loaded: {_first_line(error)}",
+                    hint="reinstall shadowc, or run make in a checkout",
+                ) from error
+        return options
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run really did, counted by the kernels: active units, bytes read, time.
+
+Letters: B rows, Z masked tokens, L predicted layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shadowc.spec.manifest import EngineManifest
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class RunStats:
+    """Means over the masked tokens of the last call; padding, finished rows and the dense prompt are left out."""
+
+    heads: float
+    """Mean active heads per model layer, the dense first layer included."""
+    neurons: float
+    """Mean active units of neurons per model layer, the dense first layer included."""
+    heads_by_layer: Floats
+    neurons_by_layer: Floats
+    head_units: int
+    """Heads of one layer."""
+    neuron_units: int
+    """Units of neurons of one layer."""
+    neuron_block: int
+    """Neurons of one unit."""
+    tokens: int
+    """Tokens that were computed under a mask in `seconds`: generated ones after the first, or teacher-forced ones."""
+    new_tokens: int
+    """Tokens generated, the first (which the prompt's pass gives) included; 0 for logits."""
+    seconds: float
+    prefill_seconds: float
+    bytes_read: float
+    """Per token: what the kernels read, plus LM head, predictor, norms and biases. NaN if nothing counted."""
+    bytes_read_kernels: float
+    """Per token: weights and scales that attention and FFN kernels read. NaN in the reference graph."""
+    finish: tuple[str, ...] = ()
+    """Why each row ended: "eos", "length" or "context"; empty for logits."""
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Masked tokens per second, the prompt's pass left out."""
+        return self.tokens / self.seconds if self.seconds > 0 else 0.0
+
+    @property
+    def active_head_share(self) -> float:
+        """Share of the heads of the predicted layers that were computed."""
+        return float(self.heads_by_layer[1:].mean()) / self.head_units
+
+    @property
+    def active_neuron_share(self) -> float:
+        """Share of the neuron units of the predicted layers that were computed."""
+        return float(self.neurons_by_layer[1:].mean()) / self.neuron_units
+
+
+@dataclass(slots=True)
+class Meter:
+    """Adds up what single runs report."""
+
+    manifest: EngineManifest
+    seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    tokens: int = 0
+    calls: int = 0
+    kernel_bytes: int = 0
+    counted: bool = False
+    _sums: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+
+    def add(self, outputs: Mapping[str, npt.NDArray[Any]], live_BZ: npt.NDArray[np.bool_]) -> None:
+        """Count one run.
+
+        Args:
+            outputs: graph outputs by name; `active.*` [B,Z,L] and `read` [n,2,2] count, others do not matter.
+            live_BZ: which rows and masked tokens are real.
+        """
+        self.tokens += int(live_BZ.sum())
+        self.calls += 1
+        for kind in ("heads", "neurons"):
+            active_BZL = outputs.get(f"active.{kind}")
+            if active_BZL is not None:
+                total_L = active_BZL[live_BZ].sum(axis=0, dtype=np.int64)
+                self._sums[kind] = self._sums[kind] + total_L if kind in self._sums else total_L
+        read = outputs.get("read")
+        if read is not None:
+            self.counted = True
+            self.kernel_bytes += int(read[:, :, 1].sum())
+
+    def stats(self, *, new_tokens: int = 0, finish: tuple[str, ...] = ()) -> RunStats:
+        """The means so far."""
+        model, sparsity, fixed = self.manifest.model, self.manifest.sparsity, self.manifest.bytes_per_token
+        block = sparsity.neuron_block if sparsity else 1
+        units = {"heads": model.heads, "neurons": -(-model.ffn // block)}
+        layers = {kind: self._by_layer(kind, count) for kind, count in units.items()}
+        kernels, every = float("nan"), float("nan")
+        if self.counted and self.tokens:
+            kernels = self.kernel_bytes / self.tokens
+            every = kernels + (fixed.lm_head + fixed.predictor + fixed.other) * self.calls / self.tokens
+        return RunStats(
+            heads=float(layers["heads"].mean()),
+            neurons=float(layers["neurons"].mean()),
+            heads_by_layer=layers["heads"],
+            neurons_by_layer=layers["neurons"],
+            head_units=units["heads"],
+            neuron_units=units["neurons"],
+            neuron_block=block,
+            tokens=self.tokens,
+            new_tokens=new_tokens,
+            seconds=self.seconds,
+            prefill_seconds=self.prefill_seconds,
+            bytes_read=every,
+            bytes_read_kernels=kernels,
+            finish=finish,
+        )
+
+    def _by_layer(self, kind: str, units: int) -> Floats:
+        """Mean active units of every model layer; all of them where no mask was counted."""
+        full = np.full(self.manifest.model.layers, float(units))
+        if kind in self._sums and self.tokens:
+            full[1:] = self._sums[kind] / self.tokens
+        return full

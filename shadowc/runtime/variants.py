@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rewrites of a finished engine graph, ModelProto to ModelProto: more outputs, other scores, no sparsity.
+
+The input stays as it is; weights stay references into weights.bin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, MutableSequence, Sequence
+from typing import TYPE_CHECKING, TypeVar
+
+from shadowc.spec.errors import InputError
+from shadowc.spec.ops import DOMAIN, SPARSE_ATTENTION, SPARSE_FFN
+
+if TYPE_CHECKING:
+    import onnx
+
+KINDS = ("heads", "neurons")
+_SCORES, _THRESHOLD = 1, 2
+"""Positions of these operands in both sparse operators."""
+_DIALS = ("density_heads", "density_neurons", "sparse_tail")
+_OPERATOR = {"heads": SPARSE_ATTENTION.name, "neurons": SPARSE_FFN.name}
+
+_Item = TypeVar("_Item")
+
+
+def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProto:
+    """The graph with further inner tensors as outputs; those that are outputs already stay single.
+
+    Raises:
+        InputError: a name is no tensor of the graph.
+    """
+    copy = _copy(model)
+    made = {name for node in copy.graph.node for name in node.output}
+    unknown = [name for name in names if name not in made]
+    if unknown:
+        raise InputError(f"no such tensor in the engine's graph: {', '.join(unknown)}", hint="shadowc inspect ENGINE")
+    present = {value.name for value in copy.graph.output}
+    for name in names:
+        if name not in present:
+            copy.graph.output.add(name=name)
+    return copy
+
+
+def with_skip_zeros(model: onnx.ModelProto, on: bool) -> onnx.ModelProto:
+    """The graph with `skip_zeros` of every FFN switched on or off."""
+    copy = _copy(model)
+    for node in copy.graph.node:
+        if node.domain == DOMAIN and node.op_type == SPARSE_FFN.name:
+            _set_int(node, "skip_zeros", int(on))
+    return copy
+
+
+def with_scores_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without its predictor: `scores.heads` and `scores.neurons` [B,Z,L,N] come from the caller.
+
+    Selection and kernels stay the same, so controls (static, random) are measured on the same code.
+
+    Raises:
+        InputError: a dense engine has no scores.
+    """
+    import onnx
+
+    copy = _copy(model)
+    names = {f"scores.{kind}" for kind in KINDS}
+    found = {name for node in copy.graph.node for name in node.output if name in names}
+    if found != names:
+        raise InputError("a dense engine has no scores", hint="shadowc compile without --predictor none")
+    gone = names | {f"mask_scores.{kind}" for kind in KINDS}
+    shapes = {value.name: value.type.tensor_type.shape.dim for value in copy.graph.output}
+    for name in sorted(names):
+        value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * 4)
+        for axis, size in enumerate(shapes.get(name, ())):
+            if axis >= 2 and size.HasField("dim_value"):
+                value.type.tensor_type.shape.dim[axis].dim_value = size.dim_value
+        copy.graph.input.append(value)
+    for node in copy.graph.node:
+        node.output[:] = [f"{name}.predicted" if name in names else name for name in node.output]
+    _keep(copy.graph.output, lambda value: value.name not in gone)
+    _prune(copy.graph)
+    return copy
+
+
+def dense(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without predictor and masks, every layer as layer 0 is: the twin that speed is held against."""
+    copy = _copy(model)
+    for node in copy.graph.node:
+        for kind, operator in _OPERATOR.items():
+            if node.domain == DOMAIN and node.op_type == operator:
+                node.input[_SCORES], node.input[_THRESHOLD] = f"dense.scores.{kind}", "dense.threshold"
+                _set_int(node, "layer", 0)
+    gone = {f"{part}.{kind}" for part in ("scores", "mask_scores", "threshold", "active") for kind in KINDS}
+    _keep(copy.graph.output, lambda value: value.name not in gone)
+    _prune(copy.graph)
+    return copy
+
+
+def _copy(model: onnx.ModelProto) -> onnx.ModelProto:
+    copy = type(model)()
+    copy.CopyFrom(model)
+    return copy
+
+
+def _set_int(node: onnx.NodeProto, name: str, value: int) -> None:
+    import onnx
+
+    _keep(node.attribute, lambda attribute: attribute.name != name)
+    node.attribute.append(onnx.helper.make_attribute(name, value))
+
+
+def _prune(graph: onnx.GraphProto) -> None:
+    """Drop nodes, initialisers and dials that no output depends on."""
+    needed = {value.name for value in graph.output}
+    for node in reversed(graph.node):
+        if needed.intersection(node.output):
+            needed.update(_inputs(node))
+    _keep(graph.node, lambda node: bool(needed.intersection(node.output)))
+    _keep(graph.initializer, lambda tensor: tensor.name in needed)
+    _keep(graph.input, lambda value: value.name in needed or value.name not in _DIALS)
+    _keep(graph.value_info, lambda value: value.name in needed)
+
+
+def _inputs(node: onnx.NodeProto) -> Iterable[str]:
+    yield from node.input
+    for attribute in node.attribute:
+        for inner in attribute.g.node:
+            yield from _inputs(inner)
+
+
+def _keep(field: MutableSequence[_Item], wanted: Callable[[_Item], bool]) -> None:
+    kept = [item for item in field if wanted(item)]
+    if len(kept) != len(field):
+        del field[:]
+        field.extend(kept)

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Does a folder hold what its engine.json says? Sizes always, hashes of what was not hashed before.
+
+A large file that was hashed once is remembered by its identity (path, inode, size, times), so that loading stays
+fast; `shadowc verify` hashes everything again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from shadowc.emit.folder import hash_file
+from shadowc.spec.errors import IncompatibleEngineError, InputError, VerificationError
+from shadowc.spec.manifest import MANIFEST_FILE, SCHEMA, EngineManifest, FileEntry
+from shadowc.spec.ops import DOMAIN, VERSION
+
+LARGE_BYTES = 1 << 26
+"""From this size on a file's hash is remembered; smaller ones are hashed at every load."""
+_SETTLED_SECONDS = 2.0
+"""A file changed later than this before the hash is not remembered: its times could hide a further change."""
+RECOMPILE = "compile the engine again: shadowc compile --model NAME --out FOLDER"
+
+
+def read_manifest(folder: Path) -> EngineManifest:
+    """Read and check engine.json.
+
+    Raises:
+        InputError: the folder does not exist or is no engine.
+        IncompatibleEngineError: another version of shadowc wrote it.
+        VerificationError: it is damaged.
+    """
+    path = folder / MANIFEST_FILE
+    if not folder.is_dir():
+        raise InputError(f"no engine folder at {folder}", hint=f"shadowc compile --model opt-mini --out {folder}")
+    if not path.is_file():
+        raise InputError(
+            f"{folder} is not an engine folder: it has no {MANIFEST_FILE}", hint="shadowc compile writes one"
+        )
+    try:
+        content = json.loads(path.read_bytes())
+        schema = content["schema_version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise VerificationError(f"{path} is damaged: {error}", hint=RECOMPILE) from error
+    if isinstance(schema, int) and schema > SCHEMA:
+        raise IncompatibleEngineError(
+            f"{folder} was written by a newer shadowc (schema {schema}, this one reads {SCHEMA})",
+            hint="pip install --upgrade shadowc",
+        )
+    try:
+        manifest = EngineManifest.model_validate(content)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise VerificationError(f"{path} is damaged: {where}: {first['msg']}", hint=RECOMPILE) from error
+    needed = manifest.ops.get(DOMAIN, VERSION)
+    if needed != VERSION:
+        newer = needed > VERSION
+        raise IncompatibleEngineError(
+            f"{folder} needs version {needed} of the {DOMAIN} operators, this shadowc has version {VERSION}",
+            hint="pip install --upgrade shadowc" if newer else RECOMPILE,
+        )
+    return manifest
+
+
+def file_problems(folder: Path, manifest: EngineManifest, *, hashes: bool = True, remember: bool = True) -> list[str]:
+    """One sentence for every file that is missing or not what the manifest says.
+
+    Without `hashes` only sizes are compared; `remember` trusts and keeps the hashes of large files.
+    """
+    problems = []
+    for name, entry in sorted(manifest.files.items()):
+        path = folder / name
+        if not path.is_file():
+            problems.append(f"{name} is missing")
+        elif (size := path.stat().st_size) != entry.size:
+            problems.append(f"{name} has {size} bytes, expected {entry.size}")
+        elif hashes and not _matches(path, entry, remember=remember):
+            problems.append(f"{name} has changed: its SHA-256 differs from the one in {MANIFEST_FILE}")
+    return problems
+
+
+def _matches(path: Path, entry: FileEntry, *, remember: bool) -> bool:
+    if not remember or entry.size < LARGE_BYTES:
+        return hash_file(path) == entry
+    marker = _marker(path, entry)
+    if marker.is_file():
+        return True
+    settled = time.time() - path.stat().st_ctime > _SETTLED_SECONDS
+    if hash_file(path) != entry:
+        return False
+    if settled and marker == _marker(path, entry):
+        _touch(marker)
+    return True
+
+
+def _marker(path: Path, entry: FileEntry) -> Path:
+    """An empty file whose name is the identity of a file that was found to match."""
+    from platformdirs import user_cache_path
+
+    status = path.stat()
+    parts = (path.resolve(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+    identity = "\n".join(map(str, (*parts, entry.sha256)))
+    root = os.environ.get("SHADOWC_CACHE_DIR")
+    folder = Path(root) if root else user_cache_path("shadowc")
+    return folder / "verified" / hashlib.sha256(identity.encode()).hexdigest()
+
+
+def _touch(marker: Path) -> None:
+    try:
+        marker.parent.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError:
+        return  # a cache that cannot be written costs time at the next load, nothing else

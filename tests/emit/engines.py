@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine folders made from the handmade graph, for the tests of emit and runtime."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from shadowc.checkpoint.opt import EMBEDDING, HEAD, OptFacts
+from shadowc.emit import folder as engine_folder
+from shadowc.emit.target import target
+from shadowc.spec.density import Density
+from shadowc.spec.manifest import EngineManifest, SparsityPart
+from tests.conftest import TINY
+from tests.emit import handmade
+
+if TYPE_CHECKING:
+    from transformers import OPTForCausalLM
+
+BLOCK = 16
+DENSITY = Density(0.5, 0.5)
+
+
+def tiny_facts() -> OptFacts:
+    return OptFacts.from_config({**TINY, "model_type": "opt"}, "opt-tiny")
+
+
+def tensors(model: OPTForCausalLM, block: int = BLOCK) -> handmade.Tensors:
+    values = {name: value.numpy() for name, value in model.state_dict().items()}
+    values.setdefault(HEAD, values[EMBEDDING])
+    return handmade.Tensors({**values, **handmade.predictor_tensors(tiny_facts(), block)})
+
+
+def write_engine(
+    out: Path,
+    model: OPTForCausalLM,
+    *,
+    tokenizer: Path | None = None,
+    weights: str = "fp32",
+    sparse: bool = True,
+    skip_zeros: bool = True,
+    eos: int | None = None,
+) -> EngineManifest:
+    """A complete engine folder at `out`; `eos` replaces the end token so that rows can end early."""
+    facts = tiny_facts() if eos is None else replace(tiny_facts(), eos=eos)
+    program = handmade.build(facts, block=BLOCK, quantised=weights == "int8", sparse=sparse, skip_zeros=skip_zeros)
+    with engine_folder.staged(out) as staging:
+        emitted = target("cpu").emit(program, tensors(model), staging, density=DENSITY)
+        part = engine_folder.model_part(facts, "tiny")
+        engine_folder.add_companions(staging, part, tokenizer)
+        if sparse:
+            rng = np.random.default_rng(5)
+            shapes = (facts.predicted_layers, facts.heads), (facts.predicted_layers, facts.ffn // BLOCK)
+            rankings = tuple(rng.random(shape, np.float32) for shape in shapes)
+            engine_folder.write_controls(staging, {"static": (rankings[0], rankings[1])})
+        manifest = EngineManifest(
+            producer={"shadowc": "test"},
+            target="cpu",
+            weights="int8" if weights == "int8" else "fp32",
+            ops=emitted.ops,
+            model=part,
+            sparsity=SparsityPart(
+                mask="token",
+                scope="global",
+                head_density=DENSITY.heads,
+                neuron_density=DENSITY.neurons,
+                neuron_block=BLOCK,
+            )
+            if sparse
+            else None,
+            bytes_per_token=emitted.bytes_per_token,
+            parity={},
+            build_key="test",
+            files=engine_folder.file_entries(staging, emitted.files),
+        )
+        engine_folder.write_manifest(staging, manifest)
+    return manifest
