@@ -44,7 +44,10 @@ def default_root() -> Path:
         return Path(named).absolute()
     from platformdirs import user_cache_dir
 
-    root = Path(user_cache_dir("shadowc"))
+    try:
+        root = Path(user_cache_dir("shadowc"))
+    except RuntimeError:  # newer platformdirs; older ones return a path that starts with ~
+        root = Path("~")
     if not root.is_absolute():
         raise SetupError("no home folder is known, so there is no place for cached stages", hint=_HINT)
     return root

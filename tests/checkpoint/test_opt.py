@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import asdict
 
@@ -146,9 +147,7 @@ def test_missing_sizes_are_all_named() -> None:
     )
 )
 def test_any_config_gives_facts_or_one_of_our_errors(change: dict[str, object]) -> None:
-    try:
+    facts = None
+    with contextlib.suppress(InputError, UnsupportedError):
         facts = OptFacts.from_config({**CONFIG, **change}, "small")
-    except (InputError, UnsupportedError) as error:
-        assert error.message
-    else:
-        assert facts.heads * facts.head_size == facts.hidden
+    assert facts is None or facts.heads * facts.head_size == facts.hidden
