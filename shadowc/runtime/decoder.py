@@ -8,7 +8,7 @@ H heads, N units of neurons.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +18,6 @@ from shadowc.runtime.prompts import Batch, Ids
 
 if TYPE_CHECKING:
     from shadowc.runtime.session import Binding, Session
-    from shadowc.spec.manifest import EngineManifest
 
 Floats = npt.NDArray[np.float32]
 Outputs = dict[str, npt.NDArray[Any]]
@@ -29,12 +28,27 @@ AUTOMATIC = -1
 """sparse_tail: one masked token when one token comes in, none otherwise."""
 
 
+class ModelSizes(Protocol):
+    """What a decoder needs to know; OptFacts and the manifest's ModelPart both say it."""
+
+    @property
+    def layers(self) -> int: ...  # noqa: D102
+    @property
+    def heads(self) -> int: ...  # noqa: D102
+    @property
+    def head_size(self) -> int: ...  # noqa: D102
+    @property
+    def vocab(self) -> int: ...  # noqa: D102
+    @property
+    def positions(self) -> int: ...  # noqa: D102
+
+
 class Decoder:
     """Feeds tokens of one batch, in order.
 
     Args:
         session: the graph.
-        manifest: sizes.
+        model: its sizes.
         batch: where each row starts; only `starts` and the number of rows are used.
         in_place: see KvCache.
         scores: for a graph whose scores are inputs.
@@ -43,17 +57,15 @@ class Decoder:
     def __init__(
         self,
         session: Session,
-        manifest: EngineManifest,
+        model: ModelSizes,
         batch: Batch,
         *,
         in_place: bool = True,
         scores: ScoreSource | None = None,
     ) -> None:
-        model = manifest.model
         self._session = session
         self._batch = batch
-        self._vocab = model.vocab
-        self._manifest = manifest
+        self._model = model
         self._scores = scores
         self._cache = KvCache(
             model.layers, (batch.rows, model.heads, model.head_size), model.positions, in_place=in_place
@@ -128,7 +140,7 @@ class Decoder:
 
     def _bind_step(self) -> Binding:
         """A binding whose outputs lie in buffers that all steps share."""
-        model, rows = self._manifest.model, self._batch.rows
+        model, rows = self._model, self._batch.rows
         known = set(self._session.outputs)
         shapes: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
             "logits": ((rows, 1, model.vocab), np.float32),

@@ -244,14 +244,10 @@ class Engine:
         }
         return MaskTrace(logits=logits, **joined)
 
-    def probe(self, outputs: Sequence[str] = ()) -> Probe:
-        """A fresh sequence that is fed step by step and shows inner tensors; one row.
-
-        Args:
-            outputs: names of inner tensors; empty: the residual stream before and behind every layer.
-        """
-        names = list(outputs) or [f"residual.{layer}" for layer in range(self.manifest.model.layers + 1)]
-        return Probe(self.with_outputs(names))
+    def prober(self) -> Callable[[], Probe]:
+        """Makes fresh sequences of one row that are fed step by step and show the residual stream around every layer."""
+        shown = self.with_outputs([f"residual.{layer}" for layer in range(self.manifest.model.layers + 1)])
+        return lambda: Probe(shown)
 
     def with_outputs(self, names: Sequence[str]) -> Engine:
         """The same engine with further inner tensors as graph outputs (for `probe`-like use)."""
@@ -385,7 +381,7 @@ class Probe:
     """One sequence fed step by step, with every graph output on show.
 
     Args:
-        engine: made by `Engine.probe`.
+        engine: one whose graph puts out what is to be seen.
     """
 
     def __init__(self, engine: Engine) -> None:

@@ -11,74 +11,62 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shadowc.runtime.cache import KvCache
+from shadowc.runtime.decoder import Decoder, ModelSizes, Outputs
+from shadowc.runtime.prompts import Batch
 from shadowc.runtime.session import Session
 from shadowc.runtime.variants import with_outputs
 from shadowc.spec.density import Density
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     import numpy.typing as npt
     import onnx
 
-    from shadowc.checkpoint.opt import OptFacts
-
 
 class EngineProbe:
-    """One text through an engine whose graph also puts out `residual.{l}`; the cache goes on from step to step."""
+    """Unpadded sequences through an engine, all graph outputs on show; the cache goes on from step to step."""
 
-    def __init__(self, session: Session, facts: OptFacts) -> None:
+    def __init__(self, session: Session, model: ModelSizes, *, in_place: bool = True) -> None:
         self._session = session
-        self._cache = KvCache(facts.layers, (1, facts.heads, facts.head_size), facts.positions)
+        self._model = model
+        self._in_place = in_place
+        self._decoder: Decoder | None = None
 
-    def step(
-        self, ids_BS: npt.NDArray[np.int64], *, density: Density, sparse_tail: int
-    ) -> Mapping[str, npt.NDArray[np.float32]]:
-        """Run the next tokens of a batch of one and return every output but the cache, by name."""
-        import onnxruntime as ort
+    def step(self, ids_BS: npt.NDArray[np.int64], *, density: Density, sparse_tail: int) -> Outputs:
+        """Run the next tokens and return every output but the cache, by name."""
+        if self._decoder is None:
+            batch = Batch(ids_BS, np.zeros(len(ids_BS), np.int64))
+            self._decoder = Decoder(self._session, self._model, batch, in_place=self._in_place)
+        self._decoder.set_density(density.heads, density.neurons)
+        ids = np.ascontiguousarray(ids_BS, np.int64)
+        return self._decoder.feed(ids, sparse_tail=sparse_tail, outputs=self._session.outputs)
 
-        total = self._cache.filled + ids_BS.shape[1]
-        binding = self._session.ort.io_binding()
-        dials = {
-            "density_heads": np.array([density.heads], np.float32),
-            "density_neurons": np.array([density.neurons], np.float32),
-            "sparse_tail": np.array([sparse_tail], np.int64),
-        }
-        feeds = {"input_ids": ids_BS, "attention_mask": np.ones((1, total), np.int64), **dials}
-        for name, value in feeds.items():
-            if name in self._session.inputs:
-                binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value)))
-        self._cache.reserve(total)
-        self._cache.bind(binding)
-        for name in self._session.outputs:
-            binding.bind_output(name)
-        self._session.ort.run_with_iobinding(binding)
-        self._cache.advance(ids_BS.shape[1])
-        values = (value for value in binding.get_outputs()[-len(self._session.outputs) :])
-        return {name: value.numpy() for name, value in zip(self._session.outputs, values, strict=True)}
+
+def residuals(layers: int) -> list[str]:
+    """Names of the residual stream in front of every layer and behind the last."""
+    return [f"residual.{layer}" for layer in range(layers + 1)]
 
 
 def probes(
     model_file: Path,
-    facts: OptFacts,
+    model: ModelSizes,
     *,
     threads: int,
-    library: Path,
+    library: Path | None,
     rewrite: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None,
 ) -> Callable[[], EngineProbe]:
     """Returns a function that makes a fresh probe of this engine graph; they share one session.
 
     Args:
-        model_file: the folder's model.onnx.
-        facts: the model's sizes.
+        model_file: the folder's model.onnx, or its reference.onnx.
+        model: the model's sizes.
         threads: intra-op threads.
-        library: the installed op library.
+        library: the installed op library; None: the reference graph.
         rewrite: changes the graph before it is loaded (planted defects, other variants).
     """
     import onnx
 
-    model = onnx.load(model_file, load_external_data=False)
-    model = with_outputs(model, [f"residual.{layer}" for layer in range(facts.layers + 1)])
-    session = Session(model_file, threads, library, rewrite(model) if rewrite else model)
-    return lambda: EngineProbe(session, facts)
+    graph = with_outputs(onnx.load(model_file, load_external_data=False), residuals(model.layers))
+    session = Session(model_file.resolve(), threads, library, rewrite(graph) if rewrite else graph)
+    return lambda: EngineProbe(session, model, in_place=library is not None)
