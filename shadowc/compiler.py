@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from shadowc._version import __version__
 from shadowc.measure.resources import StageCost, StageMeter
 from shadowc.spec.errors import InputError, ShadowcError
-from shadowc.spec.manifest import MANIFEST_FILE, MODEL_FILE, EngineManifest, ModelPart, SparsityPart
+from shadowc.spec.manifest import MANIFEST_FILE, MODEL_FILE, EngineManifest, SparsityPart
 from shadowc.spec.progress import NullProgress, Progress
 from shadowc.stage_cache import StageCache
 
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from shadowc.checkpoint.resolve import Checkpoint
-    from shadowc.emit.target import EmitResult
     from shadowc.measure.parity import ParityReport
     from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.options import CompileOptions
@@ -99,7 +98,7 @@ class _Compile:
         self.out = options.out or Path(f"{Path(options.model).name}.engine")
 
     def run(self) -> CompileSummary:
-        from shadowc.emit.folder import staged
+        from shadowc.emit.folder import staged, write_manifest
 
         self._check_options()
         with self._stage("checkpoint"):
@@ -112,9 +111,10 @@ class _Compile:
         program = self._graph(checkpoint, predictor)
         source = checkpoint.weights if predictor is None else JoinedSource(checkpoint.weights, predictor.as_source())
         with staged(self.out) as folder:
-            emitted = self._emit(checkpoint, program, source, predictor, folder)
-            parity = self._parity(checkpoint, program, predictor, folder)
-            manifest = self._manifest(checkpoint, predictor, emitted, parity, key, folder)
+            manifest = self._emit(checkpoint, program, source, predictor, key, folder)
+            parity = self._parity(checkpoint, program, predictor, manifest, folder)
+            manifest = manifest.model_copy(update={"parity": parity.as_dict()})
+            write_manifest(folder, manifest)
         return CompileSummary(self.out, manifest, tuple(self.meter.costs), up_to_date=False)
 
     def _stage(self, name: str) -> _MeteredStage:
@@ -156,17 +156,16 @@ class _Compile:
         options = self.options
         checkpoint = resolve(options.model, load_format=options.load_format, offline=options.offline, seed=options.seed)
         self.cache.get_or_make(
-            "finite", {"checkpoint": checkpoint.identity}, lambda _: check_finite(checkpoint, self._advance("tensors"))
+            "finite",
+            {"checkpoint": checkpoint.identity},
+            lambda _: check_finite(checkpoint, _Advance(self.progress, "tensors")),
         )
         return checkpoint
-
-    def _advance(self, unit: str) -> _Advance:
-        return _Advance(self.progress, unit)
 
     def _build_key(self, checkpoint: Checkpoint) -> str:
         """Hash of everything that decides the bytes of the engine."""
         from shadowc.emit.folder import hash_file
-        from shadowc.plugins import cpu_library
+        from shadowc.runtime.library import library_path
 
         options = self.options.model_dump(mode="json", exclude={"model", "out", "offline", "dump_passes"})
         decided = {
@@ -174,7 +173,7 @@ class _Compile:
             "name": checkpoint.facts.name,
             "options": options,
             "inputs": {name: _content_hash(path) for name, path in self._named_inputs().items()},
-            "library": hash_file(cpu_library()).sha256,
+            "library": hash_file(library_path()).sha256,
             "tools": tool_versions(),
         }
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
@@ -245,11 +244,12 @@ class _Compile:
 
     def _graph(self, checkpoint: Checkpoint, predictor: Predictor | None) -> Program:
         """The traced graph after all passes."""
+        from shadowc.checkpoint.digest import facts_key
         from shadowc.pipeline import run_passes, schedule
         from shadowc.trace.export import load_program, trace
 
         options = self.options
-        key = {"checkpoint": {**_sizes(checkpoint)}, "tools": tool_versions()}
+        key = {"model": facts_key(checkpoint.facts), "tools": tool_versions()}
         with self._stage("trace") as mark:
             folder, mark.reused = self.cache.get_or_make(
                 "trace", key, lambda to: trace(checkpoint.facts, to / MODEL_FILE)
@@ -267,79 +267,71 @@ class _Compile:
         return program
 
     def _emit(
-        self, checkpoint: Checkpoint, program: Program, source: TensorSource, predictor: Predictor | None, folder: Path
-    ) -> EmitResult:
-        from shadowc.emit.folder import copy_op_library, write_controls
+        self,
+        checkpoint: Checkpoint,
+        program: Program,
+        source: TensorSource,
+        predictor: Predictor | None,
+        key: str,
+        folder: Path,
+    ) -> EngineManifest:
+        """All files but engine.json, whose content is returned with parity still open."""
+        from shadowc.emit.folder import add_companions, file_entries, model_part, write_controls
         from shadowc.emit.target import target
 
+        options = self.options
         with self._stage("emit"):
-            emitted = target(self.options.target).emit(
-                program, source, folder, density=self.options.density, progress=self.progress
+            emitted = target(options.target).emit(
+                program, source, folder, density=options.density, progress=self.progress
             )
-            copy_op_library(folder)
+            model = model_part(checkpoint.facts, checkpoint.identity)
+            add_companions(folder, model, checkpoint.tokenizer)
             if predictor is not None and predictor.controls:
                 write_controls(folder, predictor.controls)
-            if checkpoint.tokenizer is not None:
-                from shadowc.checkpoint.tokenizer import write_tokenizer
-
-                write_tokenizer(checkpoint.tokenizer, folder)
-        return emitted
+            files = file_entries(folder, emitted.files)
+        return EngineManifest(
+            producer=tool_versions(),
+            target="cpu",
+            weights=options.weights,
+            ops=emitted.ops,
+            model=model,
+            sparsity=None if predictor is None else self._sparsity(predictor),
+            bytes_per_token=emitted.bytes_per_token,
+            parity={},
+            build_key=key,
+            files=files,
+        )
 
     def _parity(
-        self, checkpoint: Checkpoint, program: Program, predictor: Predictor | None, folder: Path
+        self,
+        checkpoint: Checkpoint,
+        program: Program,
+        predictor: Predictor | None,
+        manifest: EngineManifest,
+        folder: Path,
     ) -> ParityReport:
         """The gate: raises if the engine's numbers are not torch's."""
         from shadowc.measure.parity import check_parity
-        from shadowc.plugins import cpu_library
-        from shadowc.runtime.probe import probes
-        from shadowc.runtime.session import usable_cores
+        from shadowc.runtime.engine import Engine
+        from shadowc.runtime.library import OpLibrary
+        from shadowc.runtime.session import Session, usable_cores
 
-        orders = {} if predictor is None else dict(enumerate(predictor.orders_LF, start=1))
         with self._stage("parity"):
+            session = Session(folder / MODEL_FILE, usable_cores(), OpLibrary.installed().path)
             report = check_parity(
-                probes(folder / MODEL_FILE, checkpoint.facts, threads=usable_cores(), library=cpu_library()),
+                Engine(folder, manifest, session).prober(),
                 checkpoint.facts,
                 checkpoint.weights,
                 weights=self.options.weights,
                 head_block=next((r.block for r in program.weights.values() if r.sources == ("lm_head.weight",)), 0),
                 block=1 if predictor is None else predictor.block,
-                orders=orders,
+                orders={} if predictor is None else dict(enumerate(predictor.orders_LF, start=1)),
                 sparse=predictor is not None,
                 seed=self.options.seed,
-                advance=self._advance("layers"),
+                advance=_Advance(self.progress, "layers"),
             )
             report.require()
         return report
-
-    def _manifest(
-        self,
-        checkpoint: Checkpoint,
-        predictor: Predictor | None,
-        emitted: EmitResult,
-        parity: ParityReport,
-        key: str,
-        folder: Path,
-    ) -> EngineManifest:
-        from shadowc.emit.folder import file_entries, write_json, write_manifest
-        from shadowc.emit.genai import genai_config
-        from shadowc.plugins import cpu_library
-
-        model = ModelPart(**_sizes(checkpoint), name=checkpoint.facts.name, source=checkpoint.identity)
-        write_json(folder / "genai_config.json", genai_config(model, cpu_library().name))
-        manifest = EngineManifest(
-            producer=tool_versions(),
-            target="cpu",
-            weights=self.options.weights,
-            ops=emitted.ops,
-            model=model,
-            sparsity=None if predictor is None else self._sparsity(predictor),
-            bytes_per_token=emitted.bytes_per_token,
-            parity=parity.as_dict(),
-            build_key=key,
-            files=file_entries(folder, emitted.files),
-        )
-        write_manifest(folder, manifest)
-        return manifest
 
     def _sparsity(self, predictor: Predictor) -> SparsityPart:
         options = self.options
@@ -379,12 +371,6 @@ class _Advance:
 
     def __call__(self, done: int, total: int) -> None:
         self.progress.advance(done, total, self.unit)
-
-
-def _sizes(checkpoint: Checkpoint) -> dict[str, Any]:
-    facts = checkpoint.facts
-    names = ("layers", "hidden", "heads", "head_size", "ffn", "vocab", "positions", "bos", "eos", "pad")
-    return {name: getattr(facts, name) for name in names}
 
 
 def _content_hash(path: Path) -> str:

@@ -25,8 +25,8 @@ def evaluate(
         str, typer.Option("--densities", help="Heads/neurons, separated by commas; one number means both.")
     ] = "1,0.5,0.2,1/0.5,1/0.2",
     methods: Annotated[
-        str, typer.Option("--methods", help="Whose masks: predictor, static, normalised-static, random.")
-    ] = "predictor,static,normalised-static,random",
+        str, typer.Option("--methods", help="Whose masks: predictor, static, normalised, random.")
+    ] = "predictor,static,normalised,random",
     window: Annotated[
         int | None, typer.Option("--window", help="Tokens per window; default: the context.", min=2, show_default=False)
     ] = None,
