@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Gives the graph its public face: names, order of inputs and outputs, and what the kernels read.
+
+Legal cases:
+1. Tensors along the residual stream, norm outputs and operator results get the names that tools and tests rely on;
+   a node that was traced is called as its first result.
+2. The `read` results of all operators become one output, [layers, 2, 2]: attention and FFN, records and bytes.
+3. Inputs, outputs and operator domains are put in their order; weights follow the run-time inputs, sorted.
+
+Letters: B batch, S new tokens, P mask length, E hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from shadowc.checkpoint.opt import FINAL_NORM, layer_names
+from shadowc.passes.surgery import Builder, scope_of, tidy
+from shadowc.spec.errors import InternalError
+from shadowc.spec.ops import DOMAIN, VERSION
+from shadowc.spec.program import PassReport, Program
+
+NAME = "finalise"
+IR_VERSION = 10
+_KINDS = ("heads", "neurons")
+
+
+def apply(program: Program) -> PassReport:
+    """Rename, collect and order, in place."""
+    requires(program)
+    counts = {"tensors": _name_tensors(program), "read": _collect_read(program)}
+    counts["removed"] = tidy(program)
+    counts["nodes"] = _name_nodes(program)
+    _order_interface(program)
+    ensures(program)
+    return PassReport(NAME, counts)
+
+
+def requires(program: Program) -> None:
+    """Both sparsify passes have run."""
+    done = {node.name for node in program.graph.nodes}
+    for layer in range(program.facts.layers):
+        for part in ("attention", "ffn"):
+            if f"layers.{layer}.{part}" not in done:
+                raise InternalError(f"{NAME}: layer {layer} has no {part} operator; sparsify_{part} has to run first")
+
+
+def ensures(program: Program) -> None:
+    """Names are unique, every weight has a recipe, the interface is complete, and nothing is left of the trace."""
+    graph = program.graph
+    found = [value.name for value in graph.inputs]
+    expected = [*input_names(program), *sorted(program.weights)]
+    if found != expected:
+        raise InternalError(f"{NAME}: inputs differ from the expected in {sorted(set(found) ^ set(expected))[:5]}")
+    if (found := [value.name for value in graph.outputs]) != output_names(program):
+        raise InternalError(f"{NAME}: outputs are {found}")
+    names = [node.name for node in graph.nodes]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise InternalError(f"{NAME}: several nodes are called {twice[0]}")
+    if traced := [name for name in names if "#" in name]:
+        raise InternalError(f"{NAME}: {traced[0]} kept the name of the trace")
+    untyped = [value.name for node in graph.nodes for value in node.outputs if value.dtype is None]
+    if untyped:
+        raise InternalError(f"{NAME}: tensor {untyped[0]} has no element type")
+    tensors = graph.tensors()
+    for layer in range(program.facts.layers + 1):
+        if f"residual.{layer}" not in tensors:
+            raise InternalError(f"{NAME}: tensor residual.{layer} is missing")
+
+
+def input_names(program: Program) -> list[str]:
+    """Run-time inputs in graph order."""
+    dials = ["density_heads", "density_neurons", "sparse_tail"] if program.plan else []
+    return ["input_ids", "attention_mask", *_cache(program, "past_key_values"), *dials]
+
+
+def output_names(program: Program) -> list[str]:
+    """Graph outputs in order."""
+    masks = ("mask_scores", "scores", "threshold", "active") if program.plan else ()
+    return ["logits", *_cache(program, "present"), *(f"{part}.{kind}" for part in masks for kind in _KINDS), "read"]
+
+
+def _cache(program: Program, side: str) -> list[str]:
+    return [f"{side}.{layer}.{kind}" for layer in range(program.facts.layers) for kind in ("key", "value")]
+
+
+def _name_tensors(program: Program) -> int:
+    """Name the boundary tensors of every layer; returns how many got a new name."""
+    graph = program.graph
+    norms = {node.inputs[1].name: node for node in graph.nodes if node.op == "LayerNormalization"}
+    operators = {node.name: node for node in graph.nodes if node.domain == DOMAIN}
+    names: list[tuple[gs.Tensor, str]] = []
+    for layer in range(program.facts.layers):
+        parameters = layer_names(layer)
+        first, second = norms[parameters.attention_norm.weight], norms[parameters.ffn_norm.weight]
+        names += [(first.inputs[0], f"residual.{layer}"), (second.inputs[0], f"layers.{layer}.middle")]
+        for norm, part in ((first, "attention"), (second, "ffn")):
+            names += [(norm.outputs[0], f"layers.{layer}.{part}.x")]
+            names += [(operators[f"layers.{layer}.{part}"].outputs[0], f"layers.{layer}.{part}.y")]
+    last = norms[f"{FINAL_NORM}.weight"]
+    names += [(last.inputs[0], f"residual.{program.facts.layers}"), (last.outputs[0], f"{FINAL_NORM}.y")]
+    changed = 0
+    for tensor, name in names:
+        changed += tensor.name != name
+        tensor.name, tensor.shape = name, ("B", "S", program.facts.hidden)
+    return changed
+
+
+def _collect_read(program: Program) -> int:
+    builder = Builder(program)
+    if "read" in builder:
+        return 0
+    parts = [
+        builder.tensor(f"layers.{layer}.{part}.read", f"sparsify_{part}")
+        for layer in range(program.facts.layers)
+        for part in ("attention", "ffn")
+    ]
+    n = program.facts.layers
+    flat = builder.node("Concat", parts, "read.flat", np.int64, (4 * n,), axis=0)
+    program.graph.outputs.append(builder.node("Reshape", [flat, builder.ints(n, 2, 2)], "read", np.int64, (n, 2, 2)))
+    return len(parts)
+
+
+def _name_nodes(program: Program) -> int:
+    changed = 0
+    for node in program.graph.nodes:
+        if node.domain != DOMAIN and node.name != node.outputs[0].name:
+            if scope_of(node) and not node.outputs[0].name.startswith(("residual.", "layers.", "model.", "logits")):
+                node.outputs[0].name = f"{scope_of(node)}.y"
+            node.name = node.outputs[0].name
+            changed += 1
+    return changed
+
+
+def _order_interface(program: Program) -> None:
+    graph, facts = program.graph, program.facts
+    tensors = {value.name: value for value in (*graph.inputs, *graph.outputs)}
+    tensors["logits"].shape = ("B", "S", facts.vocab)
+    tensors["input_ids"].shape, tensors["attention_mask"].shape = ("B", "S"), ("B", "P")
+    names = [*input_names(program), *sorted(program.weights)]
+    for name in (*names, *output_names(program)):
+        if name not in tensors:
+            raise InternalError(f"{NAME}: {name} is neither input nor output of the graph")
+    graph.inputs = [tensors[name] for name in names]
+    graph.outputs = [tensors[name] for name in output_names(program)]
+    graph.name, graph.doc_string, graph.ir_version = "opt", "", IR_VERSION
+    graph.producer_name, graph.producer_version = "shadowc", ""
+    used = {node.domain for node in graph.nodes}
+    domains = {"": graph.opset, "com.microsoft": 1, DOMAIN: VERSION}
+    # listed here, in order: GraphSurgeon would add missing domains in the order of a set
+    graph.import_domains = [
+        onnx.helper.make_opsetid(domain, version) for domain, version in domains.items() if not domain or domain in used
+    ]
