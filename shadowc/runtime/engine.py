@@ -18,6 +18,7 @@ import numpy.typing as npt
 from shadowc.runtime import prompts, variants
 from shadowc.runtime.decoder import Decoder, Outputs, ScoreSource
 from shadowc.runtime.generation import greedy, limits_of, teacher_forced
+from shadowc.runtime.probe import Probe
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.runtime.session import Session
 from shadowc.runtime.stats import Meter, RunStats
@@ -244,10 +245,15 @@ class Engine:
         }
         return MaskTrace(logits=logits, **joined)
 
-    def prober(self) -> Callable[[], Probe]:
-        """Makes fresh sequences of one row that are fed step by step and show the residual stream around every layer."""
-        shown = self.with_outputs([f"residual.{layer}" for layer in range(self.manifest.model.layers + 1)])
-        return lambda: Probe(shown)
+    def prober(self, outputs: Sequence[str] = ()) -> Callable[[], Probe]:
+        """Return a maker of fresh sequences that are fed step by step and show inner tensors.
+
+        Args:
+            outputs: names of inner tensors; empty: the residual stream in front of and behind every layer.
+        """
+        model = self.manifest.model
+        shown = self.with_outputs(list(outputs) or [f"residual.{layer}" for layer in range(model.layers + 1)])
+        return lambda: Probe(shown._session, model, in_place=shown._in_place)
 
     def with_outputs(self, names: Sequence[str]) -> Engine:
         """The same engine with further inner tensors as graph outputs (for `probe`-like use)."""
@@ -303,7 +309,7 @@ class Engine:
         model = self.manifest.model
         batch = batch.trimmed()
         prompts.check_length(batch, model, room=1)
-        decoder = Decoder(self._session, self.manifest, batch, in_place=self._in_place)
+        decoder = Decoder(self._session, model, batch, in_place=self._in_place)
         meter = Meter(self.manifest)
         new, finish = greedy(decoder, batch, limits_of(model, most, least), density, meter, stream)
         self._stats = meter.stats(new_tokens=new.shape[1], finish=finish)
@@ -325,7 +331,7 @@ class Engine:
         whole = prompts.from_ids(ids, attention_mask, model)
         batch = whole.trimmed()
         prompts.check_length(batch, model, room=0)
-        decoder = Decoder(session, self.manifest, batch, in_place=self._in_place, scores=scores)
+        decoder = Decoder(session, model, batch, in_place=self._in_place, scores=scores)
         meter, seen = Meter(self.manifest), []
         logits_BSV = np.zeros((whole.rows, whole.slots, model.vocab), np.float32)
         names = [name for name in wanted if name in session.outputs]
@@ -375,27 +381,6 @@ class Engine:
     def _variant(self, rewrite: Callable[[Any], Any]) -> Engine:
         model = rewrite(self._session.load_model())
         return Engine(self.folder, self.manifest, replace(self._session, model=model), in_place=self._in_place)
-
-
-class Probe:
-    """One sequence fed step by step, with every graph output on show.
-
-    Args:
-        engine: one whose graph puts out what is to be seen.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self._engine = engine
-        self._decoder: Decoder | None = None
-
-    def step(self, ids_BS: npt.NDArray[np.int64], *, density: Density, sparse_tail: int) -> Outputs:
-        """Run the next tokens; the cache goes on. Returns all outputs by graph name."""
-        engine = self._engine
-        if self._decoder is None:
-            start = Batch(ids_BS, np.zeros(len(ids_BS), np.int64))
-            self._decoder = Decoder(engine._session, engine.manifest, start, in_place=engine._in_place)
-        self._decoder.set_density(density.heads, density.neurons)
-        return self._decoder.feed(ids_BS, sparse_tail=sparse_tail, outputs=engine._session.outputs)
 
 
 def _only_row(stream: Stream) -> Stream:

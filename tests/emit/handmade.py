@@ -94,7 +94,7 @@ class Builder:
 
     def program(self) -> Program:
         facts, units = self.facts, -(-self.facts.ffn // self.block)
-        E, H, D, V, L = facts.hidden, facts.heads, facts.head_size, facts.vocab, facts.predicted_layers
+        E, H, D, V = facts.hidden, facts.heads, facts.head_size, facts.vocab
         for name, shape in (("input_ids", ["B", "S"]), ("attention_mask", ["B", "P"])):
             self.inputs.append(helper.make_tensor_value_info(name, TensorProto.INT64, shape))
         self._positions()
