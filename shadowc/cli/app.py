@@ -31,7 +31,7 @@ app = typer.Typer(
 
 COMMANDS = (
     ("compile", compile_model, "no engine was written; finished stages stay in the cache"),
-    ("collect", collect, "no trace was written"),
+    ("collect", collect, "what was recorded is kept, and the same command goes on from there"),
     ("train", train, "no predictor was written"),
     ("run", run, "the engine is unchanged"),
     ("eval", evaluate, "the engine is unchanged"),

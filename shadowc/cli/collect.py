@@ -38,10 +38,12 @@ def collect(
     from shadowc.checkpoint.resolve import resolve
     from shadowc.sparsity.collect import collect as run_collect
 
-    checkpoint = resolve(model, load_format=load_format, offline=offline, seed=seed)
-    folder = out or Path(f"{checkpoint.facts.name}.trace")
-    with render.progress() as progress, progress.stage("collect"):
-        trace = run_collect(checkpoint, options, folder, progress)
+    with render.progress() as progress:
+        with progress.stage("checkpoint"):
+            checkpoint = resolve(model, load_format=load_format, offline=offline, seed=seed)
+        folder = out or Path(f"{checkpoint.facts.name}.trace")
+        with progress.stage("collect"):
+            trace = run_collect(checkpoint, options, folder, progress)
     if json:
         render.as_json({"folder": str(trace.folder), **trace.meta})
     else:

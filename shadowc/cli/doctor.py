@@ -113,25 +113,15 @@ def _op_library() -> Finding:
     """The compiled operators: there, loadable, and of this version."""
     import ctypes
 
-    from shadowc.plugins import cpu_library
+    from shadowc.runtime.library import OpLibrary
+    from shadowc.spec.errors import ShadowcError
 
-    again = "reinstall shadowc: pip install --force-reinstall --no-deps shadowc (in a checkout: make setup)"
     try:
-        path = cpu_library()
-        library = ctypes.CDLL(str(path))
-        library.shadowc_ort_version.restype = ctypes.c_char_p
-        library.shadowc_ort_isa.restype = ctypes.c_char_p
-        version, isa = library.shadowc_ort_version().decode(), library.shadowc_ort_isa().decode()
-        api = int(library.shadowc_ort_api())
-    except (OSError, AttributeError) as error:
-        return Finding("op library", "fails", " ".join(str(error).split()), again)
-    found = f"{version} at {path}, ONNX Runtime API {api}"
-    if version != __version__:
-        return Finding("op library", "fails", f"{found}; expected {__version__}", again)
-    if not isa:
-        wanted = os.environ.get("SHADOWC_ISA", "")
-        return Finding("op library", "fails", f"{found}; SHADOWC_ISA={wanted} cannot be used here", "unset SHADOWC_ISA")
-    return Finding("op library", "ok", f"{found}, {isa}")
+        library = OpLibrary.installed()
+    except ShadowcError as error:
+        return Finding("op library", "fails", error.message, error.hint)
+    api = int(ctypes.CDLL(str(library.path)).shadowc_ort_api())
+    return Finding("op library", "ok", f"{library.version}, {library.isa}, ONNX Runtime API {api}, {library.path}")
 
 
 def _cache() -> Finding:

@@ -76,8 +76,18 @@ def sparsity_facts(manifest: EngineManifest) -> dict[str, str]:
 
 def predictor_text(predictor: Mapping[str, object]) -> str:
     """Return where the predictor comes from, in one line."""
-    kept = {name: value for name, value in predictor.items() if isinstance(value, str | int | float)}
-    return ", ".join(f"{name} {value}" for name, value in kept.items()) or "not described"
+    parts = [str(predictor.get("origin", "not described"))]
+    if "criterion" in predictor:
+        parts.append(f"criterion {predictor['criterion']}")
+    widths = predictor.get("widths")
+    if isinstance(widths, Mapping):
+        parts.append(f"width {' and '.join(str(width) for width in dict.fromkeys(widths.values()))}")
+    cost = predictor.get("parameters_share")
+    if isinstance(cost, float):
+        parts.append(f"{render.share(cost)} of the model's parameters")
+    if "positions" in predictor:
+        parts.append(f"{predictor['positions']} positions of text ({predictor.get('source', 'unknown')})")
+    return ", ".join(parts)
 
 
 def parity_text(manifest: EngineManifest) -> str:

@@ -96,7 +96,7 @@ def error(failure: ShadowcError) -> None:
 
     console = _console(talk=True)
     console.print(Text.assemble(("error: ", "bold red"), failure.message), soft_wrap=True)
-    for problem in failure.problems:
+    for problem in (single for single in failure.problems if single not in failure.message):
         console.print(Text(f"  - {problem}"), soft_wrap=True)
     if failure.hint:
         console.print(Text.assemble(("next: ", "bold"), failure.hint), soft_wrap=True)

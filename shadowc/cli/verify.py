@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -20,4 +21,8 @@ def verify(
 
     with render.progress() as progress, progress.stage("verify"):
         report = run_verify(engine, deep=deep)
-    render.line(str(report))
+    if json:
+        render.as_json({**asdict(report), "folder": str(report.folder), "passed": report.passed})
+    report.require()
+    if not json:
+        render.line(str(report))

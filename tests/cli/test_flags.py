@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flags of every command are frozen in flags.txt: scripts depend on them.
+
+A wanted change: SHADOWC_UPDATE_GOLDEN=1 pytest tests/cli/test_flags.py, then review the difference as code.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import typer
+
+from shadowc.cli import flags
+from shadowc.cli.app import COMMANDS
+from shadowc.spec.density import Density
+from shadowc.spec.errors import InputError
+from shadowc.spec.manifest import SparsityPart
+from shadowc.spec.options import CollectOptions, CompileOptions, TrainOptions
+
+GOLDEN = Path(__file__).with_name("flags.txt")
+
+
+def parameters(
+    function: Callable[..., None],
+) -> Iterator[tuple[str, inspect.Parameter, object, typer.models.ParameterInfo]]:
+    """Name, parameter, bare type and typer's description of everything that a command takes."""
+    hints = get_type_hints(function, include_extras=True)
+    for name, parameter in inspect.signature(function).parameters.items():
+        bare, info = get_args(hints[name])
+        yield name, parameter, bare, info
+
+
+def described() -> str:
+    """One line per argument and flag, in the order of the help text."""
+    lines = []
+    for command, function, _ in COMMANDS:
+        lines.append(f"shadowc {command}")
+        for _, parameter, bare, info in parameters(function):
+            names = (info.default, *(info.param_decls or ()))  # inside Annotated the first name lands in `default`
+            flag = " ".join(part for part in names if isinstance(part, str)) or str(info.metavar)
+            choices = "|".join(get_args(bare)) if get_origin(bare) is Literal else ""
+            kind = choices or getattr(bare, "__name__", None) or str(bare).replace("pathlib.", "")
+            needed = parameter.default is inspect.Parameter.empty
+            lines.append(f"  {flag}  ({kind})  {'required' if needed else parameter.default}")
+    return "\n".join(lines) + "\n"
+
+
+def defaults(command: str) -> dict[str, object]:
+    function = next(function for name, function, _ in COMMANDS if name == command)
+    return {name: parameter.default for name, parameter, _, _ in parameters(function)}
+
+
+def test_flags_are_those_of_the_golden_file() -> None:
+    if os.environ.get("SHADOWC_UPDATE_GOLDEN"):
+        GOLDEN.write_text(described(), encoding="utf-8")
+    assert described() == GOLDEN.read_text(encoding="utf-8")
+
+
+def test_every_command_has_a_help_line_and_a_word_for_interrupts() -> None:
+    assert len(COMMANDS) == 9
+    for name, function, kept in COMMANDS:
+        assert function.__doc__, name
+        assert kept, name
+
+
+def test_defaults_of_compile_are_those_of_the_options() -> None:
+    found = defaults("compile")
+    options = CompileOptions(model="opt-mini")
+    for part in (options, options.collect, options.train):
+        for name in type(part).model_fields.keys() & found.keys() - {"model", "out", "dump_passes"}:
+            assert found[name] == getattr(part, name), name
+
+
+@pytest.mark.parametrize(("command", "options"), [("collect", CollectOptions()), ("train", TrainOptions())])
+def test_defaults_of_stage_commands_are_those_of_the_options(
+    command: str, options: CollectOptions | TrainOptions
+) -> None:
+    found = defaults(command)
+    shared = type(options).model_fields.keys() & found.keys()
+    assert shared
+    assert {name: found[name] for name in shared} == {name: getattr(options, name) for name in shared}
+
+
+PLAN = SparsityPart(mask="token", scope="global", head_density=0.4, neuron_density=0.3, neuron_block=16)
+
+
+def test_density_flag_sets_both_kinds() -> None:
+    assert flags.density_of(0.25, None, None, PLAN) == Density(0.25, 0.25)
+
+
+def test_one_kind_keeps_the_engines_own_share_of_the_other() -> None:
+    assert flags.density_of(None, None, 0.2, PLAN) == Density(0.4, 0.2)
+    assert flags.density_of(None, 0.2, None, PLAN) == Density(0.2, 0.3)
+
+
+def test_no_density_flag_means_the_engines_own() -> None:
+    assert flags.density_of(None, None, None, PLAN) is None
+
+
+def test_density_with_a_single_share_is_refused() -> None:
+    with pytest.raises(InputError, match="together with a flag for one of them"):
+        flags.density_of(0.5, 0.5, None, PLAN)
+
+
+def test_list_of_densities_takes_pairs() -> None:
+    assert flags.densities_of("1, 0.5/0.2") == (Density(1, 1), Density(0.5, 0.2))
+
+
+@pytest.mark.parametrize("text", ["", "half", "0.5,,1", "0.5/x"])
+def test_list_of_densities_refuses_what_is_no_number(text: str) -> None:
+    with pytest.raises(InputError, match="a list of densities was expected"):
+        flags.densities_of(text)
+
+
+@pytest.mark.parametrize("text", ["1.5", "-0.1", "nan", "0.5/2"])
+def test_list_of_densities_refuses_what_is_no_share(text: str) -> None:
+    with pytest.raises(InputError, match="from 0 to 1"):
+        flags.densities_of(text)
+
+
+def test_option_values_out_of_range_are_all_listed() -> None:
+    with pytest.raises(InputError) as caught:
+        flags.checked(TrainOptions, {"neuron_block": 0, "epochs": 0})
+    assert len(caught.value.problems) == 2
+    assert "--neuron-block" in caught.value.problems[0]

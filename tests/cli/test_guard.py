@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever a command raises becomes one sentence and an exit code."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from shadowc.cli.guard import INTERRUPTED, PIPE_CLOSED, guarded
+from shadowc.spec import errors
+from shadowc.spec.errors import InputError, ShadowcError
+
+
+def raising(error: BaseException) -> typer.Typer:
+    def command() -> None:
+        raise error
+
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(guarded(command, kept="the trace is complete"))
+    return app
+
+
+@pytest.fixture(autouse=True)
+def no_debug(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SHADOWC_DEBUG", raising=False)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+
+ALL = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ShadowcError)]
+
+
+@pytest.mark.parametrize("kind", ALL, ids=lambda kind: kind.__name__)
+def test_every_kind_of_error_has_its_exit_code_and_no_traceback(kind: type[ShadowcError]) -> None:
+    result = CliRunner().invoke(raising(kind("no such model", hint="shadowc doctor")), [])
+    assert result.exit_code == kind.exit_code
+    assert result.stderr == "error: no such model\nnext: shadowc doctor\n"
+    assert result.stdout == ""
+
+
+def test_exit_codes_are_distinct_and_stable() -> None:
+    codes = {kind.__name__: kind.exit_code for kind in ALL}
+    assert codes == {
+        "ShadowcError": 1,
+        "InputError": 2,
+        "UnsupportedError": 3,
+        "IncompatibleEngineError": 4,
+        "VerificationError": 5,
+        "SetupError": 6,
+        "InternalError": 70,
+    }
+
+
+def test_all_problems_are_listed_once() -> None:
+    error = InputError("2 files differ, a.bin is one", problems=["a.bin is one", "b.bin is missing"])
+    result = CliRunner().invoke(raising(error), [])
+    assert result.stderr == "error: 2 files differ, a.bin is one\n  - b.bin is missing\n"
+
+
+def test_an_unexpected_exception_is_one_line_and_leaves_its_traceback_in_a_file() -> None:
+    result = CliRunner().invoke(raising(ZeroDivisionError("by\nzero")), [])
+    assert result.exit_code == 70
+    first, second = result.stderr.splitlines()
+    assert first == "error: unexpected ZeroDivisionError: by zero; this is a bug in shadowc"
+    log = Path(second.removeprefix("next: attach ").removesuffix(" to a report"))
+    assert "Traceback (most recent call last)" in log.read_text(encoding="utf-8")
+
+
+def test_debug_lets_the_traceback_through(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SHADOWC_DEBUG", "1")
+    result = CliRunner().invoke(raising(InputError("x")), [])
+    assert isinstance(result.exception, InputError)
+
+
+def test_an_interrupt_says_what_is_kept() -> None:
+    result = CliRunner().invoke(raising(KeyboardInterrupt()), [])
+    assert result.exit_code == INTERRUPTED
+    assert result.stderr == "interrupted; the trace is complete\n"
+
+
+def in_a_process(body: str, **options: object) -> subprocess.CompletedProcess[str]:
+    code = (
+        f"import typer\nfrom shadowc.cli import render\nfrom shadowc.cli.guard import guarded\ndef command():\n{body}\n"
+    )
+    code += "app = typer.Typer(pretty_exceptions_enable=False)\napp.command()(guarded(command))\napp()\n"
+    return subprocess.run([sys.executable, "-c", code], text=True, timeout=60, check=False, **options)  # type: ignore[call-overload, no-any-return]
+
+
+def test_ctrl_c_ends_a_process_with_130() -> None:
+    body = " import os, signal, time\n os.kill(os.getpid(), signal.SIGINT)\n time.sleep(30)"
+    result = in_a_process(body, capture_output=True)
+    assert result.returncode == INTERRUPTED
+    assert result.stderr == "interrupted; nothing was written\n"
+
+
+def test_a_reader_that_goes_away_ends_a_process_quietly() -> None:
+    body = " import os, sys\n r, w = os.pipe()\n os.dup2(w, 1)\n os.close(w)\n os.close(r)\n render.line('text')"
+    result = in_a_process(body, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert result.returncode == PIPE_CLOSED
+    assert result.stderr == ""
+
+
+def test_warnings_of_libraries_stay_off_the_terminal() -> None:
+    result = in_a_process(" import warnings\n warnings.warn('old api')", capture_output=True)
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+def test_the_signature_that_typer_reads_is_the_commands_own() -> None:
+    import inspect
+
+    def command(model: str, width: int = 3) -> None:
+        """Do it."""
+
+    wrapped: Callable[..., None] = guarded(command)
+    assert inspect.signature(wrapped) == inspect.signature(command)
+    assert wrapped.__doc__ == "Do it."
