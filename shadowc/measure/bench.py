@@ -7,7 +7,6 @@ a shared machine drifts: medians and ratios within the run are what may be quote
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,10 @@ from shadowc.spec.density import Density
 from shadowc.spec.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from shadowc.runtime.engine import Engine
+    from shadowc.runtime.library import OpLibrary
 
 STREAM_BYTES = 1 << 30
 STREAM_REPEATS = 2
@@ -74,7 +76,6 @@ def bench(
     folder: Path,
     *,
     densities: Sequence[Density],
-    twin: Path | None = None,
     rounds: int = 5,
     tokens: int = 24,
     threads: int | None = None,
@@ -84,9 +85,8 @@ def bench(
 
     Args:
         folder: the engine.
-        densities: at least one; each is measured without and with skip_zeros.
-        twin: a dense engine of the same model; it becomes the first row, the base of every speed-up. None:
-            the first density without skip_zeros is the base.
+        densities: each is measured without and with skip_zeros. The first row, the base of every speed-up, is the
+            dense twin: the same weights and kernels without predictor and masks.
         rounds: how often the whole table is measured.
         tokens: tokens generated per measurement; the first one is not timed.
         threads: intra-op threads; None: one per core.
@@ -96,9 +96,15 @@ def bench(
 
     progress = progress or NullProgress()
     engines = {flag: load(folder, threads=threads, skip_zeros=flag) for flag in (False, True)}
-    jobs = [(Setting(_label(density, flag), density, flag), engines[flag]) for density in densities for flag in engines]
-    if twin is not None:
-        jobs.insert(0, (Setting("dense engine", Density(), False), load(twin, threads=threads, skip_zeros=False)))
+    jobs = [
+        (Setting(_label("dense twin", flag), Density(), flag), engine.dense_twin()) for flag, engine in engines.items()
+    ]
+    if engines[False].manifest.sparsity is not None:
+        jobs += [
+            (Setting(_label(f"{density.heads:g} heads, {density.neurons:g} neurons", flag), density, flag), engine)
+            for density in densities
+            for flag, engine in engines.items()
+        ]
     library = engines[False].op_library
     stream, times, sizes = _measure(jobs, library, engines[False].threads, rounds, tokens, progress)
     rows = tuple(_row(setting, times[index], times[0], sizes[index], stream) for index, (setting, _) in enumerate(jobs))
@@ -115,14 +121,13 @@ def bench(
     )
 
 
-def _label(density: Density, skip_zeros: bool) -> str:
-    name = f"{density.heads:g} heads, {density.neurons:g} neurons"
+def _label(name: str, skip_zeros: bool) -> str:
     return f"{name}, skip zeros" if skip_zeros else name
 
 
 def _measure(
     jobs: Sequence[tuple[Setting, Engine]],
-    library: ctypes.CDLL,
+    library: OpLibrary,
     threads: int,
     rounds: int,
     tokens: int,
@@ -146,7 +151,7 @@ def _measure(
     return stream, times, sizes
 
 
-def _decode(engine: Engine, prompt: np.ndarray, tokens: int, density: Density) -> tuple[float, float]:
+def _decode(engine: Engine, prompt: npt.NDArray[np.int64], tokens: int, density: Density) -> tuple[float, float]:
     engine.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, density=density)
     stats = engine.last_stats
     return stats.seconds / stats.tokens, stats.bytes_read

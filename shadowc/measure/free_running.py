@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parity B: engine and masked torch model both generate freely, each with its own masks, and must agree.
+
+A difference is excused only where rounding may decide: a unit whose score lies at the threshold, two
+logits that tie, or anything after such a unit (its effect stays in the cache). Both are counted.
+
+Letters: B prompts, S prompt tokens, L predicted layers, N units per layer, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shadowc.spec.density import Density
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from shadowc.runtime.engine import Engine, Probe
+    from shadowc.sparsity.reference import MaskedOpt
+
+NEAR_THRESHOLD = 1e-5
+"""A unit this close to the threshold, as a share of the spread of its token's scores, may fall either way."""
+LOGIT_TIE = 1e-4
+"""Two top logits closer than this share of the largest |logit| may change places (fp32)."""
+EXCUSED_LIMIT = 0.005
+"""At most this share of the tokens may be excused."""
+KINDS = ("heads", "neurons")
+
+Step = dict[str, "npt.NDArray[Any]"]
+"""`logits` [B,V], and per kind `scores.*` [B,L,N] and `threshold.*` [B,L] of one token per prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class FreeRun:
+    """Counts over all prompts of one setting, up to and including each prompt's first differing token."""
+
+    density: Density
+    scope: str
+    tokens: int
+    near_units: int
+    """Tokens with at least one unit at the threshold."""
+    near_ties: int
+    """Tokens whose two top logits tie."""
+    masks_excused: int
+    """Tokens whose masks differ in units at the threshold only, or after such a token."""
+    masks_wrong: int
+    tokens_excused: int
+    """Tokens that differ by a tie, or after a unit at the threshold."""
+    tokens_wrong: int
+
+    def passed(self) -> bool:
+        """No difference without an excuse, and few with one."""
+        excused = self.masks_excused + self.tokens_excused
+        return self.masks_wrong == self.tokens_wrong == 0 and excused <= EXCUSED_LIMIT * self.tokens
+
+
+def free_run(
+    engine: Engine,
+    masked: MaskedOpt,
+    prompts_BS: npt.NDArray[np.int64],
+    *,
+    tokens: int,
+    density: Density,
+) -> FreeRun:
+    """Lets both generate `tokens` tokens greedily after each prompt (dense prompt, then a mask per token).
+
+    Args:
+        engine: fp32, with a predictor.
+        masked: the masked torch model of the same checkpoint, predictor and plan.
+        prompts_BS: prompts of equal length, without padding.
+        tokens: tokens generated per prompt.
+        density: shares kept.
+    """
+    count = _Counter()
+    new_probe = engine.prober()
+    for row in range(len(prompts_BS)):
+        prompt_1S = prompts_BS[row : row + 1]
+        ours, theirs = _engine_steps(new_probe(), prompt_1S, density), _torch_steps(masked, prompt_1S, density)
+        mine, other = ours(None), theirs(None)
+        count.begin()
+        for _ in range(tokens):
+            token, wanted = int(mine["logits"].argmax()), int(other["logits"].argmax())
+            if not count.token(mine, other, same=token == wanted):
+                break
+            mine, other = ours(token), theirs(token)
+            count.masks(mine, other)
+    return count.result(density, engine.manifest.sparsity.scope if engine.manifest.sparsity else "none")
+
+
+@dataclass(slots=True)
+class _Counter:
+    tokens: int = 0
+    near_units: int = 0
+    near_ties: int = 0
+    masks_excused: int = 0
+    masks_wrong: int = 0
+    tokens_excused: int = 0
+    tokens_wrong: int = 0
+    _touched: bool = False
+    """A mask of this prompt already differed, so its cache does too."""
+
+    def begin(self) -> None:
+        self._touched = False
+
+    def token(self, mine: Step, other: Step, *, same: bool) -> bool:
+        """Counts one chosen token; False if the texts part here."""
+        self.tokens += 1
+        tie = _ties(mine["logits"]) or _ties(other["logits"])
+        self.near_ties += tie
+        if same:
+            return True
+        if tie or self._touched:
+            self.tokens_excused += 1
+        else:
+            self.tokens_wrong += 1
+        return False
+
+    def masks(self, mine: Step, other: Step) -> None:
+        """Counts the masks of one token."""
+        near, differ, beyond = False, False, False
+        for kind in KINDS:
+            a, b = _mask(mine, kind), _mask(other, kind)
+            close = _close(other, kind)
+            near |= bool(close.any())
+            differ |= bool((a != b).any())
+            beyond |= bool(((a != b) & ~close).any())
+        self.near_units += near
+        if differ and (not beyond or self._touched):
+            self.masks_excused += 1
+        elif differ:
+            self.masks_wrong += 1
+        self._touched |= differ
+
+    def result(self, density: Density, scope: str) -> FreeRun:
+        return FreeRun(
+            density=density,
+            scope=scope,
+            tokens=self.tokens,
+            near_units=self.near_units,
+            near_ties=self.near_ties,
+            masks_excused=self.masks_excused,
+            masks_wrong=self.masks_wrong,
+            tokens_excused=self.tokens_excused,
+            tokens_wrong=self.tokens_wrong,
+        )
+
+
+def _mask(step: Step, kind: str) -> npt.NDArray[np.bool_]:
+    return ~(step[f"scores.{kind}"] < step[f"threshold.{kind}"][..., None])
+
+
+def _close(step: Step, kind: str) -> npt.NDArray[np.bool_]:
+    """Units whose score lies at a finite threshold, [B,L,N]."""
+    scores, threshold = step[f"scores.{kind}"], step[f"threshold.{kind}"][..., None]
+    spread = scores.max() - scores.min()
+    finite = np.isfinite(threshold)
+    close: npt.NDArray[np.bool_] = finite & (np.abs(scores - np.where(finite, threshold, 0)) <= NEAR_THRESHOLD * spread)
+    return close
+
+
+def _ties(logits_BV: npt.NDArray[np.float32]) -> bool:
+    second, first = np.partition(logits_BV[0], -2)[-2:]
+    return bool(first - second <= LOGIT_TIE * np.abs(logits_BV).max())
+
+
+def _engine_steps(engine: Engine, prompt_1S: npt.NDArray[np.int64], density: Density) -> Callable[[int | None], Step]:
+    """None feeds the prompt, a number the next token; returns what the engine's graph put out for the last token."""
+
+    def step(token: int | None) -> Step:
+        if token is None:
+            outputs = probe.step(prompt_1S, density=density, sparse_tail=0)
+            return {"logits": outputs["logits"][:, -1]}
+        outputs = probe.step(np.array([[token]], np.int64), density=density, sparse_tail=-1)
+        names = ["logits", *(f"{part}.{kind}" for part in ("scores", "threshold") for kind in KINDS)]
+        return {name: outputs[name][:, -1] for name in names}
+
+    return step
+
+
+def _torch_steps(masked: MaskedOpt, prompt_1S: npt.NDArray[np.int64], density: Density) -> Callable[[int | None], Step]:
+    """The same for the masked torch model."""
+    from shadowc.sparsity.reference import MaskedState
+
+    state = MaskedState()
+    first = prompt_1S.shape[1]
+
+    def step(token: int | None) -> Step:
+        ids = prompt_1S if token is None else np.array([[token]], np.int64)
+        result = masked.logits(ids, density=density, masked_from=first, state=state)
+        if token is None:
+            return {"logits": result.logits[:, -1].numpy()}
+        found = {
+            "scores.heads": result.scores_heads,
+            "scores.neurons": result.scores_neurons,
+            "threshold.heads": result.threshold_heads,
+            "threshold.neurons": result.threshold_neurons,
+        }
+        steps = {name: value[:, -1].numpy() for name, value in found.items() if value is not None}
+        return {"logits": result.logits[:, -1].numpy(), **steps}
+
+    return step
+
+
+def summary_lines(runs: Sequence[FreeRun]) -> list[str]:
+    """One line per setting, for the terminal."""
+    return [
+        f"{run.scope:6} heads {run.density.heads:g} neurons {run.density.neurons:g}: {run.tokens} tokens, "
+        f"{run.near_units} with a unit at the threshold, {run.near_ties} near-ties; "
+        f"masks {run.masks_excused} excused, {run.masks_wrong} wrong; "
+        f"tokens {run.tokens_excused} excused, {run.tokens_wrong} wrong"
+        for run in runs
+    ]
