@@ -168,7 +168,7 @@ def _ties(logits_BV: npt.NDArray[np.float32]) -> bool:
     return bool(first - second <= LOGIT_TIE * np.abs(logits_BV).max())
 
 
-def _engine_steps(engine: Engine, prompt_1S: npt.NDArray[np.int64], density: Density) -> Callable[[int | None], Step]:
+def _engine_steps(probe: Probe, prompt_1S: npt.NDArray[np.int64], density: Density) -> Callable[[int | None], Step]:
     """None feeds the prompt, a number the next token; returns what the engine's graph put out for the last token."""
 
     def step(token: int | None) -> Step:
