@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine folder appears complete or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shadowc.emit import folder
+from shadowc.emit.genai import genai_config
+from shadowc.spec.errors import InputError, SetupError
+from shadowc.spec.manifest import MANIFEST_FILE
+from tests.emit import engines
+
+
+def write(out: Path, text: str) -> None:
+    with folder.staged(out) as staging:
+        (staging / MANIFEST_FILE).write_text(text)
+
+
+def names(parent: Path) -> list[str]:
+    return sorted(path.name for path in parent.iterdir())
+
+
+def test_a_folder_appears_under_its_name_only_when_complete(tmp_path: Path) -> None:
+    out = tmp_path / "deep" / "mini.engine"
+    with folder.staged(out) as staging:
+        (staging / MANIFEST_FILE).write_text("{}")
+        assert not out.exists()
+        assert staging.parent == out.parent
+    assert names(out.parent) == ["mini.engine"]
+    assert (out / MANIFEST_FILE).read_text() == "{}"
+
+
+def test_nothing_is_left_when_the_work_fails(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), folder.staged(tmp_path / "mini.engine") as staging:  # noqa: PT012
+        (staging / "weights.bin").write_bytes(b"half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == []
+
+
+def test_an_older_engine_survives_a_failing_compile(tmp_path: Path) -> None:
+    out = tmp_path / "mini.engine"
+    write(out, "old")
+    with pytest.raises(RuntimeError), folder.staged(out):
+        raise RuntimeError
+    assert (out / MANIFEST_FILE).read_text() == "old"
+    assert names(tmp_path) == ["mini.engine"]
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_an_older_engine_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
+    if not exchange:
+        monkeypatch.setattr(folder, "_exchange", lambda *_: False)
+    out = tmp_path / "mini.engine"
+    write(out, "old")
+    (out / "only in the old one").touch()
+    write(out, "new")
+    assert names(out) == [MANIFEST_FILE]
+    assert (out / MANIFEST_FILE).read_text() == "new"
+    assert names(tmp_path) == ["mini.engine"]
+
+
+def test_a_folder_that_is_no_engine_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.tex").write_text("precious")
+    with pytest.raises(InputError, match="not an engine"):
+        write(tmp_path / "thesis", "new")
+    assert names(tmp_path / "thesis") == ["chapter1.tex"]
+    assert names(tmp_path) == ["thesis"]
+
+
+def test_a_file_of_that_name_is_not_touched(tmp_path: Path) -> None:
+    (tmp_path / "mini.engine").write_text("precious")
+    with pytest.raises(InputError, match="not a folder"):
+        write(tmp_path / "mini.engine", "new")
+    assert (tmp_path / "mini.engine").read_text() == "precious"
+
+
+def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
+    (tmp_path / "mini.engine").mkdir()
+    write(tmp_path / "mini.engine", "new")
+    assert (tmp_path / "mini.engine" / MANIFEST_FILE).read_text() == "new"
+
+
+def dead_process() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_leftovers_of_killed_compiles_are_cleared(tmp_path: Path) -> None:
+    dead, alive = dead_process(), os.getppid()
+    for name in (f".mini.engine.{dead}.00ff.tmp", f".mini.engine.{alive}.00ff.tmp", f".other.engine.{dead}.00ff.tmp"):
+        (tmp_path / name).mkdir()
+    write(tmp_path / "mini.engine", "new")
+    assert names(tmp_path) == sorted(
+        [f".mini.engine.{alive}.00ff.tmp", f".other.engine.{dead}.00ff.tmp", "mini.engine"]
+    )
+
+
+def test_an_engine_caught_between_two_renames_comes_back(tmp_path: Path) -> None:
+    aside = tmp_path / f".mini.engine.{dead_process()}.00ff.old"
+    aside.mkdir()
+    (aside / MANIFEST_FILE).write_text("old")
+    with pytest.raises(RuntimeError), folder.staged(tmp_path / "mini.engine"):
+        raise RuntimeError
+    assert (tmp_path / "mini.engine" / MANIFEST_FILE).read_text() == "old"
+
+
+def test_a_full_disk_is_told_in_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(SetupError, match="no space left"), folder.staged(tmp_path / "mini.engine"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert names(tmp_path) == []
+
+
+def test_a_parent_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot write"), folder.staged(tmp_path / "file" / "mini.engine"):
+        pass
+
+
+def test_json_has_one_form(tmp_path: Path) -> None:
+    folder.write_json(tmp_path / "a", {"b": 1, "a": "ä"})
+    folder.write_json(tmp_path / "b", {"a": "ä", "b": 1})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == '{\n  "a": "ä",\n  "b": 1\n}\n'.encode()
+
+
+def test_an_engine_folder_is_whole_and_every_file_is_listed(engine_folder: Path) -> None:
+    listed = json.loads((engine_folder / MANIFEST_FILE).read_text())["files"]
+    assert sorted(listed) == sorted(set(names(engine_folder)) - {MANIFEST_FILE})
+    assert {"libshadowc_ort.so", "tokenizer.json", "genai_config.json", "controls.safetensors"} <= listed.keys()
+    for name, entry in listed.items():
+        assert folder.hash_file(engine_folder / name).model_dump() == entry
+
+
+def test_genai_config_names_files_and_tensors_of_the_folder(engine_folder: Path) -> None:
+    part = folder.model_part(engines.tiny_facts(), "tiny")
+    config = json.loads((engine_folder / "genai_config.json").read_text())
+    assert config == genai_config(part, "libshadowc_ort.so")
+    decoder = config["model"]["decoder"]
+    assert (engine_folder / decoder["filename"]).is_file()
+    assert (engine_folder / decoder["session_options"]["custom_ops_library"]).is_file()
+    assert decoder["inputs"]["past_key_names"] % 3 == "past_key_values.3.key"
