@@ -104,7 +104,7 @@ class StageCache:
             return folder, True
         with _explained(self.root):
             (folder.parent / _LOCKS).mkdir(parents=True, exist_ok=True)
-        self._clean(folder.parent)
+            self._clean(folder.parent)
         with self._locked(folder, on_wait):
             if _is_complete(folder, text):
                 return folder, True

@@ -54,13 +54,21 @@ def download(repository: str, *, offline: bool, weights: bool = True) -> Path:
         UnsupportedError: it holds weights in another format only; nothing was downloaded.
         SetupError: the hub cannot be reached, refuses access, or the local cache lacks the files.
     """
+    from huggingface_hub.errors import HFValidationError
+
     patterns = [*FACT_FILES, *(WEIGHT_FILES if weights else ())]
-    if offline or is_offline():
-        return _cached(repository, patterns)
-    files = _list_files(repository)
-    if weights and SINGLE_FILE not in files and INDEX_FILE not in files:
-        raise no_safetensors(f"hub repository {repository}", files, repository)
-    return _fetch(repository, patterns)
+    try:
+        if offline or is_offline():
+            return _cached(repository, patterns)
+        files = _list_files(repository)
+        if weights and SINGLE_FILE not in files and INDEX_FILE not in files:
+            raise no_safetensors(f"hub repository {repository}", files, repository)
+        return _fetch(repository, patterns)
+    except HFValidationError as error:
+        raise InputError(
+            f"there is no folder {repository}, and the hub has no names of this form",
+            hint="check the path; a hub id has the form owner/name",
+        ) from error
 
 
 def _cached(repository: str, patterns: list[str]) -> Path:
@@ -94,7 +102,7 @@ def _list_files(repository: str) -> list[str]:
             hint="check the spelling; for a private model run hf auth login",
         ) from error
     except _transport_errors() as error:
-        raise _unreachable(repository, error) from error
+        raise _unreachable(repository, "the hub could not be reached", error) from error
     return sorted(file.rfilename for file in answer.siblings or ())
 
 
@@ -104,13 +112,13 @@ def _fetch(repository: str, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, endpoint=_endpoint()))
     except _transport_errors() as error:
-        raise _unreachable(repository, error) from error
+        raise _unreachable(repository, "the download from the hub failed", error) from error
 
 
-def _unreachable(repository: str, error: BaseException) -> SetupError:
+def _unreachable(repository: str, what: str, error: BaseException) -> SetupError:
     reason = (str(error).splitlines() or [""])[0] or type(error).__name__
     return SetupError(
-        f"the hub could not be reached to download {repository}: {reason}",
+        f"{repository}: {what}: {reason}",
         hint="check the network, add --offline if it was downloaded before, or try --model opt-mini (needs no network)",
     )
 

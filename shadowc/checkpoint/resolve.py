@@ -76,7 +76,7 @@ def resolve(
     """
     dummy = load_format == "dummy"
     short = model.removeprefix(_OWNER)
-    if short in PUBLISHED_NAMES and (short == model or not Path(model).is_dir()):
+    if short in PUBLISHED_NAMES and (short == model or not _is_folder(Path(model))):
         facts = OptFacts.from_config(published_config(short), short)
         if dummy:
             return _dummy(facts, None, seed)
@@ -120,6 +120,8 @@ def read_config(folder: Path) -> dict[str, object]:
         )
     try:
         content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", hint="check its permissions") from error
     except ValueError as error:
         raise InputError(f"{path}: is not valid JSON: {error}", hint="download the checkpoint again") from error
     if not isinstance(content, dict):
@@ -130,10 +132,10 @@ def read_config(folder: Path) -> dict[str, object]:
 def _find_folder(model: str, offline: bool, dummy: bool) -> tuple[Path, str]:
     if model == OPT_MINI:
         return bundled_opt_mini(), OPT_MINI
-    path = Path(model).expanduser()
-    if path.is_dir():
+    path = _expanded(model)
+    if model and _is_folder(path):
         return path, path.resolve().name
-    if path.is_file():
+    if _is_file(path):
         raise InputError(f"{model} is a file, expected the checkpoint's folder", hint=f"give --model {path.parent}")
     if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", model):
         return _download(model, offline, weights=not dummy), model.split("/")[1]
@@ -144,6 +146,27 @@ def _find_folder(model: str, offline: bool, dummy: bool) -> tuple[Path, str]:
         f"unknown model {model!r}; expected a short name, a folder, or a hub id (owner/name)",
         hint=f"did you mean {' or '.join(near)}" if near else f"short names are {', '.join(SHORT_NAMES)}",
     )
+
+
+def _expanded(model: str) -> Path:
+    try:
+        return Path(model).expanduser()
+    except (RuntimeError, ValueError):  # ~name of a user who does not exist, or a zero byte
+        return Path(model)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):  # too long for a name, or with a zero byte: whatever it is, not a folder
+        return False
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _download(repository: str, offline: bool, *, weights: bool) -> Path:

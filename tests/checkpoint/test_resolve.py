@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from shadowc.checkpoint import digest
 from shadowc.checkpoint import resolve as module
@@ -163,6 +165,16 @@ def test_name_like_no_other_is_refused_with_all_names() -> None:
 def test_path_that_does_not_exist_is_refused(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert f"there is no folder {path}" in refusal(path, InputError, 2).message
+
+
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.text(st.sampled_from("aopt-125m/.~\\ \0\u00e9"), max_size=12) | st.sampled_from(["a" * 5000, "~nobody/x", ""])
+)
+def test_any_other_text_is_refused_in_words(typed: str) -> None:
+    with pytest.raises(ShadowcError) as caught:
+        resolve(typed, offline=True)
+    assert caught.value.hint
 
 
 def test_file_is_refused_with_its_folder(folder: Path) -> None:
