@@ -20,7 +20,8 @@ from shadowc.spec.density import Density
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from shadowc.runtime.engine import Engine, Probe
+    from shadowc.runtime.engine import Engine
+    from shadowc.runtime.probe import Probe
     from shadowc.sparsity.reference import MaskedOpt
 
 NEAR_THRESHOLD = 1e-5
