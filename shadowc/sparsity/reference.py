@@ -268,7 +268,8 @@ class MaskedOpt:
             )
 
         scores = linear(linear(scaled_BZE, "fc1").relu(), "fc2")
-        return scores.view(*scores.shape[:2], len(self._layers) - 1, -1)
+        layers = len(self._layers) - 1
+        return scores.view(*scores.shape[:2], layers, scores.shape[2] // layers)
 
     def _select(self, call: _Call, scores: Pair) -> None:
         """Turn scores into thresholds and masks; rows and tokens that share their scores are ranked once."""
