@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from shadowc.spec.errors import IncompatibleEngineError, SetupError
+from shadowc.spec.errors import IncompatibleEngineError, InternalError, SetupError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -71,13 +71,20 @@ class Binding:
 
     def run(self) -> list[Any]:
         """Run the graph; returns the outputs in the order in which they were bound."""
-        self._session.run_with_iobinding(self._binding)
+        self.run_in_place()
         values: list[Any] = self._binding.get_outputs()
         return values
 
     def run_in_place(self) -> None:
-        """Run the graph when every output is bound to an array."""
-        self._session.run_with_iobinding(self._binding)
+        """Run the graph when every output is bound to an array.
+
+        Raises:
+            InternalError: an operator refused its operands; everything that a user can get wrong is checked before.
+        """
+        try:
+            self._session.run_with_iobinding(self._binding)
+        except Exception as error:
+            raise InternalError(f"the engine's graph failed while it ran: {_first_line(error)}") from error
 
     def _hold(self, name: str, array: npt.NDArray[Any]) -> onnxruntime.OrtValue:
         import onnxruntime as ort

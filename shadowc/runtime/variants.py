@@ -36,7 +36,7 @@ def with_outputs(model: onnx.ModelProto, names: Sequence[str]) -> onnx.ModelProt
     if unknown:
         raise InputError(f"no such tensor in the engine's graph: {', '.join(unknown)}", hint="shadowc inspect ENGINE")
     present = {value.name for value in copy.graph.output}
-    for name in names:
+    for name in dict.fromkeys(names):
         if name not in present:
             copy.graph.output.add(name=name)
     return copy

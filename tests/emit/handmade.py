@@ -177,7 +177,7 @@ class Builder:
             [f"{at}.y", f"present.{layer}.key", f"present.{layer}.value", f"context.{layer}", f"{at}.read"],
             name=at,
             domain=DOMAIN,
-            layer=max(layer - 1, 0),
+            layer=layer - 1 if scored else 0,
         )
         self.node("Add", [residual, f"{at}.y"], f"middle.{layer}")
         self.norm(f"middle.{layer}", names.ffn_norm.weight.removesuffix(".weight"), f"{ffn}.x")
@@ -196,7 +196,7 @@ class Builder:
             [f"{ffn}.y", f"{ffn}.read"],
             name=ffn,
             domain=DOMAIN,
-            layer=max(layer - 1, 0),
+            layer=layer - 1 if scored else 0,
             block=self.block,
             skip_zeros=int(self.skip_zeros),
         )

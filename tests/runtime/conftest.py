@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines of the tiny model, made once; copies where a test changes files."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from shadowc.runtime.engine import Engine
+from shadowc.runtime.load import load
+from tests.emit import engines
+
+if TYPE_CHECKING:
+    from transformers import OPTForCausalLM
+
+THREADS = 2
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Remembered hashes go to a folder of the test run."""
+    patch = pytest.MonkeyPatch()
+    patch.setenv("SHADOWC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture(scope="session")
+def folders(
+    tiny_model: OPTForCausalLM, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """fp32, int8 and dense. Read only."""
+    parent = tmp_path_factory.mktemp("engines")
+    made = {name: parent / f"{name}.engine" for name in ("fp32", "int8", "dense")}
+    engines.write_engine(made["fp32"], tiny_model, tokenizer=tiny_checkpoint)
+    engines.write_engine(made["int8"], tiny_model, tokenizer=tiny_checkpoint, weights="int8")
+    engines.write_engine(made["dense"], tiny_model, tokenizer=tiny_checkpoint, sparse=False)
+    return made
+
+
+@pytest.fixture(scope="session")
+def engine(folders: dict[str, Path]) -> Engine:
+    return load(folders["fp32"], threads=THREADS)
+
+
+@pytest.fixture(scope="session")
+def reference(folders: dict[str, Path]) -> Engine:
+    return load(folders["fp32"], threads=THREADS, reference=True)
+
+
+@pytest.fixture
+def copied(folders: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of an engine that the test may damage."""
+
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(folders[name], tmp_path / f"{name}.engine"))
+
+    return copy

@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cache: updated in place, enlarged without forgetting, and nothing beyond its filled slots is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from shadowc.runtime import cache
+from shadowc.runtime.cache import KvCache, aligned_zeros
+from shadowc.runtime.decoder import Decoder
+from shadowc.runtime.engine import Engine
+from shadowc.runtime.prompts import Batch
+from shadowc.spec.errors import InternalError
+from tests.conftest import TINY
+
+TOLERANCE = 2e-5
+"""Largest |difference| over the largest |logit|: float32, another order of additions."""
+
+
+@pytest.fixture
+def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "STEP_SLOTS", 8)
+
+
+def decoder_of(engine: Engine, rows: int = 1) -> Decoder:
+    batch = Batch(np.zeros((rows, 1), np.int64), np.zeros(rows, np.int64))
+    return Decoder(engine._session, engine.manifest.model, batch, in_place=engine._in_place)
+
+
+def step_logits(decoder: Decoder, ids: np.ndarray) -> Iterator[np.ndarray]:
+    for token in ids[0]:
+        yield decoder.step(np.array([token]))["logits"][0, 0].copy()
+
+
+def error_of_steps(engine: Engine, decoder: Decoder, ids: np.ndarray) -> float:
+    """Distance of single dense steps from one pass over the whole text."""
+    decoder.set_density(1.0, 1.0)
+    whole = engine.logits(ids, protocol="dense")[0]
+    found = np.stack(list(step_logits(decoder, ids)))
+    return float(np.abs(found - whole).max() / np.abs(whole).max())
+
+
+def text(tokens: int = 40) -> np.ndarray:
+    return np.random.default_rng(11).integers(4, TINY["vocab_size"], (1, tokens), dtype=np.int64)
+
+
+def test_buffers_start_at_a_cache_line() -> None:
+    for size in (1, 3, 1000):
+        assert aligned_zeros((2, size)).ctypes.data % 64 == 0
+
+
+def test_the_buffer_is_updated_in_place(engine: Engine) -> None:
+    decoder = decoder_of(engine)
+    list(step_logits(decoder, text(5)))
+    keys = decoder._cache._past["1.key"]
+    assert decoder._cache._present["1.key"] is keys
+    assert (np.abs(keys).sum(axis=(0, 1, 3)) > 0).tolist() == [True] * 5 + [False] * (keys.shape[2] - 5)
+
+
+def test_the_reference_takes_turns_between_two_buffers(reference: Engine) -> None:
+    decoder = decoder_of(reference)
+    assert error_of_steps(reference, decoder, text(12)) <= TOLERANCE
+    assert decoder._cache._present["1.key"] is not decoder._cache._past["1.key"]
+
+
+@pytest.mark.usefixtures("small_steps")
+@pytest.mark.parametrize("name", ["engine", "reference"])
+def test_growing_forgets_nothing(name: str, request: pytest.FixtureRequest) -> None:
+    engine: Engine = request.getfixturevalue(name)
+    decoder = decoder_of(engine)
+    assert error_of_steps(engine, decoder, text()) <= TOLERANCE
+    assert decoder._cache.capacity == 40
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_capacity_grows_in_steps_up_to_the_context() -> None:
+    kv = KvCache(2, (1, 4, 16), limit=20)
+    assert [kv.reserve(slots) for slots in (1, 8, 9, 16, 20)] == [True, False, True, False, True]
+    assert kv.capacity == 20
+    with pytest.raises(InternalError, match="21 slots"):
+        kv.reserve(21)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_a_cache_that_forgets_when_it_grows_is_caught(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = KvCache.reserve
+
+    def forgetful(self: KvCache, slots: int) -> bool:
+        filled, self.filled = self.filled, 0
+        grown = honest(self, slots)
+        self.filled = filled
+        return grown
+
+    monkeypatch.setattr(KvCache, "reserve", forgetful)
+    assert error_of_steps(engine, decoder_of(engine), text()) > 100 * TOLERANCE
+
+
+def test_a_stale_entry_is_caught(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest = KvCache.advance
+
+    def stale(self: KvCache, tokens: int) -> bool:
+        swapped = honest(self, tokens)
+        if self.filled == 10:
+            self._past["2.key"][:, :, 9] = self._past["2.key"][:, :, 8]  # slot 9 keeps what another token wrote
+        return swapped
+
+    monkeypatch.setattr(KvCache, "advance", stale)
+    assert error_of_steps(engine, decoder_of(engine), text(20)) > 100 * TOLERANCE
+
+
+def test_slots_beyond_the_filled_ones_may_hold_anything(engine: Engine) -> None:
+    decoder = decoder_of(engine)
+    decoder._cache.reserve(1)
+    for buffer in decoder._cache._past.values():
+        buffer[:] = np.nan
+    assert error_of_steps(engine, decoder, text(12)) <= TOLERANCE
+
+
+def test_single_steps_after_a_chunk_use_its_entries(engine: Engine) -> None:
+    ids, decoder = text(20), decoder_of(engine)
+    decoder.set_density(1.0, 1.0)
+    decoder.feed(ids[:, :15], sparse_tail=0, outputs=())
+    last = list(step_logits(decoder, ids[:, 15:]))
+    whole = engine.logits(ids, protocol="dense")[0, 15:]
+    assert np.abs(np.stack(last) - whole).max() <= TOLERANCE * np.abs(whole).max()
+    assert decoder.filled == 20
+
+
+def test_a_muted_row_reads_less_and_leaves_the_others_alone(engine: Engine) -> None:
+    ids = np.array([7, 8])
+    together, muted = decoder_of(engine, rows=2), decoder_of(engine, rows=2)
+    for decoder in (together, muted):
+        decoder.set_density(0.5, 0.5)
+        decoder.step(ids)
+    muted.mute(1)
+    kept, quiet = (decoder.step(ids) for decoder in (together, muted))
+    np.testing.assert_array_equal(quiet["logits"][0], kept["logits"][0])
+    assert quiet["active.heads"][1].sum() == 0
+    assert quiet["read"][:, :, 1].sum() < kept["read"][:, :, 1].sum()

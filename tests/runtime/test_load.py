@@ -1,0 +1,217 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Loading checks first: each way to damage a folder gets one sentence and the next command."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnxruntime
+import pytest
+
+from shadowc.runtime import library, session, verification
+from shadowc.runtime.load import load, read_manifest, verify
+from shadowc.spec.errors import IncompatibleEngineError, InputError, SetupError, ShadowcError, VerificationError
+from shadowc.spec.manifest import MANIFEST_FILE, SCHEMA, WEIGHTS_FILE
+
+Copied = Callable[[str], Path]
+
+
+def flip_a_byte(path: Path, *, keep_times: bool = False) -> None:
+    status = path.stat()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    if keep_times:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def edit_manifest(folder: Path, **changes: Any) -> None:
+    path = folder / MANIFEST_FILE
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_an_undamaged_folder_loads_and_verifies(folders: dict[str, Path]) -> None:
+    assert load(folders["fp32"]).manifest == read_manifest(folders["fp32"])
+    report = verify(folders["fp32"])
+    assert report.passed
+    assert "all as compiled" in str(report)
+
+
+def test_a_missing_folder_is_an_input_error_that_says_what_to_type(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no engine folder") as caught:
+        load(tmp_path / "none")
+    assert caught.value.hint.startswith("shadowc compile")
+
+
+def test_a_folder_without_manifest_is_not_an_engine(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not an engine folder"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": "x"}', '{"schema_version": 1}'])
+def test_a_damaged_manifest_is_a_verification_error(copied: Copied, text: str) -> None:
+    folder = copied("fp32")
+    (folder / MANIFEST_FILE).write_text(text)
+    with pytest.raises(VerificationError, match="is damaged"):
+        load(folder)
+
+
+def test_a_newer_schema_is_refused_before_anything_else_is_read(copied: Copied) -> None:
+    folder = copied("fp32")
+    edit_manifest(folder, schema_version=SCHEMA + 1, field_of_the_future=1)
+    with pytest.raises(IncompatibleEngineError, match="newer shadowc") as caught:
+        load(folder)
+    assert "upgrade" in caught.value.hint
+
+
+@pytest.mark.parametrize(("version", "hint"), [(2, "upgrade"), (0, "shadowc compile")])
+def test_other_operator_versions_are_refused(copied: Copied, version: int, hint: str) -> None:
+    folder = copied("fp32")
+    edit_manifest(folder, ops={"shadowc": version})
+    with pytest.raises(IncompatibleEngineError, match="operators") as caught:
+        load(folder)
+    assert hint in caught.value.hint
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, "model.onnx", "tokenizer.json"])
+def test_a_flipped_byte_is_caught_and_the_file_is_named(copied: Copied, name: str) -> None:
+    folder = copied("fp32")
+    load(folder)
+    flip_a_byte(folder / name)
+    with pytest.raises(VerificationError, match=f"{name} has changed"):
+        load(folder)
+
+
+def test_all_problems_are_told_at_once(copied: Copied) -> None:
+    folder = copied("int8")
+    flip_a_byte(folder / WEIGHTS_FILE)
+    (folder / "model.onnx").unlink()
+    (folder / "reference.onnx").write_bytes(b"short")
+    with pytest.raises(VerificationError) as caught:
+        load(folder)
+    assert len(caught.value.problems) == len(verify(folder).problems) == 3
+    assert "model.onnx is missing" in caught.value.problems
+    assert any("has 5 bytes, expected" in problem for problem in caught.value.problems)
+
+
+def test_sizes_are_checked_even_without_hashes(copied: Copied) -> None:
+    folder = copied("fp32")
+    flip_a_byte(folder / WEIGHTS_FILE)
+    assert load(folder, verify=False).manifest
+    with (folder / WEIGHTS_FILE).open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(VerificationError, match="expected"):
+        load(folder, verify=False)
+
+
+def test_a_large_file_is_hashed_once_and_again_when_it_changes(copied: Copied, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[str] = []
+    real = verification.hash_file
+    monkeypatch.setattr(verification, "LARGE_BYTES", 100_000)
+    monkeypatch.setattr(verification, "_SETTLED_SECONDS", -1.0)
+    monkeypatch.setattr(verification, "hash_file", lambda path: (hashed.append(path.name), real(path))[1])
+    folder = copied("fp32")
+    load(folder)
+    assert WEIGHTS_FILE in hashed
+    hashed.clear()
+    load(folder)
+    assert WEIGHTS_FILE not in hashed
+    assert "model.onnx" in hashed
+    flip_a_byte(folder / WEIGHTS_FILE, keep_times=True)  # the time of change cannot be set back
+    with pytest.raises(VerificationError, match=r"weights\.bin has changed"):
+        load(folder)
+
+
+def test_a_file_that_has_just_changed_is_not_remembered(copied: Copied, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verification, "LARGE_BYTES", 100_000)
+    monkeypatch.setattr(verification, "_SETTLED_SECONDS", 3600.0)
+    touched: list[Path] = []
+    monkeypatch.setattr(verification, "_touch", touched.append)
+    load(copied("fp32"))
+    assert not touched
+
+
+def test_an_older_onnxruntime_is_a_setup_error(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "__version__", "1.22.9")
+    with pytest.raises(SetupError, match=r"1\.22\.9 is installed, shadowc needs 1\.23") as caught:
+        load(folders["fp32"])
+    assert "pip install" in caught.value.hint
+
+
+def test_a_missing_op_library_is_a_setup_error(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.VARIABLE, "/nowhere/lib.so")
+    with pytest.raises(SetupError, match="no file"):
+        load(folders["fp32"])
+    report = verify(folders["fp32"])
+    assert not report.passed
+    assert "no file" in report.problems[0]
+
+
+def test_an_op_library_that_is_none_is_a_setup_error(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "lib.so").write_bytes(b"not ELF")
+    monkeypatch.setenv(library.VARIABLE, str(tmp_path / "lib.so"))
+    with pytest.raises(SetupError, match="cannot be loaded"):
+        load(folders["fp32"])
+
+
+def test_an_op_library_of_another_version_is_refused(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "__version__", "9.9")
+    with pytest.raises(IncompatibleEngineError, match=r"shadowc of version 9\.9"):
+        load(folders["fp32"])
+
+
+def test_the_reference_needs_no_op_library(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(library.VARIABLE, "/nowhere/lib.so")
+    assert load(folders["fp32"], reference=True).logits([[5, 6]]).shape == (1, 2, 320)
+
+
+def test_the_folders_own_copy_of_the_op_library_is_not_used(copied: Copied) -> None:
+    folder = copied("fp32")
+    name = "libshadowc_ort.so"
+    (folder / name).write_bytes(b"evil")
+    files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+    files[name] = verification.hash_file(folder / name).model_dump()
+    edit_manifest(folder, files=files)
+    assert load(folder).logits([[5, 6]]).shape == (1, 2, 320)
+
+
+def test_a_graph_that_does_not_run_is_an_incompatible_engine(copied: Copied) -> None:
+    folder = copied("fp32")
+    (folder / "model.onnx").write_bytes(b"\x08\x0a")
+    edit_manifest(
+        folder,
+        files={
+            **json.loads((folder / MANIFEST_FILE).read_text())["files"],
+            "model.onnx": verification.hash_file(folder / "model.onnx").model_dump(),
+        },
+    )
+    with pytest.raises(ShadowcError, match="cannot run"):
+        load(folder).logits([[5, 6]])
+
+
+def test_an_engine_can_be_moved(copied: Copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    copied("fp32").rename(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert load("elsewhere").logits([[5, 6]]).shape == (1, 2, 320)
+
+
+def test_threads_must_be_positive(folders: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="threads is 0"):
+        load(folders["fp32"], threads=0)
+
+
+def test_the_op_library_tells_its_level_and_the_stream_bandwidth(folders: dict[str, Path]) -> None:
+    loaded = load(folders["fp32"], threads=1)
+    assert loaded.threads == 1
+    assert loaded.op_library.isa
+    assert loaded.op_library.stream_read(1 << 22, 1, 1) > 1e8
+
+
+def test_usable_cores_follow_the_affinity_of_the_process() -> None:
+    assert session.usable_cores() == len(os.sched_getaffinity(0))
