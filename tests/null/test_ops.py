@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator table is consistent in itself: everything else is derived from it or checked against it."""
+
+from __future__ import annotations
+
+import pytest
+
+from shadowc.spec.ops import DOMAIN, OPS, VERSION, WEIGHT_TYPES, OpSpec
+
+EACH_OP = pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
+LETTERS = set("BSZTEHDFNL")
+ELEMENT_TYPES = {"float32", "float16", "int8", "int32", "int64"}
+PYTHON_TYPES = {"int": int, "ints": tuple, "string": str}
+
+
+def test_there_are_three_operators_of_version_one() -> None:
+    assert (DOMAIN, VERSION) == ("shadowc", 1)
+    assert [spec.name for spec in OPS] == ["SelectThreshold", "SparseAttention", "SparseFFN"]
+
+
+@EACH_OP
+def test_names_of_operands_and_attributes_are_unique(spec: OpSpec) -> None:
+    names = [part.name for part in (*spec.inputs, *spec.outputs, *spec.attributes)]
+    assert len(names) == len(set(names))
+
+
+@EACH_OP
+def test_shapes_are_letters_or_sizes(spec: OpSpec) -> None:
+    for operand in (*spec.inputs, *spec.outputs):
+        for axis in operand.shape:
+            assert axis.isdigit() or axis == "B|1" or axis in LETTERS, f"{operand.name}: {axis}"
+
+
+@EACH_OP
+def test_outputs_have_no_letter_that_the_inputs_lack(spec: OpSpec) -> None:
+    known = {axis.removesuffix("|1") for operand in spec.inputs for axis in operand.shape}
+    made = {axis for operand in spec.outputs for axis in operand.shape if not axis.isdigit()}
+    assert made <= known
+
+
+@EACH_OP
+def test_element_types_are_known_and_every_operand_is_explained(spec: OpSpec) -> None:
+    for operand in (*spec.inputs, *spec.outputs):
+        assert operand.types
+        assert set(operand.types) <= ELEMENT_TYPES
+        assert operand.meaning
+
+
+@EACH_OP
+def test_defaults_fit_the_kind_and_the_choices(spec: OpSpec) -> None:
+    for attribute in spec.attributes:
+        assert isinstance(attribute.default, PYTHON_TYPES[attribute.kind])
+        assert attribute.default != (), "onnx-graphsurgeon cannot carry an empty list"
+        assert not attribute.choices or attribute.default in attribute.choices
+
+
+@EACH_OP
+def test_what_only_kernels_produce_comes_last(spec: OpSpec) -> None:
+    roles = [operand.role for operand in spec.outputs]
+    assert roles == sorted(roles), "a function drops kernel outputs from the end"
+    assert all(operand.role == "always" for operand in spec.inputs)
+
+
+def test_weights_come_with_one_scale_per_record_row() -> None:
+    for spec in OPS[1:]:
+        operands = {operand.name: operand for operand in spec.inputs}
+        assert operands["w"].types == WEIGHT_TYPES
+        assert operands["scales"].shape == operands["w"].shape[:-1]
