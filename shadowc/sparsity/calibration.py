@@ -138,15 +138,12 @@ def tokenise(documents: list[str], folder: Path) -> list[list[int]]:
     """Tokenise each document, without special tokens.
 
     Raises:
-        InputError: the tokenizer's files cannot be loaded.
+        InputError: the tokenizer's files are damaged.
     """
-    from transformers import AutoTokenizer
+    from shadowc.checkpoint.tokenizer import load_tokenizer
 
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}", hint="or use --data self") from error
-    # The tokenizer warns about texts beyond the model's context; they are cut into sequences later.
+    tokenizer = load_tokenizer(folder)
+    # verbose would warn about texts beyond the model's context; they are cut into sequences later.
     return [tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in documents]
 
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 DIRECTIONS = 64
 """Principal directions in which the points are described before cutting."""
 POWER_STEPS = 3
+SQUARINGS = 5
+CENTRE_STEPS = 10
 SEED = 20240624
 
 
@@ -84,12 +86,30 @@ def _points(profiles_MF: Floats) -> Floats:
 
 
 def _cut(points_FR: Floats, part: npt.NDArray[np.intp], block: int) -> list[npt.NDArray[np.intp]]:
-    """Cut one part in two along its widest direction; whole blocks on the left side."""
+    """Cut one part in two; whole blocks on the left side.
+
+    First along the widest direction, then along the line between the two centres until nothing moves (2-means with
+    fixed sizes), which heals cuts through the middle of a group.
+    """
     if len(part) <= block:
         return [part]
     centred_FR = points_FR[part] - points_FR[part].mean(axis=0)
-    widest_R = np.linalg.eigh(centred_FR.T @ centred_FR)[1][:, -1]
-    widest_R = widest_R * np.sign(widest_R[np.argmax(np.abs(widest_R))])  # eigenvectors have no sign of their own
-    ranked = part[np.argsort(-(centred_FR @ widest_R), kind="stable")]
     left = -(-len(part) // block) // 2 * block
-    return [ranked[:left], ranked[left:]]
+    ranked = np.argsort(-(centred_FR @ _widest(centred_FR)), kind="stable")
+    for _ in range(CENTRE_STEPS):
+        before = set(ranked[:left].tolist())
+        direction_R = centred_FR[ranked[:left]].mean(axis=0) - centred_FR[ranked[left:]].mean(axis=0)
+        ranked = np.argsort(-(centred_FR @ direction_R), kind="stable")
+        if set(ranked[:left].tolist()) == before:
+            break
+    return [part[ranked[:left]], part[ranked[left:]]]
+
+
+def _widest(centred_FR: Floats) -> Floats:
+    """Return the direction in which the points differ most: a column of a high power of their covariance."""
+    power_RR = centred_FR.T.astype(np.float64) @ centred_FR
+    for _ in range(SQUARINGS):
+        power_RR = power_RR / (np.trace(power_RR) or 1.0)
+        power_RR = power_RR @ power_RR
+    widest: Floats = power_RR[:, np.argmax(np.diagonal(power_RR))].astype(np.float32)
+    return widest

@@ -85,8 +85,9 @@ def predicted_scores(
 def minmax_rows(scores_MN: Floats) -> Floats:
     """Scale each row to 0..1; a row that is constant or not finite becomes NaN, as in the published method."""
     low_M1, high_M1 = scores_MN.min(axis=1, keepdims=True), scores_MN.max(axis=1, keepdims=True)
-    span_M1 = np.where(high_M1 > low_M1, high_M1 - low_M1, np.nan)
-    scaled: Floats = ((scores_MN - low_M1) / span_M1).astype(np.float32)
+    usable_M1 = np.isfinite(low_M1) & np.isfinite(high_M1) & (high_M1 > low_M1)
+    span_M1 = np.where(usable_M1, high_M1, np.nan) - np.where(usable_M1, low_M1, 0)
+    scaled: Floats = ((np.where(usable_M1, scores_MN, 0) - np.where(usable_M1, low_M1, 0)) / span_M1).astype(np.float32)
     return scaled
 
 
