@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,25 +19,17 @@ def bench(
     densities: Annotated[
         str, typer.Option("--densities", help="Heads/neurons, separated by commas; one number means both.")
     ] = "1,0.5,0.2,0.5/0.2",
-    twin: Annotated[
-        Path | None,
-        typer.Option(
-            "--twin", help="A dense engine of the same model: the base of every speed-up.", show_default=False
-        ),
-    ] = None,
     rounds: Annotated[int, typer.Option("--rounds", help="How often the whole table is measured.", min=1)] = 5,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens generated per measurement.", min=2)] = 24,
     threads: flags.Threads = None,
     json: flags.AsJson = False,
 ) -> None:
-    """Measure batch-1 decoding: time, bytes read and bandwidth, with `skip_zeros` off and on."""
+    """Measure batch-1 decoding beside the dense twin: time, bytes read and bandwidth, `skip_zeros` off and on."""
     wanted = flags.densities_of(densities)
     from shadowc.measure.bench import bench as run_bench
 
     with render.progress() as progress:
-        report = run_bench(
-            engine, densities=wanted, twin=twin, rounds=rounds, tokens=tokens, threads=threads, progress=progress
-        )
+        report = run_bench(engine, densities=wanted, rounds=rounds, tokens=tokens, threads=threads, progress=progress)
     if json:
         render.as_json(asdict(report))
     else:

@@ -10,13 +10,16 @@ from shadowc.cli import render
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 KINDS = ("heads", "neurons")
+METHODS = ("predictor", "normalised", "static", "random")
+"""Left to right in the table: the learned one, then its controls."""
 PER_LAYER_DENSITY = "0.5"
 
 
 def summary_table(report: Mapping[str, Any], scope: str = "global") -> Table:
     """Return columns and rows: recall (and share of the importance caught) by kind and density, one column a method."""
     found = report["found"]
-    methods = tuple(next(iter(found["heads"][scope].values())))
+    measured = next(iter(found["heads"][scope].values()))
+    methods = tuple(name for name in METHODS if name in measured)
     rows = []
     for kind in KINDS:
         for density, by_method in found[kind][scope].items():

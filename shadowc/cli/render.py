@@ -69,10 +69,10 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str =
     from rich.text import Text
 
     console = _console(talk)
+    if title:
+        console.print(Text(title, style="bold"))
     view = Table(
         box=box.SIMPLE_HEAD if console.is_terminal else None,
-        title=Text(title, style="bold") if title else None,
-        title_justify="left",
         pad_edge=False,
         header_style="cyan" if console.is_terminal else "",
     )

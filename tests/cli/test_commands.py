@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every command on a real engine: what it writes, where, and what a script gets."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from shadowc.spec.manifest import MANIFEST_FILE
+from tests.cli.conftest import Shadowc
+
+Quick = tuple[str, ...]
+PROMPT = "The quick brown fox"
+
+
+def test_a_second_compile_finds_the_engine_up_to_date(
+    shadowc: Shadowc, engine: Path, tiny_checkpoint: Path, quick: Quick
+) -> None:
+    before = (engine / MANIFEST_FILE).stat().st_mtime_ns
+    result = shadowc("compile", "--model", tiny_checkpoint, "--out", engine, *quick)
+    assert result.stdout == f"{engine} is up to date\n"
+    assert (engine / MANIFEST_FILE).stat().st_mtime_ns == before
+
+
+def test_compile_tells_stages_sizes_and_parity(
+    shadowc: Shadowc, engine: Path, tiny_checkpoint: Path, quick: Quick
+) -> None:
+    other = engine.with_name("other.engine")
+    result = shadowc("compile", "--model", tiny_checkpoint, "--out", other, "--head-density", "0.25", *quick)
+    assert result.exit_code == 0, result.output
+    assert "train (reused)" in result.stdout
+    assert "0.25 of the heads, 0.5 of the neurons" in result.stdout
+    assert "positions against torch" in result.stdout
+    assert f'next: shadowc run {other} "Once upon a time"' in result.stdout
+    assert "error" not in result.stderr
+
+
+def test_compile_json_is_the_manifest_with_the_costs(
+    shadowc: Shadowc, engine: Path, tiny_checkpoint: Path, quick: Quick
+) -> None:
+    out = engine.with_name("dense.engine")
+    result = shadowc("compile", "--model", tiny_checkpoint, "--out", out, "--predictor", "none", "--json", *quick)
+    found = json.loads(result.stdout)
+    assert found["manifest"] == json.loads((out / MANIFEST_FILE).read_text())
+    assert found["manifest"]["sparsity"] is None
+    assert {"checkpoint", "trace", "passes", "emit", "parity"} <= {stage["name"] for stage in found["stages"]}
+
+
+def test_compile_dumps_the_graph_after_every_pass(
+    shadowc: Shadowc, engine: Path, tiny_checkpoint: Path, quick: Quick, tmp_path: Path
+) -> None:
+    dump = tmp_path / "passes"
+    result = shadowc("compile", "--model", tiny_checkpoint, "--out", tmp_path / "e", "--dump-passes", dump, *quick)
+    assert result.exit_code == 0, result.output
+    assert len(sorted(dump.glob("*.onnx"))) >= 6
+
+
+def test_run_streams_prompt_and_text_and_tells_the_cost_beside(shadowc: Shadowc, engine: Path) -> None:
+    result = shadowc("run", engine, PROMPT, "--max-new-tokens", "8")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(PROMPT)
+    assert "tokens/s" not in result.stdout
+    for word in ("tokens/s", "active heads", "active neurons", "read per token", "0.5 of the heads"):
+        assert word in result.stderr
+
+
+def run_json(shadowc: Shadowc, engine: Path, *flags: str) -> dict[str, float]:
+    result = shadowc("run", engine, PROMPT, "--max-new-tokens", "8", "--json", *flags)
+    assert result.exit_code == 0, result.output
+    found: dict[str, float] = json.loads(result.stdout)
+    return found
+
+
+def test_run_json_counts_what_was_read_and_not_what_was_asked_for(shadowc: Shadowc, engine: Path) -> None:
+    dense = run_json(shadowc, engine, "--density", "1")
+    sparse = run_json(shadowc, engine, "--head-density", "0.5", "--neuron-density", "0.2")
+    assert dense["active_heads"] == dense["heads"]
+    assert sparse["active_neurons"] < 0.5 * sparse["neurons"]
+    assert sparse["bytes_per_token"] < dense["bytes_per_token"]
+    assert sparse["density"] == {"heads": 0.5, "neurons": 0.2}
+
+
+def test_reference_run_gives_the_same_text(shadowc: Shadowc, engine: Path) -> None:
+    assert run_json(shadowc, engine, "--reference")["text"] == run_json(shadowc, engine)["text"]
+
+
+def test_inspect_shows_plan_sizes_parity_and_recall(shadowc: Shadowc, engine: Path) -> None:
+    result = shadowc("inspect", engine)
+    for word in ("4 layers", "ranked globally", "tolerance", "neuron records", "layer 3", "weights.bin", "predictor"):
+        assert word in result.stdout
+    assert result.stderr == ""
+
+
+def test_inspect_json_is_the_manifest(shadowc: Shadowc, engine: Path) -> None:
+    found = json.loads(shadowc("inspect", engine, "--json").stdout)
+    assert found == json.loads((engine / MANIFEST_FILE).read_text())
+
+
+def test_verify_passes_on_a_fresh_engine(shadowc: Shadowc, engine: Path) -> None:
+    result = shadowc("verify", engine)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert json.loads(shadowc("verify", engine, "--quick", "--json").stdout)["passed"] is True
+
+
+def test_collect_and_train_make_what_compile_takes(
+    shadowc: Shadowc, tiny_checkpoint: Path, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    collected = shadowc("collect", "--model", tiny_checkpoint, "--out", "t", "--json", *quick)
+    assert json.loads(collected.stdout)["positions"] == 64
+    learn = ("--model", tiny_checkpoint, "--epochs", "2", "--width", "32", "--out", "p")
+    trained = shadowc("train", "--trace", "t", *learn)
+    assert trained.exit_code == 0, trained.output
+    assert "recall per layer" in trained.stdout
+    compiled = shadowc("compile", "--model", tiny_checkpoint, "--predictor", "p", "--out", "e", "--json")
+    assert json.loads(compiled.stdout)["manifest"]["sparsity"]["predictor"]["width"] == 32
+
+
+def test_train_from_a_model_collects_first(
+    shadowc: Shadowc, tiny_checkpoint: Path, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = shadowc("train", "--model", tiny_checkpoint, "--epochs", "1", "--width", "32", "--json", *quick)
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["report"]["found"].keys() == {"heads", "neurons"}
+    assert (tmp_path / "opt-tiny.predictor").is_dir()
+    assert (tmp_path / "opt-tiny.trace").is_dir()
+
+
+def test_eval_compares_methods_on_a_text(shadowc: Shadowc, engine: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("A sparse engine reads what a token needs. " * 4, encoding="utf-8")
+    arguments = ("eval", engine, "--text", text, "--densities", "1,0.5/0.2", "--methods", "predictor,random")
+    found = json.loads(shadowc(*arguments, "--json").stdout)
+    assert [(row["method"], row["density"]) for row in found["rows"]][-1] == ("random", {"heads": 0.5, "neurons": 0.2})
+    assert found["rows"][0]["bits_per_byte"] == pytest.approx(found["dense"], abs=1e-6)
+    shown = shadowc(*arguments)
+    assert "bits/byte" in shown.stdout
+    assert shown.stdout.count("random") == 2
+
+
+def test_bench_measures_every_density_with_and_without_skipping_zeros(shadowc: Shadowc, engine: Path) -> None:
+    arguments = ("bench", engine, "--densities", "1,0.5", "--rounds", "1", "--tokens", "3")
+    result = shadowc(*arguments, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert [(row["label"].split(",")[0], row["skip_zeros"]) for row in found["rows"]] == [
+        (label, flag) for label in ("dense twin", "1 heads", "0.5 heads") for flag in (False, True)
+    ]
+    assert found["rows"][0]["speedup"] == 1.0
+    assert found["rows"][4]["megabytes_per_token"] < found["rows"][0]["megabytes_per_token"]
+
+
+def test_doctor_passes_here_and_names_the_library(shadowc: Shadowc) -> None:
+    result = shadowc("doctor")
+    assert result.exit_code == 0, result.output
+    assert "libshadowc_ort.so" in result.stdout
+
+
+def test_doctor_fails_when_two_runtimes_overwrite_each_other(shadowc: Shadowc, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shadowc.cli import doctor
+
+    real = doctor._version
+    versions = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
+    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name) or real(name))
+    result = shadowc("doctor")
+    assert result.exit_code == 6
+    assert "overwrite each other" in result.stderr
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu" in result.stderr
+
+
+@pytest.mark.parametrize("version", ["2.8.1+cpu", "1.13"])
+def test_doctor_fails_when_a_package_is_too_old(
+    shadowc: Shadowc, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    from shadowc.cli import doctor
+
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: version if name == "torch" else real(name))
+    result = shadowc("doctor", "--json")
+    assert result.exit_code == 6
+    assert {"name": "torch", "state": "fails", "found": f"{version}, too old", "hint": "pip install 'torch>=2.9'"} in (
+        json.loads(result.stdout)["findings"]
+    )
+
+
+def test_the_script_ends_with_the_exit_code_and_without_a_traceback(tmp_path: Path) -> None:
+    code = "from shadowc.cli.app import main; main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "run", str(tmp_path / "none"), "text"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no engine folder at ")
+    assert "Traceback" not in done.stderr
+
+
+def test_version_is_the_packages(shadowc: Shadowc) -> None:
+    from shadowc import __version__
+
+    assert shadowc("--version").stdout == f"shadowc {__version__}\n"
