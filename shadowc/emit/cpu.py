@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 
 _Message = TypeVar("_Message")
 
-IR_VERSION = 10
 AUTOMATIC_TAIL = -1
 """Default of sparse_tail: one masked token when one token comes in, none in a prefill."""
 _RECORD_KINDS = ("attention_records", "attention_scales", "ffn_records", "ffn_scales")
@@ -56,8 +55,9 @@ def emit_cpu(
         progress: told how many bytes of weights are written.
     """
     from shadowc.spec import oracle
+    from shadowc.trace.program_io import to_model
 
-    model = export_model(program)
+    model = to_model(program)
     places, weights_entry = write_weights(staging / WEIGHTS_FILE, program.weights, source, progress)
     _bind_weights(model, program.weights, places)
     _give_defaults(model, density)
@@ -66,16 +66,6 @@ def emit_cpu(
         files[name] = _write_model(staging / name, proto)
     ops = {opset.domain: opset.version for opset in model.opset_import if opset.domain not in ("", "com.microsoft")}
     return EmitResult(files=files, bytes_per_token=bytes_per_token(model, program.weights), ops=ops)
-
-
-def export_model(program: Program) -> onnx.ModelProto:
-    """The program's graph as a ModelProto in which every weight is still a graph input."""
-    import onnx_graphsurgeon as gs
-
-    model: onnx.ModelProto = gs.export_onnx(program.graph, do_type_check=False)
-    model.ir_version = IR_VERSION
-    model.producer_name, model.producer_version, model.doc_string = "shadowc", "", ""
-    return model
 
 
 def bytes_per_token(model: onnx.ModelProto, recipes: Mapping[str, WeightRecipe]) -> BytesPart:

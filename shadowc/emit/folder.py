@@ -152,12 +152,12 @@ def write_controls(
     folder: Path, rankings: Mapping[str, tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]]
 ) -> None:
     """Write static rankings: method -> scores of heads [L, H] and of neuron units [L, N]."""
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     tensors: dict[str, npt.NDArray[np.float32]] = {}
     for method, (heads_LH, neurons_LN) in sorted(rankings.items()):
         tensors |= {f"{method}.heads": heads_LH, f"{method}.neurons": neurons_LN}
-    save_file(tensors, folder / CONTROLS_FILE)
+    (folder / CONTROLS_FILE).write_bytes(save(tensors))
 
 
 def _sibling(out: Path, kind: str) -> Path:
