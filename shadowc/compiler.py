@@ -10,16 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from shadowc._version import __version__
-from shadowc.measure.resources import StageCost, StageMeter
+from shadowc.measure.resources import StageCost
 from shadowc.spec.errors import InputError, ShadowcError
 from shadowc.spec.manifest import MANIFEST_FILE, MODEL_FILE, EngineManifest, SparsityPart
 from shadowc.spec.progress import NullProgress, Progress
-from shadowc.stage_cache import StageCache
+from shadowc.stages import Stages, content_hash, source_hash, tool_versions
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,8 +28,6 @@ if TYPE_CHECKING:
     from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.options import CompileOptions
     from shadowc.spec.program import Program, TensorSource
-
-TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +62,6 @@ def compile_engine(options: CompileOptions, progress: Progress | None = None) ->
     return _Compile(options, progress or NullProgress()).run()
 
 
-def tool_versions() -> dict[str, str]:
-    """Versions of everything that can change the bytes of an engine."""
-    return {"shadowc": __version__, **{name: metadata.version(name) for name in TOOLS}}
-
-
 @dataclass(frozen=True, slots=True)
 class JoinedSource:
     """The checkpoint's tensors and the predictor's, whose names begin with `predictor.`, as one source."""
@@ -92,33 +83,28 @@ class _Compile:
 
     def __init__(self, options: CompileOptions, progress: Progress) -> None:
         self.options = options
-        self.progress = progress
-        self.cache = StageCache()
-        self.meter = StageMeter()
+        self.stages = Stages(options, progress)
         self.out = options.out or Path(f"{Path(options.model).name}.engine")
 
     def run(self) -> CompileSummary:
         from shadowc.emit.folder import staged, write_manifest
 
         self._check_options()
-        with self._stage("checkpoint"):
-            checkpoint = self._checkpoint()
+        with self.stages.measured("checkpoint"):
+            checkpoint = self.stages.checkpoint()
         key = self._build_key(checkpoint)
         finished = self._finished(key)
         if finished is not None:
-            return CompileSummary(self.out, finished, tuple(self.meter.costs), up_to_date=True)
-        predictor = self._predictor(checkpoint)
-        program = self._graph(checkpoint, predictor)
+            return CompileSummary(self.out, finished, tuple(self.stages.meter.costs), up_to_date=True)
+        predictor = self.stages.predictor(checkpoint)
+        program = self.stages.program(checkpoint, predictor)
         source = checkpoint.weights if predictor is None else JoinedSource(checkpoint.weights, predictor.as_source())
         with staged(self.out) as folder:
             manifest = self._emit(checkpoint, program, source, predictor, key, folder)
             parity = self._parity(checkpoint, program, predictor, manifest, folder)
             manifest = manifest.model_copy(update={"parity": parity.as_dict()})
             write_manifest(folder, manifest)
-        return CompileSummary(self.out, manifest, tuple(self.meter.costs), up_to_date=False)
-
-    def _stage(self, name: str) -> _MeteredStage:
-        return _MeteredStage(self.meter, self.progress, name)
+        return CompileSummary(self.out, manifest, tuple(self.stages.meter.costs), up_to_date=False)
 
     def _check_options(self) -> None:
         """Everything that can be refused before any work, all at once."""
@@ -149,19 +135,6 @@ class _Compile:
         if dump is not None and dump.exists() and not dump.is_dir():
             raise InputError(f"--dump-passes {dump} is a file, expected a folder", hint="name another folder")
 
-    def _checkpoint(self) -> Checkpoint:
-        from shadowc.checkpoint.finite import check_finite
-        from shadowc.checkpoint.resolve import resolve
-
-        options = self.options
-        checkpoint = resolve(options.model, load_format=options.load_format, offline=options.offline, seed=options.seed)
-        self.cache.get_or_make(
-            "finite",
-            {"checkpoint": checkpoint.identity},
-            lambda _: check_finite(checkpoint, _Advance(self.progress, "tensors")),
-        )
-        return checkpoint
-
     def _build_key(self, checkpoint: Checkpoint) -> str:
         """Hash of everything that decides the bytes of the engine."""
         from shadowc.emit.folder import hash_file
@@ -172,9 +145,10 @@ class _Compile:
             "checkpoint": checkpoint.identity,
             "name": checkpoint.facts.name,
             "options": options,
-            "inputs": {name: _content_hash(path) for name, path in self._named_inputs().items()},
+            "inputs": {name: content_hash(path) for name, path in self._named_inputs().items()},
             "library": hash_file(library_path()).sha256,
             "tools": tool_versions(),
+            "code": source_hash("checkpoint", "emit", "passes", "sparsity", "spec", "trace"),
         }
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
@@ -195,77 +169,6 @@ class _Compile:
             return None
         return manifest if manifest.build_key == key and not verify(self.out).problems else None
 
-    def _predictor(self, checkpoint: Checkpoint) -> Predictor | None:
-        from shadowc.sparsity.predictor import Predictor
-
-        options = self.options
-        if options.predictor == "none":
-            return None
-        if options.predictor != "train":
-            return Predictor.load(Path(options.predictor), checkpoint.facts)
-        if checkpoint.dummy:
-            train = options.train
-            return Predictor.dummy(checkpoint.facts, train.neuron_block, train.width, options.seed)
-        return self._trained(checkpoint)
-
-    def _trained(self, checkpoint: Checkpoint) -> Predictor:
-        """Collect and train, each from the cache if it was done before."""
-        from shadowc.sparsity.predictor import Predictor
-
-        options = self.options
-        traced = {
-            "checkpoint": checkpoint.identity,
-            "options": options.collect.model_dump(mode="json"),
-            "data": _content_hash(Path(options.collect.data)) if options.collect.data != "self" else "self",
-            "tools": tool_versions(),
-        }
-        with self._stage("collect") as mark:
-            trace_folder, mark.reused = self.cache.get_or_make(
-                "collect", traced, lambda to: self._collect(checkpoint, to)
-            )
-        learned = {**traced, "train": options.train.model_dump(mode="json")}
-        with self._stage("train") as mark:
-            folder, mark.reused = self.cache.get_or_make(
-                "train", learned, lambda to: self._train(checkpoint, trace_folder, to)
-            )
-        return Predictor.load(folder / "predictor", checkpoint.facts)
-
-    def _collect(self, checkpoint: Checkpoint, to: Path) -> None:
-        from shadowc.sparsity.collect import collect
-
-        collect(checkpoint, self.options.collect, to / "trace", self.progress)
-
-    def _train(self, checkpoint: Checkpoint, trace_folder: Path, to: Path) -> None:
-        from shadowc.sparsity.importance import ImportanceTrace
-        from shadowc.sparsity.train import train
-
-        trace = ImportanceTrace.load(trace_folder / "trace")
-        train(trace, checkpoint.facts, self.options.train, to / "predictor", self.progress)
-
-    def _graph(self, checkpoint: Checkpoint, predictor: Predictor | None) -> Program:
-        """The traced graph after all passes."""
-        from shadowc.checkpoint.digest import facts_key
-        from shadowc.pipeline import run_passes, schedule
-        from shadowc.trace.export import load_program, trace
-
-        options = self.options
-        key = {"model": facts_key(checkpoint.facts), "tools": tool_versions()}
-        with self._stage("trace") as mark:
-            folder, mark.reused = self.cache.get_or_make(
-                "trace", key, lambda to: trace(checkpoint.facts, to / MODEL_FILE)
-            )
-        with self._stage("passes"):
-            program = load_program(folder / MODEL_FILE, checkpoint.facts)
-            program.plan = None if predictor is None else predictor.plan(options.scope)
-            passes = schedule(
-                target=options.target,
-                weights=options.weights,
-                skip_zeros=options.skip_zeros,
-                sparse=predictor is not None,
-            )
-            run_passes(program, passes, dump=options.dump_passes)
-        return program
-
     def _emit(
         self,
         checkpoint: Checkpoint,
@@ -280,9 +183,9 @@ class _Compile:
         from shadowc.emit.target import target
 
         options = self.options
-        with self._stage("emit"):
+        with self.stages.measured("emit"):
             emitted = target(options.target).emit(
-                program, source, folder, density=options.density, progress=self.progress
+                program, source, folder, density=options.density, progress=self.stages.progress
             )
             model = model_part(checkpoint.facts, checkpoint.identity)
             add_companions(folder, model, checkpoint.tokenizer)
@@ -316,7 +219,7 @@ class _Compile:
         from shadowc.runtime.library import OpLibrary
         from shadowc.runtime.session import Session, usable_cores
 
-        with self._stage("parity"):
+        with self.stages.measured("parity"):
             session = Session(folder / MODEL_FILE, usable_cores(), OpLibrary.installed().path)
             report = check_parity(
                 Engine(folder, manifest, session).prober(),
@@ -328,7 +231,7 @@ class _Compile:
                 orders={} if predictor is None else dict(enumerate(predictor.orders_LF, start=1)),
                 sparse=predictor is not None,
                 seed=self.options.seed,
-                advance=_Advance(self.progress, "layers"),
+                advance=self.stages.progress.advance,
             )
             report.require()
         return report
@@ -344,40 +247,3 @@ class _Compile:
             neuron_block=predictor.block,
             predictor={**predictor.meta, "widths": widths, "parameters": predictor.parameters},
         )
-
-
-class _MeteredStage:
-    """A stage that is both reported and measured."""
-
-    def __init__(self, meter: StageMeter, progress: Progress, name: str) -> None:
-        self._measured = meter.stage(name)
-        self._reported = progress.stage(name)
-
-    def __enter__(self) -> Any:
-        self._reported.__enter__()
-        return self._measured.__enter__()
-
-    def __exit__(self, *problem: Any) -> None:
-        self._measured.__exit__(*problem)
-        self._reported.__exit__(*problem)
-
-
-@dataclass(frozen=True, slots=True)
-class _Advance:
-    """Progress of the innermost stage as a plain function."""
-
-    progress: Progress
-    unit: str
-
-    def __call__(self, done: int, total: int) -> None:
-        self.progress.advance(done, total, self.unit)
-
-
-def _content_hash(path: Path) -> str:
-    """Hash of a file, or of every file of a folder; of the bare name if there is neither (reported later)."""
-    from shadowc.emit.folder import file_entries, hash_file
-
-    if path.is_file():
-        return hash_file(path).sha256
-    entries = file_entries(path) if path.is_dir() else {}
-    return json.dumps({name: entry.sha256 for name, entry in entries.items()} or str(path), sort_keys=True)

@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages before emit, each cached by the hash of what decides its result: checkpoint, predictor, graph."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from shadowc._version import __version__
+from shadowc.measure.resources import StageMeter
+from shadowc.spec.manifest import MODEL_FILE
+from shadowc.spec.progress import Progress
+from shadowc.stage_cache import StageCache
+
+if TYPE_CHECKING:
+    from shadowc.checkpoint.resolve import Checkpoint
+    from shadowc.sparsity.predictor import Predictor
+    from shadowc.spec.options import CompileOptions
+    from shadowc.spec.program import Program
+
+TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy")
+
+
+class Stages:
+    """The stages of one compile.
+
+    Args:
+        options: what is compiled, and how.
+        progress: told about stages.
+    """
+
+    def __init__(self, options: CompileOptions, progress: Progress) -> None:
+        self.options = options
+        self.progress = progress
+        self.cache = StageCache()
+        self.meter = StageMeter()
+
+    def measured(self, name: str) -> MeteredStage:
+        """Brackets a stage: reported, and its cost kept."""
+        return MeteredStage(self.meter, self.progress, name)
+
+    def checkpoint(self) -> Checkpoint:
+        """Resolved, complete, and free of NaN and infinities."""
+        from shadowc.checkpoint.finite import check_finite
+        from shadowc.checkpoint.resolve import resolve
+
+        options = self.options
+        checkpoint = resolve(options.model, load_format=options.load_format, offline=options.offline, seed=options.seed)
+        self.cache.get_or_make(
+            "finite",
+            {"checkpoint": checkpoint.identity},
+            lambda _: check_finite(checkpoint, self.progress.advance),
+        )
+        return checkpoint
+
+    def predictor(self, checkpoint: Checkpoint) -> Predictor | None:
+        """Trained, loaded, or random for dummy weights; None for a dense engine."""
+        from shadowc.sparsity.predictor import Predictor
+
+        options = self.options
+        if options.predictor == "none":
+            return None
+        if options.predictor != "train":
+            return Predictor.load(Path(options.predictor), checkpoint.facts)
+        if checkpoint.dummy:
+            train = options.train
+            return Predictor.dummy(checkpoint.facts, train.neuron_block, train.width, options.seed)
+        return self._trained(checkpoint)
+
+    def _trained(self, checkpoint: Checkpoint) -> Predictor:
+        """Collect and train, each from the cache if it was done before."""
+        from shadowc.sparsity.predictor import Predictor
+
+        options = self.options
+        traced = {
+            "checkpoint": checkpoint.identity,
+            "options": options.collect.model_dump(mode="json"),
+            "data": content_hash(Path(options.collect.data)) if options.collect.data != "self" else "self",
+            "tools": tool_versions(),
+            "code": source_hash("checkpoint", "sparsity"),
+        }
+        with self.measured("collect") as mark:
+            trace_folder, mark.reused = self.cache.get_or_make(
+                "collect", traced, lambda to: self._collect(checkpoint, to)
+            )
+        learned = {**traced, "train": options.train.model_dump(mode="json")}
+        with self.measured("train") as mark:
+            folder, mark.reused = self.cache.get_or_make(
+                "train", learned, lambda to: self._train(checkpoint, trace_folder, to)
+            )
+        return Predictor.load(folder / "predictor", checkpoint.facts)
+
+    def _collect(self, checkpoint: Checkpoint, to: Path) -> None:
+        from shadowc.sparsity.collect import collect
+
+        collect(checkpoint, self.options.collect, to / "trace", self.progress)
+
+    def _train(self, checkpoint: Checkpoint, trace_folder: Path, to: Path) -> None:
+        from shadowc.sparsity.importance import ImportanceTrace
+        from shadowc.sparsity.train import train
+
+        trace = ImportanceTrace.load(trace_folder / "trace")
+        train(trace, checkpoint.facts, self.options.train, to / "predictor", self.progress)
+
+    def program(self, checkpoint: Checkpoint, predictor: Predictor | None) -> Program:
+        """The traced graph after all passes."""
+        from shadowc.checkpoint.digest import facts_key
+        from shadowc.pipeline import run_passes, schedule
+        from shadowc.trace.export import load_program, trace
+
+        options = self.options
+        key = {"model": facts_key(checkpoint.facts), "tools": tool_versions(), "code": source_hash("trace")}
+        with self.measured("trace") as mark:
+            folder, mark.reused = self.cache.get_or_make(
+                "trace", key, lambda to: trace(checkpoint.facts, to / MODEL_FILE)
+            )
+        with self.measured("passes"):
+            program = load_program(folder / MODEL_FILE, checkpoint.facts)
+            program.plan = None if predictor is None else predictor.plan(options.scope)
+            passes = schedule(
+                target=options.target,
+                weights=options.weights,
+                skip_zeros=options.skip_zeros,
+                sparse=predictor is not None,
+            )
+            run_passes(program, passes, dump=options.dump_passes)
+        return program
+
+
+class MeteredStage:
+    """A stage that is both reported and measured."""
+
+    def __init__(self, meter: StageMeter, progress: Progress, name: str) -> None:
+        self._measured = meter.stage(name)
+        self._reported = progress.stage(name)
+
+    def __enter__(self) -> Any:
+        self._reported.__enter__()
+        return self._measured.__enter__()
+
+    def __exit__(self, *problem: Any) -> None:
+        self._measured.__exit__(*problem)
+        self._reported.__exit__(*problem)
+
+
+def tool_versions() -> dict[str, str]:
+    """Versions of everything that can change the bytes of an engine."""
+    return {"shadowc": __version__, **{name: metadata.version(name) for name in TOOLS}}
+
+
+def source_hash(*parts: str) -> str:
+    """Hash of the Python sources of these parts of the package: a changed stage must not find its old results."""
+    package = Path(__file__).parent
+    digest = hashlib.sha256()
+    for part in sorted(parts):
+        folder = package / part if (package / part).is_dir() else package.parent / part
+        for path in sorted(folder.rglob("*.py")):
+            digest.update(path.relative_to(folder).as_posix().encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file, or of every file of a folder; of the bare name if there is neither (reported later)."""
+    from shadowc.emit.folder import file_entries, hash_file
+
+    if path.is_file():
+        return hash_file(path).sha256
+    entries = file_entries(path) if path.is_dir() else {}
+    return json.dumps({name: entry.sha256 for name, entry in entries.items()} or str(path), sort_keys=True)

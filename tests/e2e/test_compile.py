@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From a checkpoint to an engine that generates: what a user may rely on."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+import pytest
+
+import shadowc
+from shadowc.compiler import compile_engine
+from shadowc.runtime.engine import Engine
+from shadowc.runtime.load import verify
+from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
+from tests.e2e import compiled
+
+if TYPE_CHECKING:
+    from transformers import OPTForCausalLM
+
+PROMPT = np.array([[2, 40, 50, 60, 70, 80]], np.int64)
+
+
+def test_engine_generates_what_transformers_generates_when_dense(
+    sparse_engine: Path, tiny_model: OPTForCausalLM
+) -> None:
+    import torch
+
+    engine = shadowc.load(sparse_engine)
+    ours = engine.generate(PROMPT, max_new_tokens=24, min_new_tokens=24, density=1.0)
+    theirs = tiny_model.generate(
+        torch.from_numpy(PROMPT), max_new_tokens=24, min_new_tokens=24, do_sample=False, pad_token_id=1
+    )
+    assert ours.tolist() == theirs.tolist()
+
+
+def test_engine_reads_fewer_bytes_when_density_falls(sparse_engine: Path) -> None:
+    engine = shadowc.load(sparse_engine, skip_zeros=False)
+    read = []
+    for density in (1.0, 0.5, 0.2):
+        engine.generate(PROMPT, max_new_tokens=8, min_new_tokens=8, density=density)
+        read.append(engine.last_stats.bytes_read_kernels)
+        assert engine.last_stats.active_neuron_share == pytest.approx(density, abs=0.02)
+    assert read[0] == engine.manifest.bytes_per_token.records
+    assert read[0] > read[1] > read[2]
+
+
+def test_compile_is_up_to_date_when_repeated(tiny_checkpoint: Path, sparse_engine: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.engine"
+    shutil.copytree(sparse_engine, copy)
+    before = {path.name: path.stat().st_mtime_ns for path in copy.iterdir()}
+    summary = compile_engine(compiled.options(tiny_checkpoint, copy))
+    assert summary.up_to_date
+    assert {path.name: path.stat().st_mtime_ns for path in copy.iterdir()} == before
+
+
+def test_compile_gives_the_same_bytes_when_repeated_elsewhere(
+    tiny_checkpoint: Path, sparse_engine: Path, tmp_path: Path
+) -> None:
+    again = shadowc.compile(compiled.options(tiny_checkpoint, tmp_path / "again.engine"))
+    names = sorted(path.name for path in sparse_engine.iterdir())
+    assert sorted(path.name for path in again.iterdir()) == names
+    for name in names:
+        assert (again / name).read_bytes() == (sparse_engine / name).read_bytes(), name
+
+
+def test_compile_repairs_an_engine_when_a_byte_was_flipped(
+    tiny_checkpoint: Path, sparse_engine: Path, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy.engine"
+    shutil.copytree(sparse_engine, copy)
+    content = bytearray((copy / "weights.bin").read_bytes())
+    content[4097] ^= 1
+    (copy / "weights.bin").write_bytes(content)
+    assert not verify(copy).passed
+    summary = compile_engine(compiled.options(tiny_checkpoint, copy))
+    assert not summary.up_to_date
+    assert verify(copy).passed
+
+
+def test_engine_runs_when_its_folder_was_moved(sparse_engine: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "elsewhere" / "ünicode engine"
+    shutil.copytree(sparse_engine, moved)
+    texts = [shadowc.load(folder).generate("A sparse engine", max_new_tokens=8) for folder in (sparse_engine, moved)]
+    assert texts[0] == texts[1]
+
+
+def test_reference_graph_agrees_with_the_kernels_when_masked(sparse_engine: Path) -> None:
+    ids = np.random.default_rng(1).integers(4, 320, (2, 20), dtype=np.int64)
+    kernels, oracle = (shadowc.load(sparse_engine, reference=flag) for flag in (False, True))
+    for density in (1.0, 0.5, 0.2):
+        ours = kernels.logits(ids, density=density, prompt_tokens=4)
+        theirs = oracle.logits(ids, density=density, prompt_tokens=4)
+        assert np.abs(ours - theirs).max() <= 1e-4 * np.abs(theirs).max()
+
+
+def test_dense_engine_has_no_dials_when_compiled_without_predictor(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    folder = shadowc.compile(compiled.options(tiny_checkpoint, tmp_path / "dense.engine", predictor="none"))
+    engine = shadowc.load(folder)
+    assert engine.manifest.sparsity is None
+    inputs = {value.name for value in onnx.load(folder / "model.onnx", load_external_data=False).graph.input}
+    assert not inputs & {"density_heads", "density_neurons", "sparse_tail"}
+    engine.generate(PROMPT, max_new_tokens=4)
+    with pytest.raises(InputError, match="dense"):
+        engine.generate(PROMPT, max_new_tokens=4, density=0.5)
+
+
+def test_passes_are_dumped_when_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    out = tmp_path / "tiny.engine"
+    shadowc.compile(compiled.options(tiny_checkpoint, out, weights="int8", dump_passes=tmp_path / "dump"))
+    names = [path.name for path in sorted((tmp_path / "dump").glob("*.onnx"))]
+    assert [name.split("-", 1)[1] for name in names] == [
+        "trace.onnx",
+        "canonicalise.onnx",
+        "insert_predictor.onnx",
+        "sparsify_attention.onnx",
+        "sparsify_ffn.onnx",
+        "cluster_neurons.onnx",
+        "quantise.onnx",
+        "finalise.onnx",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        ({"head_density": 1.5}, InputError, "from 0 to 1"),
+        ({"target": "tensorrt"}, UnsupportedError, "not built yet"),
+        ({"predictor": "/no/such/predictor"}, InputError, "predictor"),
+        ({"collect": compiled.COLLECT.model_copy(update={"criterion": "magic"})}, InputError, "magic"),
+        ({"collect": compiled.COLLECT.model_copy(update={"data": "/no/such/text.txt"})}, InputError, "text.txt"),
+    ],
+)
+def test_compile_refuses_and_writes_nothing_when_an_option_is_bad(
+    tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, object], kind: type[ShadowcError], words: str
+) -> None:
+    out = tmp_path / "out" / "tiny.engine"
+    with pytest.raises(kind, match=words):
+        shadowc.compile(compiled.options(tiny_checkpoint, out, **changes))
+    assert not out.parent.exists()
+
+
+def test_compile_refuses_when_the_output_is_something_else(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="not an engine"):
+        shadowc.compile(compiled.options(tiny_checkpoint, tmp_path))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_evaluation_refuses_the_text_that_calibrated(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    from shadowc.measure.evaluate import evaluate
+
+    text = "\n\n".join(
+        f"The {n} lazy dogs that a sparse engine skips are read by no other fox at all." * 4 for n in range(60)
+    )
+    (tmp_path / "text.txt").write_text(text)
+    collect = compiled.COLLECT.model_copy(update={"data": str(tmp_path / "text.txt")})
+    engine: Engine = shadowc.load(
+        shadowc.compile(compiled.options(tiny_checkpoint, tmp_path / "tiny.engine", collect=collect))
+    )
+    with pytest.raises(InputError, match="calibrat"):
+        evaluate(engine, text, densities=[])
