@@ -316,6 +316,8 @@ def _or_dense(call: _Call, mask_BZLN: Tensor) -> Tensor:
 def _remember_prompt_end(call: _Call, context_BSE: Tensor) -> None:
     """Keep the context of each row's last token before masking, if it is among the new tokens."""
     if call.state.prompt_end is None:
+        if int(call.first.min()) <= call.past:
+            raise InputError('the prompt was not fed with granularity "sequence"; its last token is lost')
         call.state.prompt_end = torch.full_like(context_BSE[:, 0], math.nan)
     token_B = call.first - 1 - call.past
     (rows,) = torch.nonzero((token_B >= 0) & (token_B < call.tokens), as_tuple=True)

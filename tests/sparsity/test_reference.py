@@ -288,6 +288,13 @@ def test_arguments_that_do_not_fit_are_refused(masked: MaskedOpt, ids: Tensor, a
         masked.logits(ids, **{"density": HALF, **arguments})
 
 
+def test_change_to_sequence_masks_after_the_prompt_is_refused(masked: MaskedOpt, ids: Tensor) -> None:
+    state = MaskedState()
+    masked.logits(ids[:, :PROMPT], density=HALF, masked_from=PROMPT, state=state)
+    with pytest.raises(InputError, match="last token is lost"):
+        masked.logits(ids[:, PROMPT:], density=HALF, masked_from=PROMPT, granularity="sequence", state=state)
+
+
 def test_model_without_predictor_refuses_to_choose(tiny_model, predictor: Predictor, ids: Tensor) -> None:
     with pytest.raises(InputError, match="without a predictor"):
         MaskedOpt(tiny_model, predictor.plan("local")).logits(ids, density=HALF, masked_from=0)
