@@ -12,10 +12,13 @@ def cpu_library() -> pathlib.Path:
     Raises:
         FileNotFoundError: the package was installed without its compiled part.
     """
-    path = pathlib.Path(__file__).resolve().parent / LIBRARY_NAME
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"expected {LIBRARY_NAME} in {path.parent}, found none: this is a source tree or an incomplete "
-            f"install. Install the package with its compiled part: pip install ."
-        )
-    return path
+    # An editable install has two folders: this source, and the one where the build puts libraries.
+    folders = [pathlib.Path(folder) for folder in __path__]
+    for folder in folders:
+        if (folder / LIBRARY_NAME).is_file():
+            return folder / LIBRARY_NAME
+    places = " or ".join(str(folder) for folder in folders)
+    raise FileNotFoundError(
+        f"expected {LIBRARY_NAME} in {places}, found none: this is a source tree or an incomplete install. "
+        f"Install the package with its compiled part (pip install .), or name the library in SHADOWC_ORT_LIBRARY."
+    )

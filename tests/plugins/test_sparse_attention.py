@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""SparseAttention as machine code, against the ONNX function and float64 numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnxruntime
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shadowc.spec.ops import SPARSE_ATTENTION
+from tests.plugins import kernels, numpy_reference
+
+WEIGHTS = ("float32", "int8")
+
+
+def operands(rng, *, B=1, S=1, Z=1, L=2, H=3, D=16, T=12, dtype="float32", shared=False, fixed_mask=False):
+    """Random operands. Cache slots outside start .. past are NaN. `fixed_mask`: every token has the first one's mask."""
+    E, W = H * D, 1 if shared else B
+    w, scales = kernels.weights(rng, (H, 4, D, E), dtype)
+    past = rng.integers(0, T - S + 1, B)
+    start = np.minimum(rng.integers(0, 4, B) * rng.integers(0, 2, B), past + S)
+    key, value = (rng.standard_normal((B, H, T, D), dtype=np.float32) for _ in range(2))
+    for b in range(B):
+        for cache in (key, value):
+            cache[b, :, : start[b]] = np.nan
+            cache[b, :, past[b] :] = np.nan
+    scores = rng.standard_normal((W, Z, L, H), dtype=np.float32)
+    threshold = rng.standard_normal((W, Z, L), dtype=np.float32) * np.float32(0.5)
+    if fixed_mask:
+        scores[:], threshold[:] = scores[:, :1], threshold[:, :1]
+    return {
+        "x": rng.standard_normal((B, S, E), dtype=np.float32),
+        "scores": scores,
+        "threshold": threshold,
+        "w": w,
+        "scales": scales,
+        "bqkv": rng.standard_normal((H, 3, D), dtype=np.float32),
+        "bo": rng.standard_normal(E, dtype=np.float32),
+        "past_key": key,
+        "past_value": value,
+        "start": start.astype(np.int64),
+        "past": past.astype(np.int64),
+    }
+
+
+def attend(arrays, **attributes):
+    found = kernels.run(SPARSE_ATTENTION, arrays, **attributes)
+    return found, numpy_reference.Read(*map(int, found.pop("read")))
+
+
+def live(cache, arrays):
+    """Slots start .. past + S - 1 of each row, flat: all that a kernel promises to fill or keep."""
+    ends = arrays["past"] + arrays["x"].shape[1]
+    return np.concatenate([cache[b, :, arrays["start"][b] : ends[b]].ravel() for b in range(len(cache))])
+
+
+def assert_as_defined(arrays, **attributes):
+    found, read = attend(arrays, **attributes)
+    y, key, value, context, expected_read = numpy_reference.sparse_attention(**arrays, **attributes)
+    oracle = kernels.oracle_run(SPARSE_ATTENTION, arrays, **attributes)
+    for name, expected in (("y", y), ("context", context)):
+        kernels.assert_close(found[name], expected)
+        kernels.assert_close(found[name], oracle[name])
+    for name, expected in (("present_key", key), ("present_value", value)):
+        kernels.assert_close(live(found[name], arrays), live(expected, arrays))
+        kernels.assert_close(live(found[name], arrays), live(oracle[name], arrays))
+    assert read == expected_read
+
+
+@settings(max_examples=80, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    B=st.integers(1, 3),
+    S=st.integers(1, 9),
+    tail=st.floats(0, 1),
+    H=st.integers(1, 5),
+    D=st.sampled_from([1, 3, 16, 20, 33, 64]),
+    room=st.integers(0, 20),
+    layer=st.integers(0, 2),
+    dtype=st.sampled_from(WEIGHTS),
+    shared=st.booleans(),
+)
+def test_attention_equals_its_definition(seed, B, S, tail, H, D, room, layer, dtype, shared):
+    rng = np.random.default_rng(seed)
+    arrays = operands(rng, B=B, S=S, Z=round(tail * S), L=3, H=H, D=D, T=S + room, dtype=dtype, shared=shared)
+    assert_as_defined(arrays, layer=layer)
+
+
+@pytest.mark.parametrize("dtype", WEIGHTS)
+@pytest.mark.parametrize(("B", "S"), [(1, 1), (2, 1), (1, 6), (3, 4)])
+def test_attention_equals_its_definition_when_only_active_heads_keep_a_cache(B, S, dtype):
+    rng = np.random.default_rng(20)
+    for _ in range(4):
+        assert_as_defined(operands(rng, B=B, S=S, Z=S, H=4, dtype=dtype, fixed_mask=True), layer=1, kv="active")
+
+
+@pytest.mark.parametrize("dtype", WEIGHTS)
+@pytest.mark.parametrize(
+    ("B", "S", "H", "D", "T"),
+    [(1, 1, 12, 64, 300), (40, 1, 2, 32, 9), (1, 100, 2, 128, 128), (3, 45, 4, 80, 64), (1, 70, 3, 24, 200)],
+)
+def test_attention_equals_its_definition_when_work_is_cut_into_tiles(B, S, H, D, T, dtype):
+    assert_as_defined(operands(np.random.default_rng(21), B=B, S=S, Z=S, H=H, D=D, T=T, dtype=dtype), layer=1)
+
+
+def test_attention_continues_what_a_prefill_began():
+    """Prefill of 6 tokens, then 3 single steps, give what one pass over 9 tokens gives."""
+    arrays = operands(np.random.default_rng(22), B=2, S=9, Z=0, H=4, T=10)
+    arrays["past"][:], arrays["start"][:] = 0, [0, 3]
+    whole, _ = attend(arrays)
+    step = dict(arrays, x=arrays["x"][:, :6])
+    parts = [attend(step)[0]]
+    for s in range(6, 9):
+        step = step | {
+            "x": arrays["x"][:, s : s + 1],
+            "past": np.full(2, s, np.int64),
+            "past_key": parts[-1]["present_key"],
+            "past_value": parts[-1]["present_value"],
+        }
+        parts.append(attend(step)[0])
+    kernels.assert_close(np.concatenate([part["y"] for part in parts], axis=1), whole["y"])
+
+
+@pytest.mark.parametrize(("B", "S"), [(1, 1), (2, 7)])
+@pytest.mark.parametrize("kv", ["all", "active"])
+def test_attention_updates_the_cache_in_place_when_one_buffer_is_bound_twice(B, S, kv):
+    arrays = operands(np.random.default_rng(23), B=B, S=S, Z=S, H=4, fixed_mask=True)
+    separate, _ = attend(arrays, kv=kv)
+    types = {name: array.dtype for name, array in arrays.items()}
+    ranks = {name: array.ndim for name, array in arrays.items()}
+    session = kernels.session(kernels.model(SPARSE_ATTENTION, types, ranks, {"kv": kv}))
+    binding = session.io_binding()
+    caches = {}
+    for name, array in arrays.items():
+        value = onnxruntime.OrtValue.ortvalue_from_numpy(array.copy())
+        binding.bind_ortvalue_input(name, value)
+        if name.startswith("past_"):
+            caches[name.replace("past", "present")] = value
+    for output in session.get_outputs():
+        if output.name in caches:
+            binding.bind_ortvalue_output(output.name, caches[output.name])
+        else:
+            binding.bind_output(output.name)
+    session.run_with_iobinding(binding)
+    y = binding.get_outputs()[0].numpy()
+    np.testing.assert_array_equal(y, separate["y"])
+    for name, value in caches.items():
+        np.testing.assert_array_equal(live(value.numpy(), arrays), live(separate[name], arrays))
+        untouched = value.numpy()[0, :, arrays["past"][0] + S :]
+        np.testing.assert_array_equal(untouched, arrays[name.replace("present", "past")][0, :, arrays["past"][0] + S :])
+
+
+@pytest.mark.parametrize("S", [1, 3])
+def test_attention_returns_the_bias_and_still_writes_the_cache_when_no_head_is_active(S):
+    arrays = operands(np.random.default_rng(24), S=S, Z=S, dtype="int8")
+    arrays["threshold"][:] = np.inf
+    found, read = attend(arrays)
+    np.testing.assert_array_equal(found["y"], np.broadcast_to(arrays["bo"], found["y"].shape))
+    assert not found["context"].any()
+    assert np.isfinite(live(found["present_key"], arrays)).all()
+    assert read == numpy_reference.Read(3, 3 * 2 * 16 * (48 + 4))
+
+
+@pytest.mark.parametrize("S", [1, 3])
+def test_attention_reads_nothing_when_no_head_is_active_and_only_active_ones_keep_a_cache(S):
+    arrays = operands(np.random.default_rng(25), S=S, Z=S)
+    arrays["threshold"][:] = np.inf
+    found, read = attend(arrays, kv="active")
+    np.testing.assert_array_equal(found["y"], np.broadcast_to(arrays["bo"], found["y"].shape))
+    assert read == numpy_reference.Read(0, 0)
+
+
+def test_attention_gives_context_zero_to_a_query_that_sees_no_slot():
+    arrays = operands(np.random.default_rng(26), S=4, Z=0)
+    arrays["past"][:], arrays["start"][:] = 2, 4
+    found, _ = attend(arrays)
+    assert not found["context"][0, :2].any()
+    assert found["context"][0, 2:].all()
+    np.testing.assert_array_equal(found["y"][0, 0], arrays["bo"])
+
+
+def test_attention_keeps_later_tokens_from_earlier_ones_even_if_they_are_nan():
+    arrays = operands(np.random.default_rng(27), S=6, Z=0)
+    arrays["x"][0, 4] = np.nan
+    found, _ = attend(arrays)
+    assert np.isfinite(found["y"][0, :4]).all()
+    assert np.isnan(found["y"][0, 4:]).all()
+
+
+def test_attention_survives_logits_that_overflow_exp():
+    arrays = operands(np.random.default_rng(28), S=3, Z=0)
+    arrays["bqkv"] *= 60
+    assert_as_defined(arrays)
+
+
+@pytest.mark.parametrize(("B", "S"), [(1, 1), (2, 40)])
+def test_attention_repeats_its_bits_at_any_number_of_threads(B, S):
+    arrays = operands(np.random.default_rng(29), B=B, S=S, Z=S, H=8, D=64, T=80, dtype="int8")
+    first, read = attend(arrays, threads=1)
+    for threads in (1, 2, 2, 3):
+        found, again = attend(arrays, threads=threads)
+        np.testing.assert_array_equal(found["y"], first["y"])
+        np.testing.assert_array_equal(live(found["present_value"], arrays), live(first["present_value"], arrays))
+        assert again == read
+
+
+def test_attention_returns_the_cache_when_there_are_no_tokens():
+    arrays = operands(np.random.default_rng(30), S=0, Z=0)
+    found, read = attend(arrays)
+    assert found["y"].shape == (1, 0, 48)
+    np.testing.assert_array_equal(live(found["present_key"], arrays), live(arrays["past_key"], arrays))
+    assert read == numpy_reference.Read(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"past": [12]}, r"past\[0\] \+ S must be at most the cache capacity T = 12, found 12 \+ 1"),
+        ({"past": [-1]}, r"past\[0\] must be at least 0, found -1"),
+        ({"past": [2], "start": [4]}, r"start\[0\] must be in 0 \.\.\. past \+ S = 2 \+ 1, found 4"),
+        ({"start": [-2]}, r"start\[0\] must be in 0 .*found -2"),
+        ({"past": [2**63 - 1]}, r"past\[0\] \+ S must be at most the cache capacity T = 12"),
+        ({"past": [1, 1]}, r"past must be \[B\] = \[1\], found \[2\]"),
+    ],
+)
+def test_attention_refuses_positions_outside_the_cache(change, says):
+    arrays = operands(np.random.default_rng(31))
+    arrays |= {name: np.array(value, np.int64) for name, value in change.items()}
+    with pytest.raises(Exception, match=f"SparseAttention node 'the_node': .*{says}"):
+        attend(arrays)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "says"),
+    [
+        ("w", (3, 4, 15, 48), r"H \* D .* must be E = 48, found 3 \* 15"),
+        ("w", (3, 3, 16, 48), r"w must be \[H, 4, D, E\] = \[3, 4, 16, 48\], found \[3, 3, 16, 48\]"),
+        ("scales", (3, 4), r"scales must be \[H, 4, D\] = \[3, 4, 16\], found \[3, 4\]"),
+        ("bqkv", (3, 4, 16), r"bqkv must be \[H, 3, D\] = \[3, 3, 16\], found \[3, 4, 16\]"),
+        ("bo", (47,), r"bo must be \[E\] = \[48\], found \[47\]"),
+        ("past_value", (1, 3, 11, 16), r"past_value must be .* = \[1, 3, 12, 16\], found \[1, 3, 11, 16\]"),
+        ("scores", (1, 1, 2, 4), r"N \(axis 3 of scores\) must be 3 \(H, axis 0 of w\), found 4"),
+    ],
+)
+def test_attention_says_what_it_expected_when_shapes_disagree(name, shape, says):
+    arrays = operands(np.random.default_rng(32)) | {name: np.zeros(shape, np.float32)}
+    with pytest.raises(Exception, match=says):
+        attend(arrays)
+
+
+def test_attention_refuses_attributes_and_types_when_the_session_is_made():
+    arrays = operands(np.random.default_rng(33))
+    with pytest.raises(Exception, match="attribute kv must be 'all' or 'active', found 'some'"):
+        attend(arrays, kv="some")
+    arrays["w"] = arrays["w"].astype(np.int32)
+    with pytest.raises(Exception, match="the element type of w must be float32 or int8, found int32"):
+        attend(arrays)
