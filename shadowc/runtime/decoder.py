@@ -71,6 +71,7 @@ class Decoder:
             model.layers, (batch.rows, model.heads, model.head_size), model.positions, in_place=in_place
         )
         self._density = {name: np.ones(batch.rows, np.float32) for name in ("density_heads", "density_neurons")}
+        self._whole_mask: Ids = np.zeros((batch.rows, 0), np.int64)
         self._step: Binding | None = None
         self._step_ids: Ids = np.zeros((batch.rows, 1), np.int64)
         self._step_outputs: Outputs = {}
@@ -111,18 +112,24 @@ class Decoder:
         if self._step is None:
             self._step = self._bind_step()
         else:
-            self._step.give("attention_mask", self._batch.mask(self.filled + 1))
+            self._step.give("attention_mask", self._mask(self.filled + 1))
             self._bind_scores(self._step, 1)
         self._step.run_in_place()
         if self._cache.advance(1):
             self._cache.bind(self._step)
         return self._step_outputs
 
+    def _mask(self, slots: int) -> Ids:
+        """The attention mask of so many slots, cut from one that covers the whole cache."""
+        if self._whole_mask.shape[1] != self._cache.capacity:
+            self._whole_mask = self._batch.mask(self._cache.capacity)
+        return np.ascontiguousarray(self._whole_mask[:, :slots])
+
     def _bind(self, ids_BS: Ids, sparse_tail: int) -> Binding:
         S = ids_BS.shape[1]
         binding = self._session.bind()
         binding.give("input_ids", ids_BS)
-        binding.give("attention_mask", self._batch.mask(self.filled + S))
+        binding.give("attention_mask", self._mask(self.filled + S))
         dials: dict[str, npt.NDArray[Any]] = {**self._density, "sparse_tail": np.array([sparse_tail], np.int64)}
         for name, value in dials.items():
             if name in self._session.inputs:
