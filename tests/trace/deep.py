@@ -124,7 +124,7 @@ class Decoder:
 
     def __init__(self, graph: onnx.ModelProto, batch: int, capacity: int = 16) -> None:
         options = onnxruntime.SessionOptions()
-        options.log_severity_level, options.intra_op_num_threads = 3, 2
+        options.log_severity_level, options.intra_op_num_threads = 3, 1
         self.session = onnxruntime.InferenceSession(
             graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
