@@ -21,7 +21,11 @@ class Density:
 
     def __post_init__(self) -> None:
         """Check the range; NaN fails the comparison and is refused too."""
-        wrong = [f"{kind} {value}" for kind, value in (("heads", self.heads), ("neurons", self.neurons)) if not 0.0 <= value <= 1.0]
+        wrong = [
+            f"{kind} {value}"
+            for kind, value in (("heads", self.heads), ("neurons", self.neurons))
+            if not 0.0 <= value <= 1.0
+        ]
         if wrong:
             raise InputError(
                 f"a density is the share kept, from 0 to 1; found {' and '.join(wrong)}",

@@ -60,7 +60,9 @@ _I64 = ("int64",)
 _CACHE = ("float32",)
 WEIGHT_TYPES = ("float32", "int8")
 
-_SCORES = Operand("scores", ("B|1", "Z", "L", "N"), _F32, "score of every unit of every predicted layer, for the last Z tokens")
+_SCORES = Operand(
+    "scores", ("B|1", "Z", "L", "N"), _F32, "score of every unit of every predicted layer, for the last Z tokens"
+)
 _THRESHOLD = Operand("threshold", ("B|1", "Z", "L"), _F32, "a unit is active unless score < threshold")
 _LAYER = Attribute("layer", "int", 0, "which of the L rows of scores and threshold belongs to this node")
 _READ = Operand("read", ("2",), _I64, "records and bytes of w and scales really read", role="kernel")
@@ -77,7 +79,13 @@ SELECT_THRESHOLD = OpSpec(
         Operand("active", ("B", "Z", "L"), _I32, "number of active units"),
     ),
     attributes=(
-        Attribute("scope", "string", "local", "rank within each layer, or over all layers that are not exempt", ("local", "global")),
+        Attribute(
+            "scope",
+            "string",
+            "local",
+            "rank within each layer, or over all layers that are not exempt",
+            ("local", "global"),
+        ),
         Attribute("exempt", "ints", (-1,), "layers (indices into L) that stay dense; -1 stands for none"),
         Attribute("min_active", "int", 0, "units that every layer keeps at least"),
     ),
@@ -90,7 +98,9 @@ SPARSE_ATTENTION = OpSpec(
         Operand("x", ("B", "S", "E"), _F32, "normalised hidden states"),
         _SCORES,
         _THRESHOLD,
-        Operand("w", ("H", "4", "D", "E"), WEIGHT_TYPES, "head records: q, k, v rows, then out_proj columns transposed"),
+        Operand(
+            "w", ("H", "4", "D", "E"), WEIGHT_TYPES, "head records: q, k, v rows, then out_proj columns transposed"
+        ),
         Operand("scales", ("H", "4", "D"), _F32, "factor per record row; ones for float weights"),
         Operand("bqkv", ("H", "3", "D"), _F32, "biases of q, k, v"),
         Operand("bo", ("E",), _F32, "bias of out_proj; stays even if no head is active"),
@@ -102,13 +112,21 @@ SPARSE_ATTENTION = OpSpec(
     outputs=(
         Operand("y", ("B", "S", "E"), _F32, "block output, bias included"),
         Operand("present_key", ("B", "H", "T", "D"), _CACHE, "cache after this call; may share the memory of past_key"),
-        Operand("present_value", ("B", "H", "T", "D"), _CACHE, "cache after this call; may share the memory of past_value"),
+        Operand(
+            "present_value", ("B", "H", "T", "D"), _CACHE, "cache after this call; may share the memory of past_value"
+        ),
         Operand("context", ("B", "S", "E"), _F32, "attention context before out_proj; zero for inactive heads"),
         _READ,
     ),
     attributes=(
         _LAYER,
-        Attribute("kv", "string", "all", "write K/V of every head, or of active heads only (legal for a fixed mask)", ("all", "active")),
+        Attribute(
+            "kv",
+            "string",
+            "all",
+            "write K/V of every head, or of active heads only (legal for a fixed mask)",
+            ("all", "active"),
+        ),
     ),
 )
 
