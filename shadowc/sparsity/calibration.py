@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shadowc.sparsity.fingerprint import Fingerprint, fingerprint
+from shadowc.sparsity.threads import threads_for
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
 
@@ -39,7 +40,7 @@ LEAST_SEQUENCES = 8
 """Enough to hold some out for validation."""
 CACHE_BYTES = 512 << 20
 """Bound on the K/V cache while sampling; decides the batch."""
-LARGEST_BATCH = 64
+LARGEST_BATCH = 96
 EDGE_TOKENS = 2
 """Positions of a sequence that are never recorded: the first (always bos, the same everywhere) and the last (its
 successor is unknown, so it has no loss)."""
@@ -177,8 +178,8 @@ def sample_text(
 ) -> npt.NDArray[np.int64]:
     """Let the model write `count` texts of `length` tokens: temperature 1, from bos on, one uniform number per token.
 
-    All random numbers are drawn before anything else, so the batch does not change the text. The same machine gives
-    the same text; another one may differ where its rounding turns a draw the other way.
+    All random numbers are drawn before anything else, so neither the batch nor the order of work changes the text. A
+    machine with other instructions may differ where its rounding turns a draw the other way; then so does the hash.
 
     Raises:
         InputError: the model's logits are not finite.
@@ -187,12 +188,13 @@ def sample_text(
 
     progress = progress or NullProgress()
     draws_NT = torch.rand(count, length, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    batch = sampling_batch(facts, length)
-    written = []
-    with torch.inference_mode():
-        for begin in range(0, count, batch):
-            written.append(_continue(model, facts, draws_NT[begin : begin + batch]))
-            progress.advance(min(begin + batch, count), count, "sequences")
+    written: list[Tensor] = []
+    parts = torch.tensor_split(draws_NT, -(-count // sampling_batch(facts, length)))
+    work = len(parts[0]) * sum(p.numel() for p in model.parameters())
+    with torch.inference_mode(), threads_for(work):
+        for part_BT in parts:
+            written.append(_continue(model, facts, part_BT))
+            progress.advance(sum(map(len, written)), count, "sequences")
     ids_NT: npt.NDArray[np.int64] = torch.cat(written).numpy()
     return ids_NT
 
@@ -206,14 +208,15 @@ def sampling_batch(facts: OptFacts, length: int) -> int:
 def _continue(model: Any, facts: OptFacts, draws_BT: Tensor) -> Tensor:
     """Write one batch of texts."""
     import torch
+    from transformers import StaticCache
 
     rows, length = draws_BT.shape
     ids_BT = torch.full((rows, length), facts.bos, dtype=torch.int64)
-    cache = None
+    # Fixed size: transformers' growing cache copies itself at every token, which takes most of the time.
+    cache = StaticCache(config=model.config, max_cache_len=length)
     for t in range(1, length):
-        result = model(input_ids=ids_BT[:, t - 1 : t], past_key_values=cache, use_cache=True)
-        cache = result.past_key_values
-        logits_BV = result.logits[:, -1].double()
+        step = model(input_ids=ids_BT[:, t - 1 : t], past_key_values=cache, use_cache=True)
+        logits_BV = step.logits[:, -1].double()
         if facts.pad not in {facts.bos, facts.eos}:
             logits_BV[:, facts.pad] = -torch.inf
         if not bool(torch.isfinite(logits_BV.amax(-1)).all()):

@@ -12,9 +12,8 @@ starts from the mean score, the normalised static ranking, and the epoch that is
 kept: where the context says nothing, the predictor stays the static ranking instead of learning noise.
 Whole sequences are held out, since neighbouring tokens resemble each other.
 
-The same trace and options give the same weights. Small networks are trained in one thread, which is also the fastest
-(threads that wait for each other hundreds of times a second cost more than they bring); from `THREADED_WORK` on all
-threads work, and then their number decides in which order sums are added.
+The same trace and options give the same weights. Small networks are trained in one thread (see threads.py); for large
+ones all threads work, and then their number decides in which order sums are added.
 
 Letters: M positions, E hidden, P width, Lp predicted layers, H heads, N neuron blocks, U = units of a kind per
 layer (H or N), O = Lp * U outputs of a network.
@@ -23,8 +22,7 @@ layer (H or N), O = Lp * U outputs of a network.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +33,7 @@ from shadowc.sparsity.cluster import neuron_orders
 from shadowc.sparsity.predictor import Network, Predictor, blocks_of, cost_share, default_width, minmax_scaled
 from shadowc.sparsity.rank import mean_of_valid, minmax_rows, predicted_scores, random_scores
 from shadowc.sparsity.recall import found_report
+from shadowc.sparsity.threads import threads_for
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
 
@@ -52,8 +51,6 @@ if TYPE_CHECKING:
 WEIGHT_DECAY = 0.01
 LEAST_SPREAD = 0.1
 """Inputs that vary less than this share of the average one are not blown up further when standardised."""
-THREADED_WORK = 1 << 28
-"""Multiplications in one forward pass of a batch from which on several threads pay."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,21 +165,8 @@ def layer_minmax(scores_MLU: Floats) -> Floats:
 def fit(examples: Examples, width: int, options: TrainOptions, seed: int, progress: Progress | None = None) -> Fit:
     """Train one network; return the state of the epoch that is best on the held-out positions."""
     work = options.batch * width * (examples.inputs_ME.shape[1] + examples.targets_MO.shape[1])
-    with _threads(1 if work < THREADED_WORK else 0):
+    with threads_for(work):
         return _fit(examples, width, options, seed, progress or NullProgress())
-
-
-@contextmanager
-def _threads(number: int) -> Iterator[None]:
-    """Let torch use this many threads for a while; 0: as many as before."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(number or before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _fit(examples: Examples, width: int, options: TrainOptions, seed: int, progress: Progress) -> Fit:
