@@ -82,7 +82,7 @@ def load_program(path: Path, facts: OptFacts) -> Program:
 
 
 def cache_names(layers: int, prefix: str) -> list[str]:
-    """Names of the cache tensors in graph order; the prefix is past_key_values or present (onnxruntime-genai's words)."""
+    """Names of the cache tensors in graph order; the prefix is past_key_values or present, as in onnxruntime-genai."""
     return [f"{prefix}.{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
 
 
