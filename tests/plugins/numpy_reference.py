@@ -70,9 +70,7 @@ def sparse_ffn(x, scores, threshold, w, scales, b1, b2, layer=0, block=1, skip_z
     return y, Read(int(touched), int(halves) * (E * w.itemsize + 4))
 
 
-def sparse_attention(
-    x, scores, threshold, w, scales, bqkv, bo, past_key, past_value, start, past, layer=0, kv="all"
-):
+def sparse_attention(x, scores, threshold, w, scales, bqkv, bo, past_key, past_value, start, past, layer=0, kv="all"):
     """Y, present_key, present_value, context and Read; slots that no new token took keep what past held."""
     B, S, E = x.shape
     H, _, D, _ = w.shape

@@ -16,7 +16,7 @@ WEIGHTS = ("float32", "int8")
 
 
 def operands(rng, *, B=1, S=1, Z=1, L=2, H=3, D=16, T=12, dtype="float32", shared=False, fixed_mask=False):
-    """Random operands. Cache slots outside start .. past are NaN. `fixed_mask`: every token has the first one's mask."""
+    """Random operands; cache slots outside start .. past are NaN. `fixed_mask`: all tokens have the first one's."""
     E, W = H * D, 1 if shared else B
     w, scales = kernels.weights(rng, (H, 4, D, E), dtype)
     past = rng.integers(0, T - S + 1, B)
