@@ -32,7 +32,7 @@ _LAZY = {
     "VerificationError": "shadowc.spec.errors",
     "SetupError": "shadowc.spec.errors",
 }
-__all__ = ["__version__", *_LAZY]  # noqa: PLE0604
+__all__ = ["__version__", *_LAZY]
 
 
 def __getattr__(name: str) -> object:

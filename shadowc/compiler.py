@@ -179,7 +179,7 @@ class _Compile:
         folder: Path,
     ) -> EngineManifest:
         """All files but engine.json, whose content is returned with parity still open."""
-        from shadowc.emit.folder import add_companions, file_entries, model_part, write_controls
+        from shadowc.emit.folder import add_companions, file_entries, model_part, write_controls, write_orders
         from shadowc.emit.target import target
 
         options = self.options
@@ -191,6 +191,8 @@ class _Compile:
             add_companions(folder, model, checkpoint.tokenizer)
             if predictor is not None and predictor.controls:
                 write_controls(folder, predictor.controls)
+            if predictor is not None:
+                write_orders(folder, {f"order.{i}": order_F for i, order_F in enumerate(predictor.orders_LF, start=1)})
             files = file_entries(folder, emitted.files)
         return EngineManifest(
             producer=tool_versions(),

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 GENAI_FILE = "genai_config.json"
 CONTROLS_FILE = "controls.safetensors"
 """Static rankings of heads and neurons, for the controls of `shadowc eval`."""
+ORDERS_FILE = "orders.safetensors"
+"""Which neuron of the checkpoint became which record, for `shadowc verify --against`."""
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
 
@@ -158,6 +160,13 @@ def write_controls(
     for method, (heads_LH, neurons_LN) in sorted(rankings.items()):
         tensors |= {f"{method}.heads": heads_LH, f"{method}.neurons": neurons_LN}
     (folder / CONTROLS_FILE).write_bytes(save(tensors))
+
+
+def write_orders(folder: Path, orders: Mapping[str, npt.NDArray[np.int32]]) -> None:
+    """Write neuron orders [F]: entry i is the checkpoint's neuron that became record i; names `order.{model layer}`."""
+    from safetensors.numpy import save
+
+    (folder / ORDERS_FILE).write_bytes(save(dict(sorted(orders.items()))))
 
 
 def _sibling(out: Path, kind: str) -> Path:

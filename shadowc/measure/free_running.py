@@ -9,7 +9,7 @@ Letters: B prompts, S prompt tokens, L predicted layers, N units per layer, V vo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -205,14 +205,3 @@ def _torch_steps(masked: MaskedOpt, prompt_1S: npt.NDArray[np.int64], density: D
         return {"logits": result.logits[:, -1].numpy(), **steps}
 
     return step
-
-
-def summary_lines(runs: Sequence[FreeRun]) -> list[str]:
-    """One line per setting, for the terminal."""
-    return [
-        f"{run.scope:6} heads {run.density.heads:g} neurons {run.density.neurons:g}: {run.tokens} tokens, "
-        f"{run.near_units} with a unit at the threshold, {run.near_ties} near-ties; "
-        f"masks {run.masks_excused} excused, {run.masks_wrong} wrong; "
-        f"tokens {run.tokens_excused} excused, {run.tokens_wrong} wrong"
-        for run in runs
-    ]

@@ -263,12 +263,47 @@ class Engine:
         """The same engine with `skip_zeros` switched on or off."""
         return self._variant(lambda model: variants.with_skip_zeros(model, on))
 
+    def with_scope(self, scope: Literal["local", "global"]) -> Engine:
+        """The same engine with units ranked within each layer, or over all layers."""
+        self._require_sparse()
+        other = self._variant(lambda model: variants.with_scope(model, scope))
+        if self.manifest.sparsity is not None:
+            changed = self.manifest.sparsity.model_copy(update={"scope": scope})
+            other.manifest = self.manifest.model_copy(update={"sparsity": changed})
+        return other
+
     def dense_twin(self) -> Engine:
         """The same weights without predictor and masks."""
         twin = self._variant(variants.dense)
         fixed = self.manifest.bytes_per_token.model_copy(update={"predictor": 0})
         twin.manifest = self.manifest.model_copy(update={"sparsity": None, "bytes_per_token": fixed})
         return twin
+
+    def initialiser(self, name: str) -> npt.NDArray[Any]:
+        """One stored tensor of the graph, as it lies in weights.bin."""
+        from onnx import numpy_helper
+
+        found = next(tensor for tensor in self._session.load_model().graph.initializer if tensor.name == name)
+        value: npt.NDArray[Any] = numpy_helper.to_array(found, base_dir=str(self.folder))
+        return value
+
+    def head_block(self) -> int:
+        """Quantisation block of the LM head along its input; 0: it is float."""
+        for node in self._session.load_model().graph.node:
+            if node.op_type == "MatMulNBits" and any(name.startswith("lm_head") for name in node.input):
+                return int(next(attribute.i for attribute in node.attribute if attribute.name == "block_size"))
+        return 0
+
+    def neuron_orders(self) -> dict[int, npt.NDArray[np.int32]]:
+        """Model layer -> order [F]: entry i is the checkpoint's neuron that became record i. Empty: none was moved."""
+        from shadowc.emit.folder import ORDERS_FILE
+
+        path = self.folder / ORDERS_FILE
+        if not path.is_file():
+            return {}
+        from safetensors.numpy import load_file
+
+        return {int(name.removeprefix("order.")): order_F for name, order_F in load_file(path).items()}
 
     def controls(self, method: str) -> Ranking:
         """The constant scores of a control that was stored when the predictor was trained.

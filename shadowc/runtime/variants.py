@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 from shadowc.spec.errors import InputError
-from shadowc.spec.ops import DOMAIN, SPARSE_ATTENTION, SPARSE_FFN
+from shadowc.spec.ops import DOMAIN, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
 
 if TYPE_CHECKING:
     import onnx
@@ -48,6 +48,17 @@ def with_skip_zeros(model: onnx.ModelProto, on: bool) -> onnx.ModelProto:
     for node in copy.graph.node:
         if node.domain == DOMAIN and node.op_type == SPARSE_FFN.name:
             _set_int(node, "skip_zeros", int(on))
+    return copy
+
+
+def with_scope(model: onnx.ModelProto, scope: str) -> onnx.ModelProto:
+    """The graph with units ranked within each layer ("local") or over all ("global")."""
+    copy = _copy(model)
+    for node in copy.graph.node:
+        if node.domain == DOMAIN and node.op_type == SELECT_THRESHOLD.name:
+            for attribute in node.attribute:
+                if attribute.name == "scope":
+                    attribute.s = scope.encode()
     return copy
 
 

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 from pathlib import Path
 
 from pydantic import ValidationError
 
 from shadowc.emit.folder import hash_file
-from shadowc.spec.errors import IncompatibleEngineError, InputError, VerificationError
+from shadowc.spec.errors import IncompatibleEngineError, InputError, SetupError, VerificationError
 from shadowc.spec.manifest import MANIFEST_FILE, SCHEMA, EngineManifest, FileEntry
 from shadowc.spec.ops import DOMAIN, VERSION
+from shadowc.stage_cache import default_root
 
 LARGE_BYTES = 1 << 26
 """From this size on a file's hash is remembered; smaller ones are hashed at every load."""
@@ -89,26 +89,25 @@ def _matches(path: Path, entry: FileEntry, *, remember: bool) -> bool:
     if not remember or entry.size < LARGE_BYTES:
         return hash_file(path) == entry
     marker = _marker(path, entry)
-    if marker.is_file():
+    if marker is not None and marker.is_file():
         return True
     settled = time.time() - path.stat().st_ctime > _SETTLED_SECONDS
     if hash_file(path) != entry:
         return False
-    if settled and marker == _marker(path, entry):
+    if settled and marker is not None and marker == _marker(path, entry):
         _touch(marker)
     return True
 
 
-def _marker(path: Path, entry: FileEntry) -> Path:
-    """An empty file whose name is the identity of a file that was found to match."""
-    from platformdirs import user_cache_path
-
+def _marker(path: Path, entry: FileEntry) -> Path | None:
+    """An empty file whose name is the identity of a file that was found to match; None: there is no place for it."""
     status = path.stat()
     parts = (path.resolve(), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
     identity = "\n".join(map(str, (*parts, entry.sha256)))
-    root = os.environ.get("SHADOWC_CACHE_DIR")
-    folder = Path(root) if root else user_cache_path("shadowc")
-    return folder / "verified" / hashlib.sha256(identity.encode()).hexdigest()
+    try:
+        return default_root() / "verified" / hashlib.sha256(identity.encode()).hexdigest()
+    except SetupError:
+        return None
 
 
 def _touch(marker: Path) -> None:

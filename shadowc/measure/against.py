@@ -1,0 +1,172 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine folder against the checkpoint that it was compiled from: parity A again, and for fp32 parity B.
+
+Letters: B prompts, S tokens, L predicted layers, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+
+from shadowc.measure.free_running import FreeRun, free_run
+from shadowc.measure.parity import ParityReport, check_parity
+from shadowc.spec.density import Density
+from shadowc.spec.errors import InputError, VerificationError
+from shadowc.spec.progress import NullProgress, Progress
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from shadowc.checkpoint.resolve import Checkpoint
+    from shadowc.runtime.engine import Engine
+    from shadowc.spec.manifest import SparsityPart
+
+PROMPT_TOKENS = 16
+DENSITIES = (Density(), Density(0.5, 0.5), Density(0.2, 0.2))
+Scope = Literal["local", "global"]
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+
+@dataclass(frozen=True, slots=True)
+class AgainstReport:
+    """What an engine and its checkpoint agree on."""
+
+    parity: ParityReport
+    runs: tuple[FreeRun, ...]
+    """Parity B per scope and density; empty for a dense or a quantised engine."""
+
+    def require(self) -> None:
+        """Raises VerificationError if either parity fails."""
+        self.parity.require()
+        wrong = [run for run in self.runs if not run.passed()]
+        if wrong:
+            raise VerificationError(
+                "engine and masked torch model part ways when both run free",
+                hint="compile the engine again; if this stays, report it as a bug",
+                problems=[
+                    f"{run.scope}, {run.density.heads:g}/{run.density.neurons:g}: {run.masks_wrong} wrong masks, "
+                    f"{run.tokens_wrong} wrong tokens, {run.masks_excused + run.tokens_excused} excused of {run.tokens}"
+                    for run in wrong
+                ],
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class EnginePredictor:
+    """The predictor's tensors as the engine holds them, in the form that the masked torch model reads."""
+
+    values: Mapping[str, npt.NDArray[Any]]
+
+    def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
+        """`{heads,neurons}.fc{1,2}.{weight,bias}`, `order.{model layer}`."""
+        return self.values
+
+
+def verify_against(
+    folder: Path,
+    model: str,
+    *,
+    prompts: int = 20,
+    tokens: int = 64,
+    load_format: Literal["auto", "dummy"] = "auto",
+    offline: bool = False,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> AgainstReport:
+    """Compares an engine with torch on the checkpoint.
+
+    Args:
+        folder: the engine.
+        model: name or path of the checkpoint.
+        prompts: for parity B, sampled from the model.
+        tokens: generated after each prompt.
+        load_format: "dummy" if the engine was compiled so.
+        offline: do not use the network.
+        seed: of dummy weights and of the prompts.
+        threads: of the engine.
+        progress: told about layers and runs.
+
+    Raises:
+        InputError: the engine was compiled from another checkpoint.
+    """
+    from shadowc.checkpoint.resolve import resolve
+    from shadowc.runtime.load import load
+
+    progress = progress or NullProgress()
+    engine = load(folder, threads=threads)
+    checkpoint = resolve(model, load_format=load_format, offline=offline, seed=seed)
+    if checkpoint.identity != engine.manifest.model.source:
+        raise InputError(
+            f"{folder} was compiled from another checkpoint than {model}: "
+            f"expected {engine.manifest.model.source[:16]}, found {checkpoint.identity[:16]}",
+            hint="name the checkpoint that the engine was compiled from",
+        )
+    orders = engine.neuron_orders()
+    with progress.stage("parity"):
+        parity = _parity(engine, checkpoint, orders, progress)
+    runs: list[FreeRun] = []
+    sparsity = engine.manifest.sparsity
+    if sparsity is not None and engine.manifest.weights == "fp32":
+        with progress.stage("free runs"):
+            runs = _free_runs(engine, sparsity, checkpoint, orders, prompts, tokens, seed, progress)
+    return AgainstReport(parity, tuple(runs))
+
+
+def _parity(
+    engine: Engine, checkpoint: Checkpoint, orders: Mapping[int, npt.NDArray[np.int32]], progress: Progress
+) -> ParityReport:
+    sparsity = engine.manifest.sparsity
+    return check_parity(
+        engine.prober(),
+        checkpoint.facts,
+        checkpoint.weights,
+        weights=engine.manifest.weights,
+        head_block=engine.head_block(),
+        block=1 if sparsity is None else sparsity.neuron_block,
+        orders=orders,
+        sparse=sparsity is not None,
+        advance=progress.advance,
+    )
+
+
+def _free_runs(
+    engine: Engine,
+    sparsity: SparsityPart,
+    checkpoint: Checkpoint,
+    orders: Mapping[int, npt.NDArray[np.int32]],
+    prompts: int,
+    tokens: int,
+    seed: int,
+    progress: Progress,
+) -> list[FreeRun]:
+    from shadowc.sparsity.calibration import sample_text
+    from shadowc.sparsity.reference import MaskedOpt, load_torch_model
+    from shadowc.spec.program import SparsityPlan
+
+    torch_model = load_torch_model(checkpoint)
+    predictor = EnginePredictor({**_networks(engine), **{f"order.{layer}": order for layer, order in orders.items()}})
+    prompts_BS = sample_text(torch_model, checkpoint.facts, prompts, PROMPT_TOKENS, seed + 1)
+    settings: Sequence[tuple[Scope, Density]] = [(scope, density) for scope in SCOPES for density in DENSITIES]
+    runs = []
+    for done, (scope, density) in enumerate(settings, start=1):
+        plan = SparsityPlan(0, 0, sparsity.neuron_block, scope, sparsity.exempt)
+        masked = MaskedOpt(torch_model, plan, predictor)
+        runs.append(free_run(engine.with_scope(scope), masked, prompts_BS, tokens=tokens, density=density))
+        progress.advance(done, len(settings), "settings")
+    return runs
+
+
+def _networks(engine: Engine) -> dict[str, npt.NDArray[Any]]:
+    """The predictor's matrices as torch has them: [out, in]."""
+    values = {}
+    for kind in ("heads", "neurons"):
+        for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
+            value = engine.initialiser(f"predictor.{kind}.{part}")
+            values[f"{kind}.{part}"] = np.ascontiguousarray(value.T) if value.ndim == 2 else value
+    return values
