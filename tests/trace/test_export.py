@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
+import logging
 import os
 import subprocess
 import sys
@@ -12,9 +14,10 @@ from pathlib import Path
 import onnx
 import pytest
 
-from shadowc.checkpoint.opt import parameter_shapes
+from shadowc.checkpoint.opt import OptFacts, parameter_shapes
 from shadowc.passes.surgery import scope_of
 from shadowc.spec.errors import InternalError
+from shadowc.trace import export
 from shadowc.trace.export import OPSET, load_program
 from shadowc.trace.program_io import to_model, write_model
 from tests.trace import deep
@@ -143,3 +146,19 @@ def test_program_keeps_scopes_and_shapes_through_graphsurgeon(model: onnx.ModelP
     assert [value.name for value in exported.graph.input] == [value.name for value in model.graph.input]
     write_model(program, tmp_path / "again.onnx")
     assert onnx.load(tmp_path / "again.onnx") == exported
+
+
+def test_failed_trace_leaves_collector_and_loggers_as_they_were(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fail(_: OptFacts) -> None:
+        assert not gc.isenabled()
+        raise RuntimeError("planted")
+
+    level = logging.getLogger("torch.onnx").level
+    monkeypatch.setattr(export, "_export", fail)
+    with pytest.raises(RuntimeError, match="planted"):
+        export.trace(deep.FACTS, tmp_path / "trace.onnx")
+    assert gc.isenabled()
+    assert logging.getLogger("torch.onnx").level == level
+    assert not list(tmp_path.iterdir())
