@@ -24,7 +24,7 @@ THREADS = 2
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Remembered hashes go to a folder of the test run."""
     patch = pytest.MonkeyPatch()
-    patch.setenv("SHADOWC_CACHE_DIR", str(tmp_path_factory.mktemp("cache")))
+    patch.setenv("SHADOWC_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 @pytest.fixture(scope="session")
