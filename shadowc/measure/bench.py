@@ -134,7 +134,8 @@ def _measure(
     progress: Progress,
 ) -> tuple[list[float], list[list[float]], list[float]]:
     """Stream bandwidth per round [bytes/s], then per job its seconds per token by round, and its bytes per token."""
-    prompt = np.random.default_rng(0).integers(4, 1000, (1, PROMPT_TOKENS), dtype=np.int64)
+    vocab = jobs[0][1].manifest.model.vocab
+    prompt = np.random.default_rng(0).integers(4, vocab, (1, PROMPT_TOKENS), dtype=np.int64)
     stream: list[float] = []
     times: list[list[float]] = [[] for _ in jobs]
     sizes = [0.0] * len(jobs)
