@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 # shadowc::highway: Google Highway, the SIMD layer. A static library is preferred. A distribution that ships only a
 # shared one (Debian) is fine too: SHADOWC_HWY_RUNTIME is then the file to put beside our library.
+option(SHADOWC_FETCH_HIGHWAY "Fetch and link Highway statically even if it is installed" OFF)
 find_path(SHADOWC_HWY_INCLUDE hwy/highway.h DOC "Folder that holds hwy/highway.h, 1.2 or newer")
 find_library(SHADOWC_HWY_LIBRARY NAMES libhwy.a hwy DOC "Highway's library")
 
 set(hwy_usable OFF)
-if(SHADOWC_HWY_INCLUDE AND SHADOWC_HWY_LIBRARY)
+if(SHADOWC_HWY_INCLUDE AND SHADOWC_HWY_LIBRARY AND NOT SHADOWC_FETCH_HIGHWAY)
   file(STRINGS "${SHADOWC_HWY_INCLUDE}/hwy/base.h" hwy_version REGEX "^#define HWY_(MAJOR|MINOR) ")
   list(TRANSFORM hwy_version REPLACE "[^0-9]" "")
   list(JOIN hwy_version "." hwy_version)
@@ -30,8 +31,9 @@ if(hwy_usable)
   endif()
   message(STATUS "Highway ${hwy_version}: ${SHADOWC_HWY_LIBRARY}")
 else()
-  message(STATUS "Highway 1.2 or newer not installed; fetching 1.2.0, to be linked statically")
+  message(STATUS "Highway: fetching 1.2.0, to be linked statically")
   include(FetchContent)
+  set(BUILD_TESTING OFF CACHE BOOL "" FORCE)
   set(HWY_ENABLE_TESTS OFF CACHE BOOL "" FORCE)
   set(HWY_ENABLE_EXAMPLES OFF CACHE BOOL "" FORCE)
   set(HWY_ENABLE_CONTRIB OFF CACHE BOOL "" FORCE)
@@ -41,8 +43,7 @@ else()
     highway
     URL "https://github.com/google/highway/archive/refs/tags/1.2.0.tar.gz"
     URL_HASH SHA256=7e0be78b8318e8bdbf6fa545d2ecb4c90f947df03f7aadc42c1967f019e63343
-    DOWNLOAD_EXTRACT_TIMESTAMP OFF
-    SYSTEM)
+    DOWNLOAD_EXTRACT_TIMESTAMP OFF)
   FetchContent_MakeAvailable(highway)
   target_link_libraries(shadowc_highway INTERFACE hwy)
 endif()

@@ -39,6 +39,8 @@ template <class W>
 ReadCount RowWholeRecords(const FfnArgs& a, const uint32_t* list, size_t count, float* y) {
   const W* w = static_cast<const W*>(a.w);
   const size_t width = a.width, ahead = Ahead(2 * width * sizeof(W));
+  for (size_t k = 0; k < std::min(ahead, count); ++k)
+    PrefetchStep(w + size_t{list[k]} * 2 * width, 2 * width);
   for (size_t k = 0; k < count; ++k) {
     const size_t f = list[k];
     const W* record = w + f * 2 * width;
@@ -55,6 +57,7 @@ template <class W>
 ReadCount RowSkippingZeros(const FfnArgs& a, const uint32_t* list, size_t count, float* y) {
   const W* w = static_cast<const W*>(a.w);
   const size_t width = a.width, ahead = Ahead(width * sizeof(W));
+  for (size_t k = 0; k < std::min(ahead, count); ++k) PrefetchStep(w + size_t{list[k]} * 2 * width, width);
   struct Pending {
     const W* half = nullptr;
     float h = 0.0f;
@@ -234,20 +237,43 @@ ReadCount Tile(const FfnArgs& a, const uint32_t* masks, const uint32_t* units, s
 
 inline constexpr size_t kMostPieces = 32;
 
+// The active units of one row, ascending. `list` has room for `units` and one vector more.
+size_t ActiveUnitsOf(const RowSelection& row, size_t units, uint32_t* list) {
+  const DF df;
+  const hn::RebindToUnsigned<DF> du;
+  const size_t lanes = hn::Lanes(df);
+  const VF threshold = hn::Set(df, row.threshold);
+  size_t count = 0, u = 0;
+  for (; row.scores != nullptr && u + lanes <= units; u += lanes) {
+    const auto active = hn::Not(hn::Lt(hn::LoadU(df, row.scores + u), threshold));
+    const auto index = hn::Iota(du, static_cast<uint32_t>(u));
+    count += hn::CompressStore(index, hn::RebindMask(du, active), du, list + count);
+  }
+  for (; u < units; ++u) {
+    list[count] = static_cast<uint32_t>(u);
+    count += row.scores == nullptr || !(row.scores[u] < row.threshold);
+  }
+  return count;
+}
+
+// Replaces units by their neurons, from the back, in place.
+size_t ExpandBlocks(const FfnArgs& a, uint32_t* list, size_t count) {
+  const size_t last = a.selection.units - 1, rest = a.neurons - last * a.block;
+  const bool has_last = count != 0 && list[count - 1] == last;
+  const size_t neurons = count * a.block - (has_last ? a.block - rest : 0);
+  for (size_t k = count, to = neurons; k-- > 0;) {
+    const size_t unit = list[k], size = unit == last ? rest : a.block;
+    to -= size;
+    for (size_t j = size; j-- > 0;) list[to + j] = static_cast<uint32_t>(unit * a.block + j);
+  }
+  return neurons;
+}
+
 template <class W>
 ReadCount OneRow(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
-  uint32_t* masks = arena->Take<uint32_t>(a.selection.units);
-  uint32_t* list = arena->Take<uint32_t>(a.neurons + a.block);
-  TileMasks(a.selection, a.tokens, 0, 1, masks);
-  size_t count = 0;
-  if (a.block == 1) {
-    count = ActiveUnits(masks, a.selection.units, list);
-  } else {
-    for (size_t f = 0; f < a.neurons; f += a.block) {
-      if (masks[f / a.block] == 0) continue;
-      for (size_t j = f; j < std::min(a.neurons, f + a.block); ++j) list[count++] = static_cast<uint32_t>(j);
-    }
-  }
+  uint32_t* list = arena->Take<uint32_t>(a.neurons + a.block + hn::MaxLanes(DF()));
+  size_t count = ActiveUnitsOf(SelectionOf(a.selection, a.tokens, 0), a.selection.units, list);
+  if (a.block != 1) count = ExpandBlocks(a, list, count);
   const size_t pieces = PiecesOf(count * 2 * a.width * sizeof(W), kMostPieces);
   const auto row = a.skip_zeros ? &RowSkippingZeros<W> : &RowWholeRecords<W>;
   float* partial = arena->Take<float>(pieces * a.width);
