@@ -9,25 +9,33 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from shadowc.measure.resources import StageCost
 from shadowc.spec.errors import InputError, ShadowcError
 from shadowc.spec.manifest import MANIFEST_FILE, MODEL_FILE, EngineManifest, SparsityPart
 from shadowc.spec.progress import NullProgress, Progress
-from shadowc.stages import Stages, content_hash, source_hash, tool_versions
+from shadowc.stages import Stages, content_hash, data_hash, source_hash, tool_versions
 
 if TYPE_CHECKING:
-    import numpy as np
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from shadowc.checkpoint.resolve import Checkpoint
     from shadowc.measure.parity import ParityReport
+    from shadowc.runtime.stats import RunStats
     from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.options import CompileOptions
     from shadowc.spec.program import Program, TensorSource
+
+
+SAMPLE_PROMPT, SAMPLE_TOKENS = 8, 9
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +47,8 @@ class CompileSummary:
     stages: tuple[StageCost, ...]
     up_to_date: bool
     """True: the folder already held exactly this engine, and nothing was done."""
+    sample: RunStats | None = None
+    """What a short generation at the engine's default density computed and read; None if it was up to date."""
 
 
 def compile(options: CompileOptions, progress: Progress | None = None) -> Path:
@@ -84,7 +94,7 @@ class _Compile:
     def __init__(self, options: CompileOptions, progress: Progress) -> None:
         self.options = options
         self.stages = Stages(options, progress)
-        self.out = options.out or Path(f"{Path(options.model).name}.engine")
+        self.out = options.out or Path(f"{_base_name(options.model)}.engine")
 
     def run(self) -> CompileSummary:
         from shadowc.emit.folder import staged, write_manifest
@@ -104,22 +114,37 @@ class _Compile:
             parity = self._parity(checkpoint, program, predictor, manifest, folder)
             manifest = manifest.model_copy(update={"parity": parity.as_dict()})
             write_manifest(folder, manifest)
-        return CompileSummary(self.out, manifest, tuple(self.stages.meter.costs), up_to_date=False)
+            with self.stages.measured("sample"):
+                sample = self._sample(manifest, folder)
+        return CompileSummary(self.out, manifest, tuple(self.stages.meter.costs), up_to_date=False, sample=sample)
 
     def _check_options(self) -> None:
         """Everything that can be refused before any work, all at once."""
         from shadowc.emit.folder import check_replaceable
         from shadowc.emit.target import target
+        from shadowc.runtime.library import OpLibrary
+        from shadowc.runtime.session import check_ort
+        from shadowc.sparsity.calibration import check_data
         from shadowc.sparsity.criteria import find_criterion
+        from shadowc.sparsity.predictor import check_folder
 
-        problems: list[ShadowcError] = []
-        for check in (
-            lambda: self.options.density,
-            lambda: target(self.options.target),
-            lambda: find_criterion(self.options.collect.criterion),
+        options = self.options
+        checks: list[Callable[[], object]] = [
+            lambda: options.density,
+            lambda: target(options.target),
+            lambda: find_criterion(options.collect.criterion),
             lambda: check_replaceable(self.out),
+            self._check_writable,
             self._check_dump,
-        ):
+            check_ort,
+            OpLibrary.installed,
+        ]
+        if options.predictor == "train" and options.load_format == "auto":
+            checks.append(lambda: check_data(options.collect.data))
+        elif self._predictor_folder():
+            checks.append(lambda: check_folder(Path(options.predictor)))
+        problems: list[ShadowcError] = []
+        for check in checks:
             try:
                 check()
             except ShadowcError as error:
@@ -130,32 +155,49 @@ class _Compile:
             texts = [problem.message for problem in problems]
             raise InputError("the options cannot be used: " + "; ".join(texts), hint=problems[0].hint, problems=texts)
 
+    def _check_writable(self) -> None:
+        """The first folder that exists above the output must take new entries."""
+        above = next(path for path in self.out.absolute().parents if path.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+            raise InputError(f"cannot write to {above}; nothing was written", hint="choose another folder with --out")
+
     def _check_dump(self) -> None:
         dump = self.options.dump_passes
-        if dump is not None and dump.exists() and not dump.is_dir():
+        if dump is None:
+            return
+        if dump.exists() and not dump.is_dir():
             raise InputError(f"--dump-passes {dump} is a file, expected a folder", hint="name another folder")
+        out, inside = self.out.absolute(), dump.absolute()
+        if inside == out or out in inside.parents:
+            raise InputError(
+                f"--dump-passes {dump} lies inside the engine folder {self.out}", hint="name another folder"
+            )
 
     def _build_key(self, checkpoint: Checkpoint) -> str:
         """Hash of everything that decides the bytes of the engine."""
         from shadowc.emit.folder import hash_file
         from shadowc.runtime.library import library_path
 
-        options = self.options.model_dump(mode="json", exclude={"model", "out", "offline", "dump_passes"})
+        options = self.options
+        unused = {"model", "out", "offline", "dump_passes", "predictor"}
+        if options.predictor != "train":
+            unused |= {"collect", "train"}
+        elif options.load_format == "dummy":
+            unused |= {"collect"}
         decided = {
             "checkpoint": checkpoint.identity,
             "name": checkpoint.facts.name,
-            "options": options,
-            "inputs": {name: content_hash(path) for name, path in self._named_inputs().items()},
+            "options": options.model_dump(mode="json", exclude=unused),
+            "data": None if "collect" in unused else data_hash(options),
+            "predictor": content_hash(Path(options.predictor)) if self._predictor_folder() else options.predictor,
             "library": hash_file(library_path()).sha256,
             "tools": tool_versions(),
-            "code": source_hash("checkpoint", "emit", "passes", "sparsity", "spec", "trace"),
+            "code": source_hash(".", "passes", "plugins"),
         }
         return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()
 
-    def _named_inputs(self) -> dict[str, Path]:
-        """Files and folders whose content counts, by option."""
-        named = {"data": self.options.collect.data, "predictor": self.options.predictor}
-        return {name: Path(value) for name, value in named.items() if value not in ("self", "train", "none")}
+    def _predictor_folder(self) -> bool:
+        return self.options.predictor not in ("train", "none")
 
     def _finished(self, key: str) -> EngineManifest | None:
         """The manifest of the folder that is already there, if it is this engine and undamaged."""
@@ -238,6 +280,15 @@ class _Compile:
             report.require()
         return report
 
+    def _sample(self, manifest: EngineManifest, folder: Path) -> RunStats:
+        """Generates a few tokens at the default density, to say what is really computed and read."""
+        from shadowc.runtime.load import load
+
+        ids_BS = np.random.default_rng(self.options.seed).integers(4, manifest.model.vocab, (1, SAMPLE_PROMPT))
+        engine = load(folder, verify=False)
+        engine.generate(ids_BS, max_new_tokens=SAMPLE_TOKENS, min_new_tokens=SAMPLE_TOKENS)
+        return engine.last_stats
+
     def _sparsity(self, predictor: Predictor) -> SparsityPart:
         options = self.options
         widths = {"heads": predictor.heads.width, "neurons": predictor.neurons.width}
@@ -249,3 +300,9 @@ class _Compile:
             neuron_block=predictor.block,
             predictor={**predictor.meta, "widths": widths, "parameters": predictor.parameters},
         )
+
+
+def _base_name(model: str) -> str:
+    """The last part of a name, or of the folder that a path such as `.` stands for."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else path.name

@@ -21,7 +21,17 @@ if TYPE_CHECKING:
     from shadowc.spec.options import CompileOptions
     from shadowc.spec.program import Program
 
-TOOLS = ("torch", "transformers", "onnx", "onnxscript", "onnx-graphsurgeon", "numpy")
+TOOLS = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxscript",
+    "onnx-graphsurgeon",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+)
 
 
 class Stages:
@@ -77,8 +87,8 @@ class Stages:
         options = self.options
         traced = {
             "checkpoint": checkpoint.identity,
-            "options": options.collect.model_dump(mode="json"),
-            "data": content_hash(Path(options.collect.data)) if options.collect.data != "self" else "self",
+            "options": options.collect.model_dump(mode="json", exclude={"data"}),
+            "data": data_hash(options),
             "tools": tool_versions(),
             "code": source_hash("checkpoint", "sparsity"),
         }
@@ -112,7 +122,11 @@ class Stages:
         from shadowc.trace.export import load_program, trace
 
         options = self.options
-        key = {"model": facts_key(checkpoint.facts), "tools": tool_versions(), "code": source_hash("trace")}
+        key = {
+            "model": facts_key(checkpoint.facts),
+            "tools": tool_versions(),
+            "code": source_hash("trace", "checkpoint"),
+        }
         with self.measured("trace") as mark:
             folder, mark.reused = self.cache.get_or_make(
                 "trace", key, lambda to: trace(checkpoint.facts, to / MODEL_FILE)
@@ -149,6 +163,11 @@ class MeteredStage:
 def tool_versions() -> dict[str, str]:
     """Versions of everything that can change the bytes of an engine."""
     return {"shadowc": __version__, **{name: metadata.version(name) for name in TOOLS}}
+
+
+def data_hash(options: CompileOptions) -> str:
+    """Hash of the calibration text, wherever it lies; "self" for text that the model writes."""
+    return options.collect.data if options.collect.data == "self" else content_hash(Path(options.collect.data))
 
 
 def source_hash(*parts: str) -> str:

@@ -92,6 +92,19 @@ def _as_dict(summary: CompileSummary) -> dict[str, object]:
     }
 
 
+def _effective(summary: CompileSummary) -> dict[str, str]:
+    """What a short generation at the default density really computed and read."""
+    sample, part = summary.sample, summary.manifest.bytes_per_token
+    if sample is None or summary.manifest.sparsity is None:
+        return {}
+    dense = part.records + part.lm_head + part.other
+    return {
+        "computed": f"{render.share(sample.active_head_share)} of the heads and "
+        f"{render.share(sample.active_neuron_share)} of the neurons of the predicted layers; "
+        f"{render.size(sample.bytes_read)} of {render.size(dense)} read per token"
+    }
+
+
 def _show(summary: CompileSummary) -> None:
     from shadowc.cli.inspect import model_facts, parity_text, sparsity_facts
 
@@ -105,6 +118,7 @@ def _show(summary: CompileSummary) -> None:
             **model_facts(manifest),
             **sparsity_facts(manifest),
             "parity": parity_text(manifest),
+            **_effective(summary),
             "folder": f"{summary.folder}, {render.size(total)}",
         }
     )
