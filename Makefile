@@ -11,7 +11,8 @@ READY := .venv/ready-$(shell pwd | cksum | cut -d' ' -f1)
 NATIVE := $(shell find CMakeLists.txt cmake plugins \( -name '*.cc' -o -name '*.h' -o -name '*.cmake' -o -name '*.map' \
           -o -name CMakeLists.txt \) 2>/dev/null)
 CXX_SOURCES = $(shell find plugins \( -name '*.cc' -o -name '*.h' \) 2>/dev/null)
-PYTEST := $(BIN)/pytest --numprocesses=2 --dist=worksteal
+# Two workers with one thread each: two cores, and no worker waits for the other's.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=worksteal
 FAST := not slow and not network
 
 export OMP_NUM_THREADS ?= 2

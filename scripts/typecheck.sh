@@ -10,5 +10,6 @@ mkdir -p "$tree/shadowc"
 for entry in shadowc/*; do ln -s "../../../$entry" "$tree/shadowc/"; done
 ln -s ../../../passes ../../../plugins "$tree/shadowc/"
 MYPYPATH=$tree .venv/bin/mypy --config-file pyproject.toml -p shadowc
-mapfile -t loose < <(find examples scripts -name '*.py' | sort)
-for file in "${loose[@]}"; do MYPYPATH=$tree:$(dirname "$file") .venv/bin/mypy --config-file pyproject.toml "$file"; done
+for folder in scripts $(find examples -name '*.py' -exec dirname {} + | sort -u); do # its files import each other by name
+  MYPYPATH=$tree:$folder .venv/bin/mypy --config-file pyproject.toml "$folder"/*.py
+done

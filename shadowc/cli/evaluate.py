@@ -70,7 +70,7 @@ def _read(path: Path) -> str:
     from shadowc.spec.errors import InputError
 
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_bytes().decode("utf-8")  # text mode would change line ends, and with them bytes and hash
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}", hint="--text takes a UTF-8 text file") from None
     except UnicodeDecodeError as error:

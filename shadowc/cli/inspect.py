@@ -110,14 +110,14 @@ def bytes_rows(manifest: EngineManifest) -> list[tuple[str, str, str]]:
     heads, neurons = (plan.head_density, plan.neuron_density) if plan else (1.0, 1.0)
     first = 1 / model.layers  # layer 0 stays dense
     kept = (attention * (first + (1 - first) * heads), ffn * (first + (1 - first) * neurons))
-    other = part.lm_head + part.predictor + part.other
+    other = part.lm_head + part.other
     rows = [
         ("attention records", *map(render.size, (attention, kept[0]))),
         ("neuron records", *map(render.size, (ffn, kept[1]))),
         ("LM head", *[render.size(part.lm_head)] * 2),
-        ("predictor", *[render.size(part.predictor)] * 2),
+        ("predictor", "-", render.size(part.predictor)),
         ("norms, biases, embedding rows", *[render.size(part.other)] * 2),
-        ("all", render.size(sum(records) + other), render.size(sum(kept) + other)),
+        ("all", render.size(sum(records) + other), render.size(sum(kept) + other + part.predictor)),
     ]
     return [(name, dense, sparse) for name, dense, sparse in rows]
 

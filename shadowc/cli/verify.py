@@ -71,11 +71,15 @@ def _show(compared: AgainstReport) -> None:
         f"{max(parity.layers):.1e} (tolerance {parity.layer_tolerance:.0e}), logits {parity.logits:.1e} "
         f"(tolerance {parity.logits_tolerance:.0e})"
     )
+    if parity.selection is not None:
+        render.line(f"selection: {parity.selection} wrong thresholds")
+    if parity.scores is not None:
+        render.line(f"scores: {parity.scores:.1e} of their spread (tolerance {parity.scores_tolerance:.0e})")
     if not compared.runs:
         render.line("parity B is for sparse fp32 engines")
         return
     render.table(
-        ("parity B", "heads", "neurons", "tokens", "at threshold", "near-ties", "excused", "wrong"),
+        ("parity B", "heads", "neurons", "tokens", "at threshold", "near-ties", "excused", "thereof after", "wrong"),
         [
             (
                 run.scope,
@@ -84,7 +88,8 @@ def _show(compared: AgainstReport) -> None:
                 str(run.tokens),
                 str(run.near_units),
                 str(run.near_ties),
-                str(run.masks_excused + run.tokens_excused),
+                str(run.excused),
+                str(run.masks_after),
                 str(run.masks_wrong + run.tokens_wrong),
             )
             for run in compared.runs
