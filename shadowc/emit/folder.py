@@ -3,20 +3,17 @@
 
 from __future__ import annotations
 
-import ctypes
-import errno
 import hashlib
 import json
-import os
-import re
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shadowc import output
 from shadowc.emit.genai import genai_config
-from shadowc.spec.errors import InputError, SetupError
+from shadowc.output import check_output
 from shadowc.spec.manifest import MANIFEST_FILE, EngineManifest, FileEntry, ModelPart
 
 if TYPE_CHECKING:
@@ -30,31 +27,19 @@ CONTROLS_FILE = "controls.safetensors"
 """Static rankings of heads and neurons, for the controls of `shadowc eval`."""
 ORDERS_FILE = "orders.safetensors"
 """Which neuron of the checkpoint became which record, for `shadowc verify --against`."""
-_RENAME_EXCHANGE = 2
-_AT_FDCWD = -100
 
 
 def check_replaceable(out: Path) -> None:
-    """Refuse an output path that holds something else than an engine; nothing is touched.
+    """Refuse an output path that holds anything else than an engine; nothing is touched.
 
     Raises:
-        InputError: it is a file, or a folder with other content.
+        InputError: it is a file, a folder that is no engine, or an engine with files of somebody else in it.
     """
-    if out.is_dir():
-        if any(out.iterdir()) and not (out / MANIFEST_FILE).is_file():
-            raise InputError(
-                f"{out} exists and is not an engine folder (it has no {MANIFEST_FILE}); nothing was written",
-                hint="choose another folder with --out",
-            )
-    elif os.path.lexists(out):
-        raise InputError(
-            f"{out} exists and is not a folder; nothing was written", hint="choose another folder with --out"
-        )
+    check_output(out, "an engine folder", MANIFEST_FILE, _listed)
 
 
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """Give a temporary sibling of `out` to write to, and put it in `out`'s place when the block ends well.
+def staged(out: Path) -> AbstractContextManager[Path]:
+    """Give a temporary sibling of `out` to write an engine to; it takes `out`'s place when the block ends well.
 
     An engine that is already there stays usable until it is replaced. If the block raises, nothing is left.
 
@@ -62,28 +47,7 @@ def staged(out: Path) -> Iterator[Path]:
         InputError: `out` holds something else, or its parent cannot be written.
         SetupError: the disk is full.
     """
-    out = out.resolve()
-    check_replaceable(out)
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _recover(out)
-        staging = _sibling(out, "tmp")
-        staging.mkdir()
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {out.parent}: {error.strerror}", hint="choose another folder with --out"
-        ) from error
-    try:
-        yield staging
-        _replace_folder(staging, out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise SetupError(
-                f"no space left on the disk of {out.parent}; no engine was written", hint="free some space"
-            ) from error
-        raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+    return output.staged(out, check_replaceable, "engine")
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:
@@ -169,55 +133,9 @@ def write_orders(folder: Path, orders: Mapping[str, npt.NDArray[np.int32]]) -> N
     (folder / ORDERS_FILE).write_bytes(save(dict(sorted(orders.items()))))
 
 
-def _sibling(out: Path, kind: str) -> Path:
-    return out.parent / f".{out.name}.{os.getpid()}.{os.urandom(4).hex()}.{kind}"
-
-
-def _recover(out: Path) -> None:
-    """Clear what killed compiles left beside `out`, and put an engine back that was caught between two renames."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.[0-9a-f]+\.(tmp|old)")
-    for path in sorted(out.parent.iterdir()):
-        match = pattern.fullmatch(path.name)
-        if match is None or _alive(int(match[1])):
-            continue
-        if match[2] == "old" and not out.exists():
-            path.rename(out)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _replace_folder(staging: Path, out: Path) -> None:
-    """Rename `staging` to `out`; whatever was there is exchanged in one step where the system can do that."""
-    if not out.exists():
-        staging.rename(out)
-        return
-    check_replaceable(out)
-    if _exchange(staging, out):
-        return  # the old engine now lies at `staging`, which the caller removes
-    old = _sibling(out, "old")
-    out.rename(old)
-    try:
-        staging.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two folders atomically (Linux renameat2); False where that does not exist."""
-    with suppress(OSError, AttributeError):
-        rename = ctypes.CDLL(None, use_errno=True).renameat2
-        done = rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), ctypes.c_uint(_RENAME_EXCHANGE))
-        return int(done) == 0
-    return False
+def _listed(manifest: Mapping[str, object]) -> Collection[str] | None:
+    """The files that an engine.json of any schema accounts for; None: this is no engine.json."""
+    schema, key, files = (manifest.get(name) for name in ("schema_version", "build_key", "files"))
+    if not isinstance(schema, int) or isinstance(schema, bool) or not isinstance(key, str):
+        return None
+    return set(files) if isinstance(files, Mapping) else ()

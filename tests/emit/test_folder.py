@@ -6,12 +6,15 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from shadowc import output
 from shadowc.emit import folder
 from shadowc.emit.genai import genai_config
 from shadowc.spec.errors import InputError, SetupError
@@ -19,9 +22,19 @@ from shadowc.spec.manifest import MANIFEST_FILE
 from tests.emit import engines
 
 
+def manifest(text: str, *files: str) -> str:
+    """As little of an engine.json as makes a folder replaceable; `text` tells one from another."""
+    return json.dumps({"schema_version": 1, "build_key": text, "files": {name: {} for name in files}})
+
+
 def write(out: Path, text: str) -> None:
     with folder.staged(out) as staging:
-        (staging / MANIFEST_FILE).write_text(text)
+        (staging / MANIFEST_FILE).write_text(manifest(text))
+
+
+def key(out: Path) -> str:
+    found: str = json.loads((out / MANIFEST_FILE).read_text())["build_key"]
+    return found
 
 
 def names(parent: Path) -> list[str]:
@@ -50,20 +63,22 @@ def test_an_older_engine_survives_a_failing_compile(tmp_path: Path) -> None:
     write(out, "old")
     with pytest.raises(RuntimeError), folder.staged(out):
         raise RuntimeError
-    assert (out / MANIFEST_FILE).read_text() == "old"
+    assert key(out) == "old"
     assert names(tmp_path) == ["mini.engine"]
 
 
 @pytest.mark.parametrize("exchange", [True, False])
 def test_an_older_engine_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool) -> None:
     if not exchange:
-        monkeypatch.setattr(folder, "_exchange", lambda *_: False)
+        monkeypatch.setattr(output, "_exchange", lambda *_: False)
     out = tmp_path / "mini.engine"
     write(out, "old")
-    (out / "only in the old one").touch()
+    (out / "sub").mkdir()
+    (out / "sub" / "only in the old one").touch()
+    (out / MANIFEST_FILE).write_text(manifest("old", "sub/only in the old one", "missing"))
     write(out, "new")
     assert names(out) == [MANIFEST_FILE]
-    assert (out / MANIFEST_FILE).read_text() == "new"
+    assert key(out) == "new"
     assert names(tmp_path) == ["mini.engine"]
 
 
@@ -76,6 +91,81 @@ def test_a_folder_that_is_no_engine_is_not_touched(tmp_path: Path) -> None:
     assert names(tmp_path) == ["thesis"]
 
 
+@pytest.mark.parametrize(
+    "text", ["{}", "[]", "{", '{"schema_version": "1", "build_key": "a"}', '{"schema_version": 1}', "[" * 100_000]
+)
+def test_a_folder_whose_engine_json_is_of_something_else_is_not_touched(tmp_path: Path, text: str) -> None:
+    out = tmp_path / "thesis"
+    out.mkdir()
+    (out / MANIFEST_FILE).write_text(text)
+    (out / "thesis.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"not an engine folder \(its engine\.json is something else\)"):
+        write(out, "new")
+    assert names(out) == [MANIFEST_FILE, "thesis.txt"]
+    assert (out / MANIFEST_FILE).read_text() == text
+    assert names(tmp_path) == ["thesis"]
+
+
+def test_an_engine_with_files_of_somebody_else_is_not_touched(engine_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mini.engine"
+    shutil.copytree(engine_folder, out)
+    (out / "notes.txt").write_text("precious")
+    (out / "deep").mkdir()
+    (out / "deep" / "link").symlink_to(tmp_path)
+    before = sorted(out.rglob("*"))
+    with pytest.raises(InputError, match=r"deep/link, notes\.txt; nothing was written") as caught:
+        write(out, "new")
+    assert caught.value.hint
+    assert sorted(out.rglob("*")) == before
+    assert names(tmp_path) == ["mini.engine"]
+
+
+def test_only_a_few_of_many_foreign_files_are_named(tmp_path: Path) -> None:
+    out = tmp_path / "mini.engine"
+    write(out, "old")
+    for number in range(9):
+        (out / f"{number}.txt").touch()
+    with pytest.raises(InputError, match=r"4\.txt and 4 more") as caught:
+        folder.check_replaceable(out)
+    assert "5.txt" not in caught.value.message
+
+
+def test_files_added_while_the_engine_was_made_are_not_lost(tmp_path: Path) -> None:
+    out = tmp_path / "mini.engine"
+    write(out, "old")
+    with pytest.raises(InputError, match=r"notes\.txt"), folder.staged(out) as staging:  # noqa: PT012
+        (staging / MANIFEST_FILE).write_text(manifest("new"))
+        (out / "notes.txt").write_text("precious")
+    assert names(out) == [MANIFEST_FILE, "notes.txt"]
+    assert names(tmp_path) == ["mini.engine"]
+
+
+def test_a_damaged_engine_may_be_replaced(engine_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "mini.engine"
+    shutil.copytree(engine_folder, out)
+    (out / "weights.bin").unlink()
+    write(out, "new")
+    assert key(out) == "new"
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "zero\0byte"])
+def test_a_name_that_no_folder_can_have_is_refused_in_one_sentence(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputError, match="cannot be used"):
+        folder.check_replaceable(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / "mini.engine", "old")
+
+    def refuse(*_: object, onerror: Callable[[OSError], None], **__: object) -> list[object]:
+        onerror(PermissionError(errno.EACCES, "Permission denied"))
+        return []
+
+    monkeypatch.setattr(os, "walk", refuse)
+    with pytest.raises(InputError, match="cannot be used: Permission denied"):
+        folder.check_replaceable(tmp_path / "mini.engine")
+
+
 def test_a_file_of_that_name_is_not_touched(tmp_path: Path) -> None:
     (tmp_path / "mini.engine").write_text("precious")
     with pytest.raises(InputError, match="not a folder"):
@@ -86,7 +176,7 @@ def test_a_file_of_that_name_is_not_touched(tmp_path: Path) -> None:
 def test_an_empty_folder_may_be_filled(tmp_path: Path) -> None:
     (tmp_path / "mini.engine").mkdir()
     write(tmp_path / "mini.engine", "new")
-    assert (tmp_path / "mini.engine" / MANIFEST_FILE).read_text() == "new"
+    assert key(tmp_path / "mini.engine") == "new"
 
 
 def dead_process() -> int:
@@ -108,10 +198,10 @@ def test_leftovers_of_killed_compiles_are_cleared(tmp_path: Path) -> None:
 def test_an_engine_caught_between_two_renames_comes_back(tmp_path: Path) -> None:
     aside = tmp_path / f".mini.engine.{dead_process()}.00ff.old"
     aside.mkdir()
-    (aside / MANIFEST_FILE).write_text("old")
+    (aside / MANIFEST_FILE).write_text(manifest("old"))
     with pytest.raises(RuntimeError), folder.staged(tmp_path / "mini.engine"):
         raise RuntimeError
-    assert (tmp_path / "mini.engine" / MANIFEST_FILE).read_text() == "old"
+    assert key(tmp_path / "mini.engine") == "old"
 
 
 def test_a_full_disk_is_told_in_one_sentence(tmp_path: Path) -> None:
@@ -122,7 +212,7 @@ def test_a_full_disk_is_told_in_one_sentence(tmp_path: Path) -> None:
 
 def test_a_parent_that_cannot_be_written_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot write"), folder.staged(tmp_path / "file" / "mini.engine"):
+    with pytest.raises(InputError, match="Not a directory"), folder.staged(tmp_path / "file" / "mini.engine"):
         pass
 
 
