@@ -13,7 +13,6 @@ from shadowc.cli import flags, render
 if TYPE_CHECKING:
     from shadowc.runtime.stats import RunStats
     from shadowc.spec.density import Density
-    from shadowc.spec.manifest import EngineManifest
 
 ENDINGS = {
     "eos": "the model ended the text",
@@ -43,14 +42,15 @@ def run(
         loaded = load(engine, threads=threads, reference=reference)
     plan = loaded.manifest.sparsity
     wanted = flags.density_of(density, head_density, neuron_density, plan)
+    used = None if plan is None else wanted or loaded.density
     stream = None if json else _Echo(prompt)
     text = loaded.generate(prompt, max_new_tokens=max_new_tokens, density=wanted, stream=stream)
     stats = loaded.last_stats
     if json:
-        render.as_json(_as_dict(loaded.manifest, prompt, text, wanted, stats))
+        render.as_json(_as_dict(prompt, text, used, loaded.manifest.model.ffn, stats))
         return
     render.line("" if text else prompt)
-    render.facts(_cost(loaded.manifest, wanted, stats), talk=True)
+    render.facts(_cost(used, loaded.manifest.model.ffn, stats), talk=True)
 
 
 class _Echo:
@@ -64,10 +64,7 @@ class _Echo:
         self._prompt = ""
 
 
-def _as_dict(
-    manifest: EngineManifest, prompt: str, text: str, density: Density | None, stats: RunStats
-) -> dict[str, object]:
-    used = _used(manifest, density)
+def _as_dict(prompt: str, text: str, used: Density | None, ffn: int, stats: RunStats) -> dict[str, object]:
     return {
         "prompt": prompt,
         "text": text,
@@ -79,17 +76,16 @@ def _as_dict(
         "seconds": stats.seconds,
         "active_heads": stats.heads,
         "heads": stats.head_units,
-        "active_neurons": min(stats.neurons * stats.neuron_block, manifest.model.ffn),
-        "neurons": manifest.model.ffn,
+        "active_neurons": stats.active_neurons,
+        "neurons": ffn,
         "bytes_per_token": stats.bytes_read,
-        "dense_bytes_per_token": dense_bytes(manifest),
+        "dense_bytes_per_token": stats.dense_bytes,
     }
 
 
-def _cost(manifest: EngineManifest, density: Density | None, stats: RunStats) -> dict[str, str]:
+def _cost(used: Density | None, ffn: int, stats: RunStats) -> dict[str, str]:
     """Return what the talk says after the text: all numbers are counted by the kernels, none is what was asked for."""
-    used, heads, ffn = _used(manifest, density), stats.head_units, manifest.model.ffn
-    neurons = min(stats.neurons * stats.neuron_block, ffn)
+    heads, neurons = stats.head_units, stats.active_neurons
     ending = f"; {ENDINGS.get(stats.finish[0], stats.finish[0])}" if stats.finish else ""
     rows = {
         "generated": f"{stats.new_tokens} tokens{ending}",
@@ -99,23 +95,6 @@ def _cost(manifest: EngineManifest, density: Density | None, stats: RunStats) ->
         "active neurons": f"{neurons:.0f} of {ffn} per layer ({render.share(neurons / ffn)})",
     }
     if stats.tokens and not math.isnan(stats.bytes_read):
-        dense = dense_bytes(manifest)
-        rows["read per token"] = (
-            f"{render.size(stats.bytes_read)} of {render.size(dense)} ({render.share(stats.bytes_read / dense)})"
-        )
+        share = render.share(stats.bytes_read / stats.dense_bytes)
+        rows["read per token"] = f"{render.size(stats.bytes_read)} of {render.size(stats.dense_bytes)} ({share})"
     return rows
-
-
-def dense_bytes(manifest: EngineManifest) -> int:
-    """Return what one token reads when nothing is skipped."""
-    part = manifest.bytes_per_token
-    return part.records + part.lm_head + part.other
-
-
-def _used(manifest: EngineManifest, density: Density | None) -> Density | None:
-    """Return the density of the run: the one asked for, else the engine's own; None for a dense engine."""
-    from shadowc.spec.density import Density
-
-    if manifest.sparsity is None:
-        return None
-    return density or Density(manifest.sparsity.head_density, manifest.sparsity.neuron_density)

@@ -6,8 +6,8 @@ Letters: B rows, S tokens, Z masked tokens, V vocabulary, L predicted layers, H 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from shadowc.runtime import prompts, variants
+from shadowc.runtime import prompts, stored, variants
 from shadowc.runtime.decoder import Decoder, Outputs, ScoreSource
 from shadowc.runtime.generation import greedy, limits_of, teacher_forced
+from shadowc.runtime.mask_trace import SEEN, MaskTrace
 from shadowc.runtime.probe import Probe
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.runtime.session import Session
 from shadowc.runtime.stats import Meter, RunStats
+from shadowc.runtime.stored import Ranking
 from shadowc.runtime.stream import TextBatch
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
@@ -34,36 +36,9 @@ Floats = npt.NDArray[np.float32]
 Stream = Callable[[Any], object]
 EvaluationProtocol = Literal["decode", "dense", "prompt"]
 
-KINDS = ("heads", "neurons")
+__all__ = ["Engine", "EvaluationProtocol", "MaskTrace", "Ranking", "Stream"]
+
 _COUNTED = ("active.heads", "active.neurons", "read")
-_SEEN_BY_TRACE = tuple(f"{part}.{kind}" for part in ("scores", "threshold", "active") for kind in KINDS)
-
-
-@dataclass(frozen=True, slots=True)
-class MaskTrace:
-    """Logits of all tokens, and scores and masks of the masked ones in order."""
-
-    logits: Floats
-    """[B,S,V]"""
-    scores: Mapping[str, Floats]
-    """"heads" and "neurons" -> [B,Z,L,units]."""
-    threshold: Mapping[str, Floats]
-    """"heads" and "neurons" -> [B,Z,L]."""
-    active: Mapping[str, npt.NDArray[np.int32]]
-    """"heads" and "neurons" -> [B,Z,L], as the engine counted them."""
-
-    def mask(self, kind: str) -> npt.NDArray[np.bool_]:
-        """Which units were computed, [B,Z,L,units]."""
-        masked: npt.NDArray[np.bool_] = ~(self.scores[kind] < self.threshold[kind][..., None])
-        return masked
-
-
-@dataclass(frozen=True, slots=True)
-class Ranking:
-    """Constant scores of a control: heads [L,H] and neuron units [L,N]."""
-
-    heads: Floats
-    neurons: Floats
 
 
 class Engine:
@@ -82,6 +57,15 @@ class Engine:
         self._session = session
         self._in_place = in_place
         self._stats: RunStats | None = None
+
+    def prepare(self) -> None:
+        """Build the session now, so that what cannot run is told at once; otherwise the first run does.
+
+        Raises:
+            SetupError: the op library cannot be loaded.
+            IncompatibleEngineError: this ONNX Runtime cannot run the graph.
+        """
+        _ = self._session.ort
 
     @property
     def threads(self) -> int:
@@ -170,7 +154,8 @@ class Engine:
         if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
             raise InputError(
                 "expected max_new_tokens of at least 1 and min_new_tokens from 0 to that; "
-                f"found {max_new_tokens} and {min_new_tokens}"
+                f"found {max_new_tokens} and {min_new_tokens}",
+                hint="for example max_new_tokens=64, min_new_tokens=0",
             )
         chosen = self._density(density)
         model = self.manifest.model
@@ -236,14 +221,10 @@ class Engine:
         """
         self._require_sparse()
         logits, seen = self._teacher_forced(
-            self._session, ("logits", *_COUNTED, *_SEEN_BY_TRACE[:4]), ids, self._density(density), "decode",
+            self._session, ("logits", "read", *SEEN), ids, self._density(density), "decode",
             prompt_tokens, attention_mask, None,
         )  # fmt: skip
-        joined = {
-            part: {kind: np.concatenate([outputs[f"{part}.{kind}"] for outputs in seen], axis=1) for kind in KINDS}
-            for part in ("scores", "threshold", "active")
-        }
-        return MaskTrace(logits=logits, **joined)
+        return MaskTrace.joined(logits, seen)
 
     def prober(self, outputs: Sequence[str] = ()) -> Callable[[], Probe]:
         """Return a maker of fresh sequences that are fed step by step and show inner tensors.
@@ -280,30 +261,20 @@ class Engine:
         return twin
 
     def initialiser(self, name: str) -> npt.NDArray[Any]:
-        """One stored tensor of the graph, as it lies in weights.bin."""
-        from onnx import numpy_helper
+        """One stored tensor of the graph, as it lies in weights.bin.
 
-        found = next(tensor for tensor in self._session.load_model().graph.initializer if tensor.name == name)
-        value: npt.NDArray[Any] = numpy_helper.to_array(found, base_dir=str(self.folder))
-        return value
+        Raises:
+            InputError: the graph has none of this name.
+        """
+        return stored.initialiser(self._session.load_model(), self.folder, name)
 
     def head_block(self) -> int:
         """Quantisation block of the LM head along its input; 0: it is float."""
-        for node in self._session.load_model().graph.node:
-            if node.op_type == "MatMulNBits" and any(name.startswith("lm_head") for name in node.input):
-                return int(next(attribute.i for attribute in node.attribute if attribute.name == "block_size"))
-        return 0
+        return stored.head_block(self._session.load_model())
 
     def neuron_orders(self) -> dict[int, npt.NDArray[np.int32]]:
         """Model layer -> order [F]: entry i is the checkpoint's neuron that became record i. Empty: none was moved."""
-        from shadowc.emit.folder import ORDERS_FILE
-
-        path = self.folder / ORDERS_FILE
-        if not path.is_file():
-            return {}
-        from safetensors.numpy import load_file
-
-        return {int(name.removeprefix("order.")): order_F for name, order_F in load_file(path).items()}
+        return stored.neuron_orders(self.folder, self.manifest)
 
     def controls(self, method: str) -> Ranking:
         """The constant scores of a control that was stored when the predictor was trained.
@@ -311,21 +282,7 @@ class Engine:
         Raises:
             InputError: the engine has none of this name.
         """
-        from shadowc.emit.folder import CONTROLS_FILE
-
-        path = self.folder / CONTROLS_FILE
-        tensors: dict[str, Floats] = {}
-        if path.is_file():
-            from safetensors.numpy import load_file
-
-            tensors = load_file(path)
-        if f"{method}.heads" not in tensors:
-            known = sorted({name.rsplit(".", 1)[0] for name in tensors})
-            raise InputError(
-                f"{self.folder} holds no control {method!r}; it has: {', '.join(known) or 'none'}",
-                hint="controls are stored when shadowc compile trains the predictor",
-            )
-        return Ranking(tensors[f"{method}.heads"], tensors[f"{method}.neurons"])
+        return stored.control(self.folder, self.manifest, method)
 
     def refuse_calibration_text(self, text: str) -> None:
         """Refuse to be evaluated on the text that its predictor was calibrated on.
@@ -390,7 +347,7 @@ class Engine:
         if protocol not in ("decode", "dense"):
             raise InputError(f"unknown protocol {protocol!r}", hint="use 'decode' or 'dense'")
         if prompt_tokens is not None and prompt_tokens < 0:
-            raise InputError(f"prompt_tokens is {prompt_tokens}, expected at least 0")
+            raise InputError(f"prompt_tokens is {prompt_tokens}, expected at least 0", hint="use prompt_tokens=1")
         if protocol == "dense" or self.manifest.sparsity is None:
             return None
         return 1 if prompt_tokens is None else prompt_tokens

@@ -13,6 +13,7 @@ from shadowc.spec.errors import IncompatibleEngineError, SetupError
 
 VARIABLE = "SHADOWC_ORT_LIBRARY"
 """Environment variable with the path of another build of the library."""
+REINSTALL = "in a checkout: make setup; elsewhere: pip install --force-reinstall FILE.whl"
 
 
 def library_path() -> Path:
@@ -31,7 +32,7 @@ def library_path() -> Path:
     except FileNotFoundError as error:
         raise SetupError(
             "the op library libshadowc_ort.so is not installed",
-            hint="run make in a checkout, or pip install --force-reinstall shadowc",
+            hint=REINSTALL,
         ) from error
 
 
@@ -58,16 +59,15 @@ class OpLibrary:
     @staticmethod
     def at(path: Path) -> OpLibrary:
         """Load the library at `path`; raises as `installed`."""
-        rebuild = "run make in a checkout, or pip install --force-reinstall shadowc"
         try:
             handle = ctypes.CDLL(str(path))
             version = _text(handle, "shadowc_ort_version")
             isa = _text(handle, "shadowc_ort_isa")
         except (OSError, AttributeError) as error:
-            raise SetupError(f"the op library {path} cannot be loaded: {error}", hint=rebuild) from error
+            raise SetupError(f"the op library {path} cannot be loaded: {error}", hint=REINSTALL) from error
         if version != __version__:
             raise IncompatibleEngineError(
-                f"the op library {path} is of version {version}, shadowc of version {__version__}", hint=rebuild
+                f"the op library {path} is of version {version}, shadowc of version {__version__}", hint=REINSTALL
             )
         if not isa:
             raise SetupError(

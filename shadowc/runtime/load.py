@@ -71,7 +71,7 @@ def load(
     """
     path = Path(folder)
     if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}, expected at least 1")
+        raise InputError(f"threads is {threads}, expected at least 1", hint="leave threads out: one per core")
     manifest = read_manifest(path)
     problems = tuple(file_problems(path, manifest, hashes=verify))
     VerifyReport(path, len(manifest.files), 0, problems).require()
@@ -84,6 +84,7 @@ def load(
     engine = Engine(path, manifest, session, in_place=not reference)
     if skip_zeros is not None and not reference:
         engine = engine.with_skip_zeros(skip_zeros)
+    engine.prepare()
     return engine
 
 

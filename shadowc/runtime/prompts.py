@@ -60,7 +60,7 @@ def from_texts(texts: Sequence[str], tokenizer: Any, model: ModelPart) -> Batch:
         InputError: there is no text, or one without any token.
     """
     if not texts:
-        raise InputError("no prompt given; expected at least one text")
+        raise InputError("no prompt given; expected at least one text", hint='for example ["Once upon a time"]')
     rows = [list(tokenizer(text)["input_ids"]) for text in texts]
     if not all(rows):
         raise InputError("an empty prompt has no tokens to go on from", hint="give at least one word")
@@ -81,12 +81,16 @@ def from_ids(ids: object, attention_mask: object, model: ModelPart) -> Batch:
     if ids_BS.ndim != 2 or not ids_BS.size or not np.issubdtype(ids_BS.dtype, np.integer):
         raise InputError(
             f"token ids must be whole numbers of shape [rows, tokens], at least one of each; "
-            f"found {ids_BS.dtype}{list(ids_BS.shape)}"
+            f"found {ids_BS.dtype}{list(ids_BS.shape)}",
+            hint='for example numpy.array([engine.tokenizer("Once upon a time")["input_ids"]])',
         )
     low, high = int(ids_BS.min()), int(ids_BS.max())
     if low < 0 or high >= model.vocab:
         wrong = low if low < 0 else high
-        raise InputError(f"token id {wrong} lies outside the vocabulary of {model.vocab} tokens of {model.name}")
+        raise InputError(
+            f"token id {wrong} lies outside the vocabulary of {model.vocab} tokens of {model.name}",
+            hint="make the ids with engine.tokenizer",
+        )
     ids_BS = np.ascontiguousarray(ids_BS, np.int64)
     mask_BS = _leading_padding(ids_BS, model.pad) if attention_mask is None else np.asarray(attention_mask)
     return Batch(ids_BS, _starts(mask_BS, ids_BS.shape))
@@ -115,7 +119,10 @@ def _leading_padding(ids_BS: Ids, pad: int) -> Ids:
 
 def _starts(mask_BS: npt.NDArray[Any], shape: tuple[int, ...]) -> Ids:
     if mask_BS.shape != shape:
-        raise InputError(f"attention_mask is {list(mask_BS.shape)}, the ids are {list(shape)}")
+        raise InputError(
+            f"attention_mask is {list(mask_BS.shape)}, the ids are {list(shape)}",
+            hint="pass the attention_mask that the tokenizer returned with the ids",
+        )
     wide_BS = mask_BS.astype(np.int64)
     rows_fit = ((wide_BS == 0) | (wide_BS == 1)).all() and (np.diff(wide_BS, axis=1) >= 0).all()
     if not rows_fit or not wide_BS[:, -1].all():

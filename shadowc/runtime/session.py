@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shadowc.runtime.library import REINSTALL
 from shadowc.spec.errors import IncompatibleEngineError, InternalError, SetupError
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Session:
         except Exception as error:
             raise IncompatibleEngineError(
                 f"ONNX Runtime {ort.__version__} cannot run {self.path}: {_first_line(error)}",
-                hint="compile the engine again with this version of shadowc",
+                hint="compile it again with this version: shadowc compile --model NAME --out FOLDER",
             ) from error
 
     def load_model(self) -> onnx.ModelProto:
@@ -167,7 +168,7 @@ class Session:
             except Exception as error:
                 raise SetupError(
                     f"the op library {self.library} cannot be loaded: {_first_line(error)}",
-                    hint="reinstall shadowc, or run make in a checkout",
+                    hint=REINSTALL,
                 ) from error
         return options
 

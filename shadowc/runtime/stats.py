@@ -20,7 +20,12 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True)
 class RunStats:
-    """Means over the masked tokens of the last call; padding, finished rows and the dense prompt are left out."""
+    """Means over the masked tokens of the last call; the dense prompt is left out.
+
+    Active units leave out padding and finished rows. Bytes cannot be told apart by row, since one read of a record
+    serves all rows that need it: they are all that was read while masked tokens were computed, over the tokens that
+    count. Padding and finished rows are in there, with density 0 if they ended: layer 0 and the K/V of later layers.
+    """
 
     heads: float
     """Mean active heads per model layer, the dense first layer included."""
@@ -41,9 +46,14 @@ class RunStats:
     seconds: float
     prefill_seconds: float
     bytes_read: float
-    """Per token: what the kernels read, plus LM head, predictor, norms and biases. NaN if nothing counted."""
+    """Per token: what the kernels read, plus LM head, predictor, norms and biases, once per run and not per row. NaN
+    if nothing was counted."""
     bytes_read_kernels: float
     """Per token: weights and scales that attention and FFN kernels read. NaN in the reference graph."""
+    dense_bytes: int
+    """What one token of one row reads when nothing is skipped."""
+    active_neurons: float
+    """Mean active neurons per model layer: `neurons` in single neurons."""
     finish: tuple[str, ...] = ()
     """Why each row ended: "eos", "length" or "context"; empty for logits."""
 
@@ -119,6 +129,8 @@ class Meter:
             prefill_seconds=self.prefill_seconds,
             bytes_read=every,
             bytes_read_kernels=kernels,
+            dense_bytes=fixed.records + fixed.lm_head + fixed.other,
+            active_neurons=min(float(layers["neurons"].mean()) * block, float(model.ffn)),
             finish=finish,
         )
 

@@ -10,20 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pydantic import ValidationError
 
 from shadowc.emit.folder import hash_file
 from shadowc.spec.errors import IncompatibleEngineError, InputError, SetupError, VerificationError
-from shadowc.spec.manifest import MANIFEST_FILE, SCHEMA, EngineManifest, FileEntry
+from shadowc.spec.manifest import (
+    MANIFEST_FILE,
+    MODEL_FILE,
+    REFERENCE_FILE,
+    SCHEMA,
+    WEIGHTS_FILE,
+    EngineManifest,
+    FileEntry,
+)
 from shadowc.spec.ops import DOMAIN, VERSION
 from shadowc.stage_cache import default_root
 
 LARGE_BYTES = 1 << 26
 """From this size on a file's hash is remembered; smaller ones are hashed at every load."""
+_NEEDED = (MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE)
 _SETTLED_SECONDS = 2.0
 """A file changed later than this before the hash is not remembered: its times could hide a further change."""
+UPGRADE = "upgrade shadowc: git pull and make setup in a checkout, or pip install the newer wheel file"
 RECOMPILE = "compile the engine again: shadowc compile --model NAME --out FOLDER"
 
 
@@ -47,10 +57,14 @@ def read_manifest(folder: Path) -> EngineManifest:
         schema = content["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise VerificationError(f"{path} is damaged: {error}", hint=RECOMPILE) from error
-    if isinstance(schema, int) and schema > SCHEMA:
+    if type(schema) is not int or schema < 1:  # a bool is an int to isinstance
+        raise VerificationError(
+            f"{path} is damaged: schema_version is {schema!r}, expected a whole number", hint=RECOMPILE
+        )
+    if schema > SCHEMA:
         raise IncompatibleEngineError(
             f"{folder} was written by a newer shadowc (schema {schema}, this one reads {SCHEMA})",
-            hint="pip install --upgrade shadowc",
+            hint=UPGRADE,
         )
     try:
         manifest = EngineManifest.model_validate(content)
@@ -58,22 +72,36 @@ def read_manifest(folder: Path) -> EngineManifest:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise VerificationError(f"{path} is damaged: {where}: {first['msg']}", hint=RECOMPILE) from error
+    unsafe = sorted(name for name in manifest.files if not _is_plain(name))
+    if unsafe:
+        raise VerificationError(
+            f"{path} is damaged: it lists {', '.join(map(repr, unsafe))}, which cannot lie inside the folder",
+            hint=RECOMPILE,
+        )
     needed = manifest.ops.get(DOMAIN, VERSION)
     if needed != VERSION:
         newer = needed > VERSION
         raise IncompatibleEngineError(
             f"{folder} needs version {needed} of the {DOMAIN} operators, this shadowc has version {VERSION}",
-            hint="pip install --upgrade shadowc" if newer else RECOMPILE,
+            hint=UPGRADE if newer else RECOMPILE,
         )
     return manifest
 
 
+def _is_plain(name: str) -> bool:
+    """Whether a name is a relative path in its shortest form that stays inside its folder, on every system."""
+    path = PurePosixPath(name)
+    if "\\" in name or ":" in name or "\0" in name or path.is_absolute() or ".." in path.parts:
+        return False
+    return bool(path.parts) and str(path) == name
+
+
 def file_problems(folder: Path, manifest: EngineManifest, *, hashes: bool = True, remember: bool = True) -> list[str]:
-    """One sentence for every file that is missing or not what the manifest says.
+    """One sentence for every file that is missing, unlisted or not what the manifest says.
 
     Without `hashes` only sizes are compared; `remember` trusts and keeps the hashes of large files.
     """
-    problems = []
+    problems = [f"{name} is not listed in {MANIFEST_FILE}" for name in _NEEDED if name not in manifest.files]
     for name, entry in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():

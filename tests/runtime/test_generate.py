@@ -169,8 +169,22 @@ def test_stats_count_what_the_kernels_did(folders: dict[str, Path]) -> None:
     assert stats.bytes_read_kernels == pytest.approx(wanted)
     fixed = exact.manifest.bytes_per_token
     assert stats.bytes_read == pytest.approx(wanted + fixed.lm_head + fixed.predictor + fixed.other)
+    assert stats.dense_bytes == fixed.records + fixed.lm_head + fixed.other
+    assert stats.active_neurons == pytest.approx((F + layers * F / 4) / 4)
     assert 0 < stats.seconds < 10
     assert stats.tokens_per_second == pytest.approx(8 / stats.seconds)
+
+
+def test_bytes_of_a_batch_are_all_that_was_read_over_the_tokens_that_count(folders: dict[str, Path]) -> None:
+    exact = load(folders["fp32"], skip_zeros=False)
+    exact.generate(prompts(1, 6), max_new_tokens=5, min_new_tokens=5, density=1.0)
+    alone = exact.last_stats
+    assert alone.bytes_read == pytest.approx(alone.dense_bytes + exact.manifest.bytes_per_token.predictor)
+    exact.generate(np.repeat(prompts(1, 6), 2, axis=0), max_new_tokens=5, min_new_tokens=5, density=1.0)
+    both = exact.last_stats
+    assert both.tokens == 2 * alone.tokens
+    assert alone.bytes_read / 2 <= both.bytes_read <= alone.bytes_read
+    assert both.bytes_read_kernels >= alone.bytes_read_kernels / 2
 
 
 def test_a_single_new_token_has_no_masked_tokens_to_count(engine: Engine) -> None:
@@ -210,8 +224,9 @@ def test_a_dense_engine_generates_and_refuses_a_density(folders: dict[str, Path]
     ],
 )
 def test_bad_input_gets_one_sentence(engine: Engine, call: Callable[[Engine], object], says: str) -> None:
-    with pytest.raises(InputError, match=says):
+    with pytest.raises(InputError, match=says) as caught:
         call(engine)
+    assert caught.value.hint
 
 
 def test_stats_before_any_run_are_refused(folders: dict[str, Path]) -> None:

@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnxruntime
 import pytest
 
 from shadowc.runtime import library, session, verification
 from shadowc.runtime.load import load, read_manifest, verify
-from shadowc.spec.errors import IncompatibleEngineError, InputError, SetupError, ShadowcError, VerificationError
+from shadowc.spec.errors import IncompatibleEngineError, InputError, SetupError, VerificationError
 from shadowc.spec.manifest import MANIFEST_FILE, SCHEMA, WEIGHTS_FILE
 
 Copied = Callable[[str], Path]
@@ -32,6 +33,12 @@ def flip_a_byte(path: Path, *, keep_times: bool = False) -> None:
 def edit_manifest(folder: Path, **changes: Any) -> None:
     path = folder / MANIFEST_FILE
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def edit_files(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    files = json.loads((folder / MANIFEST_FILE).read_text())["files"]
+    change(files)
+    edit_manifest(folder, files=files)
 
 
 def test_an_undamaged_folder_loads_and_verifies(folders: dict[str, Path]) -> None:
@@ -52,12 +59,59 @@ def test_a_folder_without_manifest_is_not_an_engine(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": "x"}', '{"schema_version": 1}'])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": "x"}', '{"schema_version": 1}', "\xff"])
 def test_a_damaged_manifest_is_a_verification_error(copied: Copied, text: str) -> None:
     folder = copied("fp32")
     (folder / MANIFEST_FILE).write_text(text)
     with pytest.raises(VerificationError, match="is damaged"):
         load(folder)
+
+
+@pytest.mark.parametrize("schema", ["1", "2", True, 1.0, None, 0, -1, [1]])
+def test_a_schema_version_that_is_no_whole_number_is_damage(copied: Copied, schema: object) -> None:
+    folder = copied("fp32")
+    edit_manifest(folder, schema_version=schema)
+    with pytest.raises(VerificationError, match="is damaged: schema_version") as caught:
+        load(folder)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "a\\b", "C:b", "", ".", "./a", "a//b", "a/"])
+def test_file_names_that_leave_the_folder_are_damage(copied: Copied, name: str) -> None:
+    folder = copied("fp32")
+    edit_files(folder, lambda files: files.update({name: {"size": 1, "sha256": "0" * 64}}))
+    with pytest.raises(VerificationError, match="cannot lie inside the folder") as caught:
+        verify(folder)
+    assert repr(name) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS_FILE, "model.onnx", "reference.onnx"])
+def test_a_file_that_runs_must_be_listed(copied: Copied, name: str) -> None:
+    folder = copied("fp32")
+    edit_files(folder, lambda files: files.pop(name))
+    with pytest.raises(VerificationError, match=f"{name} is not listed"):
+        load(folder)
+
+
+def test_controls_and_orders_are_read_only_when_they_are_listed(copied: Copied) -> None:
+    from safetensors.numpy import save_file
+
+    folder = copied("fp32")
+    save_file({"order.1": np.arange(256, dtype=np.int32)}, folder / "orders.safetensors")
+    loaded = load(folder)
+    assert loaded.neuron_orders() == {}
+    assert loaded.controls("static")
+    edit_files(folder, lambda files: files.pop("controls.safetensors"))
+    with pytest.raises(InputError, match="it has: none") as caught:
+        load(folder).controls("static")
+    assert caught.value.hint
+    edit_files(
+        folder,
+        lambda files: files.update(
+            {"orders.safetensors": verification.hash_file(folder / "orders.safetensors").model_dump()}
+        ),
+    )
+    assert list(load(folder).neuron_orders()) == [1]
 
 
 def test_a_newer_schema_is_refused_before_anything_else_is_read(copied: Copied) -> None:
@@ -160,6 +214,16 @@ def test_an_op_library_that_is_none_is_a_setup_error(
         load(folders["fp32"])
 
 
+def test_no_hint_names_a_package_index(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    for hint in (library.REINSTALL, verification.UPGRADE):
+        assert "make setup" in hint
+        assert "shadowc" not in hint.split("pip install")[1]
+    monkeypatch.setattr(library, "__version__", "9.9")
+    with pytest.raises(IncompatibleEngineError) as caught:
+        load(folders["fp32"])
+    assert caught.value.hint == library.REINSTALL
+
+
 def test_an_op_library_of_another_version_is_refused(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(library, "__version__", "9.9")
     with pytest.raises(IncompatibleEngineError, match=r"shadowc of version 9\.9"):
@@ -191,8 +255,9 @@ def test_a_graph_that_does_not_run_is_an_incompatible_engine(copied: Copied) -> 
             "model.onnx": verification.hash_file(folder / "model.onnx").model_dump(),
         },
     )
-    with pytest.raises(ShadowcError, match="cannot run"):
-        load(folder).logits([[5, 6]])
+    with pytest.raises(IncompatibleEngineError, match="cannot run") as caught:
+        load(folder)
+    assert "shadowc compile" in caught.value.hint
 
 
 def test_an_engine_can_be_moved(copied: Copied, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

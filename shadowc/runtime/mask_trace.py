@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `Engine.trace` shows: scores, thresholds and masks of every masked token.
+
+Letters: B rows, S tokens, Z masked tokens, V vocabulary, L predicted layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from shadowc.runtime.decoder import Outputs
+
+Floats = npt.NDArray[np.float32]
+
+KINDS = ("heads", "neurons")
+PARTS = ("scores", "threshold", "active")
+SEEN = tuple(f"{part}.{kind}" for part in PARTS for kind in KINDS)
+"""The graph outputs that make a trace."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskTrace:
+    """Logits of all tokens, and scores and masks of the masked ones in order."""
+
+    logits: Floats
+    """[B,S,V]"""
+    scores: Mapping[str, Floats]
+    """"heads" and "neurons" -> [B,Z,L,units]."""
+    threshold: Mapping[str, Floats]
+    """"heads" and "neurons" -> [B,Z,L]."""
+    active: Mapping[str, npt.NDArray[np.int32]]
+    """"heads" and "neurons" -> [B,Z,L], as the engine counted them."""
+
+    @staticmethod
+    def joined(logits: Floats, chunks: Sequence[Outputs]) -> MaskTrace:
+        """Put the outputs of successive runs together, along the tokens."""
+        parts = {
+            part: {kind: np.concatenate([outputs[f"{part}.{kind}"] for outputs in chunks], axis=1) for kind in KINDS}
+            for part in PARTS
+        }
+        return MaskTrace(logits=logits, **parts)
+
+    def mask(self, kind: str) -> npt.NDArray[np.bool_]:
+        """Which units were computed, [B,Z,L,units]."""
+        masked: npt.NDArray[np.bool_] = ~(self.scores[kind] < self.threshold[kind][..., None])
+        return masked

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an engine folder stores beside its graph's behaviour: single tensors, neuron orders, control rankings.
+
+Only files that engine.json lists are read: the others were never checked.
+
+Letters: F neurons, L predicted layers, H heads, N units of neurons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from shadowc.spec.errors import InputError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    import onnx
+
+    from shadowc.spec.manifest import EngineManifest
+
+Floats = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Ranking:
+    """Constant scores of a control: heads [L,H] and neuron units [L,N]."""
+
+    heads: Floats
+    neurons: Floats
+
+
+def initialiser(model: onnx.ModelProto, folder: Path, name: str) -> npt.NDArray[Any]:
+    """One stored tensor of the graph, as it lies in weights.bin.
+
+    Raises:
+        InputError: the graph has none of this name.
+    """
+    from onnx import numpy_helper
+
+    found = next((tensor for tensor in model.graph.initializer if tensor.name == name), None)
+    if found is None:
+        raise InputError(f"{folder} stores no tensor {name!r}", hint=f"shadowc inspect {folder}")
+    value: npt.NDArray[Any] = numpy_helper.to_array(found, base_dir=str(folder))
+    return value
+
+
+def head_block(model: onnx.ModelProto) -> int:
+    """Quantisation block of the LM head along its input; 0: it is float."""
+    for node in model.graph.node:
+        if node.op_type == "MatMulNBits" and any(name.startswith("lm_head") for name in node.input):
+            return int(next(attribute.i for attribute in node.attribute if attribute.name == "block_size"))
+    return 0
+
+
+def neuron_orders(folder: Path, manifest: EngineManifest) -> dict[int, npt.NDArray[np.int32]]:
+    """Model layer -> order [F]: entry i is the checkpoint's neuron that became record i. Empty: none was moved."""
+    from shadowc.emit.folder import ORDERS_FILE
+
+    tensors = _tensors(folder, manifest, ORDERS_FILE)
+    return {int(name.removeprefix("order.")): order_F for name, order_F in tensors.items()}
+
+
+def control(folder: Path, manifest: EngineManifest, method: str) -> Ranking:
+    """The constant scores of a control that was stored when the predictor was trained.
+
+    Raises:
+        InputError: the engine has none of this name.
+    """
+    from shadowc.emit.folder import CONTROLS_FILE
+
+    tensors = _tensors(folder, manifest, CONTROLS_FILE)
+    if f"{method}.heads" not in tensors:
+        known = sorted({name.rsplit(".", 1)[0] for name in tensors})
+        raise InputError(
+            f"{folder} holds no control {method!r}; it has: {', '.join(known) or 'none'}",
+            hint="shadowc compile with --predictor train stores controls",
+        )
+    return Ranking(tensors[f"{method}.heads"], tensors[f"{method}.neurons"])
+
+
+def _tensors(folder: Path, manifest: EngineManifest, name: str) -> dict[str, npt.NDArray[Any]]:
+    """Tensors of a file of the folder; none if the manifest does not list it."""
+    if name not in manifest.files:
+        return {}
+    from safetensors.numpy import load_file
+
+    tensors: dict[str, npt.NDArray[Any]] = load_file(folder / name)
+    return tensors
