@@ -5,7 +5,7 @@ Protocol `decode`: every token after the first of a window is computed under its
 generation, and its K/V come from masked layers too. Windows are disjoint, so every byte of the text
 counts once. The controls put other scores through the same SelectThreshold and the same kernels.
 
-Letters: S tokens, V vocabulary, L predicted layers, N units per layer.
+Letters: S tokens, R some of them, V vocabulary, L predicted layers, N units per layer.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from shadowc.runtime.engine import Engine
 
 Method = Literal["predictor", "static", "normalised", "random"]
+ROWS_AT_ONCE = 64
+"""Rows of logits that are widened to float64 together."""
 METHODS: tuple[Method, ...] = get_args(Method)
 Scores = tuple["npt.NDArray[np.float32]", "npt.NDArray[np.float32]"]
 """Heads [1,S,L,H] and neurons [1,S,L,N]."""
@@ -129,11 +131,17 @@ def _row(
 
 
 def _bits(logits_SV: npt.NDArray[np.float32], ids_S: npt.NDArray[np.int64]) -> float:
-    """Sum of -log2 p(token) in float64."""
-    wide_SV = logits_SV.astype(np.float64)
-    top_S1 = wide_SV.max(axis=1, keepdims=True)
-    log_total_S = np.log(np.exp(wide_SV - top_S1).sum(axis=1)) + top_S1[:, 0]
-    return float((log_total_S - wide_SV[np.arange(len(ids_S)), ids_S]).sum() / np.log(2))
+    """Sum of -log2 p(token) in float64, a few rows at a time: a window of a large vocabulary is big enough once."""
+    nats = 0.0
+    for at in range(0, len(ids_S), ROWS_AT_ONCE):
+        wide_RV = logits_SV[at : at + ROWS_AT_ONCE].astype(np.float64)
+        chosen_R = wide_RV[np.arange(len(wide_RV)), ids_S[at : at + ROWS_AT_ONCE]]
+        top_R1 = wide_RV.max(axis=1, keepdims=True)
+        chosen_R -= top_R1[:, 0]
+        wide_RV -= top_R1
+        np.exp(wide_RV, out=wide_RV)
+        nats += float((np.log(wide_RV.sum(axis=1)) - chosen_R).sum())
+    return nats / float(np.log(2))
 
 
 def _control(engine: Engine, method: Method, seed: int) -> Callable[[int], Scores] | None:
