@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Identity of a checkpoint: SHA-256 over its facts and the content of its files.
 
-The digest of a file is kept in the stage cache under its path, size and time of change, so that the second
-run does not read 100 GB again only to learn that nothing has changed.
+The digest of a file is kept in the stage cache under its path, its place on the disk, its size and both times of
+change, so that the second run does not read 100 GB again only to learn that nothing has changed. Its time of writing
+alone would not do: cp -p and rsync -t set it. What changed a moment ago is not kept: it may change again within the
+same tick of the file system's clock.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,8 +21,10 @@ from shadowc.spec.errors import SetupError
 from shadowc.stage_cache import StageCache
 
 STAGE = "file-digest"
+SETTLED_SECONDS = 2.0
+"""A file that changed more recently is hashed every time."""
 _DIGEST_FILE = "sha256"
-_BLOCK = 1 << 22
+_FIELDS = ("dev", "ino", "size", "mtime_ns", "ctime_ns")
 
 
 def identity(
@@ -57,12 +62,14 @@ def fingerprint(value: object) -> str:
 def _digest(path: Path, cache: StageCache) -> str:
     whole = path.resolve()
     status = whole.stat()
+    if time.time_ns() - status.st_ctime_ns < SETTLED_SECONDS * 1e9:
+        return _hash(whole)
 
     def make(folder: Path) -> None:
         (folder / _DIGEST_FILE).write_text(_hash(whole) + "\n", encoding="ascii")
 
+    key = {"path": str(whole), **{field: getattr(status, f"st_{field}") for field in _FIELDS}}
     try:
-        key = {"path": str(whole), "size": status.st_size, "changed": status.st_mtime_ns}
         folder, _ = cache.get_or_make(STAGE, key, make)
     except SetupError:
         return _hash(whole)

@@ -122,6 +122,7 @@ def test_identity_changes_with_config_and_tokenizer(folder: Path) -> None:
 
 
 def test_second_run_hashes_nothing_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(digest, "SETTLED_SECONDS", 0.0)
     first = resolve(str(folder)).identity
 
     def refuse(path: Path) -> str:
