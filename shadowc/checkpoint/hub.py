@@ -7,12 +7,14 @@ HF_HUB_OFFLINE, only that cache is looked at.
 
 from __future__ import annotations
 
+import difflib
 import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+from shadowc.checkpoint.opt import PUBLISHED_NAMES
 from shadowc.checkpoint.weights import INDEX_FILE, SINGLE_FILE, no_safetensors
 from shadowc.spec.errors import InputError, SetupError
 
@@ -29,6 +31,7 @@ WEIGHT_FILES = ("model*.safetensors", INDEX_FILE)
 ANSWER_SECONDS = 15.0
 """How long the hub may take for its first answer, name resolution and all addresses included."""
 _REQUEST_SECONDS = 6.0
+_SIMILAR = 0.8
 
 T = TypeVar("T")
 
@@ -80,7 +83,8 @@ def _cached(repository: str, patterns: list[str]) -> Path:
     except LocalEntryNotFoundError as error:
         raise SetupError(
             f"{repository} is not in the local hub cache (or not completely), and the network is not to be used",
-            hint=f"run hf download {repository} where there is a network, or drop --offline and HF_HUB_OFFLINE",
+            hint=f"{_suggestion(repository)}run hf download {repository} where there is a network, "
+            "or drop --offline and HF_HUB_OFFLINE",
         ) from error
 
 
@@ -99,7 +103,7 @@ def _list_files(repository: str) -> list[str]:
     except RepositoryNotFoundError as error:
         raise InputError(
             f"there is neither a folder {repository} here nor a public model of that name on the hub",
-            hint="check the spelling; for a private model run hf auth login",
+            hint=f"{_suggestion(repository)}check the spelling; for a private model run hf auth login",
         ) from error
     except _transport_errors() as error:
         raise _unreachable(repository, "the hub could not be reached", error) from error
@@ -113,6 +117,13 @@ def _fetch(repository: str, patterns: list[str]) -> Path:
         return Path(snapshot_download(repository, allow_patterns=patterns, endpoint=_endpoint()))
     except _transport_errors() as error:
         raise _unreachable(repository, "the download from the hub failed", error) from error
+
+
+def _suggestion(repository: str) -> str:
+    """The published models with the most similar names, as the beginning of a hint; nothing for one of them."""
+    known = [f"facebook/{name}" for name in PUBLISHED_NAMES]
+    near = difflib.get_close_matches(repository, known, n=2, cutoff=_SIMILAR)
+    return f"did you mean {' or '.join(near)}? " if near and repository not in known else ""
 
 
 def _unreachable(repository: str, what: str, error: BaseException) -> SetupError:

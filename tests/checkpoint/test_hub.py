@@ -185,6 +185,22 @@ def test_model_that_the_hub_does_not_know_is_an_input_error(published: FakeHub) 
     assert "someone/other" in refusal(InputError, "someone/other").message
 
 
+@pytest.mark.parametrize("offline", [False, True])
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [("facebook/opt-1.3", "facebook/opt-1.3b"), ("facebok/opt-125m", "facebook/opt-125m")],
+)
+def test_mistyped_hub_id_is_answered_with_the_nearest_known_ones(
+    published: FakeHub, wrong: str, right: str, offline: bool
+) -> None:
+    error = refusal(SetupError if offline else InputError, wrong, offline=offline)
+    assert error.hint.startswith(f"did you mean {right}")
+
+
+def test_name_unlike_any_known_one_gets_no_suggestion(published: FakeHub) -> None:
+    assert "did you mean" not in refusal(InputError, "someone/other").hint
+
+
 def test_model_behind_a_gate_asks_for_a_login(published: FakeHub) -> None:
     published.status, published.code = 403, "GatedRepo"
     assert "hf auth login" in refusal(SetupError).hint
