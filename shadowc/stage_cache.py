@@ -10,6 +10,7 @@ leaves nothing but a `.tmp-` folder, which the next run of that stage removes.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from shadowc._version import __version__
+from shadowc.output import NO_SPACE
 from shadowc.spec.errors import InternalError, SetupError
 
 SCHEMA: Final = 1
@@ -30,6 +32,8 @@ ROOT_VARIABLE: Final = "SHADOWC_CACHE"
 _KEY_FILE = "key.json"
 _TEMPORARY = ".tmp-"
 _LOCKS = ".locks"
+_REFUSALS = NO_SPACE | {errno.EACCES}
+"""Errors of a maker that are about the place it writes to."""
 _HINT = f"set {ROOT_VARIABLE} to a folder that you may write to"
 
 
@@ -96,7 +100,7 @@ class StageCache:
             The folder, and True if it was found, False if it was made by this call.
 
         Raises:
-            SetupError: the cache folder cannot be written to.
+            SetupError: the cache folder cannot be written to, or its disk is full.
         """
         text = _canonical(stage, key)
         folder = self._place(stage, text)
@@ -114,7 +118,8 @@ class StageCache:
                 _remove(temporary)
                 temporary.mkdir()
             try:
-                make(temporary)
+                with _refusals_explained(self.root):
+                    make(temporary)
                 with _explained(self.root):
                     _seal(temporary, text)
                     temporary.rename(folder)
@@ -199,6 +204,27 @@ def _explained(root: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise SetupError(
-            f"the cache folder {root} cannot be written to: {error.strerror or error}", hint=_HINT
-        ) from error
+        raise _refused(root, error) from error
+
+
+@contextmanager
+def _refusals_explained(root: Path) -> Iterator[None]:
+    """As `_explained` for a maker, whose other errors are its own."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        raise _refused(root, error) from error
+
+
+def _refused(root: Path, error: OSError) -> SetupError:
+    if error.errno in NO_SPACE:
+        return SetupError(
+            f"no space left for the cache folder {root}",
+            hint=f"free some space there, or set {ROOT_VARIABLE} to a folder on another disk",
+        )
+    place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else root
+    if root in (place, *place.parents) or not place.is_absolute():
+        return SetupError(f"the cache folder {root} cannot be written to: {error.strerror or error}", hint=_HINT)
+    return SetupError(f"{place} cannot be used: {error.strerror or error}", hint="check its permissions")

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -269,6 +270,29 @@ def test_error_of_the_maker_is_not_taken_for_one_of_the_cache(cache: StageCache)
         raise FileNotFoundError(2, "No such file", str(folder / "text"))
 
     with pytest.raises(FileNotFoundError):
+        cache.get_or_make("collect", KEY, fail)
+
+
+@pytest.mark.parametrize(
+    ("number", "says"),
+    [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "no space left"), (errno.EACCES, "cannot be written to")],
+)
+def test_refusal_to_write_inside_the_maker_is_explained(cache: StageCache, number: int, says: str) -> None:
+    def fail(folder: Path) -> None:
+        raise OSError(number, os.strerror(number), str(folder / "sub" / "trace"))
+
+    with pytest.raises(SetupError, match=says) as caught:
+        cache.get_or_make("collect", KEY, fail)
+    assert str(cache.root) in caught.value.message
+    assert "SHADOWC_CACHE" in caught.value.hint
+    assert not leftovers(cache.root)
+
+
+def test_refusal_elsewhere_is_not_blamed_on_the_cache(cache: StageCache, tmp_path: Path) -> None:
+    def fail(folder: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / "weights"))
+
+    with pytest.raises(SetupError, match=r"weights cannot be used: Permission denied"):
         cache.get_or_make("collect", KEY, fail)
 
 
