@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 from shadowc.emit import records
 from shadowc.spec.errors import InputError, InternalError
 from shadowc.spec.program import WeightRecipe
+from tests.emit import unpack
 
 E, H, D, F = 12, 3, 4, 70
 HALF_STEP = 0.5 + 1e-3
@@ -93,11 +94,11 @@ def test_ffn_records_follow_the_neuron_order() -> None:
 def test_unpacking_gives_the_checkpoint_back_when_weights_are_float(order: str) -> None:
     source = Tensors()
     packed = pack(source, recipes(quantised=False, order=order))
-    attention = records.unpack_attention(packed["layers.2.attention.w"], packed["layers.2.attention.scales"])
+    attention = unpack.unpack_attention(packed["layers.2.attention.w"], packed["layers.2.attention.scales"])
     for name, weight in zip("qkvo", attention, strict=True):
         np.testing.assert_array_equal(weight, source.tensor(name))
     permutation = source.tensor("order") if order else None
-    fc1, fc2 = records.unpack_ffn(packed["layers.10.ffn.w"], packed["layers.10.ffn.scales"], permutation)
+    fc1, fc2 = unpack.unpack_ffn(packed["layers.10.ffn.w"], packed["layers.10.ffn.scales"], permutation)
     np.testing.assert_array_equal(fc1, source.tensor("fc1"))
     np.testing.assert_array_equal(fc2, source.tensor("fc2"))
 
@@ -105,12 +106,12 @@ def test_unpacking_gives_the_checkpoint_back_when_weights_are_float(order: str) 
 def test_int8_packing_equals_rounding_in_the_checkpoints_layout() -> None:
     source = Tensors()
     packed = pack(source, recipes(quantised=True, order="order"))
-    attention = records.unpack_attention(packed["layers.2.attention.w"], packed["layers.2.attention.scales"])
+    attention = unpack.unpack_attention(packed["layers.2.attention.w"], packed["layers.2.attention.scales"])
     for name, weight in zip("qkvo", attention, strict=True):
-        np.testing.assert_array_equal(weight, records.round_trip(source.tensor(name), axis=0 if name == "o" else 1))
-    unpacked = records.unpack_ffn(packed["layers.10.ffn.w"], packed["layers.10.ffn.scales"], source.tensor("order"))
-    np.testing.assert_array_equal(unpacked[0], records.round_trip(source.tensor("fc1")))
-    np.testing.assert_array_equal(unpacked[1], records.round_trip(source.tensor("fc2"), axis=0))
+        np.testing.assert_array_equal(weight, unpack.round_trip(source.tensor(name), axis=0 if name == "o" else 1))
+    unpacked = unpack.unpack_ffn(packed["layers.10.ffn.w"], packed["layers.10.ffn.scales"], source.tensor("order"))
+    np.testing.assert_array_equal(unpacked[0], unpack.round_trip(source.tensor("fc1")))
+    np.testing.assert_array_equal(unpacked[1], unpack.round_trip(source.tensor("fc2"), axis=0))
 
 
 def test_a_head_swapped_in_the_packing_is_caught_by_the_round_trip() -> None:
@@ -118,8 +119,8 @@ def test_a_head_swapped_in_the_packing_is_caught_by_the_round_trip() -> None:
     packed = pack(source, recipes(quantised=True))
     planted = packed["layers.2.attention.w"].copy()
     planted[[0, 1]] = planted[[1, 0]]
-    query = records.unpack_attention(planted, packed["layers.2.attention.scales"])[0]
-    assert not np.array_equal(query, records.round_trip(source.tensor("q")))
+    query = unpack.unpack_attention(planted, packed["layers.2.attention.scales"])[0]
+    assert not np.array_equal(query, unpack.round_trip(source.tensor("q")))
 
 
 @settings(max_examples=60, deadline=None)
@@ -133,7 +134,7 @@ def test_a_head_swapped_in_the_packing_is_caught_by_the_round_trip() -> None:
 def test_int8_rounding_stays_within_half_a_step(weight: np.ndarray) -> None:
     values, scales = records.quantise_rows(weight)
     assert np.abs(values.astype(np.int32)).max() <= records.INT8_LIMIT
-    error = np.abs(records.dequantise(values, scales).astype(np.float64) - weight)
+    error = np.abs(unpack.dequantise(values, scales).astype(np.float64) - weight)
     assert (error <= HALF_STEP * scales[:, None].astype(np.float64)).all()
 
 
@@ -198,7 +199,7 @@ def test_onnx_runtime_reads_the_nbits_layout(columns: int, block: int) -> None:
     weight = rng.standard_normal((150, columns), dtype=np.float32)
     x = rng.standard_normal((5, columns), dtype=np.float32)
     values, scales = records.quantise_nbits(weight, block)
-    expected = x @ records.dequantise_nbits(values, scales, columns).T
+    expected = x @ unpack.dequantise_nbits(values, scales, columns).T
     found = run_nbits(weight, x, block, values, scales)
     assert np.abs(found - expected).max() <= NBITS_TOLERANCE * np.abs(expected).max()
     planted = run_nbits(weight, x, block, np.roll(values, 1, axis=0), scales)

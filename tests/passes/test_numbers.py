@@ -16,11 +16,12 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from shadowc.emit.records import dequantise_nbits, groups, materialise, quantise_nbits, unpack_attention, unpack_ffn
+from shadowc.emit.records import groups, materialise, quantise_nbits
 from shadowc.passes.quantise import ACCURACY_LEVEL, BITS, BLOCKS
 from shadowc.sparsity.reference import MaskedOpt, MaskedResult, MaskedState
 from shadowc.spec.density import Density
 from shadowc.spec.program import Program, SparsityPlan
+from tests.emit.unpack import dequantise_nbits, unpack_attention, unpack_ffn
 from tests.trace import deep
 
 FP32 = 2e-5
