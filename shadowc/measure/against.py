@@ -6,10 +6,10 @@ Letters: B prompts, S tokens, L predicted layers, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 
@@ -20,10 +20,9 @@ from shadowc.spec.errors import InputError, VerificationError
 from shadowc.spec.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
-
     from shadowc.checkpoint.resolve import Checkpoint
     from shadowc.runtime.engine import Engine
+    from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.manifest import SparsityPart
 
 PROMPT_TOKENS = 16
@@ -50,21 +49,10 @@ class AgainstReport:
                 hint="compile the engine again; if this stays, report it as a bug",
                 problems=[
                     f"{run.scope}, {run.density.heads:g}/{run.density.neurons:g}: {run.masks_wrong} wrong masks, "
-                    f"{run.tokens_wrong} wrong tokens, {run.masks_excused + run.tokens_excused} excused of {run.tokens}"
+                    f"{run.tokens_wrong} wrong tokens, {run.excused} excused of {run.tokens}"
                     for run in wrong
                 ],
             )
-
-
-@dataclass(frozen=True, slots=True)
-class EnginePredictor:
-    """The predictor's tensors as the engine holds them, in the form that the masked torch model reads."""
-
-    values: Mapping[str, npt.NDArray[Any]]
-
-    def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
-        """`{heads,neurons}.fc{1,2}.{weight,bias}`, `order.{model layer}`."""
-        return self.values
 
 
 def verify_against(
@@ -107,21 +95,48 @@ def verify_against(
             f"expected {engine.manifest.model.source[:16]}, found {checkpoint.identity[:16]}",
             hint="name the checkpoint that the engine was compiled from",
         )
-    orders = engine.neuron_orders()
-    with progress.stage("parity"):
-        parity = _parity(engine, checkpoint, orders, progress)
-    runs: list[FreeRun] = []
     sparsity = engine.manifest.sparsity
+    predictor = None
     if sparsity is not None and engine.manifest.weights == "fp32":
+        predictor = stored_predictor(engine, sparsity)
+    with progress.stage("parity"):
+        parity = _parity(engine, checkpoint, predictor, progress)
+    runs: list[FreeRun] = []
+    if sparsity is not None and predictor is not None:
         with progress.stage("free runs"):
-            runs = _free_runs(engine, sparsity, checkpoint, orders, prompts, tokens, seed, progress)
+            runs = _free_runs(engine, sparsity, checkpoint, predictor, prompts, tokens, seed, progress)
     return AgainstReport(parity, tuple(runs))
 
 
-def _parity(
-    engine: Engine, checkpoint: Checkpoint, orders: Mapping[int, npt.NDArray[np.int32]], progress: Progress
-) -> ParityReport:
+def stored_predictor(engine: Engine, sparsity: SparsityPart) -> Predictor:
+    """The predictor of an fp32 engine, put together from the tensors that its graph holds."""
+    from shadowc.sparsity.predictor import Network, Predictor
+
+    def network(kind: str) -> Network:
+        parts = (
+            engine.initialiser(f"predictor.{kind}.{part}")
+            for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+        )
+        return Network(*(np.ascontiguousarray(part.T) for part in parts))  # the graph stores [in, out]
+
+    model, orders = engine.manifest.model, engine.neuron_orders()
+    untouched_F = np.arange(model.ffn, dtype=np.int32)
+    return Predictor(
+        heads=network("heads"),
+        neurons=network("neurons"),
+        layers=model.layers - 1,
+        block=sparsity.neuron_block,
+        orders_LF=np.stack([orders.get(layer, untouched_F) for layer in range(1, model.layers)]),
+    )
+
+
+def _parity(engine: Engine, checkpoint: Checkpoint, predictor: Predictor | None, progress: Progress) -> ParityReport:
+    from shadowc.spec.program import SparsityPlan
+
     sparsity = engine.manifest.sparsity
+    plan = None
+    if sparsity is not None:
+        plan = SparsityPlan(0, 0, sparsity.neuron_block, sparsity.scope, sparsity.exempt)
     return check_parity(
         engine.prober(),
         checkpoint.facts,
@@ -129,8 +144,10 @@ def _parity(
         weights=engine.manifest.weights,
         head_block=engine.head_block(),
         block=1 if sparsity is None else sparsity.neuron_block,
-        orders=orders,
+        orders=engine.neuron_orders(),
         sparse=sparsity is not None,
+        plan=plan,
+        predictor=predictor,
         advance=progress.advance,
     )
 
@@ -139,7 +156,7 @@ def _free_runs(
     engine: Engine,
     sparsity: SparsityPart,
     checkpoint: Checkpoint,
-    orders: Mapping[int, npt.NDArray[np.int32]],
+    predictor: Predictor,
     prompts: int,
     tokens: int,
     seed: int,
@@ -147,26 +164,13 @@ def _free_runs(
 ) -> list[FreeRun]:
     from shadowc.sparsity.calibration import sample_text
     from shadowc.sparsity.reference import MaskedOpt, load_torch_model
-    from shadowc.spec.program import SparsityPlan
 
     torch_model = load_torch_model(checkpoint)
-    predictor = EnginePredictor({**_networks(engine), **{f"order.{layer}": order for layer, order in orders.items()}})
     prompts_BS = sample_text(torch_model, checkpoint.facts, prompts, PROMPT_TOKENS, seed + 1)
     settings: Sequence[tuple[Scope, Density]] = [(scope, density) for scope in SCOPES for density in DENSITIES]
     runs = []
     for done, (scope, density) in enumerate(settings, start=1):
-        plan = SparsityPlan(0, 0, sparsity.neuron_block, scope, sparsity.exempt)
-        masked = MaskedOpt(torch_model, plan, predictor)
+        masked = MaskedOpt(torch_model, predictor.plan(scope, sparsity.exempt), predictor)
         runs.append(free_run(engine.with_scope(scope), masked, prompts_BS, tokens=tokens, density=density))
         progress.advance(done, len(settings), "settings")
     return runs
-
-
-def _networks(engine: Engine) -> dict[str, npt.NDArray[Any]]:
-    """The predictor's matrices as torch has them: [out, in]."""
-    values = {}
-    for kind in ("heads", "neurons"):
-        for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias"):
-            value = engine.initialiser(f"predictor.{kind}.{part}")
-            values[f"{kind}.{part}"] = np.ascontiguousarray(value.T) if value.ndim == 2 else value
-    return values

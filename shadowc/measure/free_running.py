@@ -2,20 +2,21 @@
 """Parity B: engine and masked torch model both generate freely, each with its own masks, and must agree.
 
 A difference is excused only where rounding may decide: a unit whose score lies at the threshold, two
-logits that tie, or anything after such a unit (its effect stays in the cache). Both are counted.
+logits that tie, or anything after such a unit (its effect stays in the cache). All are counted.
 
 Letters: B prompts, S prompt tokens, L predicted layers, N units per layer, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shadowc.spec.density import Density
+from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -25,7 +26,8 @@ if TYPE_CHECKING:
     from shadowc.sparsity.reference import MaskedOpt
 
 NEAR_THRESHOLD = 1e-5
-"""A unit this close to the threshold, as a share of the spread of its token's scores, may fall either way."""
+"""A unit this close to the threshold may fall either way: a share of the spread of the scores ranked together, which
+are those of its layer (local) or of all layers that are not exempt (global)."""
 LOGIT_TIE = 1e-4
 """Two top logits closer than this share of the largest |logit| may change places (fp32)."""
 EXCUSED_LIMIT = 0.005
@@ -48,7 +50,9 @@ class FreeRun:
     near_ties: int
     """Tokens whose two top logits tie."""
     masks_excused: int
-    """Tokens whose masks differ in units at the threshold only, or after such a token."""
+    """Tokens whose masks differ in units at the threshold only."""
+    masks_after: int
+    """Tokens whose masks differ elsewhere, but after such a token: only the cache that it left excuses them."""
     masks_wrong: int
     tokens_excused: int
     """Tokens that differ by a tie, or after a unit at the threshold."""
@@ -56,8 +60,12 @@ class FreeRun:
 
     def passed(self) -> bool:
         """No difference without an excuse, and few with one."""
-        excused = self.masks_excused + self.tokens_excused
-        return self.masks_wrong == self.tokens_wrong == 0 and excused <= EXCUSED_LIMIT * self.tokens
+        return self.masks_wrong == self.tokens_wrong == 0 and self.excused <= EXCUSED_LIMIT * self.tokens
+
+    @property
+    def excused(self) -> int:
+        """Differences with an excuse, of masks and of tokens."""
+        return self.masks_excused + self.masks_after + self.tokens_excused
 
 
 def free_run(
@@ -76,8 +84,16 @@ def free_run(
         prompts_BS: prompts of equal length, without padding.
         tokens: tokens generated per prompt.
         density: shares kept.
+
+    Raises:
+        InputError: the engine is dense.
     """
-    count = _Counter()
+    sparsity = engine.manifest.sparsity
+    if sparsity is None:
+        raise InputError(
+            "a dense engine makes no masks that could differ", hint="shadowc compile without --predictor none"
+        )
+    count = _Counter(sparsity.scope, sparsity.exempt)
     new_probe = engine.prober()
     for row in range(len(prompts_BS)):
         prompt_1S = prompts_BS[row : row + 1]
@@ -90,15 +106,18 @@ def free_run(
                 break
             mine, other = ours(token), theirs(token)
             count.masks(mine, other)
-    return count.result(density, engine.manifest.sparsity.scope if engine.manifest.sparsity else "none")
+    return count.result(density)
 
 
 @dataclass(slots=True)
 class _Counter:
+    scope: str
+    exempt: Sequence[int]
     tokens: int = 0
     near_units: int = 0
     near_ties: int = 0
     masks_excused: int = 0
+    masks_after: int = 0
     masks_wrong: int = 0
     tokens_excused: int = 0
     tokens_wrong: int = 0
@@ -126,25 +145,30 @@ class _Counter:
         near, differ, beyond = False, False, False
         for kind in KINDS:
             a, b = _mask(mine, kind), _mask(other, kind)
-            close = _close(other, kind)
+            close = near_threshold(
+                other[f"scores.{kind}"], other[f"threshold.{kind}"], scope=self.scope, exempt=self.exempt
+            )
             near |= bool(close.any())
             differ |= bool((a != b).any())
             beyond |= bool(((a != b) & ~close).any())
         self.near_units += near
-        if differ and (not beyond or self._touched):
+        if differ and not beyond:
             self.masks_excused += 1
+        elif differ and self._touched:
+            self.masks_after += 1
         elif differ:
             self.masks_wrong += 1
         self._touched |= differ
 
-    def result(self, density: Density, scope: str) -> FreeRun:
+    def result(self, density: Density) -> FreeRun:
         return FreeRun(
             density=density,
-            scope=scope,
+            scope=self.scope,
             tokens=self.tokens,
             near_units=self.near_units,
             near_ties=self.near_ties,
             masks_excused=self.masks_excused,
+            masks_after=self.masks_after,
             masks_wrong=self.masks_wrong,
             tokens_excused=self.tokens_excused,
             tokens_wrong=self.tokens_wrong,
@@ -155,13 +179,20 @@ def _mask(step: Step, kind: str) -> npt.NDArray[np.bool_]:
     return ~(step[f"scores.{kind}"] < step[f"threshold.{kind}"][..., None])
 
 
-def _close(step: Step, kind: str) -> npt.NDArray[np.bool_]:
-    """Units whose score lies at a finite threshold, [B,L,N]."""
-    scores, threshold = step[f"scores.{kind}"], step[f"threshold.{kind}"][..., None]
-    spread = scores.max() - scores.min()
-    finite = np.isfinite(threshold)
-    close: npt.NDArray[np.bool_] = finite & (np.abs(scores - np.where(finite, threshold, 0)) <= NEAR_THRESHOLD * spread)
-    return close
+def near_threshold(
+    scores_BLN: npt.NDArray[np.float32], threshold_BL: npt.NDArray[np.float32], *, scope: str, exempt: Sequence[int]
+) -> npt.NDArray[np.bool_]:
+    """Units whose score lies at a finite threshold, [B,L,N]; none where the spread is not finite."""
+    ranked = [layer for layer in range(scores_BLN.shape[1]) if layer not in exempt]
+    axes = 2 if scope == "local" else (1, 2)
+    near_BLN = np.zeros(scores_BLN.shape, np.bool_)
+    if ranked:
+        scores_BRN = scores_BLN[:, ranked].astype(np.float64)
+        with np.errstate(invalid="ignore"):
+            distance_BRN = np.abs(scores_BRN - threshold_BL[:, ranked, None])
+            spread = scores_BRN.max(axis=axes, keepdims=True) - scores_BRN.min(axis=axes, keepdims=True)
+            near_BLN[:, ranked] = np.isfinite(spread) & (distance_BRN <= NEAR_THRESHOLD * spread)
+    return near_BLN
 
 
 def _ties(logits_BV: npt.NDArray[np.float32]) -> bool:

@@ -6,13 +6,15 @@ Letters: B batch, S tokens, E hidden, H heads, D head size, F neurons.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shadowc.checkpoint.opt import OptFacts, config_dict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from torch import Tensor
 
     from shadowc.spec.program import TensorSource
@@ -43,7 +45,6 @@ class LayerReference:
 
         Masks are bool in checkpoint order; all true means dense.
         """
-        tokens = x_BSE.shape[1]
 
         def drop_heads(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             context_BSHD = args[0].reshape(*head_mask_BSH.shape, -1)
@@ -52,11 +53,19 @@ class LayerReference:
         def drop_neurons(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             return (torch.where(neuron_mask_BSF.reshape(args[0].shape), args[0], 0.0),)
 
-        hooks = (
-            self._module.self_attn.out_proj.register_forward_pre_hook(drop_heads),
-            self._module.fc2.register_forward_pre_hook(drop_neurons),
-        )
+        return self._forward(x_BSE, {self._module.self_attn.out_proj: drop_heads, self._module.fc2: drop_neurons})
+
+    def context(self, x_BSE: Tensor) -> Tensor:
+        """Attention context [B,S,E] before out_proj, all heads computed: the predictor's input if this is layer 0."""
+        seen: list[Tensor] = []
+        self._forward(x_BSE, {self._module.self_attn.out_proj: lambda _, args: seen.append(args[0])})
+        return seen[0].reshape(x_BSE.shape)
+
+    def _forward(self, x_BSE: Tensor, before: Mapping[torch.nn.Module, Callable[..., Any]]) -> Tensor:
+        """Runs the layer, with a function called before each of the given parts."""
+        tokens = x_BSE.shape[1]
         causal_11SS = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1)[None, None]
+        hooks = [part.register_forward_pre_hook(act) for part, act in before.items()]
         try:
             with torch.no_grad():
                 result: Tensor = self._module(x_BSE, attention_mask=causal_11SS)

@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parity A: torch with the engine's rounding and the engine's own masks must give the engine's numbers.
 
+The masks themselves are checked first: the scores must be the predictor's, and thresholds and counts
+those that the scores and the density asked for give.
+
 The check goes layer by layer: each layer of the real transformers model gets the engine's own input
 of that layer, so memory stays bounded by one layer and an error cannot hide behind an earlier one.
 Between prefill and decode it crosses the cache. The embedding, the final norm and the LM head are
 checked the same way. It is the gate of every compile.
 
-Letters: B batch, S tokens, Z masked tokens, E hidden, H heads, F neurons, N units per layer, P positions, V vocabulary.
+Letters: B batch, S tokens, E hidden, F neurons, P positions, V vocabulary.
 """
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -19,16 +23,17 @@ import torch
 
 from shadowc.measure.dequantised import DequantisedSource
 from shadowc.measure.layer_reference import LayerReference
+from shadowc.measure.masks import Scorer, forced_masks, relative, score_difference, worse, wrong_selections
 from shadowc.spec.density import Density
 from shadowc.spec.errors import VerificationError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy.typing as npt
 
     from shadowc.checkpoint.opt import OptFacts
-    from shadowc.spec.program import TensorSource
+    from shadowc.spec.program import SparsityPlan, TensorSource
 
     Float = npt.NDArray[np.float32]
 
@@ -36,6 +41,8 @@ LAYER_TOLERANCE = {"fp32": 1e-4, "int8": 1e-4}
 """Largest |difference| of a layer's output over the largest |update| of that layer; both sides accumulate in fp32."""
 LOGITS_TOLERANCE = {"fp32": 1e-4, "int8": 3e-2}
 """Largest |difference| of the logits over the largest |logit|; for int8 the LM head rounds its input to 8 bits too."""
+SCORES_TOLERANCE = {"fp32": 1e-4, "int8": 3e-2}
+"""Largest |difference| of a layer's scores over their spread; int8 rounds the predictor and its input to 8 bits."""
 PREFILL_TOKENS = 12
 MASKED_TOKENS = 6
 DECODE_TOKENS = 4
@@ -61,11 +68,27 @@ class ParityReport:
     logits_tolerance: float
     positions: int
     """Token positions compared, all densities together."""
+    selection: int | None = None
+    """Thresholds and counts that scores and density do not give; None: not checked."""
+    scores: float | None = None
+    """None: not compared with a predictor."""
+    scores_tolerance: float = 0.0
 
     def passed(self) -> bool:
         """Whether every part is within its tolerance; a NaN never is."""
-        exact = self.embedding <= self.layer_tolerance and all(value <= self.layer_tolerance for value in self.layers)
-        return bool(exact and self.logits <= self.logits_tolerance)
+        return not self.problems()
+
+    def problems(self) -> list[str]:
+        """Every part that is out of tolerance, with its difference."""
+        parts = [("embedding", self.embedding, self.layer_tolerance)]
+        parts += [(f"layer {index}", value, self.layer_tolerance) for index, value in enumerate(self.layers)]
+        parts.append(("logits", self.logits, self.logits_tolerance))
+        if self.scores is not None:
+            parts.append(("scores", self.scores, self.scores_tolerance))
+        found = [f"{name}: {value:.2e}" for name, value, tolerance in parts if not value <= tolerance]
+        if self.selection:
+            found.append(f"selection: {self.selection} thresholds do not follow from scores and density")
+        return found
 
     def as_dict(self) -> dict[str, object]:
         """For engine.json."""
@@ -73,21 +96,14 @@ class ParityReport:
 
     def require(self) -> None:
         """Raises VerificationError naming every part that is out of tolerance."""
-        if self.passed():
-            return
-        problems = [] if self.embedding <= self.layer_tolerance else [f"embedding: {self.embedding:.2e}"]
-        problems += [
-            f"layer {index}: {value:.2e}"
-            for index, value in enumerate(self.layers)
-            if not value <= self.layer_tolerance
-        ]
-        problems += [] if self.logits <= self.logits_tolerance else [f"logits: {self.logits:.2e}"]
-        raise VerificationError(
-            f"the engine does not compute what torch computes ({self.weights}; tolerance "
-            f"{self.layer_tolerance:.0e} per layer, {self.logits_tolerance:.0e} for logits); no engine was written",
-            hint="shadowc compile --dump-passes DIR writes the graph after every pass",
-            problems=problems,
-        )
+        problems = self.problems()
+        if problems:
+            raise VerificationError(
+                f"the engine does not compute what torch computes ({self.weights}; tolerance "
+                f"{self.layer_tolerance:.0e} per layer, {self.logits_tolerance:.0e} for logits); no engine was written",
+                hint="shadowc compile --dump-passes DIR writes the graph after every pass",
+                problems=problems,
+            )
 
 
 def check_parity(
@@ -100,6 +116,8 @@ def check_parity(
     block: int,
     orders: Mapping[int, npt.NDArray[np.int32]],
     sparse: bool,
+    plan: SparsityPlan | None = None,
+    predictor: Scorer | None = None,
     seed: int = 0,
     advance: Callable[[int, int], None] | None = None,
 ) -> ParityReport:
@@ -114,34 +132,33 @@ def check_parity(
         block: neurons per unit.
         orders: model layer -> neuron order [F] of the packed records (absent: as in the checkpoint).
         sparse: False for a dense engine.
+        plan: how units are ranked; with it, thresholds and counts are checked too.
+        predictor: as it was trained; with it, the scores are checked too.
         seed: of the random tokens.
         advance: called with layers done and their number.
     """
     truth = source if weights == "fp32" else DequantisedSource(source, head_block)
     prefill, masked = _lengths(facts)
     ids_BS = np.random.default_rng(seed).integers(4, facts.vocab, (1, prefill + DECODE_TOKENS), dtype=np.int64)
-    runs = [_run(new_probe(), ids_BS, density, prefill, masked) for density in (DENSITIES if sparse else DENSITIES[:1])]
-    layers = []
-    for layer in range(facts.layers):
-        reference = LayerReference(facts, truth, layer)
-        worst = 0.0
-        for run in runs:
-            heads, neurons = _masks(run, layer, facts, block, orders.get(layer), sparse)
-            x = torch.from_numpy(run[f"residual.{layer}"])
-            found = torch.from_numpy(run[f"residual.{layer + 1}"])
-            wanted = reference.run(x, heads, neurons)
-            worst = _worse(worst, (wanted - found).abs().max().item() / (wanted - x).abs().max().item())
-        layers.append(worst)
-        if advance:
-            advance(layer + 1, facts.layers)
+    densities = DENSITIES if sparse else DENSITIES[:1]
+    runs = [_run(new_probe(), ids_BS, density, prefill, masked) for density in densities]
+    selection, scores = None, None
+    if sparse and plan is not None:
+        pairs = zip(runs, densities, strict=True)
+        selection = sum(wrong_selections(run, plan, density, masked + DECODE_TOKENS) for run, density in pairs)
+    if sparse and predictor is not None:
+        scores = _scores_difference(runs, facts, truth, predictor)
     return ParityReport(
         weights=weights,
         embedding=_embedding_difference(runs[0], ids_BS, facts, truth),
-        layers=tuple(layers),
-        logits=max((_logits_difference(run, facts, truth) for run in runs), key=_nan_last),
+        layers=_layer_differences(runs, facts, truth, block, orders, advance),
+        logits=reduce(worse, (_logits_difference(run, facts, truth) for run in runs)),
         layer_tolerance=LAYER_TOLERANCE[weights],
         logits_tolerance=LOGITS_TOLERANCE[weights],
         positions=ids_BS.shape[1] * len(runs),
+        selection=selection,
+        scores=scores,
+        scores_tolerance=SCORES_TOLERANCE[weights],
     )
 
 
@@ -156,36 +173,42 @@ def _run(probe: Probe, ids_BS: npt.NDArray[np.int64], density: Density, prefill:
     parts += [
         probe.step(ids_BS[:, at : at + 1], density=density, sparse_tail=-1) for at in range(prefill, ids_BS.shape[1])
     ]
-    per_token = ("residual.", "scores.", "threshold.", "logits")
+    per_token = ("residual.", "scores.", "threshold.", "active.", "logits")
     return {
         name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0] if name.startswith(per_token)
     }
 
 
-def _masks(
-    run: Mapping[str, Float],
-    layer: int,
+def _layer_differences(
+    runs: Sequence[Mapping[str, Float]],
     facts: OptFacts,
+    truth: TensorSource,
     block: int,
-    order_F: npt.NDArray[np.int32] | None,
-    sparse: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The engine's masks of one model layer, over all tokens and in checkpoint order."""
-    tokens = run["residual.0"].shape[1]
-    heads_BSH = np.ones((1, tokens, facts.heads), bool)
-    neurons_BSF = np.ones((1, tokens, facts.ffn), bool)
-    if sparse and layer > 0:
-        heads_BZH = _active(run, "heads", layer - 1)
-        units_BZN = _active(run, "neurons", layer - 1)
-        packed_BZF = np.repeat(units_BZN, block, axis=2)[:, :, : facts.ffn]
-        heads_BSH[:, -heads_BZH.shape[1] :] = heads_BZH
-        columns = np.arange(facts.ffn) if order_F is None else order_F
-        neurons_BSF[:, -packed_BZF.shape[1] :, columns] = packed_BZF
-    return torch.from_numpy(heads_BSH), torch.from_numpy(neurons_BSF)
+    orders: Mapping[int, npt.NDArray[np.int32]],
+    advance: Callable[[int, int], None] | None,
+) -> tuple[float, ...]:
+    """Worst difference per layer, each layer fed with the engine's own input."""
+    layers = []
+    for layer in range(facts.layers):
+        reference = LayerReference(facts, truth, layer)
+        worst = 0.0
+        for run in runs:
+            x_BSE, found_BSE = (torch.from_numpy(run[f"residual.{index}"]) for index in (layer, layer + 1))
+            wanted_BSE = reference.run(x_BSE, *forced_masks(run, layer, facts, block, orders.get(layer)))
+            update = (wanted_BSE - x_BSE).abs().max().item()
+            worst = worse(worst, relative((wanted_BSE - found_BSE).abs().max().item(), update))
+        layers.append(worst)
+        if advance:
+            advance(layer + 1, facts.layers)
+    return tuple(layers)
 
 
-def _active(run: Mapping[str, Float], kind: str, row: int) -> npt.NDArray[np.bool_]:
-    return ~(run[f"scores.{kind}"][:, :, row] < run[f"threshold.{kind}"][:, :, row, None])
+def _scores_difference(
+    runs: Sequence[Mapping[str, Float]], facts: OptFacts, truth: TensorSource, predictor: Scorer
+) -> float:
+    first = LayerReference(facts, truth, 0)
+    contexts = (first.context(torch.from_numpy(run["residual.0"])) for run in runs)
+    return reduce(worse, (score_difference(run, predictor, x) for run, x in zip(runs, contexts, strict=True)))
 
 
 def _embedding_difference(
@@ -194,7 +217,7 @@ def _embedding_difference(
     words_VE = truth.tensor("model.decoder.embed_tokens.weight")
     places_PE = truth.tensor("model.decoder.embed_positions.weight")
     wanted_BSE = words_VE[ids_BS] + places_PE[np.arange(ids_BS.shape[1]) + facts.position_offset]
-    return float(np.abs(run["residual.0"] - wanted_BSE).max() / np.abs(wanted_BSE).max())
+    return relative(float(np.abs(run["residual.0"] - wanted_BSE).max()), float(np.abs(wanted_BSE).max()))
 
 
 def _logits_difference(run: Mapping[str, Float], facts: OptFacts, truth: TensorSource) -> float:
@@ -204,13 +227,5 @@ def _logits_difference(run: Mapping[str, Float], facts: OptFacts, truth: TensorS
     x_BSE = torch.from_numpy(run[f"residual.{facts.layers}"])
     hidden_BSE = torch.nn.functional.layer_norm(x_BSE, (facts.hidden,), **norm, eps=facts.norm_eps)
     wanted_BSV = hidden_BSE @ torch.from_numpy(truth.tensor("lm_head.weight")).T
-    difference = (wanted_BSV - torch.from_numpy(run["logits"])).abs().max()
-    return float(difference / wanted_BSV.abs().max())
-
-
-def _nan_last(value: float) -> float:
-    return float("inf") if np.isnan(value) else value
-
-
-def _worse(one: float, other: float) -> float:
-    return max(one, other, key=_nan_last)
+    difference = (wanted_BSV - torch.from_numpy(run["logits"])).abs().max().item()
+    return relative(difference, wanted_BSV.abs().max().item())

@@ -3,12 +3,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 import shadowc
+from shadowc.cli.app import app
+from shadowc.measure import evaluate as evaluation
 from shadowc.measure.bench import bench
 from shadowc.measure.evaluate import evaluate
 from shadowc.spec.density import Density
@@ -30,6 +35,26 @@ def test_dense_bits_equal_torchs_cross_entropy(sparse_engine: Path, tiny_model: 
         nats += float(torch.nn.functional.cross_entropy(logits.double(), window[0, 1:], reduction="sum"))
     assert report.dense == pytest.approx(nats / np.log(2) / len(TEXT.encode()), rel=1e-5)
     assert report.tokens == len(ids)
+
+
+def test_bits_are_the_same_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    logits, ids = rng.normal(size=(70, 40)).astype(np.float32) * 20, rng.integers(0, 40, 70)
+    wide = logits.astype(np.float64)
+    wanted = -np.log2(np.exp(wide)[np.arange(70), ids] / np.exp(wide).sum(axis=1)).sum()
+    for rows in (1, 64, 70, 1000):
+        monkeypatch.setattr(evaluation, "ROWS_AT_ONCE", rows)
+        assert evaluation._bits(logits, ids) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_eval_counts_the_bytes_of_the_file_when_lines_end_in_crlf(sparse_engine: Path, tmp_path: Path) -> None:
+    content = TEXT.replace(". ", ".\r\n").encode()
+    (tmp_path / "text.txt").write_bytes(content)
+    arguments = ["eval", str(sparse_engine), "--text", str(tmp_path / "text.txt")]
+    result = CliRunner().invoke(app, [*arguments, "--densities", "1", "--methods", "predictor", "--json"])
+    found = json.loads(result.stdout)
+    assert found["text_bytes"] == len(content)
+    assert found["text_sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_every_method_keeps_the_share_that_was_asked_for(sparse_engine: Path) -> None:

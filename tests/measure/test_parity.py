@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,11 @@ from onnx import helper, numpy_helper
 
 import shadowc
 from shadowc.checkpoint.resolve import resolve
+from shadowc.measure.masks import relative, worse
 from shadowc.measure.parity import ParityReport, check_parity
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.probe import Probe
+from shadowc.sparsity.predictor import Predictor
 from shadowc.spec.density import Density
 from shadowc.spec.errors import VerificationError
 from shadowc.spec.progress import NullProgress
@@ -33,6 +36,7 @@ def parity_of(
     resolved = resolve(str(checkpoint))
     sparsity = engine.manifest.sparsity
     assert sparsity is not None
+    predictor = predictor_of(checkpoint)
     return check_parity(
         new_probe or engine.prober(),  # type: ignore[arg-type]
         resolved.facts,
@@ -40,29 +44,37 @@ def parity_of(
         weights=weights,
         head_block=0 if weights == "fp32" else 32,
         block=sparsity.neuron_block,
-        orders=dict(enumerate(orders_of(checkpoint), start=1)),
+        orders=dict(enumerate(predictor.orders_LF, start=1)),
         sparse=True,
+        plan=predictor.plan(sparsity.scope),
+        predictor=predictor,
     )
 
 
-def orders_of(checkpoint: Path) -> npt.NDArray[np.int32]:
-    """The neuron orders of the predictor that the engines were compiled with, from the cache."""
+def predictor_of(checkpoint: Path) -> Predictor:
+    """The predictor that the engines were compiled with, from the cache."""
     options = compiled.options(checkpoint, Path("unused"))
     predictor = Stages(options, NullProgress()).predictor(resolve(str(checkpoint)))
     assert predictor is not None
-    return predictor.orders_LF
+    return predictor
 
 
 def test_parity_passes_when_the_engine_is_sound(sparse_engine: Path, tiny_checkpoint: Path) -> None:
     report = parity_of(shadowc.load(sparse_engine), tiny_checkpoint)
     assert report.passed()
     assert max(report.layers) < 1e-5
+    assert report.selection == 0
+    assert report.scores is not None
+    assert report.scores < 1e-5
 
 
 def test_parity_passes_when_weights_are_int8(int8_engine: Path, tiny_checkpoint: Path) -> None:
     report = parity_of(shadowc.load(int8_engine), tiny_checkpoint, weights="int8")
     assert report.passed()
     assert max(report.layers) < 1e-5, "int8 rounding must be modelled exactly, not tolerated"
+    assert report.selection == 0
+    assert report.scores is not None
+    assert report.scores < 1e-2
 
 
 def test_parity_fails_when_int8_is_compared_with_unrounded_weights(int8_engine: Path, tiny_checkpoint: Path) -> None:
@@ -90,6 +102,78 @@ def test_parity_names_the_layer_when_it_uses_another_layers_masks(sparse_engine:
 
     report = parity_of(changed(sparse_engine, shift), tiny_checkpoint)
     assert failing(report) == [LAYER]
+
+
+def test_parity_fails_when_the_engine_ignores_its_density(sparse_engine: Path, tiny_checkpoint: Path) -> None:
+    report = parity_of(changed(sparse_engine, ignore_density), tiny_checkpoint)
+    assert failing(report) == [], "masks that are consistent with themselves hide the defect from the layers"
+    assert not report.passed()
+    with pytest.raises(VerificationError) as caught:
+        report.require()
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["selection"]
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+def test_parity_fails_when_one_kind_uses_the_density_of_the_other(
+    sparse_engine: Path, tiny_checkpoint: Path, kind: str
+) -> None:
+    def swap(model: onnx.ModelProto) -> None:
+        other = {"heads": "neurons", "neurons": "heads"}[kind]
+        named(model, f"select.{kind}").input[1] = named(model, f"select.{other}").input[1]
+
+    assert parity_of(changed(sparse_engine, swap), tiny_checkpoint).selection
+
+
+def test_parity_fails_when_units_are_ranked_in_another_scope(sparse_engine: Path, tiny_checkpoint: Path) -> None:
+    report = parity_of(shadowc.load(sparse_engine), tiny_checkpoint, weights="fp32")
+    assert report.selection == 0
+    local = shadowc.load(sparse_engine).with_scope("local")
+    local.manifest = shadowc.load(sparse_engine).manifest
+    assert parity_of(local, tiny_checkpoint).selection
+
+
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+def test_parity_fails_when_scores_belong_to_the_next_unit(
+    sparse_engine: Path, int8_engine: Path, tiny_checkpoint: Path, weights: str, kind: str
+) -> None:
+    """As rows of fc2 rolled by one would: every score moves to its neighbour, masks stay consistent."""
+
+    def roll(model: onnx.ModelProto) -> None:
+        roll_scores(model, f"scores.{kind}")
+
+    engine = changed(sparse_engine if weights == "fp32" else int8_engine, roll)
+    report = parity_of(engine, tiny_checkpoint, weights=weights)
+    assert failing(report) == []
+    assert report.selection == 0
+    with pytest.raises(VerificationError) as caught:
+        report.require()
+    assert [problem.split(":")[0] for problem in caught.value.problems] == ["scores"]
+    assert report.scores is not None
+    assert report.scores > 10 * report.scores_tolerance
+
+
+def test_compile_parity_compares_with_the_predictor_only_when_it_is_given(
+    sparse_engine: Path, tiny_checkpoint: Path
+) -> None:
+    report = parity_of(shadowc.load(sparse_engine), tiny_checkpoint)
+    assert replace(report, scores=None, selection=None).passed()
+
+
+@pytest.mark.parametrize("part", ["embedding", "logits", "scores"])
+def test_a_difference_that_is_no_number_fails(sparse_engine: Path, tiny_checkpoint: Path, part: str) -> None:
+    report = parity_of(shadowc.load(sparse_engine), tiny_checkpoint)
+    assert not replace(report, **{part: float("nan")}).passed()  # type: ignore[arg-type]
+    assert not replace(report, layers=(0.0, float("nan"))).passed()
+
+
+def test_relative_differences_are_defined_when_the_truth_is_zero() -> None:
+    assert relative(0.0, 0.0) == 0
+    assert relative(1e-6, 0.0) > 1
+    assert np.isnan(relative(float("nan"), 0.0))
+    assert np.isnan(relative(0.0, float("nan")))
+    assert np.isnan(worse(1.0, float("nan")))
+    assert np.isnan(worse(float("nan"), 1.0))
 
 
 def test_parity_names_the_embedding_when_positions_are_off_by_one(sparse_engine: Path, tiny_checkpoint: Path) -> None:
@@ -152,6 +236,25 @@ def test_compile_leaves_no_engine_when_two_heads_are_swapped_in_the_packing(
         shadowc.compile(compiled.options(tiny_checkpoint, out))
     assert [problem.split(":")[0] for problem in caught.value.problems] == [f"layer {LAYER}"]
     assert list(tmp_path.iterdir()) == []
+
+
+def ignore_density(model: onnx.ModelProto) -> None:
+    """Plants a constant density of 1."""
+    model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "planted"))
+    for node in model.graph.node:
+        if node.op_type == "SelectThreshold":
+            node.input[1] = "planted"
+
+
+def roll_scores(model: onnx.ModelProto, scores: str) -> None:
+    """Moves every score to the next unit, in place of its name."""
+    (maker,) = (node for node in model.graph.node if scores in node.output)
+    units = next(value for value in model.graph.output if value.name == scores).type.tensor_type.shape.dim[3].dim_value
+    order = np.roll(np.arange(units), 1)
+    model.graph.initializer.append(numpy_helper.from_array(order, f"{scores}.order"))
+    maker.output[list(maker.output).index(scores)] = f"{scores}.sound"
+    gather = helper.make_node("Gather", [f"{scores}.sound", f"{scores}.order"], [scores], axis=3, name=f"{scores}.roll")
+    model.graph.node.insert(list(model.graph.node).index(maker) + 1, gather)
 
 
 def changed(folder: Path, change: Callable[[onnx.ModelProto], None]) -> Engine:
