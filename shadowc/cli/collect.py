@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -35,15 +36,11 @@ def collect(
         CollectOptions,
         {"criterion": criterion, "data": data, "positions": positions, "length": length, "seed": seed},
     )
-    from shadowc.checkpoint.resolve import resolve
-    from shadowc.sparsity.collect import collect as run_collect
+    from shadowc.sparsity.importance import Origin
+    from shadowc.sparsity.workflow import record
 
     with render.progress() as progress:
-        with progress.stage("checkpoint"):
-            checkpoint = resolve(model, load_format=load_format, offline=offline, seed=seed)
-        folder = out or Path(f"{checkpoint.facts.name}.trace")
-        with progress.stage("collect"):
-            trace = run_collect(checkpoint, options, folder, progress)
+        trace = record(Origin(model, load_format, seed), options, out, progress, offline=offline)
     if json:
         render.as_json({"folder": str(trace.folder), **trace.meta})
     else:
@@ -62,4 +59,4 @@ def _show(trace: ImportanceTrace) -> None:
             "folder": str(trace.folder),
         }
     )
-    render.line(f"next: shadowc train --trace {trace.folder}")
+    render.line(f"next: {shlex.join(['shadowc', 'train', '--trace', str(trace.folder)])}")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowc.cli import flags, render
-from shadowc.cli.recall import layer_table, summary_table
+from shadowc.cli.recall import layer_tables, summary_table
 
 if TYPE_CHECKING:
     from shadowc.spec.manifest import EngineManifest
@@ -30,7 +30,8 @@ def inspect(engine: flags.Engine, json: flags.AsJson = False) -> None:
         render.table(
             *summary_table(report, scope), title=f"found among the important units of held-out text, {scope} ranking"
         )
-        render.table(*layer_table(report, scope), title="recall per layer at density 0.5")
+        for kind, table in layer_tables(report, scope).items():
+            render.table(*table, title=f"recall per layer: {kind}, {scope} ranking")
     render.table(
         ("file", "size", "sha256"),
         [(name, render.size(entry.size), entry.sha256[:16]) for name, entry in sorted(manifest.files.items())],

@@ -12,7 +12,7 @@ Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
 KINDS = ("heads", "neurons")
 METHODS = ("predictor", "normalised", "static", "random")
 """Left to right in the table: the learned one, then its controls."""
-PER_LAYER_DENSITY = "0.5"
+PER_LAYER_METHODS = ("predictor", "normalised", "static")
 
 
 def summary_table(report: Mapping[str, Any], scope: str = "global") -> Table:
@@ -31,13 +31,24 @@ def summary_table(report: Mapping[str, Any], scope: str = "global") -> Table:
     return ("recall (mass)", *methods), rows
 
 
-def layer_table(report: Mapping[str, Any], scope: str = "global") -> Table:
-    """Return columns and rows: recall per model layer, the predictor beside the normalised static ranking."""
-    by_kind = {kind: report["found"][kind][scope][PER_LAYER_DENSITY] for kind in KINDS}
-    columns = [(kind, name) for kind in KINDS for name in ("predictor", "normalised") if name in by_kind[kind]]
-    per_layer = [by_kind[kind][name]["recall_per_layer"] for kind, name in columns]
+def layer_tables(report: Mapping[str, Any], scope: str = "global") -> dict[str, Table]:
+    """Return by kind of unit columns and rows: recall per model layer at every density, the predictor and its controls.
+
+    The raw static ranking is the published one; the normalised one shows how much of a gain needs no context.
+    """
+    return {kind: _layer_table(report["found"][kind][scope]) for kind in KINDS}
+
+
+def _layer_table(by_density: Mapping[str, Mapping[str, Any]]) -> Table:
+    columns = [
+        (density, method)
+        for density, by_method in by_density.items()
+        for method in PER_LAYER_METHODS
+        if method in by_method
+    ]
+    per_layer = [by_density[density][method]["recall_per_layer"] for density, method in columns]
     rows = [
         (f"layer {layer + 1}", *(render.share(value) for value in values))
         for layer, values in enumerate(zip(*per_layer, strict=True))
     ]
-    return ("", *(f"{kind}, {name}" for kind, name in columns)), rows
+    return ("", *(f"{method} at {density}" for density, method in columns)), rows

@@ -3,18 +3,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shadowc.cli import flags, render
 
 if TYPE_CHECKING:
-    from shadowc.checkpoint.resolve import Checkpoint
-    from shadowc.sparsity.importance import ImportanceTrace
-    from shadowc.spec.options import CollectOptions
-    from shadowc.spec.progress import Progress
+    from shadowc.sparsity.workflow import Learned
 
 
 def train(
@@ -23,7 +21,7 @@ def train(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option("--model", "-m", help="Without --trace: collect from this model first.", show_default=False),
+        typer.Option("--model", "-m", help="Instead of --trace: collect from this model first.", show_default=False),
     ] = None,
     out: Annotated[
         Path | None,
@@ -46,52 +44,41 @@ def train(
 
     if trace is None and model is None:
         raise InputError("train needs a trace or a model", hint="shadowc train --model opt-mini")
+    if trace is not None and model is not None:
+        raise InputError("train takes a trace or a model, not both", hint="drop --model: the trace knows its model")
     options = flags.checked(
         TrainOptions, {"neuron_block": neuron_block, "width": width, "epochs": epochs, "seed": seed}
     )
     collecting = flags.checked(
         CollectOptions, {"criterion": criterion, "data": data, "positions": positions, "seed": seed}
     )
-    from shadowc.checkpoint.resolve import resolve
-    from shadowc.sparsity.importance import ImportanceTrace
-    from shadowc.sparsity.train import train as run_train
+    from shadowc.sparsity.importance import Origin
+    from shadowc.sparsity.workflow import learn
 
-    recorded = None if trace is None else ImportanceTrace.load(trace)
-    name = model or str(recorded.meta["model"]["name"] if recorded else "")
+    source = trace or Origin(model or "", load_format, seed)
     with render.progress() as progress:
-        with progress.stage("checkpoint"):
-            checkpoint = resolve(name, load_format=load_format, offline=offline, seed=seed)
-        if recorded is None:
-            recorded = _collect(checkpoint, collecting, progress)
-        folder = out or Path(f"{checkpoint.facts.name}.predictor")
-        with progress.stage("train"):
-            predictor = run_train(recorded, checkpoint.facts, options, folder, progress)
+        learned = learn(source, options, collecting, out, progress, offline=offline)
     if json:
-        render.as_json({"folder": str(folder), "trace": str(recorded.folder), **predictor.meta})
+        meta = learned.predictor.meta
+        render.as_json({"folder": str(learned.folder), "trace": str(learned.trace.folder), **meta})
     else:
-        _show(folder, recorded.folder, predictor.meta)
+        _show(learned)
 
 
-def _collect(checkpoint: Checkpoint, options: CollectOptions, progress: Progress) -> ImportanceTrace:
-    from shadowc.sparsity.collect import collect as run_collect
+def _show(learned: Learned) -> None:
+    from shadowc.cli.recall import layer_tables, summary_table
 
-    with progress.stage("collect"):
-        return run_collect(checkpoint, options, Path(f"{checkpoint.facts.name}.trace"), progress)
-
-
-def _show(folder: Path, trace: Path, meta: dict[str, Any]) -> None:
-    from shadowc.cli.recall import layer_table, summary_table
-
-    report = meta["report"]
+    meta, report, trace = learned.predictor.meta, learned.predictor.report, learned.trace
     positions = report["positions"]
     render.facts(
         {
             "model": str(meta["model"]["name"]),
-            "trace": f"{trace}: {positions['taught']:,} positions taught, {positions['held_out']:,} held out",
+            "trace": f"{trace.folder}: {positions['taught']:,} positions taught, {positions['held_out']:,} held out",
             "width": f"{meta['width']}, {render.share(meta['parameters_share'])} of the model's parameters",
-            "folder": str(folder),
+            "folder": str(learned.folder),
         }
     )
     render.table(*summary_table(report), title="found among the important units of held-out text (global ranking)")
-    render.table(*layer_table(report), title="recall per layer at density 0.5 (global ranking)")
-    render.line(f"next: shadowc compile --model {meta['model']['name']} --predictor {folder}")
+    for kind, table in layer_tables(report).items():
+        render.table(*table, title=f"recall per layer: {kind} (global ranking)")
+    render.line(f"next: shadowc compile {trace.origin.flags} {shlex.join(['--predictor', str(learned.folder)])}")

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from shadowc.spec.progress import Progress
 
 SELF = "self"
+SUFFIXES = frozenset({".txt", ".jsonl"})
+_WANTED = "give a .txt or .jsonl file, or use --data self"
 TOKENS_PER_POSITION = 4
 """Tokens run per position recorded: neighbours resemble each other, so more texts are worth more than all of one."""
 LEAST_SEQUENCES = 8
@@ -93,17 +95,38 @@ def calibration_text(
     return CalibrationText(pack(tokenise(documents, checkpoint.tokenizer), facts, count, length, path), text, path.name)
 
 
+def check_data(data: str) -> None:
+    """Refuse what cannot be calibration text by its name and kind alone; nothing is read.
+
+    Raises:
+        InputError: neither "self" nor an existing .txt or .jsonl file.
+    """
+    if data == SELF:
+        return
+    path = Path(data)
+    try:
+        folder, file = path.is_dir(), path.is_file()
+    except (OSError, ValueError) as error:
+        raise InputError(f"the calibration text cannot be looked at: {error}", hint=_WANTED) from error
+    if folder:
+        raise InputError(f"{path} is a folder, expected a .txt or .jsonl file", hint=_WANTED)
+    if path.suffix not in SUFFIXES:
+        raise InputError(f"a text file ends in .txt or .jsonl; found {path.name}", hint="or use --data self")
+    if not file:
+        raise InputError(f"there is no file {path}", hint=_WANTED)
+
+
 def read_text(path: Path) -> tuple[list[str], Fingerprint]:
     """Read a .txt file (one document) or a .jsonl file (field `text` of every line).
 
     Raises:
         InputError: it cannot be read as that, or holds no text.
     """
-    if path.suffix not in {".txt", ".jsonl"}:
-        raise InputError(f"a text file ends in .txt or .jsonl; found {path.name}", hint="or use --data self")
-    if not path.is_file():
-        raise InputError(f"there is no file {path}", hint="give a .txt or .jsonl file, or use --data self")
-    content = path.read_bytes()
+    check_data(str(path))
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
     try:
         text = content.decode("utf-8")
     except UnicodeDecodeError as error:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ import numpy as np
 
 from shadowc.sparsity.calibration import SELF, calibration_text, read_text, sequence_count, sequence_length
 from shadowc.sparsity.criteria import Criterion, LayerSignals, find_criterion
-from shadowc.sparsity.importance import SCHEMA, ImportanceTrace, TraceWriter, relative, trace_layout
+from shadowc.sparsity.importance import SCHEMA, ImportanceTrace, Origin, TraceWriter, relative, trace_layout
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
 
@@ -48,6 +48,7 @@ def collect(
     progress: Progress | None = None,
     *,
     model: Any = None,  # transformers' OPTForCausalLM, which has no types
+    origin: Origin | None = None,
 ) -> ImportanceTrace:
     """Record the importance trace of a checkpoint into the folder `out`; an interrupted run is continued.
 
@@ -57,9 +58,11 @@ def collect(
         out: folder of the trace; appears when it is complete, replaces an older trace.
         progress: told about every batch.
         model: the checkpoint as a torch model, if the caller has it already.
+        origin: the model as the user typed it, kept beside the trace.
 
     Raises:
         InputError: unknown criterion, unusable text, numbers that are not finite, or `out` is something else.
+        SetupError: the disk has no room for the trace.
     """
     progress = progress or NullProgress()
     criterion = find_criterion(options.criterion)
@@ -78,12 +81,16 @@ def collect(
     first = int(np.searchsorted(done, writer.rows))
     for begin in range(first, len(ids_NT), batch):
         end = min(begin + batch, len(ids_NT))
-        rows = record_batch(model, checkpoint.facts, criterion, ids_NT[begin:end], positions[begin:end])
+        try:
+            rows = record_batch(model, checkpoint.facts, criterion, ids_NT[begin:end], positions[begin:end])
+        except InputError:
+            writer.discard()  # the next run would only be refused at the same place
+            raise
         _put(writer, rows, int(done[begin]), begin)
         loss = writer.meta["loss"] + rows.loss / (ids_NT.size - len(ids_NT))
         writer.commit(int(done[end]), writer.meta | {"loss": loss})
         progress.advance(int(done[end]), options.positions, "positions")
-    return writer.finish()
+    return writer.finish(origin)
 
 
 def sampled_positions(count: int, length: int, positions: int, seed: int) -> list[npt.NDArray[np.int64]]:
@@ -202,7 +209,7 @@ def _begin(
     meta = {
         "criterion": options.criterion,
         "model": {"name": facts.name, "identity": checkpoint.identity},
-        "shape": {"layers": facts.layers, "hidden": facts.hidden, "heads": facts.heads, "ffn": facts.ffn},
+        "facts": asdict(facts),
         "source": text.source,
         "text": text.text.to_meta(),
         "seed": options.seed,

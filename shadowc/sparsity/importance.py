@@ -2,37 +2,74 @@
 # ruff: noqa: N815 - fields carry their shape letters
 """The importance trace on disk: what `collect` writes and `train` reads.
 
-A folder with trace.safetensors and trace.json. It is written row by row into a hidden sibling `.NAME.partial`, which
-gets its name when it is complete and is continued when a run was interrupted.
+A folder with trace.safetensors and trace.json, whose bytes follow from the checkpoint's content and the options, and,
+when a command made it, origin.json with the model as the user typed it. It is written row by row into a hidden sibling
+`.NAME.partial`, which gets its name when it is complete and is continued when a run was interrupted.
 
 Letters: M recorded positions, N sequences, T tokens, L model layers (all of them), E hidden, H heads, F neurons.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import shlex
 import shutil
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass
 from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
+from shadowc.checkpoint.opt import OptFacts
+from shadowc.output import check_output, replace_folder, writing
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from shadowc.checkpoint.opt import OptFacts
-
-SCHEMA = 1
+SCHEMA = 2
 TENSORS_FILE = "trace.safetensors"
 META_FILE = "trace.json"
+ORIGIN_FILE = "origin.json"
 STATE_FILE = "state.json"
 _TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I32": np.dtype("<i4")}
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+_NO_RESERVATION = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
+_AGAIN = "collect it again: shadowc collect"
+_BLANK = bytes(1 << 20)
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The model as the user typed it: for the next command to type, not part of what a trace is."""
+
+    model: str
+    load_format: Literal["auto", "dummy"] = "auto"
+    seed: int = 0
+    """Of dummy weights."""
+
+    @property
+    def flags(self) -> str:
+        """The flags that name this model to any command."""
+        dummy = ["--load-format", "dummy", "--seed", str(self.seed)] if self.load_format == "dummy" else []
+        return shlex.join(["--model", self.model, *dummy])
+
+
+def check_out(out: Path) -> None:
+    """Refuse an output folder that holds anything but an importance trace; nothing is touched.
+
+    Raises:
+        InputError: it does, or nothing can be written there.
+    """
+    check_output(out, "an importance trace", META_FILE, _listed)
+
+
+def _listed(meta: Mapping[str, object]) -> Collection[str] | None:
+    return (TENSORS_FILE, ORIGIN_FILE) if isinstance(meta.get("schema"), int) else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +78,9 @@ class ImportanceTrace:
 
     folder: Path
     meta: dict[str, Any]
-    """criterion, model, text (fingerprint), source, seed, counts, and the dense model's mean token loss."""
+    """criterion, model, facts, text (fingerprint), source, seed, counts, and the dense model's mean token loss."""
+    facts: OptFacts
+    """Of the model that was recorded."""
     tokens_NT: npt.NDArray[np.int32]
     sequence_M: npt.NDArray[np.int32]
     position_M: npt.NDArray[np.int32]
@@ -57,7 +96,15 @@ class ImportanceTrace:
     @property
     def neurons(self) -> int:
         """Neurons per layer."""
-        return int(self.meta["shape"]["ffn"])
+        return self.facts.ffn
+
+    @property
+    def origin(self) -> Origin:
+        """The model as it was typed, or its own name if no command made this trace."""
+        try:
+            return Origin(**json.loads((self.folder / ORIGIN_FILE).read_bytes()))
+        except (OSError, ValueError, TypeError):
+            return Origin(self.facts.name)
 
     def neurons_MF(self, layer: int) -> npt.NDArray[np.float32]:  # noqa: N802 - the name carries its shape
         """Return the neuron importance of one model layer; read from disk at each call."""
@@ -67,11 +114,6 @@ class ImportanceTrace:
         scaled: npt.NDArray[np.float32] = relative_MF.astype(np.float32) * scale_M[:, None]
         return scaled
 
-    @property
-    def neurons_MLF(self) -> npt.NDArray[np.float32]:  # noqa: N802
-        """The neuron importance of all layers at once; gigabytes for a large model."""
-        return np.stack([self.neurons_MF(layer) for layer in range(self.layers)], axis=1)
-
     @staticmethod
     def load(folder: Path) -> ImportanceTrace:
         """Read a trace (its neuron scores only when they are asked for).
@@ -79,20 +121,38 @@ class ImportanceTrace:
         Raises:
             InputError: it is missing, damaged or of another schema.
         """
-        meta_path = folder / META_FILE
-        if not meta_path.is_file():
-            raise InputError(f"{folder} is not an importance trace: it has no {META_FILE}", hint="shadowc collect")
-        try:
-            meta = json.loads(meta_path.read_text("utf-8"))
-        except ValueError as error:
-            raise InputError(f"{meta_path} is damaged: {error}", hint="collect it again: shadowc collect") from error
-        if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
-            raise InputError(f"{meta_path} does not have schema {SCHEMA}", hint="collect it again: shadowc collect")
+        meta, facts = _described(folder)
         with _opened(folder) as stored:
             part = {name: stored.get_tensor(name) for name in ("tokens", "sequence", "position", "context", "heads")}
+        sizes = (*part["heads"].shape[1:], *part["context"].shape[1:])
+        if sizes != (facts.layers, facts.heads, facts.hidden):
+            raise InputError(f"{folder}: {META_FILE} and {TENSORS_FILE} are of two models", hint=_AGAIN)
         return ImportanceTrace(
-            folder, meta, part["tokens"], part["sequence"], part["position"], part["context"], part["heads"]
+            folder, meta, facts, part["tokens"], part["sequence"], part["position"], part["context"], part["heads"]
         )
+
+
+def _described(folder: Path) -> tuple[dict[str, Any], OptFacts]:
+    """Return the content of trace.json, and the facts in it."""
+    path = folder / META_FILE
+    try:
+        content = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{folder} is not an importance trace: it has no {META_FILE}", hint="shadowc collect"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder} cannot be read: {error}", hint="give the folder of a trace") from error
+    try:
+        meta = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{path} is damaged: {error}", hint=_AGAIN) from error
+    if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
+        raise InputError(f"{path} does not have schema {SCHEMA}", hint=_AGAIN)
+    try:
+        return meta, OptFacts(**meta["facts"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged: it lacks facts of the model", hint=_AGAIN) from error
 
 
 def _opened(folder: Path) -> Any:
@@ -101,9 +161,7 @@ def _opened(folder: Path) -> Any:
     try:
         return safe_open(folder / TENSORS_FILE, framework="np")
     except (OSError, SafetensorError) as error:
-        raise InputError(
-            f"{folder / TENSORS_FILE} is missing or damaged: {error}", hint="collect it again: shadowc collect"
-        ) from error
+        raise InputError(f"{folder / TENSORS_FILE} is missing or damaged: {error}", hint=_AGAIN) from error
 
 
 def trace_layout(facts: OptFacts, positions: int, sequences: int, length: int) -> Layout:
@@ -140,11 +198,11 @@ class TraceWriter:
     """
 
     def __init__(self, out: Path, key: str) -> None:
-        if out.exists() and not (out / META_FILE).is_file() and (not out.is_dir() or any(out.iterdir())):
-            raise InputError(f"{out} exists and is not an importance trace", hint="give another --out folder")
+        check_out(out)
         self._out = out
         self._key = key
-        self._partial = out.parent / f".{out.name}.partial"
+        self._place = out.resolve()
+        self._partial = self._place.parent / f".{self._place.name}.partial"
         self._maps: dict[str, npt.NDArray[Any]] = {}
         self.rows = 0
         self.meta: dict[str, Any] = {}
@@ -156,17 +214,32 @@ class TraceWriter:
         return bool(self._maps)
 
     def begin(self, layout: Layout, meta: dict[str, Any]) -> None:
-        """Lay the file out at its full size, with zeros, and remember `meta`."""
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir(parents=True)
+        """Lay the file out at its full size, with zeros, and remember `meta`.
+
+        Raises:
+            SetupError: the disk has no room for the whole trace.
+            InputError: the place cannot be written to.
+        """
+        self.discard()
         header = _header(layout)
-        with (self._partial / TENSORS_FILE).open("wb") as stream:
-            stream.write(len(header).to_bytes(8, "little") + header)
-            stream.truncate(8 + len(header) + sum(_size(*entry) for entry in layout.values()))
-        self._map(layout)
-        self.meta = meta
-        self._layout = layout
-        self._save_state()
+        try:
+            with writing(self._place.parent):
+                self._partial.mkdir(parents=True)
+                with (self._partial / TENSORS_FILE).open("wb") as stream:
+                    stream.write(len(header).to_bytes(8, "little") + header)
+                    _reserve(stream, 8 + len(header) + sum(_size(*entry) for entry in layout.values()))
+                self._map(layout)
+                self.meta = meta
+                self._layout = layout
+                self._save_state()
+        except BaseException:
+            self.discard()
+            raise
+
+    def discard(self) -> None:
+        """Remove the unfinished trace: the next run begins anew."""
+        self._maps.clear()
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def put(self, name: str, values: npt.NDArray[Any], row: int = 0) -> None:
         """Write rows of one tensor, beginning at `row`."""
@@ -174,25 +247,26 @@ class TraceWriter:
 
     def commit(self, rows: int, meta: dict[str, Any]) -> None:
         """Make everything written so far durable: `rows` positions are complete."""
-        for values in self._maps.values():
-            if isinstance(values, np.memmap):
-                values.flush()
-        self.rows, self.meta = rows, meta
-        self._save_state()
+        with writing(self._place.parent):
+            for values in self._maps.values():
+                if isinstance(values, np.memmap):
+                    values.flush()
+            self.rows, self.meta = rows, meta
+            self._save_state()
 
     def read(self, name: str) -> npt.NDArray[Any]:
         """Return a copy of one tensor as it is now."""
         return np.array(self._maps[name])
 
-    def finish(self) -> ImportanceTrace:
+    def finish(self, origin: Origin | None = None) -> ImportanceTrace:
         """Give the trace its name and return it."""
         self._maps.clear()
-        (self._partial / STATE_FILE).unlink()
-        text = json.dumps({"schema": SCHEMA, **self.meta}, indent=1, sort_keys=True)
-        (self._partial / META_FILE).write_text(text + "\n", "utf-8")
-        if self._out.exists():
-            shutil.rmtree(self._out)
-        self._partial.rename(self._out)
+        with writing(self._place.parent):
+            (self._partial / STATE_FILE).unlink()
+            _write_json(self._partial / META_FILE, {"schema": SCHEMA, **self.meta})
+            if origin is not None:
+                _write_json(self._partial / ORIGIN_FILE, asdict(origin))
+            replace_folder(self._partial, self._place, check_out)
         return ImportanceTrace.load(self._out)
 
     def _resume(self) -> None:
@@ -220,6 +294,28 @@ class TraceWriter:
         new = self._partial / f"{STATE_FILE}.new"
         new.write_text(json.dumps(state), "utf-8")
         new.replace(self._partial / STATE_FILE)
+
+
+def _reserve(stream: BinaryIO, size: int) -> None:
+    """Give a file its full size on the disk itself.
+
+    Into a hole, the mapping could not write once the disk is full, and the system would end the process (SIGBUS).
+    """
+    stream.flush()
+    if hasattr(os, "posix_fallocate"):
+        try:
+            os.posix_fallocate(stream.fileno(), 0, size)
+        except OSError as error:
+            if error.errno not in _NO_RESERVATION:
+                raise
+        else:
+            return
+    for start in range(stream.tell(), size, len(_BLANK)):
+        stream.write(_BLANK[: size - start])
+
+
+def _write_json(path: Path, content: Mapping[str, object]) -> None:
+    path.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", "utf-8")
 
 
 def _size(kind: str, shape: tuple[int, ...]) -> int:

@@ -13,13 +13,14 @@ N = ceil(F / block) blocks of neurons.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from shadowc.output import check_output, staged
 from shadowc.spec.errors import InputError
 from shadowc.spec.program import SparsityPlan
 
@@ -150,24 +151,25 @@ class Predictor:
         return PredictorSource({PREFIX + name: value for name, value in self.tensors().items()})
 
     def save(self, folder: Path) -> None:
-        """Write both files, each beside its place and then renamed; predictor.json comes last and makes it valid."""
-        from safetensors.numpy import save_file
+        """Write both files into a sibling of `folder` that takes its place when it is complete.
 
-        folder.mkdir(parents=True, exist_ok=True)
+        Raises:
+            InputError: `folder` holds something else than a predictor, or cannot be written.
+            SetupError: the disk is full.
+        """
+        from safetensors.numpy import save
+
         controls = {
             f"control.{name}.{kind}": values
             for name, pair in self.controls.items()
             for kind, values in zip(("heads", "neurons"), pair, strict=True)
         }
         tensors = {name: np.ascontiguousarray(value) for name, value in {**self.tensors(), **controls}.items()}
-        new = folder / f".{TENSORS_FILE}.new"
-        save_file(tensors, new)
-        new.replace(folder / TENSORS_FILE)
         shape = {"layers": self.layers, "block": self.block, "ffn": self.orders_LF.shape[1]}
-        new = folder / f".{META_FILE}.new"
         text = json.dumps({"schema": SCHEMA, "shape": shape, **self.meta}, indent=1, sort_keys=True)
-        new.write_text(text + "\n", "utf-8")
-        new.replace(folder / META_FILE)
+        with staged(folder, check_out, "predictor") as staging:
+            (staging / TENSORS_FILE).write_bytes(save(tensors))
+            (staging / META_FILE).write_text(text + "\n", "utf-8")
 
     @staticmethod
     def load(folder: Path, facts: OptFacts | None = None) -> Predictor:
@@ -244,6 +246,35 @@ class Predictor:
         )
 
 
+def check_folder(path: str | Path) -> None:
+    """Refuse what is no folder with the two files of a predictor; neither is opened.
+
+    Raises:
+        InputError: they are missing.
+    """
+    folder = Path(path)
+    for name in (META_FILE, TENSORS_FILE):
+        try:
+            there = (folder / name).is_file()
+        except (OSError, ValueError):  # too long for a name, or not to be looked into
+            there = False
+        if not there:
+            raise InputError(f"{folder} is not a predictor: it has no {name}", hint="shadowc train makes one")
+
+
+def check_out(out: Path) -> None:
+    """Refuse an output folder that holds anything but a predictor; nothing is touched.
+
+    Raises:
+        InputError: it does, or nothing can be written there.
+    """
+    check_output(out, "a predictor", META_FILE, _listed)
+
+
+def _listed(meta: Mapping[str, object]) -> Collection[str] | None:
+    return (TENSORS_FILE,) if isinstance(meta.get("schema"), int) else None
+
+
 @dataclass(frozen=True, slots=True)
 class PredictorSource:
     """A predictor as a `TensorSource`."""
@@ -294,12 +325,10 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     from safetensors.numpy import load_file
 
     again = "train it again: shadowc train"
-    for name in (META_FILE, TENSORS_FILE):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} is not a predictor: it has no {name}", hint="shadowc train makes one")
+    check_folder(folder)
     try:
         meta = json.loads((folder / META_FILE).read_text("utf-8"))
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{folder / META_FILE} is damaged: {error}", hint=again) from error
     if not isinstance(meta, dict) or meta.pop("schema", None) != SCHEMA:
         raise InputError(f"{folder / META_FILE} does not have schema {SCHEMA}", hint=again)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rankings that know no context: the controls that a learned predictor has to beat.
 
-In: an importance trace. Out: head scores [Lp, H] and neuron scores [Lp, N], the same for every token, used as
+In: importances of one kind of unit at many positions. Out: one score a unit, the same for every token, used as
 constant scores through the same SelectThreshold as the predictor's.
 
-Letters: M positions, Lp predicted layers, H heads, F neurons, N blocks of neurons.
+Letters: M positions, Lp predicted layers, H heads, F neurons, N blocks of neurons, U units of either kind per layer.
 """
 
 from __future__ import annotations
@@ -22,42 +22,20 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
 
-CONTROLS = ("static", "normalised", "random")
-"""Raw mean; mean of per-layer min-max scores; chance."""
+
+def static_scores(scores_MLU: Floats) -> Floats:
+    """Return the mean importance [Lp, U]: the published static ranking, here of both kinds of unit."""
+    mean_LU: Floats = scores_MLU.mean(axis=0)
+    return mean_LU
 
 
-def static_scores(
-    trace: ImportanceTrace,
-    orders: npt.NDArray[np.int32] | None = None,
-    block: int = 1,
-    rows: npt.NDArray[np.intp] | None = None,
-) -> tuple[Floats, Floats]:
-    """Return the mean importance: the published static ranking, here of both kinds of unit.
-
-    Args:
-        trace: the importances.
-        orders: neuron orders [Lp, F] of the predictor to compare with; None: as in the checkpoint.
-        block: neurons per block.
-        rows: positions to average; None: all.
-    """
-    heads_MLH, neurons = predicted_scores(trace, orders, block, rows)
-    return heads_MLH.mean(axis=0), np.stack([layer_MN.mean(axis=0) for layer_MN in neurons])
-
-
-def normalised_static_scores(
-    trace: ImportanceTrace,
-    orders: npt.NDArray[np.int32] | None = None,
-    block: int = 1,
-    rows: npt.NDArray[np.intp] | None = None,
-) -> tuple[Floats, Floats]:
+def normalised_static_scores(scores_MLU: Floats) -> Floats:
     """Return the mean of the scores after min-max per layer and position, the form in which a predictor learns them.
 
     Ranked over all layers (global scope), raw means compare layers of different scale; this control separates what
     the normalisation gives from what the context gives.
     """
-    heads_MLH, neurons = predicted_scores(trace, orders, block, rows)
-    heads_LH = np.stack([mean_of_valid(minmax_rows(heads_MLH[:, layer])) for layer in range(heads_MLH.shape[1])])
-    return heads_LH, np.stack([mean_of_valid(minmax_rows(layer_MN)) for layer_MN in neurons])
+    return np.stack([mean_of_valid(minmax_rows(scores_MLU[:, layer])) for layer in range(scores_MLU.shape[1])])
 
 
 def random_scores(seed: int, heads: tuple[int, int], neurons: tuple[int, int]) -> tuple[Floats, Floats]:
@@ -66,20 +44,10 @@ def random_scores(seed: int, heads: tuple[int, int], neurons: tuple[int, int]) -
     return generator.random(heads, dtype=np.float32), generator.random(neurons, dtype=np.float32)
 
 
-def predicted_scores(
-    trace: ImportanceTrace,
-    orders: npt.NDArray[np.int32] | None,
-    block: int,
-    rows: npt.NDArray[np.intp] | None = None,
-) -> tuple[Floats, list[Floats]]:
-    """Return the importances of the predicted layers: heads [M, Lp, H], and block sums [M, N] per layer."""
-    chosen = np.arange(len(trace.heads_MLH)) if rows is None else rows
-    if orders is None:
-        orders = np.tile(np.arange(trace.neurons, dtype=np.int32), (trace.layers - 1, 1))
-    neurons = [
-        block_sums(trace.neurons_MF(layer)[chosen], orders[layer - 1], block) for layer in range(1, trace.layers)
-    ]
-    return trace.heads_MLH[chosen, 1:], neurons
+def predicted_scores(trace: ImportanceTrace, orders_LF: npt.NDArray[np.int32], block: int) -> tuple[Floats, Floats]:
+    """Return the importances of the predicted layers: heads [M, Lp, H] and sums over neuron blocks [M, Lp, N]."""
+    blocks = [block_sums(trace.neurons_MF(layer), orders_LF[layer - 1], block) for layer in range(1, trace.layers)]
+    return trace.heads_MLH[:, 1:], np.stack(blocks, axis=1)
 
 
 def minmax_rows(scores_MN: Floats) -> Floats:

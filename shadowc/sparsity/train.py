@@ -31,8 +31,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shadowc.sparsity.cluster import neuron_orders
-from shadowc.sparsity.predictor import Network, Predictor, blocks_of, cost_share, default_width, minmax_scaled
-from shadowc.sparsity.rank import mean_of_valid, minmax_rows, predicted_scores, random_scores
+from shadowc.sparsity.predictor import (
+    Network,
+    Predictor,
+    blocks_of,
+    check_out,
+    cost_share,
+    default_width,
+    minmax_scaled,
+)
+from shadowc.sparsity.rank import (
+    minmax_rows,
+    normalised_static_scores,
+    predicted_scores,
+    random_scores,
+    static_scores,
+)
 from shadowc.sparsity.recall import found_report
 from shadowc.sparsity.threads import threads_for
 from shadowc.spec.errors import InputError
@@ -90,21 +104,22 @@ def train(
     """Train a predictor and write it to the folder `out`.
 
     Raises:
-        InputError: the trace is of another model, too small to hold sequences out, or its scores do not vary.
+        InputError: the trace is of another model, too small to hold sequences out, or its scores do not vary; or
+            `out` holds something else than a predictor.
     """
     progress = progress or NullProgress()
+    if out is not None:
+        check_out(out)
     _require_fit(trace, facts, options)
     held_M: npt.NDArray[np.bool_] = held_out(trace.sequence_M, options.validation, options.seed)
     taught, held = np.flatnonzero(~held_M), np.flatnonzero(held_M)
     block, width = options.neuron_block, options.width or default_width(facts, options.neuron_block)
     with progress.stage("neuron order"):
         orders_LF = neuron_orders(trace, block, rows=taught)
-    heads_MLH, neurons = predicted_scores(trace, orders_LF, block)
-    raw = {"heads": heads_MLH, "neurons": np.stack(neurons, axis=1)}
+    raw = dict(zip(("heads", "neurons"), predicted_scores(trace, orders_LF, block), strict=True))
     inputs_ME = minmax_scaled(trace.context_ME)
     fits: dict[str, Fit] = {}
     dropped: dict[str, int] = {}
-    controls: dict[str, list[Floats]] = {"static": [], "normalised": []}
     targets = {kind: layer_minmax(raw_MLU) for kind, raw_MLU in raw.items()}
     for number, (kind, targets_MLU) in enumerate(targets.items()):
         valid_M: npt.NDArray[np.bool_] = np.asarray(np.isfinite(targets_MLU).all(axis=(1, 2)))
@@ -119,8 +134,6 @@ def train(
         examples = Examples(inputs_ME[used], flat_MO[used], inputs_ME[used_held], flat_MO[used_held])
         with progress.stage(f"train {kind}"):
             fits[kind] = fit(examples, width, options, options.seed + number, progress)
-        controls["static"].append(raw[kind][taught].mean(axis=0))
-        controls["normalised"].append(mean_of_valid(flat_MO[taught]).reshape(targets_MLU.shape[1:]))
     predictor = Predictor(
         heads=fits["heads"].network,
         neurons=fits["neurons"].network,
@@ -128,7 +141,10 @@ def train(
         block=block,
         orders_LF=orders_LF,
         meta=_meta(trace, facts, options, width),
-        controls={name: (pair[0], pair[1]) for name, pair in controls.items()},
+        controls={
+            name: (ranking(raw["heads"][taught]), ranking(raw["neurons"][taught]))
+            for name, ranking in (("static", static_scores), ("normalised", normalised_static_scores))
+        },
     )
     predictor.meta["report"] = {
         "positions": {"taught": len(taught), "held_out": len(held), "dropped": dropped},
@@ -284,11 +300,10 @@ def _report(predictor: Predictor, context_ME: Floats, raw: dict[str, Floats], se
 
 
 def _require_fit(trace: ImportanceTrace, facts: OptFacts, options: TrainOptions) -> None:
-    mine = {"layers": facts.layers, "hidden": facts.hidden, "heads": facts.heads, "ffn": facts.ffn}
     problems = [
-        f"{key} {trace.meta['shape'][key]}, expected {value}"
-        for key, value in mine.items()
-        if trace.meta["shape"][key] != value
+        f"{size} {getattr(trace.facts, size)}, expected {getattr(facts, size)}"
+        for size in ("layers", "hidden", "heads", "ffn")
+        if getattr(trace.facts, size) != getattr(facts, size)
     ]
     if problems:
         raise InputError(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +56,8 @@ def make_trace(tmp_path_factory: pytest.TempPathFactory, small_facts: OptFacts) 
         sequence_M: np.ndarray[Any, Any],
     ) -> ImportanceTrace:
         rows = len(context_ME)
-        shape = {"layers": 3, "hidden": 16, "heads": 4, "ffn": 64}
         meta = {
-            "shape": shape, "criterion": "plainact", "model": {"name": "planted", "identity": "0"},
+            "facts": asdict(small_facts), "criterion": "plainact", "model": {"name": "planted", "identity": "0"},
             "text": {"sha256": "0" * 64, "paragraphs": [], "complete": True}, "source": "self", "seed": 0,
             "positions": rows, "loss": 0.0,
         }  # fmt: skip

@@ -16,7 +16,7 @@ import torch
 from shadowc.checkpoint.opt import OptFacts
 from shadowc.checkpoint.resolve import Checkpoint
 from shadowc.sparsity import calibration
-from shadowc.sparsity.calibration import calibration_text, pack, read_text, sample_text, sequence_count
+from shadowc.sparsity.calibration import calibration_text, check_data, pack, read_text, sample_text, sequence_count
 from shadowc.spec.errors import InputError
 from shadowc.spec.options import CollectOptions
 from shadowc.spec.progress import EventProgress
@@ -140,3 +140,23 @@ def test_a_file_needs_a_tokenizer(tiny_model: Any, checkpoint: Checkpoint, tmp_p
     without = dataclasses.replace(checkpoint, tokenizer=None)
     with pytest.raises(InputError, match="no tokenizer files"):
         calibration_text(tiny_model, without, CollectOptions(data=str(tmp_path / "a.txt")))
+
+
+def test_a_text_file_and_self_pass_the_quick_check(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\xff is not UTF-8, and nobody has read it yet")
+    check_data(str(tmp_path / "a.txt"))
+    check_data("self")
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [(".", "is a folder"), ("a.md", "ends in .txt or .jsonl"), ("none.txt", "no file"), ("x" * 300, "looked at")],
+)
+def test_what_cannot_be_calibration_text_is_refused_unread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, says: str
+) -> None:
+    (tmp_path / "a.md").write_text("text")
+    monkeypatch.setattr(Path, "read_bytes", None)  # would fail if it were called
+    with pytest.raises(InputError, match=says) as caught:
+        check_data(str(tmp_path / name))
+    assert caught.value.hint

@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import copy
+import errno
+import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +20,18 @@ from hypothesis.extra import numpy as hnp
 from shadowc.checkpoint.resolve import Checkpoint
 from shadowc.sparsity import collect as module
 from shadowc.sparsity.collect import collect, sampled_positions
-from shadowc.sparsity.importance import META_FILE, STATE_FILE, TENSORS_FILE, ImportanceTrace, relative
-from shadowc.spec.errors import InputError
+from shadowc.sparsity.importance import (
+    META_FILE,
+    ORIGIN_FILE,
+    STATE_FILE,
+    TENSORS_FILE,
+    ImportanceTrace,
+    Origin,
+    TraceWriter,
+    relative,
+    trace_layout,
+)
+from shadowc.spec.errors import InputError, SetupError
 from shadowc.spec.options import CollectOptions
 from shadowc.spec.progress import EventProgress
 
@@ -50,6 +63,10 @@ def prefix_run(model: Any, ids_T: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any,
         hook.remove()
     size = contexts[0].shape[-1]
     return contexts[0].reshape(-1, size)[-1].numpy(), [h.reshape(-1, h.shape[-1])[-1].numpy() for h in hidden]
+
+
+def all_neurons(trace: ImportanceTrace) -> np.ndarray[Any, Any]:
+    return np.stack([trace.neurons_MF(layer) for layer in range(trace.layers)], axis=1)
 
 
 def assert_causal(trace: ImportanceTrace, model: Any) -> None:
@@ -102,7 +119,9 @@ def test_trace_says_what_it_is(traces: dict[str, Any], checkpoint: Checkpoint) -
     assert trace.meta["seed"] == 0
     assert len(trace.meta["text"]["sha256"]) == 64
     assert trace.heads_MLH.shape == (48, 4, 4)
-    assert trace.neurons_MLF.shape == (48, 4, 256)
+    assert all_neurons(trace).shape == (48, 4, 256)
+    assert trace.facts == checkpoint.facts
+    assert trace.origin == Origin(checkpoint.facts.name)
 
 
 def test_trace_holds_the_dense_models_mean_loss(traces: dict[str, Any], tiny_model: Any) -> None:
@@ -115,7 +134,7 @@ def test_trace_holds_the_dense_models_mean_loss(traces: dict[str, Any], tiny_mod
 
 def test_importance_is_finite_never_negative_and_not_all_zero(traces: dict[str, Any]) -> None:
     for trace in traces.values():
-        for values in (trace.heads_MLH, trace.neurons_MLF):
+        for values in (trace.heads_MLH, all_neurons(trace)):
             assert np.isfinite(values).all()
             assert (values >= 0).all()
             assert (values.max(axis=2) > 0).all()
@@ -221,6 +240,77 @@ def test_a_folder_that_is_no_trace_is_left_alone(checkpoint: Checkpoint, tiny_mo
     assert [path.name for path in tmp_path.rglob("*")] == ["mine", "letter.txt"]
 
 
+def test_a_trace_with_files_of_somebody_else_is_left_alone(
+    checkpoint: Checkpoint, tiny_model: Any, tmp_path: Path
+) -> None:
+    options = CollectOptions(positions=16, length=8, criterion="l2norm")
+    folder = collect(checkpoint, options, tmp_path / "t", model=tiny_model).folder
+    (folder / "notes.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"notes\.txt"):
+        collect(checkpoint, options, tmp_path / "t", model=tiny_model)
+    assert (folder / "notes.txt").read_text() == "precious"
+
+
+def test_how_the_model_was_typed_is_kept_beside_the_trace_and_not_in_it(
+    checkpoint: Checkpoint, tiny_model: Any, tmp_path: Path
+) -> None:
+    options = CollectOptions(positions=16, length=8, criterion="l2norm")
+    typed = [Origin("./my model"), Origin("someone/model", "dummy", 3)]
+    traces = [
+        collect(checkpoint, options, tmp_path / name, model=tiny_model, origin=origin)
+        for name, origin in zip("ab", typed, strict=True)
+    ]
+    assert [trace.origin for trace in traces] == typed
+    assert [origin.flags for origin in typed] == [
+        "--model './my model'", "--model someone/model --load-format dummy --seed 3",
+    ]  # fmt: skip
+    for name in (META_FILE, TENSORS_FILE):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert ORIGIN_FILE in {path.name for path in (tmp_path / "a").iterdir()}
+
+
+def begun(tmp_path: Path, facts: Any) -> TraceWriter:
+    writer = TraceWriter(tmp_path / "t", "key")
+    writer.begin(trace_layout(facts, 50, 2, 8), {})
+    return writer
+
+
+def test_a_full_disk_is_told_before_anything_is_recorded(
+    small_facts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(SetupError, match="no space left") as caught:
+        begun(tmp_path, small_facts)
+    assert caught.value.hint
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("reservation", ["by the system", "refused", "unknown"])
+def test_a_trace_has_all_of_its_blocks_from_the_beginning(
+    small_facts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reservation: str
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+    if reservation == "refused":
+        monkeypatch.setattr(os, "posix_fallocate", refuse)
+    elif reservation == "unknown":
+        monkeypatch.delattr(os, "posix_fallocate")
+    writer = begun(tmp_path, small_facts)
+    status = (tmp_path / ".t.partial" / TENSORS_FILE).stat()
+    assert status.st_blocks * 512 >= status.st_size > 50 * 64 * 2 * small_facts.layers
+    assert not writer.read("neurons.2").any()
+
+
+def test_a_trace_in_a_place_that_cannot_be_written_is_an_input_error(small_facts: Any, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="Not a directory"):
+        begun(tmp_path / "file", small_facts)
+
+
 def test_an_older_trace_is_replaced(checkpoint: Checkpoint, tiny_model: Any, tmp_path: Path) -> None:
     for positions in (32, 16):
         options = CollectOptions(positions=positions, length=8, criterion="l2norm")
@@ -239,6 +329,7 @@ def test_weights_that_are_not_finite_are_refused_by_layer(
     options = CollectOptions(data=str(path), positions=16, length=16, criterion="l2norm")
     with pytest.raises(InputError, match="layer 2 is not finite"):
         collect(checkpoint, options, tmp_path / "t", model=broken)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_a_file_is_remembered_by_its_fingerprint(checkpoint: Checkpoint, tiny_model: Any, tmp_path: Path) -> None:
@@ -250,12 +341,20 @@ def test_a_file_is_remembered_by_its_fingerprint(checkpoint: Checkpoint, tiny_mo
     assert len(trace.meta["text"]["paragraphs"]) == 1
 
 
+def write_facts(folder: Path, **changes: int) -> None:
+    meta = json.loads((folder / META_FILE).read_text())
+    meta["facts"] |= changes
+    (folder / META_FILE).write_text(json.dumps(meta))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
         (lambda folder: (folder / META_FILE).unlink(), f"has no {META_FILE}"),
         (lambda folder: (folder / META_FILE).write_text("{"), "is damaged"),
-        (lambda folder: (folder / META_FILE).write_text('{"schema": 99}'), "does not have schema 1"),
+        (lambda folder: (folder / META_FILE).write_text('{"schema": 99}'), "does not have schema 2"),
+        (lambda folder: (folder / META_FILE).write_text('{"schema": 2, "facts": {"name": "a"}}'), "lacks facts"),
+        (lambda folder: write_facts(folder, layers=9), "are of two models"),
         (lambda folder: (folder / TENSORS_FILE).unlink(), "missing or damaged"),
         (
             lambda folder: (folder / TENSORS_FILE).write_bytes((folder / TENSORS_FILE).read_bytes()[:-100]),

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,12 @@ from shadowc.sparsity.predictor import (
     TENSORS_FILE,
     Predictor,
     blocks_of,
+    check_folder,
     cost_share,
     default_width,
     minmax_scaled,
 )
-from shadowc.spec.errors import InputError
+from shadowc.spec.errors import InputError, SetupError
 from shadowc.spec.program import SparsityPlan
 
 FLOAT32 = 1e-5
@@ -72,6 +74,66 @@ def test_saving_twice_gives_the_same_bytes(predictor: Predictor, tmp_path: Path)
         predictor.save(tmp_path / name)
     for name in (META_FILE, TENSORS_FILE):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_an_older_predictor_is_replaced_as_a_whole(
+    predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "p"
+    predictor.save(out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise InterruptedError
+
+    other = dataclasses.replace(predictor, meta={"seed": 9})
+    with monkeypatch.context() as patched:
+        patched.setattr(json, "dumps", fail)
+        with pytest.raises(InterruptedError):
+            other.save(out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    other.save(out)
+    assert Predictor.load(out).meta == {"seed": 9}
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
+
+
+@pytest.mark.parametrize("also", [(), (META_FILE,), (META_FILE, TENSORS_FILE)])
+def test_a_folder_with_other_things_is_not_touched(predictor: Predictor, tmp_path: Path, also: tuple[str, ...]) -> None:
+    out = tmp_path / "p"
+    predictor.save(out)
+    for name in {META_FILE, TENSORS_FILE} - set(also):
+        (out / name).unlink()
+    (out / "notes.txt").write_text("precious")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(InputError, match="nothing was written") as caught:
+        predictor.save(out)
+    assert caught.value.hint
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_a_place_that_cannot_be_written_is_an_input_error(predictor: Predictor, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="Not a directory"):
+        predictor.save(tmp_path / "file" / "p")
+
+
+def test_a_full_disk_is_a_setup_error(predictor: Predictor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", refuse)
+    with pytest.raises(SetupError, match=r"no space left .* no predictor was written"):
+        predictor.save(tmp_path / "p")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_known_for_a_predictor_by_its_two_files(predictor: Predictor, tmp_path: Path) -> None:
+    predictor.save(tmp_path / "p")
+    check_folder(str(tmp_path / "p"))
+    (tmp_path / "p" / TENSORS_FILE).unlink()
+    for path in (tmp_path / "p", tmp_path / "none", tmp_path / ("x" * 300)):
+        with pytest.raises(InputError, match="not a predictor"):
+            check_folder(path)
 
 
 def test_as_a_source_its_names_are_prefixed_and_sorted(predictor: Predictor) -> None:

@@ -98,6 +98,16 @@ def test_a_saved_predictor_knows_its_origin(plant: Plant, small_facts: OptFacts,
     ]  # fmt: skip
 
 
+def test_a_folder_with_other_things_is_refused_before_training(
+    plant: Plant, small_facts: OptFacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "thesis.txt").write_text("precious")
+    monkeypatch.setattr(module, "fit", None)  # would fail if it were called
+    with pytest.raises(InputError, match="is not a predictor"):
+        train(plant(dependent=True, rows=160), small_facts, OPTIONS, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 def test_controls_use_the_taught_positions_only(plant: Plant, small_facts: OptFacts) -> None:
     trace = plant(dependent=True, rows=160)
     predictor = train(trace, small_facts, OPTIONS.model_copy(update={"epochs": 1}))

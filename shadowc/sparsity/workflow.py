@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `shadowc collect` and `shadowc train` do, from the model as it was typed to a folder on disk.
+
+Everything that can be refused is refused before anything long begins: the data, the place of the result, the weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shadowc.sparsity import importance, predictor
+from shadowc.sparsity.calibration import check_data
+from shadowc.sparsity.criteria import find_criterion
+from shadowc.sparsity.importance import ImportanceTrace, Origin
+from shadowc.spec.progress import NullProgress
+
+if TYPE_CHECKING:
+    from shadowc.checkpoint.resolve import Checkpoint
+    from shadowc.sparsity.predictor import Predictor
+    from shadowc.spec.options import CollectOptions, TrainOptions
+    from shadowc.spec.progress import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Learned:
+    """A trained predictor, where it lies, and what it was trained on."""
+
+    predictor: Predictor
+    folder: Path
+    trace: ImportanceTrace
+
+
+def record(
+    origin: Origin,
+    options: CollectOptions,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    offline: bool = False,
+) -> ImportanceTrace:
+    """Record the importance trace of a model.
+
+    Args:
+        origin: the model as it was typed.
+        options: what is recorded.
+        out: folder of the trace; None: ./MODEL.trace.
+        progress: told about stages.
+        offline: do not use the network.
+
+    Raises:
+        InputError: the model, its weights, the calibration text or `out` cannot be used.
+        UnsupportedError: the model is of a kind that is not handled.
+        SetupError: the hub cannot be reached, or the disk has no room.
+    """
+    progress = progress or NullProgress()
+    _check_options(options)
+    if out is not None:
+        importance.check_out(out)
+    return _record(_checkpoint(origin, offline, progress), origin, options, out, progress)
+
+
+def learn(
+    source: Path | Origin,
+    options: TrainOptions,
+    collecting: CollectOptions,
+    out: Path | None = None,
+    progress: Progress | None = None,
+    *,
+    offline: bool = False,
+) -> Learned:
+    """Train a predictor on a recorded trace, or on a model after recording one at ./MODEL.trace.
+
+    Args:
+        source: a trace's folder, which is all that is needed, or a model as it was typed.
+        options: how it is trained.
+        collecting: what is recorded from a model.
+        out: folder of the predictor; None: ./MODEL.predictor.
+        progress: told about stages.
+        offline: do not use the network.
+
+    Raises:
+        InputError: the trace, the model, an option or `out` cannot be used.
+        UnsupportedError: the model is of a kind that is not handled.
+        SetupError: the hub cannot be reached, or the disk has no room.
+    """
+    from shadowc.sparsity.train import train
+
+    progress = progress or NullProgress()
+    if out is not None:
+        predictor.check_out(out)
+    if isinstance(source, Path):
+        trace = ImportanceTrace.load(source)
+        folder = _predictor_folder(out, trace.facts.name)
+    else:
+        _check_options(collecting)
+        checkpoint = _checkpoint(source, offline, progress)
+        folder = _predictor_folder(out, checkpoint.facts.name)
+        trace = _record(checkpoint, source, collecting, None, progress)
+    with progress.stage("train"):
+        return Learned(train(trace, trace.facts, options, folder, progress), folder, trace)
+
+
+def _check_options(options: CollectOptions) -> None:
+    check_data(options.data)
+    find_criterion(options.criterion)
+
+
+def _predictor_folder(out: Path | None, name: str) -> Path:
+    folder = out or Path(f"{name}.predictor")
+    predictor.check_out(folder)
+    return folder
+
+
+def _checkpoint(origin: Origin, offline: bool, progress: Progress) -> Checkpoint:
+    from shadowc.checkpoint.resolve import resolve
+
+    with progress.stage("checkpoint"):
+        return resolve(origin.model, load_format=origin.load_format, offline=offline, seed=origin.seed)
+
+
+def _record(
+    checkpoint: Checkpoint, origin: Origin, options: CollectOptions, out: Path | None, progress: Progress
+) -> ImportanceTrace:
+    from shadowc.checkpoint.finite import check_finite
+    from shadowc.sparsity.collect import collect
+
+    folder = out or Path(f"{checkpoint.facts.name}.trace")
+    importance.check_out(folder)
+    with progress.stage("weights"):
+        check_finite(checkpoint, progress.advance)
+    with progress.stage("collect"):
+        return collect(checkpoint, options, folder, progress, origin=origin)
