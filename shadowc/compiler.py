@@ -274,6 +274,8 @@ class _Compile:
                 block=1 if predictor is None else predictor.block,
                 orders={} if predictor is None else dict(enumerate(predictor.orders_LF, start=1)),
                 sparse=predictor is not None,
+                plan=program.plan,
+                predictor=predictor,
                 seed=self.options.seed,
                 advance=self.stages.progress.advance,
             )
