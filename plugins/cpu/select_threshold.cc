@@ -19,10 +19,10 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr size_t kBins = 2048;  // 11 bits: 3 passes cover 32
 constexpr int kTopShift = 21, kMiddleShift = 10;
 
-// Larger scores have larger keys. Both zeros get one key; NaN ranks as +inf.
+// Larger scores have larger keys; NaN ranks as +inf. -0 ranks just below +0, which changes no comparison with
+// the threshold found.
 uint32_t KeyOf(float score) {
   if (score != score) score = kInfinity;
-  score += 0.0f;
   uint32_t bits;
   std::memcpy(&bits, &score, sizeof bits);
   return (bits & 0x80000000u) != 0 ? ~bits : bits | 0x80000000u;

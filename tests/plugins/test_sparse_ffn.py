@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -165,6 +167,15 @@ def test_ffn_repeats_its_bits_at_any_number_of_threads(rows):
         y, again = ffn(arrays, threads=threads, block=16)
         np.testing.assert_array_equal(y, first)
         assert again == read
+
+
+def test_ffn_keeps_concurrent_calls_of_one_session_apart():
+    many = [operands(np.random.default_rng(seed), B=1 + seed % 2 * 4, F=900, E=512) for seed in range(6)]
+    expected = [ffn(arrays)[0] for arrays in many]
+    with ThreadPoolExecutor(6) as pool:
+        for _ in range(5):
+            for (y, _), once in zip(pool.map(ffn, many), expected, strict=True):
+                np.testing.assert_array_equal(y, once)
 
 
 def test_ffn_returns_nothing_when_there_are_no_tokens():
