@@ -212,3 +212,35 @@ def test_unknown_flag_is_a_usage_error(shadowc: Shadowc) -> None:
     result = shadowc("compile", "--moddel", "opt-mini")
     assert result.exit_code == INPUT
     assert "--moddel" in result.output
+
+
+def test_train_takes_one_source(shadowc: Shadowc, tmp_path: Path) -> None:
+    refused(shadowc, INPUT, "train", "--trace", tmp_path, "--model", "opt-mini", says="not both")
+
+
+def test_collect_refuses_weights_that_are_not_finite_and_leaves_nothing(
+    shadowc: Shadowc, broken: Path, tmp_path: Path
+) -> None:
+    path = broken / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.decoder.layers.1.fc1.weight"][3, 5] = np.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    out = tmp_path / "out" / "t"
+    refused(shadowc, INPUT, "collect", "--model", broken, "--out", out, says="layers.1.fc1.weight")
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("command", ["collect", "train"])
+def test_a_folder_of_somebody_else_is_refused_before_the_model_is_looked_for(
+    shadowc: Shadowc, tmp_path: Path, command: str
+) -> None:
+    (tmp_path / "thesis.txt").write_text("precious", encoding="utf-8")
+    refused(shadowc, INPUT, command, "--model", "no-such-model", "--out", tmp_path, says="nothing was written")
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("command", ["collect", "train"])
+def test_a_folder_as_calibration_text_is_refused_before_the_model_is_looked_for(
+    shadowc: Shadowc, tmp_path: Path, command: str
+) -> None:
+    refused(shadowc, INPUT, command, "--model", "no-such-model", "--data", tmp_path, says="is a folder")

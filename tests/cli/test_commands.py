@@ -4,11 +4,14 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import Result
 
 from shadowc.spec.manifest import MANIFEST_FILE
 from tests.cli.conftest import Shadowc
@@ -109,15 +112,37 @@ def test_verify_passes_on_a_fresh_engine(shadowc: Shadowc, engine: Path) -> None
 def test_collect_and_train_make_what_compile_takes(
     shadowc: Shadowc, tiny_checkpoint: Path, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Each command is the one before's hint; the model lies in a folder whose name is no short name."""
     monkeypatch.chdir(tmp_path)
-    collected = shadowc("collect", "--model", tiny_checkpoint, "--out", "t", "--json", *quick)
-    assert json.loads(collected.stdout)["positions"] == 64
-    learn = ("--model", tiny_checkpoint, "--epochs", "2", "--width", "32", "--out", "p")
-    trained = shadowc("train", "--trace", "t", *learn)
+    shutil.copytree(tiny_checkpoint, tmp_path / "my model")
+    collected = shadowc("collect", "--model", "./my model", "--out", "t", *quick)
+    assert "64 of 4 layers" in collected.stdout
+    trained = hinted(shadowc, collected, "--epochs", "2", "--width", "32", "--out", "p")
     assert trained.exit_code == 0, trained.output
-    assert "recall per layer" in trained.stdout
-    compiled = shadowc("compile", "--model", tiny_checkpoint, "--predictor", "p", "--out", "e", "--json")
+    for column in ("predictor at 0.2", "normalised at 0.2", "static at 0.2", "static at 0.5"):
+        assert trained.stdout.count(column) == 2
+    compiled = hinted(shadowc, trained, "--out", "e", "--json")
     assert json.loads(compiled.stdout)["manifest"]["sparsity"]["predictor"]["width"] == 32
+
+
+def hinted(shadowc: Shadowc, before: Result, *more: str) -> Result:
+    """Type what the last line of a command's output proposes."""
+    proposed = shlex.split(before.stdout.splitlines()[-1].removeprefix("next: "))
+    assert proposed[0] == "shadowc"
+    return shadowc(*proposed[1:], *more)
+
+
+def test_train_on_a_trace_needs_neither_the_model_nor_the_network(
+    shadowc: Shadowc, quick: Quick, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
+    from shadowc.checkpoint import resolve as module
+
+    monkeypatch.chdir(tmp_path)
+    assert shadowc("collect", "--model", tiny_checkpoint, *quick).exit_code == 0
+    monkeypatch.setattr(module, "resolve", None)  # would fail if it were called
+    result = shadowc("train", "--trace", "opt-tiny.trace", "--epochs", "1", "--width", "32", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["folder"] == "opt-tiny.predictor"
 
 
 def test_train_from_a_model_collects_first(
