@@ -225,7 +225,7 @@ class Predictor:
             trained_for = self.meta.get("model", {}).get("name", "another model")
             raise InputError(
                 f"the predictor was trained for {trained_for} and does not fit {facts.name}: {'; '.join(problems)}",
-                hint=f"train one for it: shadowc train --model {facts.name}",
+                hint="train one on this model with shadowc train, or leave --predictor out",
                 problems=problems,
             )
 

@@ -308,7 +308,7 @@ def _require_fit(trace: ImportanceTrace, facts: OptFacts, options: TrainOptions)
     if problems:
         raise InputError(
             f"the trace in {trace.folder} is not of {facts.name}: {'; '.join(problems)}",
-            hint=f"shadowc collect --model {facts.name}",
+            hint="record one of this model: shadowc collect",
             problems=problems,
         )
     if blocks_of(facts.ffn, options.neuron_block) < 2:

@@ -220,7 +220,7 @@ def test_a_predictor_of_another_shape_is_refused_with_all_differences(
     with pytest.raises(InputError, match="trained for planted and does not fit opt-other") as caught:
         Predictor.load(tmp_path, other)
     assert len(caught.value.problems) == 2
-    assert caught.value.hint == "train one for it: shadowc train --model opt-other"
+    assert "shadowc train" in caught.value.hint
 
 
 def test_a_predictor_of_the_same_shape_fits_and_says_whose_it_is(
