@@ -3,6 +3,8 @@
 
 Written from the parameters' names, not from the packing code, so that a mistake in the packing
 (two heads swapped, a wrong transpose) shows up as a difference.
+
+Letters: M tokens, E hidden, L predicted layers, K inner dimension of a product.
 """
 
 from __future__ import annotations
@@ -12,12 +14,17 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shadowc.sparsity.predictor import minmax_scaled
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from shadowc.sparsity.predictor import Network, Predictor
     from shadowc.spec.program import TensorSource
 
 INT8_LIMIT = 127.0
+PRODUCT_BLOCKS = (128, 64, 32)
+"""Lengths of the pieces of K that share a scale in a product of 8-bit integers; the first that divides K is used."""
 _PER_ROW = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight")
 _PER_COLUMN = ("out_proj.weight", "fc2.weight")
 
@@ -59,3 +66,34 @@ class DequantisedSource:
             blocks = value.reshape(rows, width // self.head_block, self.head_block)
             return round_to_int8(blocks, axis=2).reshape(rows, width)
         return value
+
+
+@dataclass(frozen=True, slots=True)
+class RoundedPredictor:
+    """A predictor whose products round both factors to 8 bits, as those of an int8 engine do."""
+
+    predictor: Predictor
+
+    def scores(self, context_ME: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Scores of heads [M,L,H] and of neuron units [M,L,N]."""
+        scaled_ME = minmax_scaled(context_ME)
+        shape = len(context_ME), self.predictor.layers, -1
+        heads, neurons = (_rounded(part, scaled_ME) for part in (self.predictor.heads, self.predictor.neurons))
+        return heads.reshape(shape), neurons.reshape(shape)
+
+
+def _rounded(network: Network, scaled_ME: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    hidden_MP = _in_blocks(scaled_ME) @ _in_blocks(network.fc1_weight_PE).T + network.fc1_bias_P
+    scores: npt.NDArray[np.float32] = (
+        _in_blocks(np.maximum(hidden_MP, 0)) @ _in_blocks(network.fc2_weight_OP).T + network.fc2_bias_O
+    )
+    return scores
+
+
+def _in_blocks(matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """[rows, K] with one scale per block of K; a K that no block divides stays float."""
+    rows, inner = matrix.shape
+    block = next((length for length in PRODUCT_BLOCKS if inner % length == 0), 0)
+    if not block:
+        return matrix
+    return round_to_int8(matrix.reshape(rows, inner // block, block), axis=2).reshape(rows, inner)

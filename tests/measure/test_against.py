@@ -14,6 +14,8 @@ from shadowc.spec.errors import InputError, VerificationError
 def test_engine_agrees_with_its_checkpoint_in_both_parities(sparse_engine: Path, tiny_checkpoint: Path) -> None:
     report = verify_against(sparse_engine, str(tiny_checkpoint), prompts=4, tokens=16)
     report.require()
+    assert report.parity.selection == 0
+    assert report.parity.scores is not None
     assert [(run.scope, run.density.heads) for run in report.runs] == [
         (scope, density) for scope in ("local", "global") for density in (1.0, 0.5, 0.2)
     ]
@@ -23,6 +25,7 @@ def test_engine_agrees_with_its_checkpoint_in_both_parities(sparse_engine: Path,
 def test_int8_engine_is_held_to_parity_a_only(int8_engine: Path, tiny_checkpoint: Path) -> None:
     report = verify_against(int8_engine, str(tiny_checkpoint))
     report.require()
+    assert report.parity.selection == 0
     assert report.runs == ()
 
 
