@@ -169,3 +169,8 @@ class Control:
     def wants_end(self) -> bool:
         """Say whether the run should begin its last phase."""
         return self.folder is not None and (self.folder / "FINISH").exists()
+
+    def forget_end(self) -> None:
+        """Remove the request once it is obeyed, so that a resumed run does not end at once."""
+        if self.folder is not None:
+            (self.folder / "FINISH").unlink(missing_ok=True)

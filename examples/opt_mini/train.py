@@ -190,6 +190,7 @@ class Trainer:
                     if self._end_is_due(first, begun, length, pace):
                         decay_start, decay_steps = self.at.step, self._decay_steps(length)
                         self.save()
+                        self.control.forget_end()
                         self.console.print(f"decay phase: {decay_steps} steps")
                 before = self.at.seconds
                 self.step(schedule(self.at.step, options.rates.warmup_steps, decay_start, decay_steps))

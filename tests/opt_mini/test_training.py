@@ -57,6 +57,7 @@ def test_run_ends_with_a_decay_phase_when_the_finish_file_exists(tiny_run: train
     (tmp_path / "FINISH").touch()
     assert train.train(replace(tiny_run, out=tmp_path, steps=None, control=tmp_path))
     assert run_state.Log.read(tmp_path / run_state.LOG)[-1]["phase"] == "end"
+    assert not (tmp_path / "FINISH").exists()
 
 
 def test_log_forgets_steps_after_the_resumed_state(tmp_path: Path) -> None:
