@@ -45,37 +45,48 @@ std::string Names() {
   return names + "native";
 }
 
-// Highway numbers better targets lower, so "this level or lower" are the bits from the level's own upwards.
-std::string Limit() {
-  const char* asked = std::getenv("SHADOWC_ISA");
-  if (asked == nullptr || *asked == '\0' || std::string(asked) == "native") return "";
+struct Choice {
+  std::string problem;
+  const char* isa = "";
+};
+
+const char* NameOf(int64_t target) {
   for (const Level& level : kLevels) {
-    if (asked != std::string(level.name) || !Compiled(level)) continue;
-    if ((hwy::SupportedTargets() & level.target) == 0) {
-      return "SHADOWC_ISA is '" + std::string(asked) +
-             "', which this CPU does not have; its best level is '" + ChosenIsa() +
-             "'. Unset SHADOWC_ISA or name a lower level.";
+    if (level.target == target) return level.name;
+  }
+  return hwy::TargetName(target);
+}
+
+// Highway numbers better targets lower, so "this level or lower" are the bits from the level's own upwards.
+// SupportedTargets() also resets the dispatch to all that the CPU has, so DisableTargets() must come last,
+// and nothing may ask again.
+Choice Choose() {
+  const int64_t usable = hwy::SupportedTargets() & HWY_TARGETS;
+  const char* best = NameOf(usable & -usable);
+  const char* variable = std::getenv("SHADOWC_ISA");
+  const std::string asked = variable == nullptr ? "" : variable;
+  if (asked.empty() || asked == "native") return {"", best};
+  for (const Level& level : kLevels) {
+    if (asked != level.name || !Compiled(level)) continue;
+    if ((usable & level.target) == 0) {
+      return {"SHADOWC_ISA is '" + asked + "', which this CPU does not have; its best level is '" + best +
+              "'. Unset SHADOWC_ISA or name a lower level."};
     }
     hwy::DisableTargets(level.target - 1);
-    return "";
+    return {"", level.name};
   }
-  return "SHADOWC_ISA is '" + std::string(asked) + "'; expected one of " + Names() + ".";
+  return {"SHADOWC_ISA is '" + asked + "'; expected one of " + Names() + "."};
+}
+
+const Choice& TheChoice() {
+  static const Choice choice = Choose();
+  return choice;
 }
 
 }  // namespace
 
-const std::string& ApplyIsaLimit() {
-  static const std::string problem = Limit();
-  return problem;
-}
+const std::string& ApplyIsaLimit() { return TheChoice().problem; }
 
-const char* ChosenIsa() {
-  const int64_t usable = hwy::SupportedTargets() & HWY_TARGETS;
-  const int64_t best = usable & -usable;
-  for (const Level& level : kLevels) {
-    if (level.target == best) return level.name;
-  }
-  return hwy::TargetName(best);
-}
+const char* ChosenIsa() { return TheChoice().isa; }
 
 }  // namespace shadowc

@@ -38,9 +38,7 @@ SHADOWC_EXPORT const char* shadowc_ort_version(void) { return SHADOWC_VERSION; }
 SHADOWC_EXPORT int shadowc_ort_api(void) { return ORT_API_VERSION; }
 
 // The SIMD level in use, or an empty string if SHADOWC_ISA is wrong (registration then says why).
-SHADOWC_EXPORT const char* shadowc_ort_isa(void) {
-  return shadowc::ApplyIsaLimit().empty() ? shadowc::ChosenIsa() : "";
-}
+SHADOWC_EXPORT const char* shadowc_ort_isa(void) { return shadowc::ChosenIsa(); }
 
 SHADOWC_EXPORT double shadowc_stream_read(size_t bytes, int threads, int repeats) {
   return shadowc::ApplyIsaLimit().empty() ? shadowc::StreamRead(bytes, threads, repeats) : 0.0;
