@@ -95,7 +95,11 @@ def quantise_rows(rows_RE: Floats, *, where: str = "weights") -> tuple[npt.NDArr
 
 
 def quantise_nbits(weight_NK: Floats, block: int, *, where: str = "weight") -> tuple[npt.NDArray[np.uint8], Floats]:
-    """MatMulNBits operands at 8 bits: values [N, ceil(K/block), block] around 128, scales [N * ceil(K/block)]."""
+    """MatMulNBits operands at 8 bits: values [N, ceil(K/block), block] around 128, scales [N * ceil(K/block)].
+
+    A block of zeros has scale 0: the operator takes the zero point out of its sum at the end, in float32, and would
+    leave a rest there.
+    """
     N, K = weight_NK.shape
     blocks = -(-K // block)
     values = np.empty((N, blocks, block), np.uint8)
@@ -109,7 +113,7 @@ def quantise_nbits(weight_NK: Floats, block: int, *, where: str = "weight") -> t
             signed.reshape(rows, blocks, block), NBITS_ZERO_POINT, dtype=np.int16, casting="unsafe",
             out=values[start : start + rows],
         )  # fmt: skip
-        scales[start : start + rows] = scale.reshape(rows, blocks)
+        scales[start : start + rows] = np.where(signed.any(axis=1), scale.reshape(-1), 0).reshape(rows, blocks)
     return values, scales.reshape(-1)
 
 

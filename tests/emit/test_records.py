@@ -204,3 +204,10 @@ def test_onnx_runtime_reads_the_nbits_layout(columns: int, block: int) -> None:
     assert np.abs(found - expected).max() <= NBITS_TOLERANCE * np.abs(expected).max()
     planted = run_nbits(weight, x, block, np.roll(values, 1, axis=0), scales)
     assert np.abs(planted - expected).max() > NBITS_TOLERANCE * np.abs(expected).max()
+
+
+def test_nbits_gives_exactly_zero_when_a_matrix_is_zero() -> None:
+    block, rng = 32, np.random.default_rng(3)
+    weight = np.zeros((16, 2 * block), np.float32)
+    x = rng.random((3, 2 * block), np.float32)
+    assert not run_nbits(weight, x, block, *records.quantise_nbits(weight, block)).any()
