@@ -35,6 +35,14 @@ def parameters(
         yield name, parameter, bare, info
 
 
+def type_word(kind: object) -> str:
+    """The same word on every Python version: `str`, `Path | None`, `fp32|int8`."""
+    if get_origin(kind) is Literal:
+        return "|".join(get_args(kind))
+    names = [part.__name__ for part in get_args(kind) or (kind,)]
+    return " | ".join(name.replace("NoneType", "None") for name in names)
+
+
 def described() -> str:
     """One line per argument and flag, in the order of the help text."""
     lines = []
@@ -43,10 +51,8 @@ def described() -> str:
         for _, parameter, bare, info in parameters(function):
             names = (info.default, *(info.param_decls or ()))  # inside Annotated the first name lands in `default`
             flag = " ".join(part for part in names if isinstance(part, str)) or str(info.metavar)
-            choices = "|".join(get_args(bare)) if get_origin(bare) is Literal else ""
-            kind = choices or getattr(bare, "__name__", None) or str(bare).replace("pathlib.", "")
             needed = parameter.default is inspect.Parameter.empty
-            lines.append(f"  {flag}  ({kind})  {'required' if needed else parameter.default}")
+            lines.append(f"  {flag}  ({type_word(bare)})  {'required' if needed else parameter.default}")
     return "\n".join(lines) + "\n"
 
 
