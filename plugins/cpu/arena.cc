@@ -43,13 +43,17 @@ void* Arena::TakeBytes(size_t bytes) {
   return taken;
 }
 
-void Arena::Reset() {
+void Arena::Reset() noexcept {
   used_ = 0;
   size_t total = 0;
   for (const Chunk& chunk : chunks_) total += chunk.bytes;
   if (chunks_.size() <= 1 && total <= kKeep) return;
   chunks_.clear();
-  AddChunk(std::min(total, kKeep));
+  try {
+    AddChunk(std::min(total, kKeep));
+  } catch (const std::bad_alloc&) {
+    // Stays empty: the next Take allocates, and fails where failing is allowed.
+  }
 }
 
 CallArena::CallArena() {
@@ -67,7 +71,11 @@ CallArena::~CallArena() {
   arena_->Reset();
   Pool& pool = ThePool();
   const std::lock_guard<std::mutex> lock(pool.mutex);
-  pool.idle.push_back(std::move(arena_));
+  try {
+    pool.idle.push_back(std::move(arena_));
+  } catch (const std::bad_alloc&) {
+    // Not kept: the next call makes another.
+  }
 }
 
 Arena& ThreadArena() {

@@ -23,7 +23,7 @@ class Arena {
   }
 
   // Invalidates all that was taken. Several chunks become one of their total size, up to kKeep.
-  void Reset();
+  void Reset() noexcept;
 
  private:
   static constexpr size_t kKeep = size_t{64} << 20;

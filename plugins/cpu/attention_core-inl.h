@@ -18,6 +18,12 @@ HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
 
+// e^v; NaN stays NaN, where Exp alone gives 0 and would hide a broken key.
+HWY_INLINE VF ExpOrNaN(VF v) {
+  const DF df;
+  return hn::IfThenElse(hn::IsNaN(v), v, hn::Exp(df, v));
+}
+
 // In place: p = softmax(p).
 HWY_INLINE void Softmax(float* HWY_RESTRICT p, size_t n) {
   const DF df;
@@ -30,12 +36,12 @@ HWY_INLINE void Softmax(float* HWY_RESTRICT p, size_t n) {
   most = hn::Set(df, hn::ReduceMax(df, most));
   VF sum = hn::Zero(df);
   for (i = 0; i + lanes <= n; i += lanes) {
-    const VF e = hn::Exp(df, hn::Sub(hn::LoadU(df, p + i), most));
+    const VF e = ExpOrNaN(hn::Sub(hn::LoadU(df, p + i), most));
     hn::StoreU(e, df, p + i);
     sum = hn::Add(sum, e);
   }
   if (i < n) {
-    const VF e = hn::Exp(df, hn::Sub(hn::LoadN(df, p + i, n - i), most));
+    const VF e = ExpOrNaN(hn::Sub(hn::LoadN(df, p + i, n - i), most));
     hn::StoreN(e, df, p + i, n - i);
     sum = hn::Add(sum, hn::IfThenElseZero(hn::FirstN(df, n - i), e));
   }

@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ort_op.h"
 
+#include <atomic>
+#include <exception>
+
 namespace shadowc {
 
 std::string ToText(const Shape& shape) {
@@ -14,13 +17,14 @@ void Problems::Expect(bool ok, const std::string& name, const std::string& expec
   if (!ok) Add(name + " must be " + expected + ", found " + found);
 }
 
-void Problems::ExpectShape(const std::string& name, const Shape& found, const Shape& expected,
-                           const char* letters) {
-  Expect(found == expected, name, std::string(letters) + " = " + ToText(expected), ToText(found));
+// Both run on every call: no text is made unless something is wrong.
+void Problems::ExpectShape(const char* name, const Shape& found, const Shape& expected, const char* letters) {
+  if (found == expected) return;
+  Expect(false, name, std::string(letters) + " = " + ToText(expected), ToText(found));
 }
 
-void Problems::ExpectRank(const std::string& name, const Shape& found, size_t rank, const char* letters) {
-  Expect(found.size() == rank, name, letters, ToText(found));
+void Problems::ExpectRank(const char* name, const Shape& found, size_t rank, const char* letters) {
+  if (found.size() != rank) Expect(false, name, letters, ToText(found));
 }
 
 void Problems::ThrowIfAny() const {
@@ -122,12 +126,37 @@ void WriteRead(const Ort::KernelContext& context, size_t index, const ReadCount&
   out[1] = read.bytes;
 }
 
+namespace {
+
+// A body whose exceptions stay inside: the host's pool knows none, and a worker that never reports back would
+// hang the call.
+struct Guarded {
+  Parallel::Body body;
+  void* closure;
+  std::atomic<bool> failed{false};
+  std::exception_ptr first = nullptr;
+
+  static void Run(void* self, size_t index) noexcept {
+    Guarded& guarded = *static_cast<Guarded*>(self);
+    if (guarded.failed.load(std::memory_order_relaxed)) return;
+    try {
+      guarded.body(guarded.closure, index);
+    } catch (...) {
+      if (!guarded.failed.exchange(true)) guarded.first = std::current_exception();
+    }
+  }
+};
+
+}  // namespace
+
 Parallel HostPool(OrtKernelContext* context) {
   const auto run = [](void* pool, size_t total, Parallel::Body body, void* closure) {
+    Guarded guarded{body, closure};
     // num_batch 0: one index at a time to whichever thread is free, so a disturbed thread does not hold up
     // the rest.
-    Ort::ThrowOnError(Ort::GetApi().KernelContext_ParallelFor(static_cast<OrtKernelContext*>(pool), body,
-                                                              total, 0, closure));
+    Ort::ThrowOnError(Ort::GetApi().KernelContext_ParallelFor(static_cast<OrtKernelContext*>(pool),
+                                                              &Guarded::Run, total, 0, &guarded));
+    if (guarded.first) std::rethrow_exception(guarded.first);
   };
   return Parallel(run, context);
 }

@@ -29,9 +29,9 @@ class Problems {
   void Add(const std::string& sentence) { found_.push_back(sentence); }
   // Records "NAME must be EXPECTED, found FOUND" unless ok.
   void Expect(bool ok, const std::string& name, const std::string& expected, const std::string& found);
-  void ExpectShape(const std::string& name, const Shape& found, const Shape& expected, const char* letters);
+  void ExpectShape(const char* name, const Shape& found, const Shape& expected, const char* letters);
   // Each ExpectRank or earlier problem makes later arithmetic on the shapes meaningless: stop there.
-  void ExpectRank(const std::string& name, const Shape& found, size_t rank, const char* letters);
+  void ExpectRank(const char* name, const Shape& found, size_t rank, const char* letters);
   void ThrowIfAny() const;
 
  private:

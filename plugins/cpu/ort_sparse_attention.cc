@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // SparseAttention as an ONNX Runtime operator: checks shapes and cache positions, then calls the kernel
 // (sparse_attention.h).
+#include <cstdint>
+
 #include "arena.h"
 #include "ort_op.h"
 #include "sparse_attention.h"
@@ -32,8 +34,9 @@ void CheckPositions(const Input<int64_t>& start, const Input<int64_t>& past, int
   problems->ExpectShape("past", past.shape, {batch}, "[B]");
   problems->ThrowIfAny();
   for (int64_t b = 0; b < batch; ++b) {
-    const std::string row = "[" + std::to_string(b) + "]";
     const int64_t p = past.data[b], s = start.data[b];
+    if (p >= 0 && p <= capacity - tokens && s >= 0 && s - tokens <= p) continue;
+    const std::string row = "[" + std::to_string(b) + "]";
     problems->Expect(p >= 0, "past" + row, "at least 0", std::to_string(p));
     problems->Expect(p <= capacity - tokens, "past" + row + " + S",
                      "at most the cache capacity T = " + std::to_string(capacity),
@@ -42,6 +45,18 @@ void CheckPositions(const Input<int64_t>& start, const Input<int64_t>& past, int
                      "in 0 ... past + S = " + std::to_string(p) + " + " + std::to_string(tokens),
                      std::to_string(s));
   }
+}
+
+// One buffer for both, or two that have nothing in common.
+void CheckDistinct(const float* past, const float* present, const Shape& shape, const char* name,
+                   Problems* problems) {
+  size_t count = 1;
+  for (const int64_t size : shape) count *= static_cast<size_t>(size);
+  const auto from = reinterpret_cast<uintptr_t>(past), to = reinterpret_cast<uintptr_t>(present);
+  const size_t distance = from < to ? to - from : from - to;
+  if (distance == 0 || distance >= count * sizeof(float)) return;
+  problems->Expect(false, name, "the memory of its past or memory of its own",
+                   "memory that overlaps it in part");
 }
 
 class SparseAttentionKernel {
@@ -77,6 +92,7 @@ class SparseAttentionKernel {
     problems.ThrowIfAny();
     const int64_t batch = x.shape[0], tokens = x.shape[1], width = x.shape[2];
     const int64_t heads = w.shape[0], size = w.shape[2], capacity = key.shape[2];
+    problems.Expect(width >= 1, "E (axis 2 of x)", "at least 1", "0");
     problems.ExpectShape("w", w.shape, {heads, 4, size, width}, "[H, 4, D, E]");
     problems.Expect(heads * size == width, "H * D (axes 0 and 2 of w)", "E = " + std::to_string(width),
                     std::to_string(heads) + " * " + std::to_string(size));
@@ -110,6 +126,9 @@ class SparseAttentionKernel {
     a.y = Output<float>(context, kY, x.shape);
     a.present_key = Output<float>(context, kPresentKey, key.shape);
     a.present_value = Output<float>(context, kPresentValue, value.shape);
+    CheckDistinct(a.past_key, a.present_key, key.shape, "present_key", &problems);
+    CheckDistinct(a.past_value, a.present_value, value.shape, "present_value", &problems);
+    problems.ThrowIfAny();
     a.context = Output<float>(context, kContext, x.shape);
     CallArena arena;
     if (a.context == nullptr) a.context = arena.Take<float>(a.batch * a.tokens * a.width);

@@ -38,13 +38,14 @@ class SparseFfnKernel {
     problems.ExpectRank("w", w.shape, 3, "[F, 2, E]");
     problems.ThrowIfAny();
     const int64_t width = x.shape[2], neurons = w.shape[0];
+    problems.Expect(width >= 1, "E (axis 2 of x)", "at least 1", "0");
     problems.ExpectShape("w", w.shape, {neurons, 2, width}, "[F, 2, E]");
     problems.ExpectShape("scales", scales.shape, {neurons, 2}, "[F, 2]");
     problems.ExpectShape("b1", b1.shape, {neurons}, "[F]");
     problems.ExpectShape("b2", b2.shape, {width}, "[E]");
     FfnArgs a{};
     a.selection = ReadSelection(context, kScores, kThreshold, layer_, x.shape[0], x.shape[1],
-                                (neurons + block_ - 1) / block_, "ceil(F / block)", &problems);
+                                neurons / block_ + (neurons % block_ != 0), "ceil(F / block)", &problems);
     problems.ThrowIfAny();
     a.x = x.data;
     a.batch = static_cast<size_t>(x.shape[0]);

@@ -3,8 +3,7 @@
 // rows added to rows of y. Weights may be any type with a LoadWide below; everything accumulates in float32.
 //
 // Each output element is summed in an order that depends on the row length and the target alone: not on how
-// many rows or weight rows a call handles. So a row gets the same bits whatever its neighbours in a batch
-// are.
+// many rows or weight rows one of these functions handles.
 //
 // No arrays of vectors: on SVE and RVV vectors have no size.
 

@@ -297,7 +297,9 @@ ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& par
     for (size_t h = 0; h < a.heads; ++h) read += CountHead<W>(a, mine[h] != 0, !a.kv_active_only);
   }
   float* query = arena->Take<float>(rows * a.width);
-  parallel.For(a.batch * a.heads, [&](size_t i) { CopyPrefix(a, i / a.heads, i % a.heads); });
+  if (a.present_key != a.past_key || a.present_value != a.past_value) {
+    parallel.For(a.batch * a.heads, [&](size_t i) { CopyPrefix(a, i / a.heads, i % a.heads); });
+  }
   parallel.For(tiles * a.heads, [&](size_t i) { ProjectTile<W>(a, tiling, i % tiles, i / tiles, query); });
   const size_t runs = (a.tokens + kTileRows - 1) / kTileRows;
   parallel.For(a.batch * a.heads * runs, [&](size_t i) {

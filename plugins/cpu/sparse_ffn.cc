@@ -302,15 +302,20 @@ ReadCount ManyRows(const FfnArgs& a, CallArena* arena, const Parallel& parallel)
               masks + t * units);
     counts[t] = ActiveUnits(masks + t * units, units, lists + t * units);
   });
-  const size_t most = *std::max_element(counts, counts + tiles);
+  // Cut by unit, not by what is active: a row's sums are then grouped the same way whatever its neighbours in
+  // the batch leave out.
   const size_t pieces =
-      PiecesOf(most * a.block * 2 * a.width * sizeof(W), std::max<size_t>(1, kMostPieces / tiles));
+      PiecesOf(units * a.block * 2 * a.width * sizeof(W), std::max<size_t>(1, kMostPieces / tiles));
   float* partial = pieces == 1 ? a.y : arena->Take<float>(pieces * rows * a.width);
   ReadCount* read = arena->Take<ReadCount>(tiles * pieces);
   parallel.For(tiles * pieces, [&](size_t task) {
     const size_t t = task / pieces, p = task % pieces, first = t * kTileRows;
     const size_t last = std::min(rows, first + kTileRows);
-    const size_t begin = counts[t] * p / pieces, end = counts[t] * (p + 1) / pieces;
+    const uint32_t* list = lists + t * units;
+    const auto from = [&](size_t piece) {
+      return static_cast<size_t>(std::lower_bound(list, list + counts[t], units * piece / pieces) - list);
+    };
+    const size_t begin = from(p), end = from(p + 1);
     float* mine = partial + (p * rows + first) * a.width;
     for (size_t r = 0; r < last - first; ++r) {
       float* y = mine + r * a.width;
@@ -320,8 +325,7 @@ ReadCount ManyRows(const FfnArgs& a, CallArena* arena, const Parallel& parallel)
         std::fill(y, y + a.width, 0.0f);
       }
     }
-    read[task] =
-        Tile<W>(a, masks + t * units, lists + t * units + begin, end - begin, a.x + first * a.width, mine);
+    read[task] = Tile<W>(a, masks + t * units, list + begin, end - begin, a.x + first * a.width, mine);
   });
   if (pieces > 1) ReducePartials(partial, pieces, rows, a.width, a.b2, a.y, parallel);
   ReadCount total;

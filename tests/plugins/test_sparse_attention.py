@@ -192,6 +192,17 @@ def test_attention_keeps_later_tokens_from_earlier_ones_even_if_they_are_nan():
     assert np.isnan(found["y"][0, 4:]).all()
 
 
+@pytest.mark.parametrize("filled", [4, 21, 41])
+def test_attention_shows_a_nan_key_instead_of_masking_it(filled):
+    arrays = operands(np.random.default_rng(11), H=1, D=16, T=48)
+    arrays["threshold"][:] = -np.inf
+    for name in ("past_key", "past_value"):
+        arrays[name] = np.random.default_rng(12).standard_normal(arrays[name].shape, dtype=np.float32)
+    arrays["start"][:], arrays["past"][:] = 0, filled
+    arrays["past_key"][0, 0, 2, 5] = np.nan
+    assert np.isnan(attend(arrays)[0]["context"]).all()
+
+
 def test_attention_survives_logits_that_overflow_exp():
     arrays = operands(np.random.default_rng(28), S=3, Z=0)
     arrays["bqkv"] *= 60

@@ -150,7 +150,21 @@ def test_ffn_ignores_what_inactive_rows_would_compute():
     assert read.records == 40
 
 
-def test_ffn_gives_a_row_the_same_bits_whatever_its_neighbours_are():
+def test_ffn_gives_a_row_the_same_bits_whatever_its_neighbours_leave_out():
+    arrays = operands(np.random.default_rng(13), B=4, F=4096, E=512, dtype="int8")
+    first = ffn(arrays)[0][3]
+    arrays["threshold"][:3] = np.inf
+    np.testing.assert_array_equal(ffn(arrays)[0][3], first)
+
+
+def test_ffn_refuses_rows_of_no_width():
+    arrays = operands(np.random.default_rng(14), F=8, E=4)
+    arrays |= {"x": arrays["x"][..., :0], "w": arrays["w"][..., :0], "b2": arrays["b2"][:0]}
+    with pytest.raises(Exception, match="at least 1"):
+        ffn(arrays)
+
+
+def test_ffn_gives_a_small_row_the_same_bits_whatever_its_neighbours_are():
     arrays = operands(np.random.default_rng(9), B=33, F=60, E=100, dtype="int8")
     alone = {name: arrays[name][32:] if name in ("x", "scores", "threshold") else arrays[name] for name in arrays}
     pair = {name: arrays[name][31:] if name in ("x", "scores", "threshold") else arrays[name] for name in arrays}
