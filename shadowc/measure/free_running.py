@@ -33,6 +33,10 @@ LOGIT_TIE = 1e-4
 EXCUSED_LIMIT = 0.005
 """At most this share of the tokens may be excused."""
 KINDS = ("heads", "neurons")
+_COUNTS = (
+    "tokens", "near_units", "near_ties",
+    "masks_excused", "masks_after", "masks_wrong", "tokens_excused", "tokens_wrong",
+)  # fmt: skip
 
 Step = dict[str, "npt.NDArray[Any]"]
 """`logits` [B,V], and per kind `scores.*` [B,L,N] and `threshold.*` [B,L] of one token per prompt."""
@@ -46,7 +50,7 @@ class FreeRun:
     scope: str
     tokens: int
     near_units: int
-    """Tokens with at least one unit at the threshold."""
+    """Tokens where another unit is as close to the threshold as the one that sets it: either may be active."""
     near_ties: int
     """Tokens whose two top logits tie."""
     masks_excused: int
@@ -93,24 +97,26 @@ def free_run(
         raise InputError(
             "a dense engine makes no masks that could differ", hint="shadowc compile without --predictor none"
         )
-    count = _Counter(sparsity.scope, sparsity.exempt)
-    new_probe = engine.prober()
-    for row in range(len(prompts_BS)):
-        prompt_1S = prompts_BS[row : row + 1]
-        ours, theirs = _engine_steps(new_probe(), prompt_1S, density), _torch_steps(masked, prompt_1S, density)
-        mine, other = ours(None), theirs(None)
-        count.begin()
-        for _ in range(tokens):
-            token, wanted = int(mine["logits"].argmax()), int(other["logits"].argmax())
-            if not count.token(mine, other, same=token == wanted):
-                break
-            mine, other = ours(token), theirs(token)
-            count.masks(mine, other)
-    return count.result(density)
+    rows = [_Row(sparsity.scope, sparsity.exempt) for _ in prompts_BS]
+    ours, theirs = _engine_steps(engine.prober()(), prompts_BS, density), _torch_steps(masked, prompts_BS, density)
+    mine, other = ours(None), theirs(None)
+    for _ in range(tokens):
+        ids_B, wanted_B = mine["logits"].argmax(axis=1), other["logits"].argmax(axis=1)
+        for index, row in enumerate(rows):
+            row.token(_of(mine, index), _of(other, index), same=bool(ids_B[index] == wanted_B[index]))
+        if all(row.parted for row in rows):
+            break
+        mine, other = ours(ids_B), theirs(wanted_B)
+        for index, row in enumerate(rows):
+            row.masks(_of(mine, index), _of(other, index))
+    totals = {name: sum(getattr(row, name) for row in rows) for name in _COUNTS}
+    return FreeRun(density=density, scope=sparsity.scope, **totals)
 
 
 @dataclass(slots=True)
-class _Counter:
+class _Row:
+    """Counts of one prompt, until its two texts part."""
+
     scope: str
     exempt: Sequence[int]
     tokens: int = 0
@@ -121,34 +127,36 @@ class _Counter:
     masks_wrong: int = 0
     tokens_excused: int = 0
     tokens_wrong: int = 0
+    parted: bool = False
+    """The texts differ from here on: nothing more is counted."""
     _touched: bool = False
     """A mask of this prompt already differed, so its cache does too."""
 
-    def begin(self) -> None:
-        self._touched = False
-
-    def token(self, mine: Step, other: Step, *, same: bool) -> bool:
-        """Counts one chosen token; False if the texts part here."""
+    def token(self, mine: Step, other: Step, *, same: bool) -> None:
+        """Counts one chosen token."""
+        if self.parted:
+            return
         self.tokens += 1
         tie = _ties(mine["logits"]) or _ties(other["logits"])
         self.near_ties += tie
-        if same:
-            return True
-        if tie or self._touched:
+        self.parted = not same
+        if self.parted and (tie or self._touched):
             self.tokens_excused += 1
-        else:
+        elif self.parted:
             self.tokens_wrong += 1
-        return False
 
     def masks(self, mine: Step, other: Step) -> None:
         """Counts the masks of one token."""
+        if self.parted:
+            return
         near, differ, beyond = False, False, False
         for kind in KINDS:
             a, b = _mask(mine, kind), _mask(other, kind)
             close = near_threshold(
                 other[f"scores.{kind}"], other[f"threshold.{kind}"], scope=self.scope, exempt=self.exempt
             )
-            near |= bool(close.any())
+            together = (1, 2) if self.scope == "global" else 2
+            near |= bool((close.sum(axis=together) > 1).any())  # the unit that sets the threshold is always close
             differ |= bool((a != b).any())
             beyond |= bool(((a != b) & ~close).any())
         self.near_units += near
@@ -160,19 +168,10 @@ class _Counter:
             self.masks_wrong += 1
         self._touched |= differ
 
-    def result(self, density: Density) -> FreeRun:
-        return FreeRun(
-            density=density,
-            scope=self.scope,
-            tokens=self.tokens,
-            near_units=self.near_units,
-            near_ties=self.near_ties,
-            masks_excused=self.masks_excused,
-            masks_after=self.masks_after,
-            masks_wrong=self.masks_wrong,
-            tokens_excused=self.tokens_excused,
-            tokens_wrong=self.tokens_wrong,
-        )
+
+def _of(step: Step, row: int) -> Step:
+    """The step of one prompt, as a batch of one."""
+    return {name: value[row : row + 1] for name, value in step.items()}
 
 
 def _mask(step: Step, kind: str) -> npt.NDArray[np.bool_]:
@@ -200,31 +199,35 @@ def _ties(logits_BV: npt.NDArray[np.float32]) -> bool:
     return bool(first - second <= LOGIT_TIE * np.abs(logits_BV).max())
 
 
-def _engine_steps(probe: Probe, prompt_1S: npt.NDArray[np.int64], density: Density) -> Callable[[int | None], Step]:
-    """None feeds the prompt, a number the next token; returns what the engine's graph put out for the last token."""
+def _engine_steps(
+    probe: Probe, prompts_BS: npt.NDArray[np.int64], density: Density
+) -> Callable[[npt.NDArray[np.int64] | None], Step]:
+    """None feeds the prompts, ids [B] the next tokens; returns what the engine's graph put out for the last token."""
 
-    def step(token: int | None) -> Step:
-        if token is None:
-            outputs = probe.step(prompt_1S, density=density, sparse_tail=0)
+    def step(ids_B: npt.NDArray[np.int64] | None) -> Step:
+        if ids_B is None:
+            outputs = probe.step(prompts_BS, density=density, sparse_tail=0)
             return {"logits": outputs["logits"][:, -1]}
-        outputs = probe.step(np.array([[token]], np.int64), density=density, sparse_tail=-1)
+        outputs = probe.step(ids_B[:, None], density=density, sparse_tail=-1)
         names = ["logits", *(f"{part}.{kind}" for part in ("scores", "threshold") for kind in KINDS)]
         return {name: outputs[name][:, -1] for name in names}
 
     return step
 
 
-def _torch_steps(masked: MaskedOpt, prompt_1S: npt.NDArray[np.int64], density: Density) -> Callable[[int | None], Step]:
+def _torch_steps(
+    masked: MaskedOpt, prompts_BS: npt.NDArray[np.int64], density: Density
+) -> Callable[[npt.NDArray[np.int64] | None], Step]:
     """The same for the masked torch model."""
     from shadowc.sparsity.reference import MaskedState
 
     state = MaskedState()
-    first = prompt_1S.shape[1]
+    first = prompts_BS.shape[1]
 
-    def step(token: int | None) -> Step:
-        ids = prompt_1S if token is None else np.array([[token]], np.int64)
-        result = masked.logits(ids, density=density, masked_from=first, state=state)
-        if token is None:
+    def step(ids_B: npt.NDArray[np.int64] | None) -> Step:
+        ids_BS = prompts_BS if ids_B is None else ids_B[:, None]
+        result = masked.logits(ids_BS, density=density, masked_from=first, state=state)
+        if ids_B is None:
             return {"logits": result.logits[:, -1].numpy()}
         found = {
             "scores.heads": result.scores_heads,
