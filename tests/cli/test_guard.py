@@ -93,7 +93,9 @@ def in_a_process(body: str, **options: object) -> subprocess.CompletedProcess[st
 
 
 def test_ctrl_c_ends_a_process_with_130() -> None:
-    body = " import os, signal, time\n os.kill(os.getpid(), signal.SIGINT)\n time.sleep(30)"
+    # A job in the background inherits SIGINT ignored; the test is about a process that hears it.
+    body = " import os, signal, time\n signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    body += " os.kill(os.getpid(), signal.SIGINT)\n time.sleep(30)"
     result = in_a_process(body, capture_output=True)
     assert result.returncode == INTERRUPTED
     assert result.stderr == "interrupted; nothing was written\n"
