@@ -37,7 +37,7 @@ done
 # --- system packages ------------------------------------------------------------------------------------------------
 missing=()
 if command -v apt-get >/dev/null; then
-  installed() { dpkg-query -W -f='${Status}' "$1" 2>/dev/null | grep -q 'ok installed'; }
+  installed() { [[ $(dpkg-query -W -f='${Status}' "$1" 2>/dev/null) == *'ok installed'* ]]; }
   installed libonnxruntime-dev || missing+=(libonnxruntime-dev)
   installed libhwy-dev || missing+=(libhwy-dev)
   command -v c++ >/dev/null || command -v g++ >/dev/null || missing+=(g++)
@@ -65,7 +65,8 @@ if [ ${#missing[@]} -gt 0 ]; then
     logged "apt-get update" "${as_root[@]}" apt-get update
     found=()
     for package in "${missing[@]}"; do # an older release may lack a header package; CMake fetches those itself
-      if apt-cache policy "$package" | grep -q 'Candidate: [^(]'; then found+=("$package"); else note "no apt package $package here"; fi
+      policy=$(apt-cache policy "$package") # not into grep -q: with pipefail its early exit fails the pipe now and then
+      if [[ $policy =~ Candidate:\ [^\(] ]]; then found+=("$package"); else note "no apt package $package here"; fi
     done
     if [ ${#found[@]} -gt 0 ]; then
       logged "apt-get install ${found[*]}" "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \

@@ -120,23 +120,41 @@ def mean_loss(params: Mapping[str, Tensor], window: Tensor, heads: int, dtype: t
 def to_hf(params: Mapping[str, Tensor], dtype: torch.dtype) -> Params:
     """Return the tensors under the names of OPT checkpoints; the tied `lm_head` is left out."""
     p = {name: tensor.detach().to(dtype) for name, tensor in params.items()}
-    tensors = {
-        "embed_tokens.weight": p["embed"],
-        "embed_positions.weight": p["position"],
-        "final_layer_norm.weight": p["final_norm"],
-        "final_layer_norm.bias": p["final_norm_bias"],
+    return {
+        f"model.decoder.{name}": _part(p, place).contiguous().clone() for name, place in sorted(_hf_names(p).items())
     }
-    for layer in range(p["qkv"].shape[0]):
+
+
+def from_hf(tensors: Mapping[str, Tensor], shape: Shape) -> Params:
+    """Return fp32 parameters from tensors under the names of OPT checkpoints: the inverse of `to_hf`."""
+    params = init_params(shape, 0)
+    for name, place in _hf_names(params).items():
+        _part(params, place).copy_(tensors[f"model.decoder.{name}"])
+    return params
+
+
+def _part(params: Mapping[str, Tensor], place: tuple[str, tuple[int, ...]]) -> Tensor:
+    name, index = place
+    return params[name][index] if index else params[name]
+
+
+def _hf_names(params: Mapping[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Where each tensor of a checkpoint lies in the stacked parameters."""
+    places: dict[str, tuple[str, tuple[int, ...]]] = {
+        "embed_tokens.weight": ("embed", ()),
+        "embed_positions.weight": ("position", ()),
+        "final_layer_norm.weight": ("final_norm", ()),
+        "final_layer_norm.bias": ("final_norm_bias", ()),
+    }
+    for layer in range(params["qkv"].shape[0]):
         parts: dict[str, tuple[str, tuple[int, ...]]]
         parts = {f"self_attn.{kind}_proj": ("qkv", (layer, i)) for i, kind in enumerate("qkv")}
         parts |= {"self_attn.out_proj": ("out", (layer,)), "fc1": ("fc1", (layer,)), "fc2": ("fc2", (layer,))}
+        parts |= {"self_attn_layer_norm": ("norm1", (layer,)), "final_layer_norm": ("norm2", (layer,))}
         for name, (ours, index) in parts.items():
-            tensors[f"layers.{layer}.{name}.weight"] = p[ours][index]
-            tensors[f"layers.{layer}.{name}.bias"] = p[f"{ours}_bias"][index]
-        for ours, name in (("norm1", "self_attn_layer_norm"), ("norm2", "final_layer_norm")):
-            tensors[f"layers.{layer}.{name}.weight"] = p[ours][layer]
-            tensors[f"layers.{layer}.{name}.bias"] = p[f"{ours}_bias"][layer]
-    return {f"model.decoder.{name}": tensor.contiguous().clone() for name, tensor in sorted(tensors.items())}
+            places[f"layers.{layer}.{name}.weight"] = (ours, index)
+            places[f"layers.{layer}.{name}.bias"] = (f"{ours}_bias", index)
+    return places
 
 
 def hf_config(shape: Shape) -> dict[str, object]:

@@ -8,6 +8,7 @@ run leaves the old file or the new one.
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -107,6 +108,19 @@ class Progress:
     step: int = 0
     windows: int = 0
     seconds: float = 0.0
+
+
+def adopt_tokenizer(exported: Path, out: Path) -> None:
+    """Use the tokenizer of an exported folder in a run that starts from its weights."""
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(out / TOKENIZER) as beside:
+        shutil.copyfile(exported / TOKENIZER, beside)
+
+
+def exported_progress(exported: Path, window: int) -> Progress:
+    """Where the run of an exported folder stood in the text and in time; its steps are not counted on."""
+    report = json.loads((exported / "report.json").read_text(encoding="utf-8"))
+    return Progress(windows=int(report["tokens_seen"]) // window, seconds=float(report["training_seconds"]))
 
 
 def save_state(path: Path, tensors: dict[str, Tensor], progress: Progress) -> None:

@@ -5,8 +5,10 @@ In: text. Out, in one folder: tokenizer.json, log.jsonl, state.safetensors (to r
 decay phase, final.safetensors, which `export.py` turns into a Hugging Face folder. The learning rate stays on a
 plateau until the end is asked for (`--minutes`, `--steps` or the file FINISH in the `--control` folder), then
 falls to zero over 15 % of the steps made so far, 12 minutes at most. The state is from before that fall, so a
-finished run can be resumed and finished again later. PAUSE in the `--control` folder halts the run while it
-exists. Ctrl-C saves the state and stops. The same options and number of threads give the same bits.
+finished run can be resumed and finished again later. `--init` starts from the weights of an exported folder, at the
+place in the text where its run stopped: for those who have the published weights but not the state. PAUSE in the
+`--control` folder halts the run while it exists. Ctrl-C saves the state and stops. The same options and number of
+threads give the same bits.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from safetensors.torch import load_file
 from torch import Tensor
 
 import opt_model
@@ -47,6 +50,7 @@ class Options:
     steps: int | None = None  # of the whole run, decay included
     resume: bool = False
     control: Path | None = None
+    init: Path | None = None  # exported folder to start from
     stop_after: int | None = None  # behave as if interrupted after this many steps
     shape: opt_model.Shape = field(default_factory=opt_model.Shape)
     window: int = 512
@@ -100,6 +104,8 @@ class Trainer:
         self.options, self.console = options, console
         torch.set_num_threads(options.threads)
         torch.manual_seed(options.seed)
+        if options.init and not options.resume:
+            run_state.adopt_tokenizer(options.init, options.out)
         self.corpus = run_state.prepare_corpus(options.text, options.out, options.shape.vocab, options.seed)
         self.windows = run_state.Windows(self.corpus.train, options.window, options.seed)
         self.held_out = HeldOut(self.corpus, options.window)
@@ -108,6 +114,9 @@ class Trainer:
         self.at = run_state.Progress()
         if options.resume:
             self._load()
+        elif options.init:
+            self.params = opt_model.from_hf(load_file(options.init / "model.safetensors"), options.shape)
+            self.at = run_state.exported_progress(options.init, options.window)
         for p in self.params.values():
             p.requires_grad_()
         self.log = run_state.Log(options.out / run_state.LOG, self.at.step)
@@ -250,13 +259,14 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--minutes", type=float, help="length of this call, decay phase included")
     parser.add_argument("--steps", type=int, help="length of the whole run in steps, decay phase included")
     parser.add_argument("--resume", action="store_true", help="go on from the state in --out")
+    parser.add_argument("--init", type=Path, help="exported folder whose weights to start from; not with --resume")
     parser.add_argument("--control", type=Path, help="folder to watch for the files PAUSE and FINISH")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--accumulate", type=int, default=8, help="a step's batch in units of 1024 tokens")
     parser.add_argument("--no-compile", action="store_true", help="run without torch.compile")
     a = parser.parse_args(arguments)
-    options = Options(tuple(a.text), a.out, a.minutes, a.steps, a.resume, a.control)
+    options = Options(tuple(a.text), a.out, a.minutes, a.steps, a.resume, a.control, a.init)
     options = replace(options, accumulate=a.accumulate)
     return replace(options, threads=a.threads, seed=a.seed, compile=not a.no_compile)
 

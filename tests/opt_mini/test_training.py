@@ -60,6 +60,26 @@ def test_run_ends_with_a_decay_phase_when_the_finish_file_exists(tiny_run: train
     assert not (tmp_path / "FINISH").exists()
 
 
+def test_run_starts_from_published_weights_where_their_run_left_the_text(
+    tiny_run: train.Options, tmp_path: Path
+) -> None:
+    published, run = tmp_path / "published", tmp_path / "run"
+    export.export(tiny_run.out, published, tiny_run.shape)
+    (published / "report.json").write_text(json.dumps({"tokens_seen": 96 * 32, "training_seconds": 60}))
+    assert not train.train(replace(tiny_run, out=run, init=published, stop_after=1))
+    _, at = run_state.load_state(run / run_state.STATE)
+    assert (at.step, at.windows) == (1, 96 + tiny_run.micro_batch * tiny_run.accumulate)
+    assert at.seconds > 60
+    tokenizers = [(folder / "tokenizer.json").read_text() for folder in (tiny_run.out, run)]
+    assert json.loads(tokenizers[0]) == json.loads(tokenizers[1])
+
+
+def test_checkpoint_names_read_back_what_they_wrote() -> None:
+    params = {name: torch.randn_like(p) for name, p in opt_model.init_params(SHAPE, seed=3).items()}
+    back = opt_model.from_hf(opt_model.to_hf(params, torch.float32), SHAPE)
+    assert all(torch.equal(back[name], params[name]) for name in params)
+
+
 def test_log_forgets_steps_after_the_resumed_state(tmp_path: Path) -> None:
     log = run_state.Log(tmp_path / "log.jsonl", 0)
     for step in (1, 2, 3):
