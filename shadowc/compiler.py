@@ -259,9 +259,10 @@ class _Compile:
     ) -> ParityReport:
         """The gate: raises if the engine's numbers are not torch's."""
         from shadowc.measure.parity import check_parity
+        from shadowc.runtime.cores import usable_cores
         from shadowc.runtime.engine import Engine
         from shadowc.runtime.library import OpLibrary
-        from shadowc.runtime.session import Session, usable_cores
+        from shadowc.runtime.session import Session
 
         with self.stages.measured("parity"):
             session = Session(folder / MODEL_FILE, usable_cores(), OpLibrary.installed().path)

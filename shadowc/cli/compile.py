@@ -15,7 +15,12 @@ if TYPE_CHECKING:
     from shadowc.compiler import CompileSummary
 
 
+COLLECTING = ("data", "criterion", "positions")
+TRAINING = ("neuron_block", "width")
+
+
 def compile_model(
+    context: typer.Context,
     model: flags.Model,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Engine folder; default: ./MODEL.engine.", show_default=False)
@@ -50,6 +55,16 @@ def compile_model(
     from shadowc.spec.options import CollectOptions, CompileOptions, TrainOptions
 
     Density(head_density, neuron_density)  # refuses what is outside 0..1 before any work
+    if predictor == "none":
+        flags.refuse_unused(
+            context,
+            (*COLLECTING, *TRAINING, "head_density", "neuron_density", "scope", "mask"),
+            "with --predictor none: a dense engine has no masks",
+        )
+    elif predictor != "train":
+        flags.refuse_unused(context, (*COLLECTING, *TRAINING), "with --predictor FOLDER: that one is already trained")
+    elif load_format == "dummy":
+        flags.refuse_unused(context, COLLECTING, "with --load-format dummy: a dummy model has a random predictor")
     options = flags.checked(
         CompileOptions,
         {

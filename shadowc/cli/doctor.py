@@ -27,7 +27,6 @@ LOWEST = {
     "huggingface-hub": (1,),
     "numpy": (2,),
 }
-LOWEST_ORT = (1, 23)
 ORT_DISTRIBUTIONS = (
     "onnxruntime",
     "onnxruntime-gpu",
@@ -92,6 +91,8 @@ def _packages() -> list[Finding]:
 
 def _runtime() -> Finding:
     """ONNX Runtime: exactly one distribution, new enough."""
+    from shadowc.runtime.session import LOWEST_ORT
+
     found = {name: version for name in ORT_DISTRIBUTIONS if (version := _version(name)) is not None}
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if not found:
@@ -105,7 +106,8 @@ def _runtime() -> Finding:
             f"pip uninstall -y {' '.join(found)} && pip install {keep}",
         )
     if _numbers(next(iter(found.values()))) < LOWEST_ORT:
-        return Finding("ONNX Runtime", "fails", f"{text}, too old", f"pip install '{next(iter(found))}>=1.23'")
+        wanted = ".".join(map(str, LOWEST_ORT))
+        return Finding("ONNX Runtime", "fails", f"{text}, too old", f"pip install '{next(iter(found))}>={wanted}'")
     return Finding("ONNX Runtime", "ok", text)
 
 
@@ -147,7 +149,9 @@ def _cache() -> Finding:
 
 
 def _memory() -> Finding:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    from shadowc.runtime.cores import usable_cores
+
+    cores = usable_cores()
     try:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

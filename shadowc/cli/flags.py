@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Iterable, Mapping
 
     from shadowc.spec.density import Density
     from shadowc.spec.manifest import SparsityPart
@@ -103,6 +103,32 @@ def densities_of(text: str) -> tuple[Density, ...]:
                 f"a list of densities was expected, found {entry.strip()!r} in it", hint="for example 1,0.5,0.5/0.2"
             ) from None
     return tuple(found)
+
+
+def refuse_unused(context: typer.Context, names: Iterable[str], because: str) -> None:
+    """Refuse flags that were typed and would have no effect.
+
+    Args:
+        context: of the command that runs.
+        names: parameters of the command's function.
+        because: ends the sentence "--data has no effect ".
+
+    Raises:
+        InputError: at least one of them did not keep its default by itself.
+    """
+    from shadowc.spec.errors import InputError
+
+    typed = [f"--{name.replace('_', '-')}" for name in names if _was_typed(context, name)]
+    if typed:
+        verb = "has" if len(typed) == 1 else "have"
+        raise InputError(
+            f"{', '.join(typed)} {verb} no effect {because}", hint="leave it out" if verb == "has" else "leave them out"
+        )
+
+
+def _was_typed(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
 def checked(options: Callable[..., Any], values: Mapping[str, object]) -> Any:

@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from shadowc.sparsity.workflow import Learned
 
 
+COLLECTING = ("data", "criterion", "positions", "load_format", "offline")
+
+
 def train(
+    context: typer.Context,
     trace: Annotated[
         Path | None, typer.Option("--trace", help="What `shadowc collect` recorded.", show_default=False)
     ] = None,
@@ -46,6 +50,8 @@ def train(
         raise InputError("train needs a trace or a model", hint="shadowc train --model opt-mini")
     if trace is not None and model is not None:
         raise InputError("train takes a trace or a model, not both", hint="drop --model: the trace knows its model")
+    if trace is not None:
+        flags.refuse_unused(context, COLLECTING, "with --trace: the trace is already collected")
     options = flags.checked(
         TrainOptions, {"neuron_block": neuron_block, "width": width, "epochs": epochs, "seed": seed}
     )

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
+from shadowc.runtime.cores import usable_cores
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.library import OpLibrary
-from shadowc.runtime.session import Session, check_ort, usable_cores
+from shadowc.runtime.session import Session, check_ort
 from shadowc.runtime.verification import RECOMPILE, file_problems, read_manifest
 from shadowc.spec.errors import InputError, ShadowcError, VerificationError
 from shadowc.spec.manifest import MODEL_FILE, REFERENCE_FILE

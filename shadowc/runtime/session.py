@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,13 +19,6 @@ if TYPE_CHECKING:
 LOWEST_ORT = (1, 23)
 _ERRORS_ONLY = 3
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on (containers and taskset narrow them)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def check_ort() -> None:

@@ -194,6 +194,17 @@ def test_train_without_trace_and_model(shadowc: Shadowc) -> None:
     refused(shadowc, INPUT, "train", says="needs a trace or a model")
 
 
+def test_flags_without_effect_are_refused_all_at_once(shadowc: Shadowc, tmp_path: Path) -> None:
+    mini = ("compile", "--model", "opt-mini")
+    refused(shadowc, INPUT, "train", "--trace", tmp_path, "--data", "self", says="--data has no effect with --trace")
+    refused(
+        shadowc, INPUT, *mini, "--predictor", "none", "--width", "32", "--scope", "local",
+        says="--width, --scope have no effect with --predictor none",
+    )  # fmt: skip
+    refused(shadowc, INPUT, *mini, "--predictor", tmp_path, "--positions", "64", says="--positions has no effect")
+    refused(shadowc, INPUT, *mini, "--load-format", "dummy", "--criterion", "l2norm", says="--criterion has no effect")
+
+
 def test_train_on_what_is_no_trace(shadowc: Shadowc, tmp_path: Path) -> None:
     refused(shadowc, INPUT, "train", "--trace", tmp_path, says="not an importance trace")
 

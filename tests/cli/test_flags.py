@@ -31,6 +31,8 @@ def parameters(
     """Name, parameter, bare type and typer's description of everything that a command takes."""
     hints = get_type_hints(function, include_extras=True)
     for name, parameter in inspect.signature(function).parameters.items():
+        if hints[name] is typer.Context:  # typer's own, no flag
+            continue
         bare, info = get_args(hints[name])
         yield name, parameter, bare, info
 

@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 
-from shadowc.runtime import library, session, verification
+from shadowc.runtime import library, verification
 from shadowc.runtime.load import load, read_manifest, verify
 from shadowc.spec.errors import IncompatibleEngineError, InputError, SetupError, VerificationError
 from shadowc.spec.manifest import MANIFEST_FILE, SCHEMA, WEIGHTS_FILE
@@ -276,7 +276,3 @@ def test_the_op_library_tells_its_level_and_the_stream_bandwidth(folders: dict[s
     assert loaded.threads == 1
     assert loaded.op_library.isa
     assert loaded.op_library.stream_read(1 << 22, 1, 1) > 1e8
-
-
-def test_usable_cores_follow_the_affinity_of_the_process() -> None:
-    assert session.usable_cores() == len(os.sched_getaffinity(0))
