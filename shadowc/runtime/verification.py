@@ -18,19 +18,16 @@ from shadowc.emit.folder import hash_file
 from shadowc.spec.errors import IncompatibleEngineError, InputError, SetupError, VerificationError
 from shadowc.spec.manifest import (
     MANIFEST_FILE,
-    MODEL_FILE,
-    REFERENCE_FILE,
     SCHEMA,
-    WEIGHTS_FILE,
     EngineManifest,
     FileEntry,
+    needed_files,
 )
 from shadowc.spec.ops import DOMAIN, VERSION
 from shadowc.stage_cache import default_root
 
 LARGE_BYTES = 1 << 26
 """From this size on a file's hash is remembered; smaller ones are hashed at every load."""
-_NEEDED = (MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE)
 _SETTLED_SECONDS = 2.0
 """A file changed later than this before the hash is not remembered: its times could hide a further change."""
 UPGRADE = "upgrade shadowc: git pull and make setup in a checkout, or pip install the newer wheel file"
@@ -101,7 +98,9 @@ def file_problems(folder: Path, manifest: EngineManifest, *, hashes: bool = True
 
     Without `hashes` only sizes are compared; `remember` trusts and keeps the hashes of large files.
     """
-    problems = [f"{name} is not listed in {MANIFEST_FILE}" for name in _NEEDED if name not in manifest.files]
+    problems = [
+        f"{name} is not listed in {MANIFEST_FILE}" for name in needed_files(manifest) if name not in manifest.files
+    ]
     for name, entry in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():

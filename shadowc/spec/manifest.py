@@ -13,6 +13,11 @@ MODEL_FILE = "model.onnx"
 REFERENCE_FILE = "reference.onnx"
 WEIGHTS_FILE = "weights.bin"
 
+TargetName = Literal["cpu", "tensorrt", "tensorrt-rtx"]
+WeightsName = Literal["fp32", "fp16", "bf16", "int8"]
+TrtFamily = Literal["rtx1", "trt10", "trt11"]
+"""Libraries that share an ABI and a plugin: TensorRT for RTX 1.x, TensorRT 10.x and 11.x."""
+
 
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=())
@@ -68,14 +73,84 @@ class BytesPart(_Part):
     """Weights and scales of all attention and FFN records: the dense cost per token."""
 
 
+class PlanTensor(_Part):
+    """One input or output of a plan, bound by its name to device memory."""
+
+    name: str
+    kind: Literal["token", "state", "dial", "cache", "weight", "logits", "count"]
+    """token: input_ids, attention_mask; state: past, start; dial: densities; cache: K/V; weight: a name of the table
+    `weights`; count: active units and what the kernels read."""
+    dtype: Literal["float32", "float16", "bfloat16", "int8", "int32", "int64"]
+    shape: tuple[int, ...]
+    """-1: known at run time."""
+    smallest: tuple[int, ...] | None = None
+    """Profile of an input with a -1 in its shape: the smallest, the best and the largest sizes."""
+    best: tuple[int, ...] | None = None
+    largest: tuple[int, ...] | None = None
+    alias_of: str = ""
+    """Of an output: the input that must be bound to the same address."""
+
+
+class PlanPart(_Part):
+    """One TensorRT plan of the folder."""
+
+    file: str
+    onnx: str
+    """The graph that it was built from; its weights are inputs."""
+    inputs: tuple[PlanTensor, ...]
+    outputs: tuple[PlanTensor, ...]
+
+
+class PluginPart(_Part):
+    """A library of the folder that holds the operators of a plan; its size and hash are in `files`."""
+
+    file: str
+    registers_itself: bool
+    """True: for plain dlopen (Triton); False: for TensorRT's load_library."""
+    operators: tuple[str, ...]
+    """Each as namespace::name::version."""
+
+
+class WeightPart(_Part):
+    """Where one weight lies in weights.bin: C order, no gaps, aligned to 256 bytes."""
+
+    name: str
+    dtype: Literal["float32", "float16", "bfloat16", "int8"]
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+class TensorRtPart(_Part):
+    """What only an engine for TensorRT says."""
+
+    family: TrtFamily
+    library_version: str
+    """Version of the builder; enterprise plans run in exactly this one."""
+    activations: Literal["float32", "float16", "bfloat16"]
+    """Type of activations and of the cache."""
+    max_batch: int
+    max_context: int
+    """Most slots of the cache, and most tokens of a prefill."""
+    chunk: int
+    """Most tokens that the decode plan takes at once."""
+    compute_capabilities: tuple[str, ...]
+    """Such as "8.6", sorted."""
+    portable_above: str | None
+    """Cards of this compute capability and newer ones run the plan too; None: only the listed ones."""
+    plans: dict[Literal["prefill", "decode"], PlanPart]
+    plugins: tuple[PluginPart, ...]
+    weights: tuple[WeightPart, ...]
+
+
 class EngineManifest(_Part):
     """The whole of engine.json."""
 
     schema_version: int = SCHEMA
     producer: dict[str, str]
     """Versions of shadowc and of the tools that made the folder."""
-    target: Literal["cpu"]
-    weights: Literal["fp32", "int8"]
+    target: TargetName
+    weights: WeightsName
     ops: dict[str, int]
     """Operator domain -> version that the graph needs."""
     model: ModelPart
@@ -83,7 +158,19 @@ class EngineManifest(_Part):
     """None: a dense engine."""
     bytes_per_token: BytesPart
     parity: dict[str, object]
+    """How the numbers were checked; `on_device` is False where no engine ran, only its graph."""
     build_key: str
-    """Hash of everything that decided the bytes; equal keys mean equal folders."""
+    """Hash of everything that decided the bytes; equal keys mean equal folders (plans excepted)."""
     files: dict[str, FileEntry]
     """Every file of the folder except engine.json."""
+    tensorrt: TensorRtPart | None = None
+    """None: target cpu."""
+
+
+def needed_files(manifest: EngineManifest) -> tuple[str, ...]:
+    """The files that an engine of this target cannot do without."""
+    part = manifest.tensorrt
+    if part is None:
+        return MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE
+    plans = [name for plan in part.plans.values() for name in (plan.file, plan.onnx)]
+    return WEIGHTS_FILE, *plans, *(plugin.file for plugin in part.plugins)

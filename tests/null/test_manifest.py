@@ -14,7 +14,13 @@ from shadowc.spec.manifest import (
     EngineManifest,
     FileEntry,
     ModelPart,
+    PlanPart,
+    PlanTensor,
+    PluginPart,
     SparsityPart,
+    TensorRtPart,
+    WeightPart,
+    needed_files,
 )
 
 
@@ -62,3 +68,37 @@ def test_manifest_refuses_what_it_does_not_know(changes: dict[str, object]) -> N
 def test_manifest_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         manifest().build_key = "3"  # type: ignore[misc]
+
+
+def tensorrt_part() -> TensorRtPart:
+    cache = {"kind": "cache", "dtype": "float16", "shape": (-1, 4, -1, 16)}
+    past = PlanTensor(
+        name="past_key_values.0.key", smallest=(1, 4, 1, 16), best=(1, 4, 64, 16), largest=(4, 4, 64, 16), **cache
+    )
+    present = PlanTensor(name="present.0.key", alias_of="past_key_values.0.key", **cache)
+    decode = PlanPart(file="decode.plan", onnx="decode.onnx", inputs=(past,), outputs=(present,))
+    return TensorRtPart(
+        family="rtx1",
+        library_version="1.7.1.116",
+        activations="float16",
+        max_batch=4,
+        max_context=64,
+        chunk=64,
+        compute_capabilities=("8.0", "8.6"),
+        portable_above="12.0",
+        plans={"decode": decode},
+        plugins=(
+            PluginPart(file="libshadowc_trtrtx1.so", registers_itself=False, operators=("shadowc::SparseFFN::1",)),
+        ),
+        weights=(WeightPart(name="layers.0.ffn.w1", dtype="float16", shape=(256, 64), offset=0, bytes=32768),),
+    )
+
+
+def test_manifest_of_a_tensorrt_engine_survives_json_and_names_the_files_it_needs() -> None:
+    made = manifest(target="tensorrt-rtx", weights="fp16", tensorrt=tensorrt_part())
+    assert EngineManifest.model_validate_json(made.model_dump_json()) == made
+    assert needed_files(made) == ("weights.bin", "decode.plan", "decode.onnx", "libshadowc_trtrtx1.so")
+
+
+def test_manifest_of_a_cpu_engine_names_the_files_it_needs() -> None:
+    assert needed_files(manifest()) == ("model.onnx", "reference.onnx", "weights.bin")
