@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -101,7 +102,9 @@ class Stages:
             folder, mark.reused = self.cache.get_or_make(
                 "train", learned, lambda to: self._train(checkpoint, trace_folder, to)
             )
-        return Predictor.load(folder / "predictor", checkpoint.facts)
+        found = Predictor.load(folder / "predictor", checkpoint.facts)
+        # The cache may hold what was learned from the same weights under another name.
+        return replace(found, meta={**found.meta, "model": {**found.meta["model"], "name": checkpoint.facts.name}})
 
     def _collect(self, checkpoint: Checkpoint, to: Path) -> None:
         from shadowc.sparsity.collect import collect

@@ -13,6 +13,9 @@ from shadowc.cli.recall import layer_tables, summary_table
 if TYPE_CHECKING:
     from shadowc.spec.manifest import EngineManifest
 
+KV_SHARE = 0.5
+"""Of a head's record, the k and v rows: read for every head while masks are made per token."""
+
 
 def inspect(engine: flags.Engine, json: flags.AsJson = False) -> None:
     """Show the model, the sparsity plan, sizes, parity and the predictor's recall; nothing is loaded or changed."""
@@ -110,6 +113,7 @@ def bytes_rows(manifest: EngineManifest) -> list[tuple[str, str, str]]:
     records = attention, ffn = record_bytes(manifest)
     heads, neurons = (plan.head_density, plan.neuron_density) if plan else (1.0, 1.0)
     first = 1 / model.layers  # layer 0 stays dense
+    heads = KV_SHARE + (1 - KV_SHARE) * heads  # a later token may need the K/V of a head that this one skips
     kept = (attention * (first + (1 - first) * heads), ffn * (first + (1 - first) * neurons))
     other = part.lm_head + part.other
     rows = [

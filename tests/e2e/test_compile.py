@@ -14,7 +14,7 @@ import pytest
 import shadowc
 from shadowc.compiler import compile_engine
 from shadowc.runtime.engine import Engine
-from shadowc.runtime.load import verify
+from shadowc.runtime.load import read_manifest, verify
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
 from tests.e2e import compiled
 
@@ -65,6 +65,20 @@ def test_compile_gives_the_same_bytes_when_repeated_elsewhere(
     assert sorted(path.name for path in again.iterdir()) == names
     for name in names:
         assert (again / name).read_bytes() == (sparse_engine / name).read_bytes(), name
+
+
+def test_engine_of_the_same_weights_under_another_name_says_the_other_name(
+    tiny_checkpoint: Path, sparse_engine: Path, tmp_path: Path
+) -> None:
+    renamed = Path(shutil.copytree(tiny_checkpoint, tmp_path / "renamed"))
+    shadowc.compile(compiled.options(renamed, tmp_path / "renamed.engine"))
+    manifests = [read_manifest(folder) for folder in (sparse_engine, tmp_path / "renamed.engine")]
+    assert manifests[0].model.name != manifests[1].model.name == "renamed"
+    for manifest in manifests:
+        assert manifest.sparsity is not None
+        described = manifest.sparsity.predictor["model"]
+        assert isinstance(described, dict)
+        assert described["name"] == manifest.model.name
 
 
 def test_compile_repairs_an_engine_when_a_byte_was_flipped(
