@@ -7,7 +7,7 @@ H heads, N units of neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -24,8 +24,16 @@ Outputs = dict[str, npt.NDArray[Any]]
 ScoreSource = Callable[[int], tuple[Floats, Floats]]
 """Number of masked tokens Z -> scores of heads [1 or B,Z,L,H] and of neuron units [1 or B,Z,L,N]."""
 
+CHUNK_TOKENS = 128
+"""Tokens per run, all rows together at most twice that: bounds the memory of logits and scores."""
 AUTOMATIC = -1
 """sparse_tail: one masked token when one token comes in, none otherwise."""
+
+
+def chunks(start: int, stop: int, rows: int) -> Iterator[tuple[int, int]]:
+    """Pieces of `start..stop` of bounded size; many rows make them shorter."""
+    size = max(min(CHUNK_TOKENS, 2 * CHUNK_TOKENS // rows), 1)
+    return ((at, min(at + size, stop)) for at in range(start, stop, size))
 
 
 class ModelSizes(Protocol):
@@ -90,6 +98,14 @@ class Decoder:
         """Compute as little as possible for a finished row from now on."""
         for values in self._density.values():
             values[row] = 0.0
+
+    def prefill(self, ids_BS: Ids) -> Floats:
+        """Run a prompt without masks; returns the logits [B,V] after its last token."""
+        outputs: Outputs = {}
+        B, S = ids_BS.shape
+        for start, stop in chunks(0, S, B):
+            outputs = self.feed(ids_BS[:, start:stop], sparse_tail=0, outputs=("logits",) if stop == S else ())
+        return np.ascontiguousarray(outputs["logits"][:, -1], np.float32)
 
     def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str]) -> Outputs:
         """Run any number of tokens and return the named outputs."""

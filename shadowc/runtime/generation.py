@@ -10,18 +10,34 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from time import perf_counter
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from shadowc.runtime.decoder import Decoder, Outputs
+from shadowc.runtime.decoder import Floats, Outputs, chunks
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.runtime.stats import Meter
 from shadowc.spec.density import Density
 from shadowc.spec.manifest import ModelPart
 
-CHUNK_TOKENS = 128
-"""Tokens per run, all rows together at most twice that: bounds the memory of logits and scores."""
+
+class TokenDecoder(Protocol):
+    """Feeds the tokens of one batch, in order; what runs the graph stands behind it."""
+
+    def set_density(self, heads: float | Floats, neurons: float | Floats) -> None:
+        """Set the density of all rows (a number) or of each row ([B]); it holds from the next run on."""
+
+    def mute(self, row: int) -> None:
+        """Compute as little as possible for a finished row from now on."""
+
+    def prefill(self, ids_BS: Ids) -> Floats:
+        """Run a prompt without masks; returns the logits [B,V] after its last token."""
+
+    def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str]) -> Outputs:
+        """Run any number of tokens and return the named outputs; the last `sparse_tail` tokens are masked."""
+
+    def step(self, ids_B: Ids) -> Outputs:
+        """Run one masked token per row; the arrays returned are overwritten by the next step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +52,7 @@ class Limits:
 
 
 def greedy(
-    decoder: Decoder,
+    decoder: TokenDecoder,
     batch: Batch,
     limits: Limits,
     density: Density,
@@ -49,7 +65,7 @@ def greedy(
         The new ids [B,n], pad tokens after a row's end, and why each row ended.
     """
     started = perf_counter()
-    logits_BV = _prefill(decoder, batch)
+    logits_BV = decoder.prefill(batch.ids)
     meter.prefill_seconds = perf_counter() - started
     decoder.set_density(density.heads, density.neurons)
     room = min(limits.most, limits.positions - batch.slots)
@@ -79,23 +95,8 @@ def greedy(
     return new_BN, tuple(cut if live else "eos" for live in live_B)
 
 
-def _prefill(decoder: Decoder, batch: Batch) -> npt.NDArray[np.float32]:
-    """The prompt without masks; returns the logits after its last token, [B,V]."""
-    outputs: Outputs = {}
-    for start, stop in chunks(0, batch.slots, batch.rows):
-        last = ("logits",) if stop == batch.slots else ()
-        outputs = decoder.feed(batch.ids[:, start:stop], sparse_tail=0, outputs=last)
-    return np.ascontiguousarray(outputs["logits"][:, -1])
-
-
-def chunks(start: int, stop: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Pieces of `start..stop` of bounded size; many rows make them shorter."""
-    size = max(min(CHUNK_TOKENS, 2 * CHUNK_TOKENS // rows), 1)
-    return ((at, min(at + size, stop)) for at in range(start, stop, size))
-
-
 def teacher_forced(
-    decoder: Decoder,
+    decoder: TokenDecoder,
     batch: Batch,
     density: Density,
     meter: Meter,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from shadowc.runtime import generation
+from shadowc.runtime import decoder
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import load
 from shadowc.runtime.prompts import Batch
@@ -69,7 +69,7 @@ def test_decode_logits_are_those_of_single_steps(engine: Engine, density: Densit
 def test_chunks_do_not_change_the_numbers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = random_ids(2, 40)
     whole = engine.logits(ids, 0.5, prompt_tokens=3)
-    monkeypatch.setattr(generation, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(decoder, "CHUNK_TOKENS", 7)
     assert difference(engine.logits(ids, 0.5, prompt_tokens=3), whole) <= FLOAT_TOLERANCE
 
 
