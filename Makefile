@@ -8,9 +8,9 @@ MAKEFLAGS += --no-print-directory
 BIN := .venv/bin
 # A virtual environment does not survive a move, so the stamp carries the folder's path.
 READY := .venv/ready-$(shell pwd | cksum | cut -d' ' -f1)
-NATIVE := $(shell find CMakeLists.txt cmake plugins \( -name '*.cc' -o -name '*.h' -o -name '*.cmake' -o -name '*.map' \
-          -o -name CMakeLists.txt \) 2>/dev/null)
-CXX_SOURCES = $(shell find plugins \( -name '*.cc' -o -name '*.h' \) 2>/dev/null)
+NATIVE := $(shell find CMakeLists.txt cmake plugins \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
+          -o -name '*.cmake' -o -name '*.map' -o -name CMakeLists.txt -o -name '*.sh' \) 2>/dev/null)
+CXX_SOURCES = $(shell find plugins \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 # Two workers with one thread each: two cores, and no worker waits for the other's.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=worksteal
 FAST := not slow and not network
@@ -18,7 +18,7 @@ FAST := not slow and not network
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-all lint wheel setup clean
+.PHONY: help demo test test-all lint wheel setup rtx clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -49,6 +49,9 @@ setup: $(READY) ## create .venv, install everything, build the operators
 $(READY): pyproject.toml scripts/setup.sh $(NATIVE)
 	@bash scripts/setup.sh
 	@touch $@
+
+rtx: $(READY) ## install TensorRT for RTX (NVIDIA's licence) and cuobjdump: the tests then build real engines, without a GPU
+	@$(BIN)/pip install --disable-pip-version-check --quiet --group rtx
 
 clean: ## remove what was built; .venv stays
 	rm -rf build dist .pytest_cache .ruff_cache .mypy_cache .hypothesis

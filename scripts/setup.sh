@@ -114,5 +114,7 @@ if ! cmake --version 2>/dev/null | awk 'NR == 1 { split($3, v, "."); exit !(v[1]
 fi
 command -v ninja >/dev/null || tools+=(ninja)
 logged "tools for building, testing and linting" "${pip[@]}" --group dev "${tools[@]}"
+headers=$(bash scripts/tensorrt_headers.sh "$py")
+[ -z "$headers" ] || note "$headers"
 PATH=$venv/bin:$PATH logged "shadowc and its packages, operators compiled" "${pip[@]}" --no-build-isolation --editable .
 logged "shadowc answers" "$venv/bin/shadowc" --help
