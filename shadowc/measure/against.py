@@ -84,10 +84,10 @@ def verify_against(
         InputError: the engine was compiled from another checkpoint.
     """
     from shadowc.checkpoint.resolve import resolve
-    from shadowc.runtime.load import load
+    from shadowc.runtime.load import load_cpu
 
     progress = progress or NullProgress()
-    engine = load(folder, threads=threads)
+    engine = load_cpu(folder, threads=threads)
     checkpoint = resolve(model, load_format=load_format, offline=offline, seed=seed)
     if checkpoint.identity != engine.manifest.model.source:
         raise InputError(

@@ -91,11 +91,14 @@ def bench(
         tokens: tokens generated per measurement; the first one is not timed.
         threads: intra-op threads; None: one per core.
         progress: told about runs.
+
+    Raises:
+        UnsupportedError: the engine is not of target cpu.
     """
-    from shadowc.runtime.load import load
+    from shadowc.runtime.load import load_cpu
 
     progress = progress or NullProgress()
-    engines = {flag: load(folder, threads=threads, skip_zeros=flag) for flag in (False, True)}
+    engines = {flag: load_cpu(folder, threads=threads, skip_zeros=flag) for flag in (False, True)}
     jobs = [
         (Setting(_label("dense twin", flag), Density(), flag), engine.dense_twin()) for flag, engine in engines.items()
     ]

@@ -24,7 +24,7 @@ from shadowc.spec.progress import NullProgress, Progress
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from shadowc.runtime.engine import Engine
+    from shadowc.runtime.causal import CausalEngine
 
 Method = Literal["predictor", "static", "normalised", "random"]
 ROWS_AT_ONCE = 64
@@ -60,7 +60,7 @@ class EvalReport:
 
 
 def evaluate(
-    engine: Engine,
+    engine: CausalEngine,
     text: str,
     *,
     densities: Sequence[Density],
@@ -106,7 +106,7 @@ def evaluate(
     )
 
 
-def _windows(engine: Engine, text: str, window: int | None) -> Iterator[npt.NDArray[np.int64]]:
+def _windows(engine: CausalEngine, text: str, window: int | None) -> Iterator[npt.NDArray[np.int64]]:
     """Disjoint pieces of the text's tokens, each behind one bos token."""
     model = engine.manifest.model
     ids = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -116,7 +116,12 @@ def _windows(engine: Engine, text: str, window: int | None) -> Iterator[npt.NDAr
 
 
 def _row(
-    engine: Engine, windows: Sequence[npt.NDArray[np.int64]], size: int, method: Method, density: Density, seed: int
+    engine: CausalEngine,
+    windows: Sequence[npt.NDArray[np.int64]],
+    size: int,
+    method: Method,
+    density: Density,
+    seed: int,
 ) -> EvalRow:
     bits, heads, neurons, tokens = 0.0, 0.0, 0.0, 0
     scores = _control(engine, method, seed)
@@ -144,7 +149,7 @@ def _bits(logits_SV: npt.NDArray[np.float32], ids_S: npt.NDArray[np.int64]) -> f
     return nats / float(np.log(2))
 
 
-def _control(engine: Engine, method: Method, seed: int) -> Callable[[int], Scores] | None:
+def _control(engine: CausalEngine, method: Method, seed: int) -> Callable[[int], Scores] | None:
     """Makes the scores of the next `tokens` tokens; None: the predictor's own."""
     if method == "predictor":
         return None

@@ -15,17 +15,18 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 import numpy.typing as npt
 
-from shadowc.runtime import prompts
+from shadowc.runtime import prompts, stored
 from shadowc.runtime.generation import TokenDecoder, greedy, limits_of, teacher_forced
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.runtime.stats import Meter, RunStats
+from shadowc.runtime.stored import Ranking
 from shadowc.runtime.stream import TextBatch
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
-    from shadowc.runtime.decoder import Outputs
-    from shadowc.spec.manifest import EngineManifest
+    from shadowc.runtime.decoder import Outputs, ScoreSource
+    from shadowc.spec.manifest import EngineManifest, ModelPart
 
 Floats = npt.NDArray[np.float32]
 Stream = Callable[[Any], object]
@@ -50,6 +51,38 @@ class CausalEngine(ABC):
     @abstractmethod
     def _decoder(self, batch: Batch, slots: int) -> TokenDecoder:
         """A decoder for one batch that will hold at most so many slots."""
+
+    @abstractmethod
+    def logits(
+        self,
+        ids: npt.NDArray[Any],
+        density: float | Density | None = None,
+        protocol: EvaluationProtocol = "decode",
+        prompt_tokens: int | None = None,
+        attention_mask: object = None,
+        scores: ScoreSource | None = None,
+    ) -> Floats:
+        """Teacher-forced logits [B,S,V]: what the engine predicts after each of the given tokens.
+
+        Args:
+            ids: token ids [B,S].
+            density: as in `generate`.
+            protocol: "decode": the first `prompt_tokens` are dense, each later token has its own mask, as in
+                generation; "dense": no masks.
+            prompt_tokens: real tokens of each row that stay dense under "decode"; None: 1.
+            attention_mask: as in `generate`.
+            scores: replaces the predictor: called with a number of masked tokens Z, returns scores of heads
+                [1,Z,L,H] and of neuron units [1,Z,L,N] (or with B rows).
+
+        Raises:
+            InputError: an argument is out of range, or the ids are longer than the context.
+            UnsupportedError: the protocol needs another kind of mask than the engine's, or its graph takes no scores.
+        """
+
+    @property
+    def model(self) -> ModelPart:
+        """The model's facts, with the context that this engine can hold."""
+        return self.manifest.model
 
     @property
     def density(self) -> Density:
@@ -130,7 +163,7 @@ class CausalEngine(ABC):
                 hint="for example max_new_tokens=64, min_new_tokens=0",
             )
         chosen = self._density(density)
-        model = self.manifest.model
+        model = self.model
         texts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             batch = prompts.from_ids(prompt, attention_mask, model)
@@ -146,8 +179,29 @@ class CausalEngine(ABC):
         rows = text.finish()
         return rows[0] if isinstance(prompt, str) else rows
 
+    def controls(self, method: str) -> Ranking:
+        """The constant scores of a control that was stored when the predictor was trained.
+
+        Raises:
+            InputError: the engine has none of this name.
+        """
+        return stored.control(self.folder, self.manifest, method)
+
+    def refuse_calibration_text(self, text: str) -> None:
+        """Refuse to be evaluated on the text that its predictor was calibrated on.
+
+        Raises:
+            InputError: it is that text, or shares paragraphs with it.
+        """
+        sparsity = self.manifest.sparsity
+        if sparsity is None:
+            return
+        from shadowc.sparsity.fingerprint import fingerprint, refuse_if_calibrated
+
+        refuse_if_calibrated(fingerprint(text.encode(), [text]), sparsity.predictor)
+
     def _generate(self, batch: Batch, most: int, least: int, density: Density, stream: Stream | None) -> Ids:
-        model = self.manifest.model
+        model = self.model
         batch = batch.trimmed()
         prompts.check_length(batch, model, room=1)
         limits = limits_of(model, most, least)
@@ -168,7 +222,7 @@ class CausalEngine(ABC):
         attention_mask: object,
     ) -> tuple[Floats, list[Outputs]]:
         """Logits [B,S,V] of all tokens, and the other outputs of every run with masked tokens."""
-        model = self.manifest.model
+        model = self.model
         dense_tokens = self._dense_tokens(protocol, prompt_tokens)
         whole = prompts.from_ids(ids, attention_mask, model)
         batch = whole.trimmed()

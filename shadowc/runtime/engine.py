@@ -77,22 +77,7 @@ class Engine(CausalEngine):
         attention_mask: object = None,
         scores: ScoreSource | None = None,
     ) -> Floats:
-        """Teacher-forced logits [B,S,V]: what the engine predicts after each of the given tokens.
-
-        Args:
-            ids: token ids [B,S].
-            density: as in `generate`.
-            protocol: "decode": the first `prompt_tokens` are dense, each later token has its own mask, as in
-                generation; "dense": no masks.
-            prompt_tokens: real tokens of each row that stay dense under "decode"; None: 1.
-            attention_mask: as in `generate`.
-            scores: replaces the predictor: called with a number of masked tokens Z, returns scores of heads
-                [1,Z,L,H] and of neuron units [1,Z,L,N] (or with B rows).
-
-        Raises:
-            InputError: an argument is out of range, or the ids are longer than the context.
-            UnsupportedError: the protocol needs another kind of mask than the engine's.
-        """
+        """See CausalEngine.logits."""
         session, outputs = self._session, ("logits", *COUNTED)
         if scores is not None:
             session = self._scored_session
@@ -169,27 +154,6 @@ class Engine(CausalEngine):
     def neuron_orders(self) -> dict[int, npt.NDArray[np.int32]]:
         """Model layer -> order [F]: entry i is the checkpoint's neuron that became record i. Empty: none was moved."""
         return stored.neuron_orders(self.folder, self.manifest)
-
-    def controls(self, method: str) -> Ranking:
-        """The constant scores of a control that was stored when the predictor was trained.
-
-        Raises:
-            InputError: the engine has none of this name.
-        """
-        return stored.control(self.folder, self.manifest, method)
-
-    def refuse_calibration_text(self, text: str) -> None:
-        """Refuse to be evaluated on the text that its predictor was calibrated on.
-
-        Raises:
-            InputError: it is that text, or shares paragraphs with it.
-        """
-        sparsity = self.manifest.sparsity
-        if sparsity is None:
-            return
-        from shadowc.sparsity.fingerprint import fingerprint, refuse_if_calibrated
-
-        refuse_if_calibrated(fingerprint(text.encode(), [text]), sparsity.predictor)
 
     def _decoder(self, batch: Batch, slots: int) -> Decoder:
         return Decoder(self._session, self.manifest.model, batch, in_place=self._in_place)

@@ -1,0 +1,140 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine of targets tensorrt and tensorrt-rtx: what CausalEngine offers, on a device.
+
+Letters: B rows, S tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from shadowc.runtime.causal import COUNTED, CausalEngine
+from shadowc.runtime.tensorrt import layout
+from shadowc.runtime.tensorrt.decoder import DeviceDecoder
+from shadowc.runtime.tensorrt.device import Arena, Device, Plan
+from shadowc.runtime.tensorrt.layout import Run
+from shadowc.runtime.tensorrt.weights import load_weights
+from shadowc.runtime.tensorrt.workspace import Prefill, Workspace, check_request
+from shadowc.spec.errors import InternalError, SetupError, UnsupportedError
+from shadowc.spec.manifest import WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from shadowc.runtime.causal import EvaluationProtocol, Floats
+    from shadowc.runtime.decoder import ScoreSource
+    from shadowc.runtime.generation import TokenDecoder
+    from shadowc.runtime.prompts import Batch
+    from shadowc.spec.density import Density
+    from shadowc.spec.manifest import EngineManifest, ModelPart, TensorRtPart
+
+PlanName = Literal["prefill", "decode"]
+KEPT_SIZES = 2
+"""Batch sizes whose cache and graph stay on the device."""
+GRAPHS_VARIABLE = "SHADOWC_CUDA_GRAPH"
+"""Environment variable; "0" runs every step plainly, to find out whether a graph is at fault."""
+
+
+class TensorRtEngine(CausalEngine):
+    """A loaded engine; `shadowc.load` makes it. One call at a time: all of them share a stream and buffers.
+
+    Args:
+        folder: the engine folder, already checked.
+        manifest: its engine.json.
+        device: where it runs.
+        plans: both plans, ready on that device.
+    """
+
+    def __init__(self, folder: Path, manifest: EngineManifest, device: Device, plans: Mapping[PlanName, Plan]) -> None:
+        super().__init__(folder, manifest)
+        if manifest.tensorrt is None:
+            raise InternalError(f"{folder} is of target {manifest.target}")
+        self._part: TensorRtPart = manifest.tensorrt
+        self._device = device
+        self._plans = plans
+        self._graphs = os.environ.get(GRAPHS_VARIABLE, "1") != "0"
+        self._arena = Arena(device)
+        self._weights = load_weights(device, self._arena, folder / WEIGHTS_FILE, self._part.weights)
+        self._prefill = Prefill(device, plans["prefill"], self._part.plans["prefill"], self._weights)
+        self._spaces: OrderedDict[int, Workspace] = OrderedDict()
+
+    @property
+    def model(self) -> ModelPart:
+        """The model's facts; its context is what the engine was built for."""
+        positions = min(self.manifest.model.positions, self._part.max_context)
+        return self.manifest.model.model_copy(update={"positions": positions})
+
+    def logits(
+        self,
+        ids: npt.NDArray[Any],
+        density: float | Density | None = None,
+        protocol: EvaluationProtocol = "decode",
+        prompt_tokens: int | None = None,
+        attention_mask: object = None,
+        scores: ScoreSource | None = None,
+    ) -> Floats:
+        """Teacher-forced logits [B,S,V], see `Engine.logits`.
+
+        Raises:
+            InputError: an argument is out of range, or the ids are longer than the context.
+            UnsupportedError: scores were given: a plan always asks its own predictor.
+        """
+        if scores is not None:
+            raise UnsupportedError(
+                f"an engine for {self.manifest.target} takes scores from its own predictor only, controls need others",
+                hint="evaluate controls with the same model compiled for --target cpu",
+            )
+        logits_BSV, _ = self._teacher_forced(
+            lambda batch: self._decoder(batch, batch.slots),
+            ("logits", *COUNTED),
+            ids,
+            self._density(density),
+            protocol,
+            prompt_tokens,
+            attention_mask,
+        )
+        return logits_BSV
+
+    def close(self) -> None:
+        """Give all device memory back; the engine cannot run any more."""
+        for space in self._spaces.values():
+            space.close()
+        self._spaces.clear()
+        self._prefill.close()
+        self._arena.close()
+
+    def _decoder(self, batch: Batch, slots: int) -> TokenDecoder:
+        capacity = layout.capacity(self._part, slots)
+        check_request(self._part.plans["prefill"], Run(batch.rows, batch.slots, batch.slots))
+        check_request(self._part.plans["decode"], Run(batch.rows, 1, capacity))
+        return DeviceDecoder(self._space(batch.rows, capacity), self._prefill, batch, self._part.chunk)
+
+    def _space(self, rows: int, capacity: int) -> Workspace:
+        """The workspace of a batch size; it is made anew only to grow."""
+        space = self._spaces.pop(rows, None)
+        if space is not None and space.capacity < capacity:
+            space.close()
+            space = None
+        while len(self._spaces) >= KEPT_SIZES:
+            self._spaces.popitem(last=False)[1].close()
+        if space is None:
+            try:
+                space = self._new_space(rows, capacity)
+            except SetupError:
+                if not self._spaces:
+                    raise
+                while self._spaces:  # the memory of other batch sizes may do
+                    self._spaces.popitem()[1].close()
+                space = self._new_space(rows, capacity)
+        self._spaces[rows] = space
+        return space
+
+    def _new_space(self, rows: int, capacity: int) -> Workspace:
+        return Workspace(
+            self._device, self._plans["decode"], self._part.plans["decode"], self._weights,
+            rows=rows, capacity=capacity, graphs=self._graphs,
+        )  # fmt: skip
