@@ -30,10 +30,10 @@ _KINDS = ("heads", "neurons")
 def apply(program: Program) -> PassReport:
     """Rename, collect and order, in place."""
     requires(program)
-    counts = {"tensors": _name_tensors(program), "read": _collect_read(program)}
+    counts = {"tensors": name_tensors(program), "read": collect_read(program)}
     counts["removed"] = tidy(program)
-    counts["nodes"] = _name_nodes(program)
-    _order_interface(program)
+    counts["nodes"] = name_nodes(program)
+    order_interface(program, input_names(program), output_names(program))
     ensures(program)
     return PassReport(NAME, counts)
 
@@ -49,12 +49,21 @@ def requires(program: Program) -> None:
 
 def ensures(program: Program) -> None:
     """Names are unique, every weight has a recipe, the interface is complete, and nothing is left of the trace."""
+    check_interface(program, input_names(program), output_names(program))
+
+
+def check_interface(program: Program, inputs: list[str], outputs: list[str]) -> None:
+    """Refuse a graph whose names, types or interface are not as promised.
+
+    Raises:
+        InternalError: with the first thing that is wrong.
+    """
     graph = program.graph
     found = [value.name for value in graph.inputs]
-    expected = [*input_names(program), *sorted(program.weights)]
+    expected = [*inputs, *sorted(program.weights)]
     if found != expected:
         raise InternalError(f"{NAME}: inputs differ from the expected in {sorted(set(found) ^ set(expected))[:5]}")
-    if (found := [value.name for value in graph.outputs]) != output_names(program):
+    if (found := [value.name for value in graph.outputs]) != outputs:
         raise InternalError(f"{NAME}: outputs are {found}")
     names = [node.name for node in graph.nodes]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -73,24 +82,30 @@ def ensures(program: Program) -> None:
 def input_names(program: Program) -> list[str]:
     """Run-time inputs in graph order."""
     dials = ["density_heads", "density_neurons", "sparse_tail"] if program.plan else []
-    return ["input_ids", "attention_mask", *_cache(program, "past_key_values"), *dials]
+    return ["input_ids", "attention_mask", *cache_names(program, "past_key_values"), *dials]
 
 
 def output_names(program: Program) -> list[str]:
     """Graph outputs in order."""
     masks = ("mask_scores", "scores", "threshold", "active") if program.plan else ()
-    return ["logits", *_cache(program, "present"), *(f"{part}.{kind}" for part in masks for kind in _KINDS), "read"]
+    return [
+        "logits",
+        *cache_names(program, "present"),
+        *(f"{part}.{kind}" for part in masks for kind in _KINDS),
+        "read",
+    ]
 
 
-def _cache(program: Program, side: str) -> list[str]:
+def cache_names(program: Program, side: str) -> list[str]:
+    """Names of the cache tensors of one side, past_key_values or present, in layer order."""
     return [f"{side}.{layer}.{kind}" for layer in range(program.facts.layers) for kind in ("key", "value")]
 
 
-def _name_tensors(program: Program) -> int:
+def name_tensors(program: Program) -> int:
     """Name the boundary tensors of every layer; returns how many got a new name."""
     graph = program.graph
     norms = {node.inputs[1].name: node for node in graph.nodes if node.op == "LayerNormalization"}
-    operators = {node.name: node for node in graph.nodes if node.domain == DOMAIN}
+    operators = {node.name: node for node in graph.nodes}
     names: list[tuple[gs.Tensor, str]] = []
     for layer in range(program.facts.layers):
         parameters = layer_names(layer)
@@ -98,7 +113,8 @@ def _name_tensors(program: Program) -> int:
         names += [(first.inputs[0], f"residual.{layer}"), (second.inputs[0], f"layers.{layer}.middle")]
         for norm, part in ((first, "attention"), (second, "ffn")):
             names += [(norm.outputs[0], f"layers.{layer}.{part}.x")]
-            names += [(operators[f"layers.{layer}.{part}"].outputs[0], f"layers.{layer}.{part}.y")]
+            if f"layers.{layer}.{part}" in operators:  # the prefill has none
+                names += [(operators[f"layers.{layer}.{part}"].outputs[0], f"layers.{layer}.{part}.y")]
     last = norms[f"{FINAL_NORM}.weight"]
     names += [(last.inputs[0], f"residual.{program.facts.layers}"), (last.outputs[0], f"{FINAL_NORM}.y")]
     changed = 0
@@ -108,7 +124,8 @@ def _name_tensors(program: Program) -> int:
     return changed
 
 
-def _collect_read(program: Program) -> int:
+def collect_read(program: Program) -> int:
+    """Join what all operators read into one output; returns how many there are."""
     builder = Builder(program)
     if "read" in builder:
         return 0
@@ -123,7 +140,8 @@ def _collect_read(program: Program) -> int:
     return len(parts)
 
 
-def _name_nodes(program: Program) -> int:
+def name_nodes(program: Program) -> int:
+    """Call every node as its first result; returns how many got a new name."""
     changed = 0
     for node in program.graph.nodes:
         if node.domain != DOMAIN and node.name != node.outputs[0].name:
@@ -134,17 +152,20 @@ def _name_nodes(program: Program) -> int:
     return changed
 
 
-def _order_interface(program: Program) -> None:
+def order_interface(program: Program, inputs: list[str], outputs: list[str]) -> None:
+    """Put inputs, outputs and operator domains in order and give the graph its name."""
     graph, facts = program.graph, program.facts
     tensors = {value.name: value for value in (*graph.inputs, *graph.outputs)}
-    tensors["logits"].shape = ("B", "S", facts.vocab)
-    tensors["input_ids"].shape, tensors["attention_mask"].shape = ("B", "S"), ("B", "P")
-    names = [*input_names(program), *sorted(program.weights)]
-    for name in (*names, *output_names(program)):
+    tensors["logits"].shape = ("B", tensors["logits"].shape[1] if tensors["logits"].shape[1] == 1 else "S", facts.vocab)
+    tensors["input_ids"].shape = ("B", "S")
+    if "attention_mask" in tensors:
+        tensors["attention_mask"].shape = ("B", "P")
+    names = [*inputs, *sorted(program.weights)]
+    for name in (*names, *outputs):
         if name not in tensors:
             raise InternalError(f"{NAME}: {name} is neither input nor output of the graph")
     graph.inputs = [tensors[name] for name in names]
-    graph.outputs = [tensors[name] for name in output_names(program)]
+    graph.outputs = [tensors[name] for name in outputs]
     graph.name, graph.doc_string, graph.ir_version = "opt", "", IR_VERSION
     graph.producer_name, graph.producer_version = "shadowc", ""
     used = {node.domain for node in graph.nodes}

@@ -35,13 +35,18 @@ _RECORDS = ("attention_records", "ffn_records")
 _SCALES = ("attention_scales", "ffn_scales")
 
 
-def apply(program: Program) -> PassReport:
-    """Change recipes and replace products, in place."""
+def apply(program: Program, *, products: bool = True) -> PassReport:
+    """Change recipes and replace products, in place.
+
+    Args:
+        program: changed.
+        products: also what ONNX Runtime multiplies; False: records only, for targets without MatMulNBits.
+    """
     requires(program)
     builder = Builder(program)
     refusals: list[str] = []
     counts = {"records": _quantise_records(program, builder), "products": 0}
-    for node in [node for node in program.graph.nodes if node.op == "MatMul"]:
+    for node in [node for node in program.graph.nodes if products and node.op == "MatMul"]:
         recipe = program.weights.get(node.inputs[1].name)
         if recipe is None or recipe.kind != "transpose":
             refusals.append(f"{node.name}: {node.inputs[1].name} is no weight that was stored for a product")

@@ -4,16 +4,29 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Literal
 
 from shadowc.spec.errors import InternalError, UnsupportedError
 from shadowc.spec.program import PassReport, Program
 
-TARGETS = ("cpu",)
-WEIGHTS = ("fp32", "int8")
+Activations = Literal["float32", "float16", "bfloat16"]
+TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "cpu": ("fp32", "int8"),
+        "tensorrt-rtx": ("fp16", "bf16", "fp32", "int8"),
+        "tensorrt": ("fp16", "bf16", "fp32", "int8"),
+    }
+)
+"""Target -> types of weights that it has, its default first."""
+ACTIVATIONS: Mapping[str, Activations] = MappingProxyType(
+    {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "int8": "float16"}
+)
+"""Weights of a TensorRT target -> its type of activations."""
 REPORT_FILE = "passes.json"
 
 
@@ -25,7 +38,22 @@ class Pass:
     apply: Callable[[Program], PassReport]
 
 
-def schedule(*, target: str, weights: str, skip_zeros: bool, sparse: bool) -> tuple[Pass, ...]:
+def check_choice(target: str, weights: str) -> None:
+    """Refuse a target that is not known, or a type of weights that it does not have.
+
+    Raises:
+        UnsupportedError: naming what there is.
+    """
+    if target not in TARGETS:
+        raise UnsupportedError(f"unknown target {target!r}, expected one of {', '.join(TARGETS)}", hint="--target cpu")
+    if weights not in TARGETS[target]:
+        raise UnsupportedError(
+            f"target {target} has no weights {weights!r}, expected one of {', '.join(TARGETS[target])}",
+            hint=f"--weights {TARGETS[target][0]}",
+        )
+
+
+def schedule(*, target: str, weights: str, skip_zeros: bool, sparse: bool, prefill: bool = False) -> tuple[Pass, ...]:
     """The passes that turn a trace into the graph that a target's emit takes.
 
     Args:
@@ -33,16 +61,12 @@ def schedule(*, target: str, weights: str, skip_zeros: bool, sparse: bool) -> tu
         weights: element type of the weights.
         skip_zeros: kernels skip the fc2 half of neurons whose ReLU output is 0.
         sparse: with a predictor; False for a dense engine.
+        prefill: the graph that reads prompts, of a target that has one of its own.
 
     Raises:
         UnsupportedError: a target or weight type that is not known.
     """
-    if target not in TARGETS:
-        raise UnsupportedError(f"unknown target {target!r}, expected one of {', '.join(TARGETS)}", hint="--target cpu")
-    if weights not in WEIGHTS:
-        raise UnsupportedError(
-            f"unknown weights {weights!r}, expected one of {', '.join(WEIGHTS)}", hint="--weights int8"
-        )
+    check_choice(target, weights)
     from shadowc.passes import (
         canonicalise,
         cluster_neurons,
@@ -53,17 +77,35 @@ def schedule(*, target: str, weights: str, skip_zeros: bool, sparse: bool) -> tu
         sparsify_ffn,
     )
 
-    # No keep_fp32_islands on the CPU: activations are float32 everywhere.
+    records = partial(quantise.apply, products=target == "cpu")
     steps: list[Pass | None] = [
         Pass(canonicalise.NAME, canonicalise.apply),
         Pass(insert_predictor.NAME, insert_predictor.apply) if sparse else None,
         Pass(sparsify_attention.NAME, sparsify_attention.apply),
         Pass(sparsify_ffn.NAME, partial(sparsify_ffn.apply, skip_zeros=skip_zeros)),
         Pass(cluster_neurons.NAME, cluster_neurons.apply) if sparse else None,
-        Pass(quantise.NAME, quantise.apply) if weights == "int8" else None,
-        Pass(finalise.NAME, finalise.apply),
+        Pass(quantise.NAME, records) if weights == "int8" else None,
     ]
+    if target == "cpu":  # no keep_fp32_islands: activations are float32 everywhere
+        steps.append(Pass(finalise.NAME, finalise.apply))
+    else:
+        steps += _tensorrt(ACTIVATIONS[weights], prefill=prefill)
     return tuple(step for step in steps if step is not None)
+
+
+def _tensorrt(activations: Activations, *, prefill: bool) -> list[Pass | None]:
+    """From records to a graph that TensorRT parses."""
+    from shadowc.passes import dense_prefill, finalise_tensorrt, keep_fp32_islands, split_records, steady_shapes
+
+    dense = partial(dense_prefill.apply, fused=activations != "float32")
+    shape = Pass(dense_prefill.NAME, dense) if prefill else Pass(steady_shapes.NAME, steady_shapes.apply)
+    narrow = Pass(keep_fp32_islands.NAME, partial(keep_fp32_islands.apply, dtype=activations))
+    return [
+        Pass(split_records.NAME, split_records.apply),
+        shape,
+        Pass(finalise_tensorrt.NAME, finalise_tensorrt.apply),
+        narrow if activations != "float32" else None,
+    ]
 
 
 def run_passes(program: Program, passes: Sequence[Pass], dump: Path | None = None) -> list[PassReport]:

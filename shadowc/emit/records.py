@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from shadowc.spec.errors import InputError, InternalError
 from shadowc.spec.program import TensorSource, WeightRecipe
+
+if TYPE_CHECKING:
+    from shadowc.emit.rows import Overflow
 
 Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float32]
@@ -27,8 +31,10 @@ _CHUNK_ROWS = 64
 _FAMILY = {
     "attention_records": "attention",
     "attention_scales": "attention",
+    "attention_rows": "attention",
     "ffn_records": "ffn",
     "ffn_scales": "ffn",
+    "ffn_rows": "ffn",
     "nbits_weights": "nbits",
     "nbits_scales": "nbits",
 }
@@ -50,22 +56,33 @@ def groups(weights: Mapping[str, WeightRecipe]) -> list[tuple[str, ...]]:
     return [tuple(names) for names in members.values()]
 
 
-def materialise(recipes: Mapping[str, WeightRecipe], source: TensorSource, names: Sequence[str]) -> dict[str, Array]:
+def materialise(
+    recipes: Mapping[str, WeightRecipe],
+    source: TensorSource,
+    names: Sequence[str],
+    overflow: Overflow | None = None,
+) -> dict[str, Array]:
     """The arrays of one group, C-contiguous, with the dtypes and shapes that the recipes promise.
 
     Args:
         recipes: all recipes of the program.
         source: where the tensors that they name are read.
         names: one group as `groups` returns it.
+        overflow: counts what float16 cannot hold; None: that is an error at once.
 
     Raises:
         InputError: a weight that is to be quantised is NaN or infinite.
         InternalError: tensors and recipe do not fit together.
     """
+    from shadowc.emit.rows import ROW_KINDS, Overflow, narrow, separate_rows
+
     first = recipes[names[0]]
     family = _FAMILY.get(first.kind, first.kind)
+    counted = Overflow() if overflow is None else overflow
     made: dict[str, Array] = {}
-    if family == "attention":
+    if any(recipes[name].kind in ROW_KINDS for name in names):
+        made = separate_rows(recipes, source, names, counted)
+    elif family == "attention":
         records, scales = _attention(recipes, source, names)
         made = {name: records if recipes[name].kind == "attention_records" else scales for name in names}
     elif family == "ffn":
@@ -75,7 +92,10 @@ def materialise(recipes: Mapping[str, WeightRecipe], source: TensorSource, names
         values, scales = quantise_nbits(source.tensor(first.sources[0]), first.block, where=first.sources[0])
         made = {name: values if recipes[name].kind == "nbits_weights" else scales for name in names}
     else:
-        made = {name: _single(recipes[name], source) for name in names}
+        single = {name: _single(recipes[name], source) for name in names}
+        made = {name: narrow(array, recipes[name].dtype, counted, name) for name, array in single.items()}
+    if overflow is None:
+        counted.require_none()
     for name, array in made.items():
         recipe = recipes[name]
         if array.shape != recipe.shape or array.dtype != np.dtype(recipe.dtype):
@@ -139,11 +159,11 @@ def _ffn(recipes: Mapping[str, WeightRecipe], source: TensorSource, names: Seque
     E = fc1_FE.shape[-1]
     records = np.empty((F, 2, E), np.int8 if recipe.quantised else np.float32)
     scales = np.ones((F, 2), np.float32)
-    order = _order(source, recipe, F)
+    order = neuron_order(source, recipe, F)
     for part, name in enumerate(recipe.sources):
         rows_FE = _matrix(source, name, (F, E)) if part == 0 else _matrix(source, name, (E, F)).T
         if order is not None and part == 1:
-            rows_FE = _transposed(rows_FE.T)
+            rows_FE = transposed(rows_FE.T)
         _fill(records[:, part], scales[:, part] if recipe.quantised else None, rows_FE, order=order, where=name)
     return records, scales
 
@@ -152,10 +172,10 @@ def _single(recipe: WeightRecipe, source: TensorSource) -> Array:
     if recipe.kind == "copy":
         return np.ascontiguousarray(source.tensor(recipe.sources[0]))
     if recipe.kind == "transpose":
-        return _transposed(source.tensor(recipe.sources[0]))
+        return transposed(source.tensor(recipe.sources[0]))
     if recipe.kind == "ffn_bias":
         bias_F = source.tensor(recipe.sources[0])
-        order = _order(source, recipe, len(bias_F))
+        order = neuron_order(source, recipe, len(bias_F))
         return np.ascontiguousarray(bias_F if order is None else bias_F[order])
     if recipe.kind == "qkv_bias":
         H, _, D = recipe.shape
@@ -163,7 +183,8 @@ def _single(recipe: WeightRecipe, source: TensorSource) -> Array:
     raise InternalError(f"unknown weight recipe {recipe.kind!r}")
 
 
-def _order(source: TensorSource, recipe: WeightRecipe, F: int) -> npt.NDArray[np.int32] | None:
+def neuron_order(source: TensorSource, recipe: WeightRecipe, F: int) -> npt.NDArray[np.int32] | None:
+    """The permutation that a recipe names, checked; None: neurons stay as in the checkpoint."""
     if not recipe.order:
         return None
     order = np.asarray(source.tensor(recipe.order)).astype(np.int32)
@@ -181,8 +202,8 @@ def _matrix(source: TensorSource, name: str, shape: tuple[int, int]) -> Floats:
     return tensor
 
 
-def _transposed(weight_NK: Floats) -> Floats:
-    """A contiguous transpose, made in blocks of columns: several times faster than one strided copy."""
+def transposed(weight_NK: Floats) -> Floats:
+    """Return a contiguous transpose, made in blocks of columns: several times faster than one strided copy."""
     N, K = weight_NK.shape
     out_KN = np.empty((K, N), weight_NK.dtype)
     for columns in _chunks(K):

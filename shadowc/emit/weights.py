@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from shadowc.emit.records import Array, groups, materialise
+from shadowc.emit.rows import Overflow
 from shadowc.spec.manifest import FileEntry
 from shadowc.spec.program import TensorSource, WeightRecipe
 from shadowc.spec.progress import NullProgress, Progress
@@ -19,6 +20,8 @@ RECORD_ALIGNMENT = 4096
 """One page: a record starts where a page starts, and the file can be mapped."""
 SMALL_ALIGNMENT = 64
 """One cache line."""
+DEVICE_ALIGNMENT = 256
+"""What CUDA gives every allocation: a file laid out so can be copied to the device as it is."""
 _RECORDS = ("attention_records", "ffn_records", "nbits_weights")
 _WRITE_BYTES = 1 << 24
 
@@ -37,23 +40,38 @@ def nbytes(recipe: WeightRecipe) -> int:
 
 
 def write_weights(
-    path: Path, recipes: Mapping[str, WeightRecipe], source: TensorSource, progress: Progress | None = None
+    path: Path,
+    recipes: Mapping[str, WeightRecipe],
+    source: TensorSource,
+    progress: Progress | None = None,
+    *,
+    alignment: int = 0,
 ) -> tuple[dict[str, Placement], FileEntry]:
     """Write all tensors in layer order; holds one group in memory at a time.
 
+    Args:
+        path: the file.
+        recipes: what it holds.
+        source: every tensor that the recipes name.
+        progress: told how many bytes are written.
+        alignment: where every tensor starts, in bytes; 0: records at pages, the rest at cache lines.
+
     Returns:
         Where each tensor lies, and the size and hash of the file.
+
+    Raises:
+        InputError: weights are too large for float16; with their number and the tensors.
     """
     progress = progress or NullProgress()
     total = sum(map(nbytes, recipes.values()))
     places: dict[str, Placement] = {}
-    digest = hashlib.sha256()
+    digest, overflow = hashlib.sha256(), Overflow()
     position = done = 0
     with path.open("wb") as file:
         for names in groups(recipes):
-            for name, array in materialise(recipes, source, names).items():
-                alignment = RECORD_ALIGNMENT if recipes[name].kind in _RECORDS else SMALL_ALIGNMENT
-                padding = bytes(-position % alignment)
+            for name, array in materialise(recipes, source, names, overflow).items():
+                usual = RECORD_ALIGNMENT if recipes[name].kind in _RECORDS else SMALL_ALIGNMENT
+                padding = bytes(-position % (alignment or usual))
                 for piece in (memoryview(padding), *_pieces(array)):
                     file.write(piece)
                     digest.update(piece)
@@ -61,6 +79,7 @@ def write_weights(
                 places[name] = Placement(position - array.nbytes, array.nbytes)
                 done += array.nbytes
             progress.advance(done, total, "bytes")
+    overflow.require_none()
     return places, FileEntry(size=position, sha256=digest.hexdigest())
 
 

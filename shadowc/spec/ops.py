@@ -11,7 +11,7 @@ T cache capacity, E hidden, H heads, D head size, F neurons, N units of a kind p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 DOMAIN = "shadowc"
@@ -151,3 +151,33 @@ SPARSE_FFN = OpSpec(
 )
 
 OPS = (SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN)
+
+ACTIVATION_TYPES = ("float32", "float16", "bfloat16")
+"""Types of x, y, context and K/V on TensorRT; matrices have the same type, or int8."""
+_SPLIT = {
+    SPARSE_FFN.name: (
+        Operand("w1", ("F", "E"), (*ACTIVATION_TYPES, "int8"), "rows of fc1"),
+        Operand("w2t", ("F", "E"), (*ACTIVATION_TYPES, "int8"), "columns of fc2, as rows"),
+    ),
+    SPARSE_ATTENTION.name: tuple(
+        Operand(name, ("H*D", "E"), (*ACTIVATION_TYPES, "int8"), meaning)
+        for name, meaning in (
+            ("wq", "rows of q_proj"),
+            ("wk", "rows of k_proj"),
+            ("wv", "rows of v_proj"),
+            ("wot", "columns of out_proj, as rows"),
+        )
+    ),
+}
+_NARROW = ("x", "past_key", "past_value")
+
+
+def tensorrt_inputs(spec: OpSpec) -> tuple[Operand, ...]:
+    """The inputs of an operator's TensorRT plugin: the record tensor split into its matrices, 16-bit activations."""
+    inputs: list[Operand] = []
+    for operand in spec.inputs:
+        if operand.name == "w":
+            inputs += _SPLIT[spec.name]
+        else:
+            inputs.append(replace(operand, types=ACTIVATION_TYPES) if operand.name in _NARROW else operand)
+    return tuple(inputs)

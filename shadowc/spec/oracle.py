@@ -13,7 +13,7 @@ F neurons, N units of a layer, L predicted layers, G neurons of a unit. A 1 is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, MutableSequence
+from collections.abc import Callable, Iterable, Iterator, MutableSequence
 from functools import partial
 from typing import TypeVar
 
@@ -102,15 +102,15 @@ class Nodes:
 def functions() -> list[onnx.FunctionProto]:
     """One function for each operator, in the order of ops.OPS."""
     bodies = {
-        SELECT_THRESHOLD.name: _select_threshold,
-        SPARSE_ATTENTION.name: _sparse_attention,
-        SPARSE_FFN.name: _sparse_ffn,
+        SELECT_THRESHOLD.name: select_threshold_body,
+        SPARSE_ATTENTION.name: sparse_attention_body,
+        SPARSE_FFN.name: sparse_ffn_body,
     }
     return [_function(spec, bodies[spec.name]) for spec in OPS]
 
 
-def attach(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Return a copy of the model that carries the functions.
+def attach(model: onnx.ModelProto, bodies: Iterable[onnx.FunctionProto] | None = None) -> onnx.ModelProto:
+    """Return a copy of the model that carries the functions (or `bodies` instead of them).
 
     Functions cannot count what a kernel reads: outputs of role "kernel" leave the nodes, and with them goes every
     node and graph output that depends on them.
@@ -125,7 +125,7 @@ def attach(model: onnx.ModelProto) -> onnx.ModelProto:
     if not copy.graph.output:
         raise InternalError("every output of the graph depends on what the kernels count; nothing is left to run")
     del copy.functions[:]
-    copy.functions.extend(functions())
+    copy.functions.extend(functions() if bodies is None else bodies)
     if all(entry.domain != DOMAIN for entry in copy.opset_import):
         copy.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     return copy
@@ -152,8 +152,8 @@ def _function(spec: OpSpec, body: Callable[[Nodes], None]) -> onnx.FunctionProto
 # --- SelectThreshold ---------------------------------------------------------------------------------------
 
 
-def _select_threshold(n: Nodes) -> None:
-    """A unit is active unless its score is below its layer's threshold, the k-th largest score in scope."""
+def select_threshold_body(n: Nodes) -> None:
+    """Write SelectThreshold: a unit is active unless it is below its layer's threshold, the k-th largest in scope."""
     one_token = n.Concat(n.sizes("scores", 0, 1), n.ints(1), n.sizes("scores", 2, 4), axis=0)
     dummy = n.Expand(n.float32(0.0), one_token)
     scores = n.Concat("scores", dummy, axis=1, out="scores_and_dummy")  # Z + 1 tokens: never empty
@@ -241,7 +241,8 @@ def _records(n: Nodes) -> str:
 # --- SparseFFN ---------------------------------------------------------------------------------------------
 
 
-def _sparse_ffn(n: Nodes) -> None:
+def sparse_ffn_body(n: Nodes) -> None:
+    """Write SparseFFN over the record tensor `w`."""
     mask_BSF = _neuron_mask(n, _unit_mask(n))
     records = _records(n)
     fc1_EF = n.Transpose(n.row(records, 0), perm=[1, 0])
@@ -262,7 +263,8 @@ def _neuron_mask(n: Nodes, mask_BSN: str) -> str:
 # --- SparseAttention ---------------------------------------------------------------------------------------
 
 
-def _sparse_attention(n: Nodes) -> None:
+def sparse_attention_body(n: Nodes) -> None:
+    """Write SparseAttention over the record tensor `w`."""
     mask_BHS = n.Transpose(_unit_mask(n), perm=[0, 2, 1], out="head_mask")
     mask_BHS1 = n.Unsqueeze(mask_BHS, n.ints(3))
     records = _records(n)

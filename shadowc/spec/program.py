@@ -24,6 +24,8 @@ RecipeKind = Literal[
     "ffn_bias",  # fc1.bias [F], in neuron order
     "attention_records",  # (q,k,v,out_proj weights [E,E]) -> [H,4,D,E]
     "attention_scales",  # the same sources -> [H,4,D]
+    "ffn_rows",  # the same sources as the records; part 0: fc1 [F,E], part 1: fc2 transposed [F,E]
+    "attention_rows",  # the same; parts 0 to 2: q, k, v [H*D,E], part 3: out_proj transposed [H*D,E]
     "qkv_bias",  # (q,k,v biases [E]) -> [H,3,D]
     "nbits_weights",  # sources[0] [n,k] row-quantised for MatMulNBits 8 bit -> [n,k/block,block] uint8
     "nbits_scales",  # the same source -> [n * k/block] float32
@@ -40,13 +42,15 @@ class WeightRecipe:
     kind: RecipeKind
     sources: tuple[str, ...]
     shape: tuple[int, ...]
-    dtype: Literal["float32", "int8", "uint8"] = "float32"
+    dtype: Literal["float32", "float16", "bfloat16", "int8", "uint8"] = "float32"
     quantised: bool = False
     """True: scales are per record row max|w| / 127; False: scales are ones."""
     order: str = ""
     """Name of the int32 [F] tensor that permutes the neurons; empty: as in the checkpoint."""
     block: int = 0
     """Quantisation block along k (nbits recipes)."""
+    part: int = 0
+    """Which of the matrices of a record (rows recipes)."""
 
 
 class TensorSource(Protocol):
