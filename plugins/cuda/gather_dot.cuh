@@ -9,11 +9,11 @@ namespace shadowc {
 
 constexpr int kDotWarps = 8;
 
-// Matrix rows that a warp takes at once: enough loads in flight with one row of x; reuse of x with many.
-template <class W, int R>
-constexpr int kRecords = R == 1                      ? 2
-                         : R == 16 && sizeof(W) == 1 ? 2
-                                                     : 4;
+// Matrix rows that a warp takes at once: enough loads in flight with one row of x, reuse of x with many, and
+// no more than registers hold.
+constexpr int records(int V, int R) { return V == 1 ? 1 : R == 1 || (R == 16 && V != 8) ? 2 : 4; }
+template <int V, int R>
+constexpr int kRecords = records(V, R);
 
 // Loads per matrix row that are issued before the first is used.
 template <int R>

@@ -113,7 +113,7 @@ __device__ inline void unpack_word<float>(unsigned word, float* out) {
 template <>
 __device__ inline void unpack_word<__half>(unsigned word, float* out) {
   __half2 pair;
-  std::memcpy(&pair, &word, sizeof word);
+  std::memcpy(static_cast<void*>(&pair), &word, sizeof word);
   const float2 both = __half22float2(pair);
   out[0] = both.x;
   out[1] = both.y;

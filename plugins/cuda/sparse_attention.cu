@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kDotWarps* kWarp) project(const ProjectArgs a)
            (static_cast<size_t>(rows[n].head) * a.head_size + rows[n].d) * a.width;
   }
   const size_t first_row = a.chunk.first + tile * R;
-  float results[kResults<V, R>];
+  float results[kResults<V, R>] = {};
   gather_dot<X, W, V, R>(static_cast<const X*>(a.x) + first_row * a.width, any, w, a.width / V, results);
   for_results<V, R>(results, [&](int n, int r, float result) {
     WeightRow mine = rows[0];

@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kDotWarps* kWarp) hidden_of_listed(const Hidde
     w[n] = static_cast<const W*>(a.w1) + static_cast<size_t>(neurons[n]) * a.width;
   }
   const size_t first_row = a.chunk.first + tile * R;
-  float results[kResults<V, R>];
+  float results[kResults<V, R>] = {};
   gather_dot<X, W, V, R>(static_cast<const X*>(a.x) + first_row * a.width, any, w, a.width / V, results);
   float* hidden = a.hidden + static_cast<size_t>(tile) * a.neurons * R;
   for_results<V, R>(results, [&](int n, int r, float result) {

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) list_tile(const ListArgs a) {
   SHADOWC_SHARED(int, found, kWarps);
   const int tile = blockIdx.x, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
   const int first = tile * a.chunk.tile, rows = min(a.chunk.tile, a.chunk.rows - first), units = a.mask.units;
-  if (threadIdx.x < rows)
+  if (static_cast<int>(threadIdx.x) < rows)
     masks[threadIdx.x] = row_mask(a.mask, a.tokens, a.chunk.first + first + threadIdx.x);
   __syncthreads();
 
