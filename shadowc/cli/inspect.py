@@ -24,7 +24,13 @@ def inspect(engine: flags.Engine, json: flags.AsJson = False) -> None:
         render.as_json(manifest.model_dump(mode="json"))
         return
     render.facts(
-        {**model_facts(manifest), **sparsity_facts(manifest), "parity": parity_text(manifest)}, title=str(engine)
+        {
+            **model_facts(manifest),
+            **tensorrt_facts(manifest),
+            **sparsity_facts(manifest),
+            "parity": parity_text(manifest),
+        },
+        title=str(engine),
     )
     render.table(("bytes per token", "dense", "at the default density"), bytes_rows(manifest))
     report = recall_report(manifest)
@@ -62,6 +68,23 @@ def model_facts(manifest: EngineManifest) -> dict[str, str]:
         f"{model.ffn} neurons, vocabulary {model.vocab:,}, context {model.positions}",
         "source": model.source,
         "target": f"{manifest.target}, {manifest.weights} weights",
+    }
+
+
+def tensorrt_facts(manifest: EngineManifest) -> dict[str, str]:
+    """Return what a plan fixes: library, cards and profile; nothing for target cpu."""
+    part = manifest.tensorrt
+    if part is None:
+        return {}
+    from shadowc.runtime.tensorrt.bindings import TITLES
+
+    cards = f"compute capability {', '.join(part.compute_capabilities)}"
+    plans = [f"{name} {render.size(manifest.files[plan.file].size)}" for name, plan in sorted(part.plans.items())]
+    return {
+        "built with": f"{TITLES[part.family]} {part.library_version}, for {part.family} plugins",
+        "runs on": cards + (f", and from {part.portable_above} on" if part.portable_above else ""),
+        "holds": f"1 to {part.max_batch} rows, contexts of up to {part.max_context} tokens",
+        "plans": f"{', '.join(plans)}; activations and cache are {part.activations}",
     }
 
 
