@@ -192,7 +192,9 @@ def _last_token(program: Program, builder: Builder) -> int:
     """Cut the tokens before the last from what the LM head multiplies."""
     product = Scopes(program.graph).one(LM_HEAD, "MatMul")
     every = product.inputs[0]
-    last = [every, builder.ints(-1), builder.ints(np.iinfo(_I64).max), builder.ints(1)]
-    product.inputs[0] = builder.node("Slice", last, "last_token", _F32, ("B", 1, program.facts.hidden))
+    tokens = builder.tensor("tokens", "canonicalise")
+    last = builder.node("Sub", [tokens, builder.ints(1)], "last_token.index", _I64, (1,))
+    shape = ("B", 1, program.facts.hidden)  # a Gather, since TensorRT takes the length of a Slice for unknown
+    product.inputs[0] = builder.node("Gather", [every, last], "last_token", _F32, shape, axis=1)
     product.outputs[0].shape = ("B", 1, program.facts.vocab)
     return 1

@@ -116,7 +116,8 @@ def _narrow_results(node: gs.Node) -> list[gs.Tensor]:
 def _is_island(node: gs.Node) -> bool:
     if node.op == "LayerNormalization" or node.name.startswith(_ISLANDS):
         return True
-    return node.name.startswith("layers.") and node.name.endswith(_DEQUANTISATION)
+    name = str(node.name)
+    return name.startswith("layers.") and name.endswith(_DEQUANTISATION)
 
 
 def _wanted(node: gs.Node, position: int, narrow: np.dtype[np.generic]) -> np.dtype[np.generic] | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,17 +18,17 @@ import numpy as np
 
 from shadowc.measure.resources import StageCost
 from shadowc.spec.errors import InputError, ShadowcError
-from shadowc.spec.manifest import MANIFEST_FILE, MODEL_FILE, EngineManifest, SparsityPart
+from shadowc.spec.manifest import MANIFEST_FILE, EngineManifest, SparsityPart
 from shadowc.spec.progress import NullProgress, Progress
 from shadowc.stages import Stages, content_hash, data_hash, source_hash, tool_versions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import numpy.typing as npt
 
     from shadowc.checkpoint.resolve import Checkpoint
-    from shadowc.measure.parity import ParityReport
+    from shadowc.emit.tensorrt.builder import BuildResult
     from shadowc.runtime.stats import RunStats
     from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.options import CompileOptions
@@ -48,7 +48,10 @@ class CompileSummary:
     up_to_date: bool
     """True: the folder already held exactly this engine, and nothing was done."""
     sample: RunStats | None = None
-    """What a short generation at the engine's default density computed and read; None if it was up to date."""
+    """What a short generation at the engine's default density computed and read; None if it was up to date, or if
+    the engine needs a GPU."""
+    build: Mapping[str, BuildResult] = field(default_factory=dict)
+    """Plan -> what its builder took; empty for targets without plans."""
 
 
 def compile(options: CompileOptions, progress: Progress | None = None) -> Path:
@@ -98,31 +101,37 @@ class _Compile:
 
     def run(self) -> CompileSummary:
         from shadowc.emit.folder import staged, write_manifest
+        from shadowc.emit.target import target
 
         self._check_options()
         with self.stages.measured("checkpoint"):
             checkpoint = self.stages.checkpoint()
+            target(self.options.target).check_model(self.options, checkpoint.facts)
         key = self._build_key(checkpoint)
         finished = self._finished(key)
         if finished is not None:
             return CompileSummary(self.out, finished, tuple(self.stages.meter.costs), up_to_date=True)
         predictor = self.stages.predictor(checkpoint)
-        program = self.stages.program(checkpoint, predictor)
+        programs = self.stages.programs(checkpoint, predictor)
         source = checkpoint.weights if predictor is None else JoinedSource(checkpoint.weights, predictor.as_source())
         with staged(self.out) as folder:
-            manifest = self._emit(checkpoint, program, source, predictor, key, folder)
-            parity = self._parity(checkpoint, program, predictor, manifest, folder)
-            manifest = manifest.model_copy(update={"parity": parity.as_dict()})
+            manifest, build = self._emit(checkpoint, programs, source, predictor, key, folder)
+            with self.stages.measured("parity"):
+                parity = self._parity(checkpoint, programs, predictor, manifest, folder)
+            manifest = manifest.model_copy(update={"parity": parity})
             write_manifest(folder, manifest)
-            with self.stages.measured("sample"):
-                sample = self._sample(manifest, folder)
-        return CompileSummary(self.out, manifest, tuple(self.stages.meter.costs), up_to_date=False, sample=sample)
+            sample = None
+            if manifest.tensorrt is None:  # a plan needs a GPU
+                with self.stages.measured("sample"):
+                    sample = self._sample(manifest, folder)
+        costs = tuple(self.stages.meter.costs)
+        return CompileSummary(self.out, manifest, costs, up_to_date=False, sample=sample, build=build)
 
     def _check_options(self) -> None:
         """Everything that can be refused before any work, all at once."""
         from shadowc.emit.folder import check_replaceable
-        from shadowc.emit.target import target
-        from shadowc.runtime.library import OpLibrary
+        from shadowc.emit.target import TARGETS
+        from shadowc.pipeline import check_choice
         from shadowc.runtime.session import check_ort
         from shadowc.sparsity.calibration import check_data
         from shadowc.sparsity.criteria import find_criterion
@@ -131,13 +140,13 @@ class _Compile:
         options = self.options
         checks: list[Callable[[], object]] = [
             lambda: options.density,
-            lambda: target(options.target),
+            lambda: check_choice(options.target, options.weights),
             lambda: find_criterion(options.collect.criterion),
             lambda: check_replaceable(self.out),
             self._check_writable,
             self._check_dump,
             check_ort,
-            OpLibrary.installed,
+            *(TARGETS[options.target].checks(options) if options.target in TARGETS else ()),
         ]
         if options.predictor == "train" and options.load_format == "auto":
             checks.append(lambda: check_data(options.collect.data))
@@ -175,8 +184,7 @@ class _Compile:
 
     def _build_key(self, checkpoint: Checkpoint) -> str:
         """Hash of everything that decides the bytes of the engine."""
-        from shadowc.emit.folder import hash_file
-        from shadowc.runtime.library import library_path
+        from shadowc.emit.target import target
 
         options = self.options
         unused = {"model", "out", "offline", "dump_passes", "predictor"}
@@ -190,7 +198,7 @@ class _Compile:
             "options": options.model_dump(mode="json", exclude=unused),
             "data": None if "collect" in unused else data_hash(options),
             "predictor": content_hash(Path(options.predictor)) if self._predictor_folder() else options.predictor,
-            "library": hash_file(library_path()).sha256,
+            **target(options.target).libraries(options),
             "tools": tool_versions(),
             "code": source_hash(".", "passes", "plugins"),
         }
@@ -214,31 +222,41 @@ class _Compile:
     def _emit(
         self,
         checkpoint: Checkpoint,
-        program: Program,
+        programs: Mapping[str, Program],
         source: TensorSource,
         predictor: Predictor | None,
         key: str,
         folder: Path,
-    ) -> EngineManifest:
+    ) -> tuple[EngineManifest, Mapping[str, BuildResult]]:
         """All files but engine.json, whose content is returned with parity still open."""
-        from shadowc.emit.folder import add_companions, file_entries, model_part, write_controls, write_orders
+        from shadowc.emit.folder import (
+            add_companions,
+            add_tokenizer,
+            file_entries,
+            model_part,
+            write_controls,
+            write_orders,
+        )
         from shadowc.emit.target import target
 
         options = self.options
         with self.stages.measured("emit"):
             emitted = target(options.target).emit(
-                program, source, folder, density=options.density, progress=self.stages.progress
+                programs, source, folder, options=options, progress=self.stages.progress
             )
             model = model_part(checkpoint.facts, checkpoint.identity)
-            add_companions(folder, model, checkpoint.tokenizer)
+            if emitted.tensorrt is None:
+                add_companions(folder, model, checkpoint.tokenizer)
+            else:
+                add_tokenizer(folder, checkpoint.tokenizer)
             if predictor is not None and predictor.controls:
                 write_controls(folder, predictor.controls)
             if predictor is not None:
                 write_orders(folder, {f"order.{i}": order_F for i, order_F in enumerate(predictor.orders_LF, start=1)})
             files = file_entries(folder, emitted.files)
-        return EngineManifest(
+        manifest = EngineManifest(
             producer=tool_versions(),
-            target="cpu",
+            target=options.target,  # type: ignore[arg-type]  # target() knows no others
             weights=options.weights,
             ops=emitted.ops,
             model=model,
@@ -247,41 +265,24 @@ class _Compile:
             parity={},
             build_key=key,
             files=files,
+            tensorrt=emitted.tensorrt,
         )
+        return manifest, emitted.build
 
     def _parity(
         self,
         checkpoint: Checkpoint,
-        program: Program,
+        programs: Mapping[str, Program],
         predictor: Predictor | None,
         manifest: EngineManifest,
         folder: Path,
-    ) -> ParityReport:
-        """The gate: raises if the engine's numbers are not torch's."""
-        from shadowc.measure.parity import check_parity
-        from shadowc.runtime.cores import usable_cores
-        from shadowc.runtime.engine import Engine
-        from shadowc.runtime.library import OpLibrary
-        from shadowc.runtime.session import Session
+    ) -> dict[str, object]:
+        """The gate: raises if the engine's numbers are not torch's; what it found."""
+        from shadowc.measure.gate import Subject, check_engine, check_graphs
 
-        with self.stages.measured("parity"):
-            session = Session(folder / MODEL_FILE, usable_cores(), OpLibrary.installed().path)
-            report = check_parity(
-                Engine(folder, manifest, session).prober(),
-                checkpoint.facts,
-                checkpoint.weights,
-                weights=self.options.weights,
-                head_block=next((r.block for r in program.weights.values() if r.sources == ("lm_head.weight",)), 0),
-                block=1 if predictor is None else predictor.block,
-                orders={} if predictor is None else dict(enumerate(predictor.orders_LF, start=1)),
-                sparse=predictor is not None,
-                plan=program.plan,
-                predictor=predictor,
-                seed=self.options.seed,
-                advance=self.stages.progress.advance,
-            )
-            report.require()
-        return report
+        subject = Subject(checkpoint, predictor, programs, self.options.seed)
+        check = check_engine if manifest.tensorrt is None else check_graphs
+        return check(subject, manifest, folder, self.stages.progress.advance)
 
     def _sample(self, manifest: EngineManifest, folder: Path) -> RunStats:
         """Generates a few tokens at the default density, to say what is really computed and read."""

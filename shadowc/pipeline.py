@@ -12,17 +12,10 @@ from types import MappingProxyType
 from typing import Literal
 
 from shadowc.spec.errors import InternalError, UnsupportedError
+from shadowc.spec.options import WEIGHTS
 from shadowc.spec.program import PassReport, Program
 
 Activations = Literal["float32", "float16", "bfloat16"]
-TARGETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "cpu": ("fp32", "int8"),
-        "tensorrt-rtx": ("fp16", "bf16", "fp32", "int8"),
-        "tensorrt": ("fp16", "bf16", "fp32", "int8"),
-    }
-)
-"""Target -> types of weights that it has, its default first."""
 ACTIVATIONS: Mapping[str, Activations] = MappingProxyType(
     {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32", "int8": "float16"}
 )
@@ -44,12 +37,12 @@ def check_choice(target: str, weights: str) -> None:
     Raises:
         UnsupportedError: naming what there is.
     """
-    if target not in TARGETS:
-        raise UnsupportedError(f"unknown target {target!r}, expected one of {', '.join(TARGETS)}", hint="--target cpu")
-    if weights not in TARGETS[target]:
+    if target not in WEIGHTS:
+        raise UnsupportedError(f"unknown target {target!r}, expected one of {', '.join(WEIGHTS)}", hint="--target cpu")
+    if weights not in WEIGHTS[target]:
         raise UnsupportedError(
-            f"target {target} has no weights {weights!r}, expected one of {', '.join(TARGETS[target])}",
-            hint=f"--weights {TARGETS[target][0]}",
+            f"target {target} has no weights {weights!r}, expected one of {', '.join(WEIGHTS[target])}",
+            hint=f"--weights {WEIGHTS[target][0]}",
         )
 
 

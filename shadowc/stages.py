@@ -118,11 +118,11 @@ class Stages:
         trace = ImportanceTrace.load(trace_folder / "trace")
         train(trace, checkpoint.facts, self.options.train, to / "predictor", self.progress)
 
-    def program(self, checkpoint: Checkpoint, predictor: Predictor | None) -> Program:
-        """The traced graph after all passes."""
+    def programs(self, checkpoint: Checkpoint, predictor: Predictor | None) -> dict[str, Program]:
+        """The graphs of the target after all passes, by name."""
         from shadowc.checkpoint.digest import facts_key
-        from shadowc.pipeline import run_passes, schedule
-        from shadowc.trace.export import load_program, trace
+        from shadowc.emit.target import target
+        from shadowc.trace.export import trace
 
         options = self.options
         key = {
@@ -135,15 +135,27 @@ class Stages:
                 "trace", key, lambda to: trace(checkpoint.facts, to / MODEL_FILE)
             )
         with self.measured("passes"):
-            program = load_program(folder / MODEL_FILE, checkpoint.facts)
-            program.plan = None if predictor is None else predictor.plan(options.scope)
-            passes = schedule(
-                target=options.target,
-                weights=options.weights,
-                skip_zeros=options.skip_zeros,
-                sparse=predictor is not None,
-            )
-            run_passes(program, passes, dump=options.dump_passes)
+            return {
+                name: self._program(name, folder / MODEL_FILE, checkpoint, predictor)
+                for name in target(options.target).graphs
+            }
+
+    def _program(self, name: str, traced: Path, checkpoint: Checkpoint, predictor: Predictor | None) -> Program:
+        from shadowc.pipeline import run_passes, schedule
+        from shadowc.trace.export import load_program
+
+        options = self.options
+        program = load_program(traced, checkpoint.facts)
+        program.plan = None if predictor is None else predictor.plan(options.scope)
+        passes = schedule(
+            target=options.target,
+            weights=options.weights,
+            skip_zeros=options.skip_zeros,
+            sparse=predictor is not None,
+            prefill=name == "prefill",
+        )
+        dump = options.dump_passes
+        run_passes(program, passes, dump=dump / name if dump is not None and name != "model" else dump)
         return program
 
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 COLLECTING = ("data", "criterion", "positions")
 TRAINING = ("neuron_block", "width")
+LIMITS = ("max_batch", "max_context", "compute_capability")
 
 
 def compile_model(
@@ -25,8 +26,13 @@ def compile_model(
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Engine folder; default: ./MODEL.engine.", show_default=False)
     ] = None,
-    target: Annotated[str, typer.Option("--target", help="What the engine runs on.")] = "cpu",
-    weights: Annotated[flags.Weights, typer.Option("--weights", help="Type of the stored weights.")] = "fp32",
+    target: Annotated[str, typer.Option("--target", help="cpu, tensorrt-rtx or tensorrt.")] = "cpu",
+    weights: Annotated[
+        flags.Weights | None,
+        typer.Option(
+            "--weights", help="Type of the weights; default: fp32 on cpu, fp16 on TensorRT.", show_default=False
+        ),
+    ] = None,
     predictor: Annotated[
         str, typer.Option("--predictor", help="train, none (a dense engine), or the folder of a trained predictor.")
     ] = "train",
@@ -42,6 +48,18 @@ def compile_model(
     positions: flags.Positions = 4096,
     neuron_block: flags.NeuronBlock = 16,
     width: flags.Width = 0,
+    max_batch: Annotated[int, typer.Option("--max-batch", help="TensorRT: most rows at once.", min=1)] = 4,
+    max_context: Annotated[
+        int, typer.Option("--max-context", help="TensorRT: most tokens; 0: the model's context.", min=0)
+    ] = 0,
+    compute_capability: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--compute-capability",
+            help="TensorRT for RTX: GPUs to build for, such as 8.6; several times.",
+            show_default=False,
+        ),
+    ] = None,
     load_format: flags.LoadFormatFlag = "auto",
     offline: flags.Offline = False,
     seed: flags.Seed = 0,
@@ -54,6 +72,8 @@ def compile_model(
     from shadowc.spec.density import Density
     from shadowc.spec.options import CollectOptions, CompileOptions, TrainOptions
 
+    if target == "cpu":
+        flags.refuse_unused(context, LIMITS, "with --target cpu: an engine takes any batch and the whole context")
     Density(head_density, neuron_density)  # refuses what is outside 0..1 before any work
     if predictor == "none":
         flags.refuse_unused(
@@ -86,6 +106,9 @@ def compile_model(
             ),
             "train": flags.checked(TrainOptions, {"neuron_block": neuron_block, "width": width, "seed": seed}),
             "dump_passes": dump_passes,
+            "max_batch": max_batch,
+            "max_context": max_context,
+            "compute_capability": tuple(compute_capability or ()),
         },
     )
     from shadowc.compiler import compile_engine
@@ -103,6 +126,7 @@ def _as_dict(summary: CompileSummary) -> dict[str, object]:
         "folder": str(summary.folder),
         "up_to_date": summary.up_to_date,
         "stages": [asdict(stage) for stage in summary.stages],
+        "plans": {name: asdict(result) for name, result in summary.build.items()},
         "manifest": summary.manifest.model_dump(mode="json"),
     }
 
@@ -137,6 +161,12 @@ def _show(summary: CompileSummary) -> None:
             "folder": f"{summary.folder}, {render.size(total)}",
         }
     )
+    if summary.build:
+        plans = [
+            (name, render.size(result.bytes), render.seconds(result.seconds), render.size(result.peak_bytes))
+            for name, result in summary.build.items()
+        ]
+        render.table(("plan", "size", "time", "peak memory"), plans)
     if summary.stages:
         rows = [
             (

@@ -123,7 +123,8 @@ def parity_text(manifest: EngineManifest) -> str:
     layers = parity.get("layers")
     if not isinstance(layers, list) or not layers:
         return "not recorded"
-    return (
+    prefix = "" if parity.get("on_device", True) else "not run on a device; the graphs on the CPU in float32: "
+    return prefix + (
         f"{parity.get('positions', 0)} positions against torch: worst layer {max(layers):.1e} "
         f"(tolerance {parity.get('layer_tolerance', 0):.0e}), logits {parity.get('logits', 0):.1e} "
         f"(tolerance {parity.get('logits_tolerance', 0):.0e})"

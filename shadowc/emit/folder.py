@@ -96,12 +96,21 @@ def add_companions(folder: Path, model: ModelPart, tokenizer: Path | None) -> No
         InputError: the tokenizer is damaged.
         SetupError: the op library is not installed.
     """
+    add_tokenizer(folder, tokenizer)
+    library = copy_op_library(folder)
+    write_json(folder / GENAI_FILE, genai_config(model, library.name))
+
+
+def add_tokenizer(folder: Path, tokenizer: Path | None) -> None:
+    """Put the tokenizer's files into the folder, if the model has one.
+
+    Raises:
+        InputError: the tokenizer is damaged.
+    """
     from shadowc.checkpoint.tokenizer import write_tokenizer
 
     if tokenizer is not None:
         write_tokenizer(tokenizer, folder)
-    library = copy_op_library(folder)
-    write_json(folder / GENAI_FILE, genai_config(model, library.name))
 
 
 def copy_op_library(folder: Path) -> Path:

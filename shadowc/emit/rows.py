@@ -56,7 +56,7 @@ class Overflow:
         )
 
 
-def narrow(values: Floats, dtype: str, overflow: Overflow, where: str) -> Array:
+def narrow(values: Array, dtype: str, overflow: Overflow, where: str) -> Array:
     """Round to a 16-bit type, to nearest even; what float16 cannot hold is counted (and becomes infinite)."""
     if dtype == "float32":
         return values

@@ -3,19 +3,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from shadowc.spec.density import Density
-from shadowc.spec.errors import UnsupportedError
+from shadowc.spec.errors import InputError, UnsupportedError
 from shadowc.spec.progress import Progress
 
 if TYPE_CHECKING:
-    from shadowc.spec.manifest import BytesPart, FileEntry
+    from shadowc.checkpoint.opt import OptFacts
+    from shadowc.emit.tensorrt.builder import BuildResult
+    from shadowc.spec.manifest import BytesPart, FileEntry, TensorRtPart
+    from shadowc.spec.options import CompileOptions
     from shadowc.spec.program import Program, TensorSource
-
-PLANNED = ("tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,32 +28,53 @@ class EmitResult:
     bytes_per_token: BytesPart
     ops: dict[str, int]
     """Operator domain -> version that the graph needs."""
+    tensorrt: TensorRtPart | None = None
+    build: Mapping[str, BuildResult] = field(default_factory=dict)
+    """Plan -> what its builder took."""
 
 
 class Target(Protocol):
-    """Turns a transformed program into files of an engine folder."""
+    """Turns transformed programs into files of an engine folder."""
 
     @property
     def name(self) -> str:
         """The word after --target."""
 
+    @property
+    def graphs(self) -> tuple[str, ...]:
+        """What the programs are called that `emit` takes."""
+
+    def checks(self, options: CompileOptions) -> Sequence[Callable[[], object]]:
+        """What can be refused before any work; each raises a ShadowcError."""
+
+    def check_model(self, options: CompileOptions, facts: OptFacts) -> None:
+        """Refuse a model that the target cannot run.
+
+        Raises:
+            UnsupportedError: its kernels do not handle the shape.
+            InputError: an option does not fit the model.
+        """
+
+    def libraries(self, options: CompileOptions) -> Mapping[str, str]:
+        """What besides Python code decides the bytes: name -> version or hash."""
+
     def emit(
         self,
-        program: Program,
+        programs: Mapping[str, Program],
         source: TensorSource,
         folder: Path,
         *,
-        density: Density,
+        options: CompileOptions,
         progress: Progress | None = None,
     ) -> EmitResult:
-        """Write the target's files into `folder`, byte for byte the same whenever it is repeated.
+        """Write the target's files into `folder`.
 
         Args:
-            program: the final graph with its recipes.
+            programs: the final graphs with their recipes, by the names of `graphs`.
             source: every tensor that the recipes name.
             folder: an existing, empty staging folder.
-            density: what the engine uses when its caller names none.
-            progress: told how many bytes of weights are written.
+            options: what the engine is to be.
+            progress: told what is written and built.
         """
 
 
@@ -60,34 +82,118 @@ class CpuTarget:
     """ONNX Runtime with shadowc's operator library."""
 
     name = "cpu"
+    graphs = ("model",)
+
+    def checks(self, options: CompileOptions) -> Sequence[Callable[[], object]]:
+        """See Target.checks."""
+        from shadowc.runtime.library import OpLibrary
+
+        def limits() -> None:
+            given = {
+                "--max-batch": options.max_batch != default_of("max_batch"),
+                "--max-context": options.max_context != default_of("max_context"),
+                "--compute-capability": bool(options.compute_capability),
+            }
+            if unused := [flag for flag, typed in given.items() if typed]:
+                raise InputError(
+                    f"{', '.join(unused)} {'has' if len(unused) == 1 else 'have'} no effect with --target cpu: "
+                    "an engine takes any batch and the model's whole context",
+                    hint="leave it out" if len(unused) == 1 else "leave them out",
+                )
+
+        return OpLibrary.installed, limits
+
+    def check_model(self, options: CompileOptions, facts: OptFacts) -> None:
+        """See Target.check_model: every OPT runs."""
+
+    def libraries(self, options: CompileOptions) -> Mapping[str, str]:
+        """See Target.libraries: the op library."""
+        from shadowc.emit.folder import hash_file
+        from shadowc.runtime.library import library_path
+
+        return {"library": hash_file(library_path()).sha256}
 
     def emit(
         self,
-        program: Program,
+        programs: Mapping[str, Program],
         source: TensorSource,
         folder: Path,
         *,
-        density: Density,
+        options: CompileOptions,
         progress: Progress | None = None,
     ) -> EmitResult:
-        """See Target.emit: writes weights.bin, model.onnx and reference.onnx."""
+        """See Target.emit: writes weights.bin, model.onnx and reference.onnx; repeated, the same bytes."""
         from shadowc.emit.cpu import emit_cpu
 
-        return emit_cpu(program, source, folder, density=density, progress=progress)
+        return emit_cpu(programs["model"], source, folder, density=options.density, progress=progress)
 
 
-TARGETS: dict[str, Target] = {"cpu": CpuTarget()}
+@dataclass(frozen=True, slots=True)
+class TensorRtTarget:
+    """TensorRT for RTX, or TensorRT, with shadowc's plugin."""
+
+    name: str
+    graphs: tuple[str, ...] = ("decode", "prefill")
+
+    def checks(self, options: CompileOptions) -> Sequence[Callable[[], object]]:
+        """See Target.checks: builder, plugin, compute capabilities, limits."""
+        from shadowc.emit.tensorrt.checks import checks
+
+        return checks(options)
+
+    def check_model(self, options: CompileOptions, facts: OptFacts) -> None:
+        """See Target.check_model: head size, layers, context."""
+        from shadowc.emit.tensorrt.checks import sizes_of
+
+        sizes_of(options, facts)
+
+    def libraries(self, options: CompileOptions) -> Mapping[str, str]:
+        """See Target.libraries: builder and plugin."""
+        from shadowc.emit.folder import hash_file
+        from shadowc.emit.tensorrt.checks import tools_of
+
+        tools = tools_of(options)
+        return {
+            "builder": tools.bindings.title,
+            "plugin": hash_file(tools.plugin).sha256,
+            "built_for": " ".join(tools.built_for),
+        }
+
+    def emit(
+        self,
+        programs: Mapping[str, Program],
+        source: TensorSource,
+        folder: Path,
+        *,
+        options: CompileOptions,
+        progress: Progress | None = None,
+    ) -> EmitResult:
+        """See Target.emit: writes weights.bin, graphs, plans and plugins; plans differ from build to build."""
+        from shadowc.emit.tensorrt.emit import emit_tensorrt
+
+        return emit_tensorrt(programs, source, folder, options=options, progress=progress)
+
+
+TARGETS: dict[str, Target] = {
+    "cpu": CpuTarget(),
+    "tensorrt-rtx": TensorRtTarget("tensorrt-rtx"),
+    "tensorrt": TensorRtTarget("tensorrt"),
+}
+
+
+def default_of(name: str) -> object:
+    """What an option is when nobody gives it."""
+    from shadowc.spec.options import CompileOptions
+
+    return CompileOptions.model_fields[name].default
 
 
 def target(name: str) -> Target:
     """The target of this name.
 
     Raises:
-        UnsupportedError: it is unknown, or planned but not built yet.
+        UnsupportedError: it is unknown.
     """
     if name in TARGETS:
         return TARGETS[name]
-    known = ", ".join(sorted(TARGETS))
-    if name in PLANNED:
-        raise UnsupportedError(f"target {name} is not built yet; this version has: {known}", hint="--target cpu")
-    raise UnsupportedError(f"unknown target {name!r}; this version has: {known}", hint="--target cpu")
+    raise UnsupportedError(f"unknown target {name!r}; this version has: {', '.join(TARGETS)}", hint="--target cpu")

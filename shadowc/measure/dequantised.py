@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import ml_dtypes  # noqa: F401 (makes "bfloat16" a numpy type)
 import numpy as np
 
 from shadowc.sparsity.predictor import minmax_scaled
@@ -27,6 +28,7 @@ PRODUCT_BLOCKS = (128, 64, 32)
 """Lengths of the pieces of K that share a scale in a product of 8-bit integers; the first that divides K is used."""
 _PER_ROW = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight")
 _PER_COLUMN = ("out_proj.weight", "fc2.weight")
+_LOOKED_UP = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")
 
 
 def round_to_int8(matrix: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
@@ -66,6 +68,41 @@ class DequantisedSource:
             blocks = value.reshape(rows, width // self.head_block, self.head_block)
             return round_to_int8(blocks, axis=2).reshape(rows, width)
         return value
+
+
+@dataclass(frozen=True, slots=True)
+class NarrowSource:
+    """A TensorSource whose matrices and embeddings carry the rounding of a 16-bit type; norms and biases do not.
+
+    Args:
+        source: the checkpoint's tensors.
+        dtype: "float16" or "bfloat16".
+        matrices: round the matrices of attention and FFN too (False: they are quantised by another source).
+    """
+
+    source: TensorSource
+    dtype: str
+    matrices: bool = True
+
+    def names(self) -> tuple[str, ...]:
+        """The names of the checkpoint."""
+        return self.source.names()
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """One float32 tensor after rounding and back; tensors that stay float32 pass through."""
+        value = self.source.tensor(name)
+        if name.endswith(_LOOKED_UP) or (self.matrices and name.endswith((*_PER_ROW, *_PER_COLUMN))):
+            return value.astype(np.dtype(self.dtype)).astype(np.float32)
+        return value
+
+
+def truth_for_tensorrt(source: TensorSource, weights: str) -> TensorSource:
+    """The checkpoint as an engine for TensorRT rounds it: 8-bit matrices keep 16-bit embeddings and a float32 rest."""
+    if weights == "fp32":
+        return source
+    if weights == "int8":
+        return NarrowSource(DequantisedSource(source, 0), "float16", matrices=False)
+    return NarrowSource(source, {"fp16": "float16", "bf16": "bfloat16"}[weights])
 
 
 @dataclass(frozen=True, slots=True)

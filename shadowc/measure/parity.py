@@ -123,6 +123,7 @@ def check_parity(
     predictor: Predictor | None = None,
     seed: int = 0,
     advance: Callable[[int, int], None] | None = None,
+    truth: TensorSource | None = None,
 ) -> ParityReport:
     """Compares the engine with torch on random tokens: a prefill whose tail is masked, then single steps.
 
@@ -139,8 +140,12 @@ def check_parity(
         predictor: as it was trained; with it, the scores are checked too.
         seed: of the random tokens.
         advance: called with layers done and their number.
+        truth: the tensors with the engine's own rounding, where nothing else is rounded: products are float32 then,
+            and so are the tolerances. None: they are made from `source`, `weights` and `head_block`.
     """
-    truth = source if weights == "fp32" else DequantisedSource(source, head_block)
+    accuracy = weights if truth is None else "fp32"
+    if truth is None:
+        truth = source if weights == "fp32" else DequantisedSource(source, head_block)
     prefill, masked = _lengths(facts)
     ids_BS = np.random.default_rng(seed).integers(4, facts.vocab, (1, prefill + DECODE_TOKENS), dtype=np.int64)
     densities = DENSITIES if sparse else DENSITIES[:1]
@@ -150,19 +155,19 @@ def check_parity(
         pairs = zip(runs, densities, strict=True)
         selection = sum(wrong_selections(run, plan, density, masked + DECODE_TOKENS) for run, density in pairs)
     if sparse and predictor is not None:
-        scorer = predictor if weights == "fp32" else RoundedPredictor(predictor)
+        scorer = predictor if accuracy == "fp32" else RoundedPredictor(predictor)
         scores = _scores_difference(runs, facts, truth, scorer)
     return ParityReport(
         weights=weights,
         embedding=_embedding_difference(runs[0], ids_BS, facts, truth),
         layers=_layer_differences(runs, facts, truth, block, orders, advance),
         logits=reduce(worse, (_logits_difference(run, facts, truth) for run in runs)),
-        layer_tolerance=LAYER_TOLERANCE[weights],
-        logits_tolerance=LOGITS_TOLERANCE[weights],
+        layer_tolerance=LAYER_TOLERANCE[accuracy],
+        logits_tolerance=LOGITS_TOLERANCE[accuracy],
         positions=ids_BS.shape[1] * len(runs),
         selection=selection,
         scores=scores,
-        scores_tolerance=SCORES_TOLERANCE[weights],
+        scores_tolerance=SCORES_TOLERANCE[accuracy],
     )
 
 

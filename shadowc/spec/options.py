@@ -3,15 +3,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from shadowc.spec.density import Density
 
 Criterion = str
 Scope = Literal["local", "global"]
+WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "cpu": ("fp32", "int8"),
+        "tensorrt-rtx": ("fp16", "bf16", "fp32", "int8"),
+        "tensorrt": ("fp16", "bf16", "fp32", "int8"),
+    }
+)
+"""Target -> types of weights that it has, its default first."""
 
 
 class _Frozen(BaseModel):
@@ -51,7 +61,8 @@ class CompileOptions(_Frozen):
     out: Path | None = None
     """None: ./<name of the model>.engine"""
     target: str = "cpu"
-    weights: Literal["fp32", "int8"] = "fp32"
+    weights: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    """Which a target has, and its default: WEIGHTS."""
     predictor: str = "train"
     """"train", "none" (a dense engine), or the folder of a trained predictor."""
     head_density: float = 0.5
@@ -65,6 +76,20 @@ class CompileOptions(_Frozen):
     collect: CollectOptions = CollectOptions()
     train: TrainOptions = TrainOptions()
     dump_passes: Path | None = None
+    max_batch: int = Field(default=4, ge=1)
+    """Rows that an engine for TensorRT takes at most."""
+    max_context: int = Field(default=0, ge=0)
+    """Tokens that an engine for TensorRT takes at most; 0: as many as the model has positions."""
+    compute_capability: tuple[Annotated[str, Field(pattern=r"^\d+\.\d$")], ...] = ()
+    """GPUs to build for, such as "8.6"; empty: the builder's own choice."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _weights_of_target(cls, values: Any) -> Any:
+        """Weights that nobody chose are the target's default."""
+        if isinstance(values, Mapping) and values.get("weights") is None:
+            return {**values, "weights": WEIGHTS.get(values.get("target", "cpu"), ("fp32",))[0]}
+        return values
 
     @property
     def density(self) -> Density:

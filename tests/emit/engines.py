@@ -14,6 +14,7 @@ from shadowc.emit import folder as engine_folder
 from shadowc.emit.target import target
 from shadowc.spec.density import Density
 from shadowc.spec.manifest import EngineManifest, SparsityPart
+from shadowc.spec.options import CompileOptions
 from tests.conftest import TINY
 from tests.emit import handmade
 
@@ -48,7 +49,8 @@ def write_engine(
     facts = tiny_facts() if eos is None else replace(tiny_facts(), eos=eos)
     program = handmade.build(facts, block=BLOCK, quantised=weights == "int8", sparse=sparse, skip_zeros=skip_zeros)
     with engine_folder.staged(out) as staging:
-        emitted = target("cpu").emit(program, tensors(model), staging, density=DENSITY)
+        options = CompileOptions(model="tiny", head_density=DENSITY.heads, neuron_density=DENSITY.neurons)
+        emitted = target("cpu").emit({"model": program}, tensors(model), staging, options=options)
         part = engine_folder.model_part(facts, "tiny")
         engine_folder.add_companions(staging, part, tokenizer)
         if sparse:

@@ -1,0 +1,41 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How much memory a compile for TensorRT needs here, told before it is used.
+
+Weights never reach the builder, so its own need hardly depends on the model; the check against torch maps them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from shadowc.emit.weights import nbytes
+
+if TYPE_CHECKING:
+    from shadowc.spec.program import WeightRecipe
+
+BUILDER_BYTES = 1_200_000_000
+"""What the builder's process held at most, measured from opt-mini to opt-1.3b."""
+
+
+def host_bytes(recipes: Mapping[str, WeightRecipe]) -> int:
+    """Estimate of the most memory that a compile holds at once, in bytes."""
+    total = sum(map(nbytes, recipes.values()))
+    widest = max(map(nbytes, recipes.values()), default=0)
+    return BUILDER_BYTES + total + 4 * widest
+
+
+def free_bytes() -> int:
+    """Memory that this machine could give now; 0 if it cannot be told."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
+    except (ValueError, OSError, AttributeError):
+        return 0
+
+
+def host_note(recipes: Mapping[str, WeightRecipe]) -> str:
+    """The estimate as a sentence."""
+    return (
+        f"a compile of this model needs about {host_bytes(recipes) / 1e9:.1f} GB, {free_bytes() / 1e9:.1f} GB are free"
+    )

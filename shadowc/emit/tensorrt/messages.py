@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the builder says, in sentences that name the cause and the next command."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from shadowc.runtime.tensorrt.bindings import Messages
+
+_NEEDS_GPU = "this step of the builder needs an NVIDIA GPU and its driver"
+_KNOWN = (
+    ("FP32 GEMM is not supported", "compute capability 7.5 has no float32 products",
+     "leave out --compute-capability 7.5, or compile with --weights fp16 and --predictor none"),
+    ("formatTacticCombinations", "an operator has no kernel for the types of its inputs", "shadowc doctor"),
+    ("self-consistent", "the sizes that the profile allows cannot occur together", "report this: it is a bug"),
+    ("no optimization profile", "an input of changing size has no profile", "report this: it is a bug"),
+    ("dedicated kernel", "it has no fused attention for this head size and type", "--weights fp32"),
+    ("CUDA_SUCCESS", _NEEDS_GPU, "build on a machine with a GPU"),
+    ("Failed to open file", "a file of the graph is missing", "compile again"),
+    ("out of memory", "memory ran out", "compile with a smaller --max-batch and --max-context"),
+    ("OutOfMemory", "memory ran out", "compile with a smaller --max-batch and --max-context"),
+)  # fmt: skip
+"""Part of a message -> what it means, and what to do."""
+_ECHOES = ("cudaError 35", "cudaError 100")
+
+
+def explained(
+    messages: Messages, refused: Mapping[str, Any], plugin: Path, operators: Sequence[str]
+) -> tuple[str, str]:
+    """The reason of a refused build and the next command; the reason is empty if nothing was said.
+
+    Args:
+        messages: what the builder logged.
+        refused: the step that failed: "plugin", "parse" or "build", with what is known about it.
+        plugin: the library of the operators.
+        operators: the nodes that it should provide.
+    """
+    first = messages.first_error() if messages.errors else ""
+    if refused.get("step") == "plugin":
+        return _plugin_reason(plugin, first), "install the plugin again (in a checkout: make setup)"
+    if "Plugin not found" in first or "IPluginCreator not found" in first:
+        registered = ", ".join(refused.get("registered", ())) or "nothing"
+        return (
+            f"an operator of the graph is not in {plugin.name}, which registered {registered}",
+            "install the plugin again (in a checkout: make setup)",
+        )
+    for part, meaning, hint in _KNOWN:
+        if part in first:
+            return f"{meaning} ({_short(first)})", hint
+    if any(echo in first for echo in _ECHOES):
+        return f"{_NEEDS_GPU} ({_short(first)})", "shadowc doctor"
+    nodes = ", ".join(refused.get("nodes", ())[:1])
+    return (f"at {nodes}: {_short(first)}" if nodes and first else _short(first)), "shadowc doctor"
+
+
+def _plugin_reason(plugin: Path, first: str) -> str:
+    """TensorRT returns nothing whatever is wrong with a library: look at the four causes."""
+    if not plugin.is_file():
+        return f"the plugin {plugin} is missing"
+    if plugin.stem.endswith("_auto"):
+        return f"{plugin.name} registers itself and must not be given to the builder; the one without _auto is"
+    if "getCreators" in first or "SymbolAddress" in first:
+        return f"{plugin} is no plugin library: it exports no getCreators"
+    return f"the plugin {plugin} cannot be loaded ({_short(first) or 'no reason was logged'})"
+
+
+def _short(text: str, most: int = 300) -> str:
+    return text if len(text) <= most else f"{text[: most - 1]}…"

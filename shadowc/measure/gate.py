@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gate of every compile: parity A of what was written, before it gets its name.
+
+An engine for the CPU runs. An engine for TensorRT cannot run without a GPU; its graphs are run instead, with its own
+weights.bin, by stock ONNX Runtime with the operators as functions and activations in float32. What that leaves
+unchecked (TensorRT's kernels and shadowc's, and 16-bit rounding between them) is said in engine.json.
+
+Letters: B batch, S tokens, H heads, D head size, T slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shadowc.measure.masks import relative, worse
+from shadowc.measure.parity import DECODE_TOKENS, PREFILL_TOKENS, check_parity
+from shadowc.spec.density import Density
+from shadowc.spec.errors import InternalError, VerificationError
+from shadowc.spec.manifest import MODEL_FILE, WEIGHTS_FILE
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from shadowc.checkpoint.resolve import Checkpoint
+    from shadowc.measure.twin import GraphRunner
+    from shadowc.sparsity.predictor import Predictor
+    from shadowc.spec.manifest import EngineManifest, TensorRtPart
+    from shadowc.spec.program import Program
+
+Advance = Callable[[int, int], None]
+
+PREFILL_TOLERANCE = 1e-4
+"""Largest |difference| between the prefill graph and the decode graph at density 1, over the largest value: both
+compute in float32 with the same weights."""
+CHECKED = "graphs on the CPU in float32 (operators as ONNX functions), with the weights of this folder"
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """What an engine was compiled from."""
+
+    checkpoint: Checkpoint
+    predictor: Predictor | None
+    programs: Mapping[str, Program]
+    seed: int
+
+
+def check_engine(subject: Subject, manifest: EngineManifest, folder: Path, advance: Advance) -> dict[str, object]:
+    """Run a CPU engine against torch.
+
+    Raises:
+        VerificationError: its numbers are not torch's.
+    """
+    from shadowc.runtime.cores import usable_cores
+    from shadowc.runtime.engine import Engine
+    from shadowc.runtime.library import OpLibrary
+    from shadowc.runtime.session import Session
+
+    session = Session(folder / MODEL_FILE, usable_cores(), OpLibrary.installed().path)
+    return _parity(subject, "model", manifest, Engine(folder, manifest, session).prober(), advance)
+
+
+def check_graphs(subject: Subject, manifest: EngineManifest, folder: Path, advance: Advance) -> dict[str, object]:
+    """Run the graphs of an engine for TensorRT against torch, as far as a CPU can.
+
+    Raises:
+        VerificationError: the numbers are not torch's, or the two graphs disagree.
+    """
+    from shadowc.measure.twin import DecodeProbe, mapped_weights
+
+    part = _tensorrt(manifest)
+    weights = mapped_weights(folder / WEIGHTS_FILE, part.weights)
+    capacity = PREFILL_TOKENS + DECODE_TOKENS
+    decode = _twin(folder, part, "decode", weights)
+    found = _parity(
+        subject, "decode", manifest, lambda: DecodeProbe(decode, manifest.model, capacity=capacity), advance
+    )
+    prefill = check_prefill(_twin(folder, part, "prefill", weights), decode, manifest, subject.seed)
+    return {
+        **found, "on_device": False, "checked": CHECKED, "prefill": prefill, "prefill_tolerance": PREFILL_TOLERANCE,
+    }  # fmt: skip
+
+
+def check_prefill(prefill: GraphRunner, decode: GraphRunner, manifest: EngineManifest, seed: int) -> float:
+    """Largest relative difference between the two graphs on a left-padded batch: last logits and real K/V.
+
+    Raises:
+        VerificationError: it is above the tolerance.
+    """
+    ids_BS, mask_BS = padded_batch(manifest, seed)
+    ours = prefill.run({"input_ids": ids_BS, "attention_mask": mask_BS})
+    theirs = _dense_decode(decode, manifest, ids_BS, mask_BS)
+    real_BS = mask_BS.astype(bool)
+    worst = relative(_largest(ours["logits"][:, -1] - theirs["logits"][:, -1]), _largest(theirs["logits"][:, -1]))
+    where = "logits"
+    for name in (name for name in ours if name.startswith("present.")):
+        mine, other = (side[name].swapaxes(1, 2)[real_BS] for side in (ours, theirs))
+        difference = relative(_largest(mine - other), _largest(other))
+        if worse(worst, difference) != worst:
+            worst, where = difference, name
+    if not worst <= PREFILL_TOLERANCE:
+        raise VerificationError(
+            f"the prefill graph does not compute what the decode graph computes: {where} differs by {worst:.2e} "
+            f"(tolerance {PREFILL_TOLERANCE:.0e}); no engine was written",
+            hint="shadowc compile --dump-passes DIR writes the graphs after every pass",
+        )
+    return worst
+
+
+def padded_batch(manifest: EngineManifest, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Two rows of random tokens [B,S] and their mask; the second starts with pads."""
+    tokens = min(PREFILL_TOKENS, manifest.model.positions)
+    ids_BS = np.random.default_rng(seed).integers(4, manifest.model.vocab, (2, tokens), dtype=np.int64)
+    mask_BS = np.ones((2, tokens), np.int64)
+    mask_BS[1, : tokens // 3] = 0
+    return ids_BS, mask_BS
+
+
+def _dense_decode(
+    decode: GraphRunner, manifest: EngineManifest, ids_BS: npt.NDArray[np.int64], mask_BS: npt.NDArray[np.int64]
+) -> dict[str, npt.NDArray[Any]]:
+    model, (rows, tokens) = manifest.model, ids_BS.shape
+    empty_BHTD = np.zeros((rows, model.heads, tokens, model.head_size), np.float32)
+    dials = Density()
+    return decode.run(
+        {
+            "input_ids": ids_BS,
+            "past": np.zeros(rows, np.int64),
+            "start": (1 - mask_BS).sum(axis=1),
+            "density_heads": np.full(rows, dials.heads, np.float32),
+            "density_neurons": np.full(rows, dials.neurons, np.float32),
+            **{
+                f"past_key_values.{layer}.{kind}": empty_BHTD
+                for layer in range(model.layers)
+                for kind in ("key", "value")
+            },
+        }
+    )
+
+
+def _parity(
+    subject: Subject, graph: str, manifest: EngineManifest, new_probe: Callable[[], Any], advance: Advance
+) -> dict[str, object]:
+    from shadowc.measure.dequantised import truth_for_tensorrt
+
+    checkpoint, predictor, program = subject.checkpoint, subject.predictor, subject.programs[graph]
+    head_block = next((r.block for r in program.weights.values() if r.sources == ("lm_head.weight",)), 0)
+    report = check_parity(
+        new_probe,
+        checkpoint.facts,
+        checkpoint.weights,
+        truth=None if manifest.tensorrt is None else truth_for_tensorrt(checkpoint.weights, manifest.weights),
+        weights=manifest.weights,
+        head_block=head_block,
+        block=1 if predictor is None else predictor.block,
+        orders={} if predictor is None else dict(enumerate(predictor.orders_LF, start=1)),
+        sparse=predictor is not None,
+        plan=program.plan,
+        predictor=predictor,
+        seed=subject.seed,
+        advance=advance,
+    )
+    report.require()
+    return report.as_dict()
+
+
+def _twin(folder: Path, part: TensorRtPart, name: Any, weights: Mapping[str, npt.NDArray[Any]]) -> GraphRunner:
+    import onnx
+
+    from shadowc.measure.twin import GraphRunner, float32_twin
+    from shadowc.runtime.cores import usable_cores
+
+    model = onnx.load(folder / part.plans[name].onnx)
+    return GraphRunner(float32_twin(model, weights), weights, usable_cores())
+
+
+def _tensorrt(manifest: EngineManifest) -> TensorRtPart:
+    if manifest.tensorrt is None:
+        raise InternalError("an engine of target cpu was given to the check of TensorRT graphs")
+    return manifest.tensorrt
+
+
+def _largest(array: npt.NDArray[Any]) -> float:
+    return float(np.abs(array).max())
