@@ -136,9 +136,13 @@ class HostPlan:
         part: the plan's tensors.
         model: the graph, with shadowc operators in the form of `shadowc.spec.ops`.
         kernels: run the CPU kernels, which count what they read.
+        as_it_is: the graph has the functions already.
     """
 
-    def __init__(self, device: HostDevice, part: PlanPart, model: onnx.ModelProto, *, kernels: bool = False) -> None:
+    def __init__(
+        self, device: HostDevice, part: PlanPart, model: onnx.ModelProto, *,
+        kernels: bool = False, as_it_is: bool = False,
+    ) -> None:  # fmt: skip
         self.device, self.part = device, part
         self.uncounted = 0
         options = onnxruntime.SessionOptions()
@@ -146,7 +150,7 @@ class HostPlan:
         options.log_severity_level = 3
         if kernels:
             options.register_custom_ops_library(str(cpu_library()))
-        else:
+        elif not as_it_is:
             model = oracle.attach(model)
         self.session = onnxruntime.InferenceSession(
             model.SerializeToString(), options, providers=["CPUExecutionProvider"]
