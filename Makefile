@@ -10,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/ready-$(shell pwd | cksum | cut -d' ' -f1)
 NATIVE := $(shell find CMakeLists.txt cmake plugins \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
           -o -name '*.cmake' -o -name '*.map' -o -name CMakeLists.txt -o -name '*.sh' \) 2>/dev/null)
-CXX_SOURCES = $(shell find plugins \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+CXX_SOURCES = $(shell find plugins examples tests/gpu \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 # Two workers with one thread each: two cores, and no worker waits for the other's.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=worksteal
 FAST := not slow and not network
@@ -18,7 +18,7 @@ FAST := not slow and not network
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-all lint wheel setup rtx clean
+.PHONY: help demo test test-all gpu-test lint wheel setup rtx clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,6 +31,9 @@ test: $(READY) ## run the tests
 
 test-all: $(READY) ## run all tests, the slow ones and those that need the network or a GPU too
 	@$(PYTEST)
+
+gpu-test: $(READY) ## with an NVIDIA GPU: kernels, compute-sanitizer, whole engines, and a table of times in build/gpu
+	@$(BIN)/python -m tests.gpu
 
 lint: $(READY) ## style, format and types of Python and C++
 	@$(BIN)/ruff check .

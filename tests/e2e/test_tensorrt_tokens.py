@@ -21,7 +21,6 @@ from shadowc.runtime.load import load, read_manifest, verify
 from shadowc.runtime.tensorrt.bindings import Bindings
 from shadowc.runtime.tensorrt.engine import TensorRtEngine
 from shadowc.spec.density import Density
-from shadowc.spec.options import CompileOptions
 from shadowc.spec.oracle_tensorrt import attach_tensorrt
 from tests.e2e.compiled import options
 from tests.runtime.host_device import HostDevice, HostPlan
@@ -101,11 +100,10 @@ def test_the_step_of_a_compiled_folder_is_captured_and_replayed(plan_engine: Pat
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_opt_mini_generates_the_cpu_engines_tokens(without_builder: None, tmp_path: Path) -> None:
     made = {
-        target: shadowc.compile(
-            CompileOptions(model="opt-mini", out=tmp_path / target, target=target, weights="fp32", offline=True)
-        )
+        target: shadowc.compile(options("opt-mini", tmp_path / target, target=target, weights="fp32", offline=True))
         for target in ("cpu", "tensorrt-rtx")
     }
     cpu, host = load(made["cpu"]), on_host(made["tensorrt-rtx"])

@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What can be known without a GPU about the tests that need one: they collect, compile, and measure what they say."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from shadowc.runtime.tensorrt.cuda import open_cuda
+from shadowc.spec.errors import SetupError
+from tests.emulation.library import Kernels
+from tests.gpu import build, table
+from tests.gpu.conftest import COLLECT_VARIABLE
+from tests.gpu.table import Row
+from tests.gpu.timing import Bench, Shape, Timed
+from tests.runtime.host_device import HostDevice
+
+ROOT = Path(__file__).parents[2]
+TINY = Shape("opt-tiny", 64, 256, 2, 3)
+
+
+class TickingDevice(HostDevice):
+    """Host memory whose clock goes on by one millisecond per event."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ticks = 0
+
+    def event(self) -> int:
+        self.ticks += 1
+        return self.ticks
+
+    def milliseconds(self, first: int, second: int) -> float:
+        return float(second - first)
+
+
+class CountingCublas:
+    def __init__(self) -> None:
+        self.products: set[tuple[int, int, int]] = set()
+
+    def product(self, y: int, x: int, w: int, batch: int, rows: int, columns: int) -> None:
+        self.products.add((batch, rows, columns))
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Kernels:
+    from tests.emulation import build as emulation
+
+    try:
+        return Kernels(emulation.build())
+    except emulation.UnavailableError as reason:
+        pytest.skip(f"the CUDA kernels cannot be compiled for the host: {reason}")
+
+
+@pytest.fixture
+def bench(emulated: Kernels) -> Bench:
+    return Bench(TickingDevice(), emulated.library, rounds=3, cache_bytes=1 << 17)
+
+
+def has_gpu() -> bool:
+    try:
+        open_cuda()
+    except SetupError:
+        return False
+    return True
+
+
+def test_all_tests_for_the_gpu_are_collected() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "--collect-only",
+        "-q",
+        "tests/gpu",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = {**os.environ, COLLECT_VARIABLE: "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    for name in ("test_kernels.py", "test_sanitizer.py", "test_generate.py"):
+        assert f"tests/gpu/{name}::" in result.stdout
+    assert result.stdout.count("tests/gpu/test_kernels.py::") > 100
+
+
+@pytest.mark.skipif(has_gpu(), reason="a GPU is here, so it would run")
+def test_one_command_says_in_one_line_why_it_cannot_run() -> None:
+    result = subprocess.run([sys.executable, "-m", "tests.gpu"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stdout.startswith("gpu-test cannot run here: ")
+    assert len(result.stdout.splitlines()) == 1
+    assert not result.stderr
+
+
+@pytest.mark.slow
+def test_the_library_for_the_gpu_compiles_and_exports_the_interface() -> None:
+    try:
+        path = build.build("sm_80")
+    except build.UnavailableError as reason:
+        pytest.skip(str(reason))
+    library = ctypes.CDLL(str(path))
+    for kernel in ("select", "ffn", "attention"):
+        for part in ("check", "workspace", "enqueue"):
+            assert getattr(library, f"shadowc_{kernel}_{part}")
+    for name in ("shadowc_error_text", "shadowc_emulation_allocate", "shadowc_emulation_release",
+                 "shadowc_emulation_order", "shadowc_device_synchronize"):  # fmt: skip
+        assert getattr(library, name)
+
+
+@pytest.mark.parametrize("density", [1.0, 0.5, 0.25])
+@pytest.mark.parametrize("int8", [False, True])
+def test_the_timed_ffn_reads_the_wanted_share(bench: Bench, density: float, int8: bool) -> None:
+    timed = bench.ffn(TINY, density, 1, int8=int8)
+    row = TINY.hidden * (1 if int8 else 2) + 4
+    assert timed.bytes == density * TINY.neurons * 2 * row
+
+
+def test_the_timed_attention_reads_keys_of_all_heads_and_the_wanted_share_of_the_rest(bench: Bench) -> None:
+    row, head = TINY.hidden * 2 + 4, TINY.head_size
+    assert bench.attention(TINY, 1.0, 1).bytes == 2 * 4 * head * row
+    assert bench.attention(TINY, 0.5, 1).bytes == (4 + 2) * head * row
+
+
+def test_the_clock_counts_one_launch(bench: Bench) -> None:
+    copies = -(-(1 << 17) // (2 * TINY.neurons * TINY.hidden * 2))
+    assert copies == 2
+    assert bench.ffn(TINY, 0.5, 1).microseconds == pytest.approx(1000 / copies)
+    assert bench.select(TINY, 16, 0.5, 2) == Timed(pytest.approx(1000 / 16), 2 * 2 * 16 * 4)
+
+
+def test_copies_count_what_is_read_and_written(bench: Bench) -> None:
+    assert bench.bandwidth(1 << 12) == pytest.approx(2 * (1 << 12) / (1e-3 / 4))
+
+
+def test_dense_products_are_those_of_the_layer(bench: Bench) -> None:
+    cublas = CountingCublas()
+    found = list(table.rows(bench, cublas, [TINY], [2], [0.5]))
+    assert cublas.products == {(2, 256, 64), (2, 64, 256), (2, 192, 64), (2, 64, 64)}
+    assert [(row.kernel, row.weights) for row in found] == [
+        ("ffn", "fp16"), ("ffn", "int8"), ("attention", "fp16"), ("attention", "int8"), ("select heads", "-"),
+        ("select neurons", "-"),
+    ]  # fmt: skip
+    assert all(row.speedup for row in found if not row.kernel.startswith("select"))
+
+
+def test_all_memory_is_given_back(bench: Bench) -> None:
+    bench.ffn(TINY, 0.5, 1)
+    bench.attention(TINY, 0.5, 2)
+    bench.dense([(4, 8)], 1, CountingCublas())
+    assert not bench.device.device
+    assert not bench.device.pinned
+
+
+ROWS = [
+    Row("opt-1.3b", "ffn", "fp16", 1, 0.5, Timed(40.0, 34e6), Timed(70.0, 67e6)),
+    Row("opt-1.3b", "attention", "fp16", 1, 0.5, Timed(30.0, 26e6), Timed(60.0, 34e6)),
+    Row("opt-1.3b", "select heads", "-", 1, 0.5, Timed(100.0, 1e3), None),
+]
+
+
+def test_goals_are_judged_by_the_numbers_of_batch_1_at_half_density() -> None:
+    speed, share, select = table.goals(ROWS, 1e12)
+    assert speed == "opt-1.3b: FFN and attention at density 0.5 over cuBLAS 1.86x, wanted at least 1.7x: met"
+    assert share == "opt-1.3b: share of the bandwidth there 0.86, wanted at least 0.8: met"
+    assert select == "opt-1.3b: selection per layer 4.35 us, wanted at most 10 us: met"
+    assert all(sentence.endswith("MISSED") for sentence in table.goals(ROWS, 2e12)[1:2])
+    slower = [Row(*("opt-1.3b", "ffn", "fp16", 1, 0.5), Timed(50.0, 34e6), Timed(70.0, 67e6))]
+    assert table.goals(slower, 1e12)[0].endswith("1.40x, wanted at least 1.7x: MISSED")
+
+
+def test_the_file_names_card_bandwidth_and_day() -> None:
+    text = table.markdown("NVIDIA X", 1e12, ROWS, "2026-01-02")
+    assert text.startswith("# Kernel times on NVIDIA X\n\n2026-01-02; ")
+    assert "moves 1000 GB/s" in text
+    assert "| opt-1.3b | ffn | fp16 | 1 | 0.5 | 40.0 | 34.0 | 850 | 85 % | 70.0 | 1.75x |" in text
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {12}
+
+
+def test_masks_have_the_wanted_share_in_every_row(bench: Bench) -> None:
+    from shadowc.runtime.tensorrt.device import Arena, bytes_at
+
+    arena = Arena(bench.device)
+    mask = bench._mask(arena, 3, 16, 0.25)
+    scores = bytes_at(mask.scores, 3 * 16 * 4).view(np.float32).reshape(3, 16)
+    assert (scores >= 0.5).sum(axis=1).tolist() == [4, 4, 4]
+    assert not (scores[0] == scores[1]).all()
