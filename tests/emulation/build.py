@@ -22,6 +22,7 @@ import filelock
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "plugins" / "cuda"
 SHIM = Path(__file__).parent / "shim"
+FOLDER = ROOT / "build" / "emulation"
 _SUFFIXES = {".cu", ".cuh", ".h", ".cc"}
 
 
@@ -63,35 +64,51 @@ def _flags(*, asan: bool) -> list[str]:
     return [*shared, *(["-O1", "-g", "-fsanitize=address"] if asan else ["-O2"])]
 
 
-def _digest(files: Sequence[Path], words: Sequence[str]) -> str:
+def build(*, asan: bool = False, kernels: Path = KERNELS) -> Path:
+    """Path of the library; only what is new among sources, flags and compiler is compiled.
+
+    Args:
+        asan: with AddressSanitizer, which has to be loaded into the process first (see `asan_environment`).
+        kernels: the folder of the .cu files, for tests that change a copy.
+
+    Raises:
+        UnavailableError: a compiler or the headers are missing.
+        RuntimeError: the sources do not compile; the message is the compiler's.
+    """
+    cxx, headers, flags = compiler(), cuda_headers(), _flags(asan=asan)
+    files = sorted(f for folder in (kernels, SHIM) for f in folder.iterdir() if f.suffix in _SUFFIXES)
+    included = [file for file in files if file.suffix in {".cuh", ".h"}]
+    shared = _digest(included, cxx, str(headers), *flags, _processor())
+    command = [cxx, *flags, "-isystem", str(headers), f"-I{SHIM}", f"-I{kernels}"]
+
+    def to_object(source: Path) -> Path:
+        target = FOLDER / f"{source.name}.{_digest([source], shared)}.o"
+        return _made(target, [*command, "-x", "c++", "-c", str(source)])
+
+    with ThreadPoolExecutor(2) as pool:
+        objects = list(pool.map(to_object, [file for file in files if file.suffix in {".cu", ".cc"}]))
+    library = FOLDER / f"libshadowc_emulation.{_digest([], *(file.name for file in objects))}.so"
+    return _made(library, [*command, "-shared", *map(str, objects)])
+
+
+def _digest(files: Sequence[Path], *words: str) -> str:
     digest = hashlib.sha256("\0".join(words).encode())
     for file in files:
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
-def build(*, asan: bool = False, kernels: Path = KERNELS, build_folder: Path | None = None) -> Path:
-    """Path of the library; compiled only if sources, flags or compiler are new.
-
-    Args:
-        asan: with AddressSanitizer, which has to be loaded into the process first (see `asan_environment`).
-        kernels: the folder of the .cu files, for tests that change a copy.
-        build_folder: where results are kept; build/emulation of the repository if not given.
-
-    Raises:
-        UnavailableError: a compiler or the headers are missing.
-        subprocess.CalledProcessError: the sources do not compile.
-    """
-    cxx, headers, flags = compiler(), cuda_headers(), _flags(asan=asan)
-    files = sorted(f for folder in (kernels, SHIM) for f in folder.iterdir() if f.suffix in _SUFFIXES)
-    digest = _digest(files, [cxx, str(headers), *flags, _processor()])
-    folder = (build_folder or ROOT / "build" / "emulation") / digest
-    library = folder / "libshadowc_emulation.so"
-    folder.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(folder / "lock"):
-        if not library.is_file():
-            _compile([cxx, *flags, "-isystem", str(headers), f"-I{SHIM}", f"-I{kernels}"], files, folder, library)
-    return library
+def _made(target: Path, command: list[str]) -> Path:
+    """The file that the compiler writes, unless it is there already; one process at a time makes it."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with filelock.FileLock(f"{target}.lock"):
+        if not target.is_file():
+            part = f"{target}.part"
+            result = subprocess.run([*command, "-o", part], capture_output=True, text=True, check=False)
+            if result.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
+            Path(part).replace(target)
+    return target
 
 
 @functools.cache
@@ -100,27 +117,6 @@ def _processor() -> str:
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
-
-
-def _compile(command: list[str], files: Sequence[Path], folder: Path, library: Path) -> None:
-    sources = [file for file in files if file.suffix in {".cu", ".cc"}]
-
-    def to_object(source: Path) -> str:
-        target = str(folder / f"{source.name}.o")
-        _run([*command, "-x", "c++", "-c", str(source), "-o", target])
-        return target
-
-    with ThreadPoolExecutor(2) as pool:
-        objects = list(pool.map(to_object, sources))
-    part = library.with_suffix(".part")
-    _run([*command, "-shared", *objects, "-o", str(part)])
-    part.replace(library)
-
-
-def _run(command: list[str]) -> None:
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
-    if result.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
 
 
 def asan_environment() -> dict[str, str]:

@@ -129,7 +129,7 @@ class Kernels:
         if status:
             raise KernelError(status, self.text(status))
 
-    # ---- the operators, with operands as in shadowc/spec/ops.py; weights are split as emit splits them
+    # ---- the operators, with the operands that they have for TensorRT (shadowc/spec/ops.py)
 
     def select(
         self,
@@ -155,33 +155,33 @@ class Kernels:
             return threshold, memory.get(arguments.active, shape, np.dtype(np.int32))
 
     def ffn(
-        self, x, scores, threshold, w, scales, b1, b2, *, layer=0, block=1, skip_zeros=0
+        self, x, scores, threshold, w1, w2t, scales, b1, b2, *, layer=0, block=1, skip_zeros=0
     ) -> tuple[np.ndarray, tuple[int, int]]:
-        """Y and read; `x` gives the activation type, `w` [F,2,E] the weight type."""
+        """Y and read; `x` gives the activation type, `w1` [F,E] the weight type."""
         batch, tokens, hidden = x.shape
         with DeviceMemory(self.library) as memory:
             arguments = Ffn(
-                CODES[x.dtype], CODES[w.dtype], batch, tokens, hidden, len(w), block, skip_zeros,
-                _mask(memory, scores, threshold, layer), memory.put(x), memory.put(w[:, 0]), memory.put(w[:, 1]),
+                CODES[x.dtype], CODES[w1.dtype], batch, tokens, hidden, len(w1), block, skip_zeros,
+                _mask(memory, scores, threshold, layer), memory.put(x), memory.put(w1), memory.put(w2t),
                 memory.put(scales), memory.put(b1), memory.put(b2), memory.allocate(x.nbytes), memory.allocate(16),
             )  # fmt: skip
             self.enqueue(arguments, memory)
             return memory.get(arguments.y, x.shape, x.dtype), _read(memory, arguments.read)
 
     def attention(
-        self, x, scores, threshold, w, scales, bqkv, bo, past_key, past_value, start, past,
+        self, x, scores, threshold, wq, wk, wv, wot, scales, bqkv, bo, past_key, past_value, start, past,
         *, layer=0, kv="all", in_place=False,
     ) -> tuple[dict[str, np.ndarray], tuple[int, int]]:  # fmt: skip
-        """Outputs by name, and read; `x` gives the activation type, `w` [H,4,D,E] the weight type."""
+        """Outputs by name, and read; `x` gives the activation type, `wq` [H*D,E] the weight type."""
         batch, tokens, hidden = x.shape
-        heads, _, head_size, _ = w.shape
+        heads, _, head_size = scales.shape
         with DeviceMemory(self.library) as memory:
             cache = [memory.put(past_key), memory.put(past_value)]
             present = cache if in_place else [memory.allocate(past_key.nbytes) for _ in cache]
             arguments = Attention(
-                CODES[x.dtype], CODES[w.dtype], batch, tokens, hidden, heads, head_size, past_key.shape[2],
+                CODES[x.dtype], CODES[wq.dtype], batch, tokens, hidden, heads, head_size, past_key.shape[2],
                 kv == "active", _mask(memory, scores, threshold, layer), memory.put(x),
-                *(memory.put(w[:, part]) for part in range(4)), memory.put(scales), memory.put(bqkv), memory.put(bo),
+                *map(memory.put, (wq, wk, wv, wot)), memory.put(scales), memory.put(bqkv), memory.put(bo),
                 *cache, *present, memory.put(start), memory.put(past), memory.allocate(x.nbytes),
                 memory.allocate(x.nbytes), memory.allocate(16),
             )  # fmt: skip

@@ -27,13 +27,28 @@ std::vector<SharedMemory*>& shared_arrays() {
   return arrays;
 }
 
-// 0 ... count - 1, shuffled unless the seed is 0.
-std::vector<int> order_of(size_t count, std::mt19937* random) {
-  std::vector<int> order(count);
-  std::iota(order.begin(), order.end(), 0);
-  if (order_seed != 0) std::shuffle(order.begin(), order.end(), *random);
-  return order;
-}
+// 0 ... count - 1, shuffled unless the seed is 0. Shuffling is dear: a few permutations are made and drawn from.
+class Orders {
+ public:
+  explicit Orders(int count) : permutations_(order_seed == 0 ? 1 : kPermutations, std::vector<int>(count)) {
+    for (std::vector<int>& order : permutations_) {
+      std::iota(order.begin(), order.end(), 0);
+      if (order_seed != 0) std::shuffle(order.begin(), order.end(), random());
+    }
+  }
+
+  const std::vector<int>& next() { return permutations_[turn_++ % permutations_.size()]; }
+
+  static std::mt19937& random() {
+    static std::mt19937 generator;
+    return generator;
+  }
+
+ private:
+  static constexpr int kPermutations = 13;
+  std::vector<std::vector<int>> permutations_;
+  size_t turn_ = 0;
+};
 
 void fail(cudaError_t error, const std::string& what) {
   if (last_error != cudaSuccess) return;
@@ -41,56 +56,60 @@ void fail(cudaError_t error, const std::string& what) {
   message = what;
 }
 
-// The threads of one block.
+// Runs blocks of one kernel, all of one size.
 class Block {
  public:
-  Block(const char* name, std::mt19937* random) : name_(name), random_(random) {}
+  Block(const char* name, int threads) : name_(name), threads_(threads), warps_(cut_warps()), lanes_(32) {}
 
   bool run() {
     for (SharedMemory* array : shared_arrays()) array->poison();
-    const int warps = (size() + 31) / 32;
+    done_ = 0;
     while (true) {
-      for (const int warp : order_of(warps, random_)) {
-        while (run_warp(warp) && order_seed == 0) {
-        }
+      const int before = done_;
+      bool moved = false;
+      for (const int warp : warps_.next()) {
+        bool again = run_warp(warp, &moved);
+        while (again && order_seed == 0) again = run_warp(warp, &moved);
         if (!error_.empty()) return report();
       }
-      if (all(Wait::kDone)) return true;
-      if (!any(Wait::kNone) && !release_block()) return report();
+      if (done_ == threads_) return true;
+      if (!moved && done_ == before && !release_block()) return report();
     }
   }
 
  private:
-  int size() const { return static_cast<int>(state.threads.size()); }
-  bool any(Wait wait) const {
-    return std::any_of(state.threads.begin(), state.threads.end(), [&](const Thread& t) { return t.wait == wait; });
-  }
-  bool all(Wait wait) const {
-    return std::all_of(state.threads.begin(), state.threads.end(), [&](const Thread& t) { return t.wait == wait; });
+  int cut_warps() const { return (threads_ + 31) / 32; }
+
+  // Lets the lanes run up to where they wait; true if that was for each other only, and all are there. *moved is set
+  // if any lane ran.
+  bool run_warp(int warp, bool* moved) {
+    const int begin = warp * 32, lanes = std::min(32, threads_ - begin);
+    for (const int lane : lanes_.next()) {
+      if (lane >= lanes || state.threads[begin + lane].wait != Wait::kNone) continue;
+      state.current = begin + lane;
+      *moved = true;
+      resume(state.current, &self().stack);
+      done_ += self().wait == Wait::kDone;
+    }
+    Thread* const first = &state.threads[begin];
+    int waiting = 0;
+    for (int i = 0; i < lanes; ++i) waiting += first[i].wait == Wait::kWarp;
+    if (waiting == 0) return false;
+    if (waiting != lanes) return not_together(first, lanes);
+    for (int i = 0; i < lanes; ++i) {
+      if (first[i].line != first->line) return wrong("lanes wait in lines ", first->line, first[i].line);
+      first[i].wait = Wait::kNone;
+    }
+    return true;
   }
 
-  // Lets the lanes run up to where they wait; true if that was for each other only, and all are there.
-  bool run_warp(int warp) {
-    const int begin = warp * 32, lanes = std::min(32, size() - begin);
-    for (const int lane : order_of(lanes, random_)) {
-      state.current = begin + lane;
-      if (self().wait == Wait::kNone) resume(state.current, &self().stack);
-    }
-    int waiting = 0, left = 0;
-    const Thread* first = nullptr;
-    for (int i = begin; i < begin + lanes; ++i) {
-      const Thread& thread = state.threads[i];
-      left += thread.wait == Wait::kDone;
-      if (thread.wait != Wait::kWarp) continue;
-      ++waiting;
-      if (first == nullptr) first = &thread;
-      if (thread.line != first->line) return wrong("lanes wait in lines ", first->line, thread.line);
-    }
-    if (waiting == 0) return false;
-    if (left != 0) return wrong("lanes have left before the exchange in line ", first->line);
-    if (waiting != lanes) return wrong("not all lanes reach the exchange in line ", first->line);
-    for (int i = begin; i < begin + lanes; ++i) state.threads[i].wait = Wait::kNone;
-    return true;
+  // Some lanes wait for all, and others will not come.
+  bool not_together(const Thread* first, int lanes) {
+    const auto is = [](Wait wait) { return [wait](const Thread& t) { return t.wait == wait; }; };
+    const int line = std::find_if(first, first + lanes, is(Wait::kWarp))->line;
+    const bool left = std::any_of(first, first + lanes, is(Wait::kDone));
+    return wrong(left ? "lanes have left before the exchange in line " : "not all lanes reach the exchange in line ",
+                 line);
   }
 
   // Ends a __syncthreads that all threads have reached.
@@ -122,7 +141,9 @@ class Block {
   }
 
   const char* name_;
-  std::mt19937* random_;
+  int threads_;
+  Orders warps_, lanes_;
+  int done_ = 0;
   std::string error_;
 };
 
@@ -165,11 +186,12 @@ void launch(const char* name, dim3 grid, dim3 block, const std::function<void()>
     fail(cudaErrorInvalidConfiguration, std::string(name) + ": no device takes this grid or block");
     return;
   }
-  std::mt19937 random(order_seed);
+  Orders::random().seed(order_seed);
   state.grid = grid;
   state.block = block;
-  const size_t blocks = static_cast<size_t>(grid.x) * grid.y * grid.z;
-  for (const int i : order_of(blocks, &random)) {
+  Orders blocks(static_cast<int>(grid.x * grid.y * grid.z));
+  Block runner(name, static_cast<int>(block.x));
+  for (const int i : blocks.next()) {
     state.block_index = {i % grid.x, i / grid.x % grid.y, i / grid.x / grid.y};
     state.threads.assign(block.x, Thread());
     for (unsigned t = 0; t < block.x; ++t) {
@@ -179,7 +201,7 @@ void launch(const char* name, dim3 grid, dim3 block, const std::function<void()>
         wait_for(Wait::kDone, 0);
       }, &body);
     }
-    if (!Block(name, &random).run()) return;
+    if (!runner.run()) return;
   }
 }
 

@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Random bits in every operand: the kernels stay inside them."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.emulation import build, garbage
+
+
+def under_asan(library: Path, seeds: int) -> subprocess.CompletedProcess[str]:
+    """The result of garbage.py with AddressSanitizer."""
+    environment = os.environ | build.asan_environment() | {"PYTHONPATH": str(build.ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.emulation.garbage", str(library), str(seeds)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, cwd=build.ROOT)
+
+
+def test_random_bits_write_nothing_outside_the_operands(kernels):
+    garbage.run(kernels, range(3))
+
+
+@pytest.mark.slow
+def test_random_bits_read_nothing_outside_the_operands(kernels):
+    result = under_asan(build.build(asan=True), 40)
+    assert result.returncode == 0, result.stderr
+    assert "nothing was touched" in result.stdout
