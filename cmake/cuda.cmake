@@ -10,8 +10,8 @@ set(SHADOWC_GPU OFF)
 if(NOT SHADOWC_CUDA STREQUAL "OFF")
   find_program(SHADOWC_NVCC nvcc HINTS ENV CUDA_PATH ENV CUDA_HOME PATHS /usr/local/cuda PATH_SUFFIXES bin DOC "nvcc")
   if(SHADOWC_NVCC OR DEFINED ENV{CUDACXX} OR CMAKE_CUDA_COMPILER)
-    if(NOT DEFINED ENV{CUDACXX} AND NOT CMAKE_CUDA_COMPILER)
-      set(CMAKE_CUDA_COMPILER "${SHADOWC_NVCC}")
+    if(NOT DEFINED ENV{CUDACXX})
+      set(ENV{CUDACXX} "${SHADOWC_NVCC}") # not CMAKE_CUDA_COMPILER: check_language then checks nothing
     endif()
     # CMake asks for architectures before it knows the compiler; the targets take SHADOWC_CUDA_ARCHITECTURES.
     if(NOT CMAKE_CUDA_ARCHITECTURES)

@@ -32,10 +32,13 @@ endfunction()
 # Version of the TensorRT that is installed here, as Python package or as library; empty if there is none.
 function(shadowc_installed_tensorrt version_variable)
   set(version "")
-  find_package(Python3 QUIET COMPONENTS Interpreter)
-  if(Python3_EXECUTABLE)
+  if(Python3_EXECUTABLE) # from the build of a Python package
+    set(SHADOWC_PYTHON "${Python3_EXECUTABLE}" CACHE FILEPATH "Python whose packages tell which TensorRT is installed")
+  endif()
+  find_program(SHADOWC_PYTHON NAMES python3 HINTS ENV VIRTUAL_ENV PATH_SUFFIXES bin)
+  if(SHADOWC_PYTHON)
     execute_process(
-      COMMAND "${Python3_EXECUTABLE}" -c
+      COMMAND "${SHADOWC_PYTHON}" -c
               "import importlib.metadata as m; print(next(d.version for d in m.distributions() if (d.metadata['Name'] or '').lower().replace('_', '-') in ('tensorrt', 'tensorrt-cu12', 'tensorrt-cu13')))"
       OUTPUT_VARIABLE version ERROR_QUIET OUTPUT_STRIP_TRAILING_WHITESPACE)
   endif()

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gates on a built plugin. Each returns sentences, none if all is well, so that planted defects can show that it
+fails; none of them loads the library."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.tensorrt_plugin import toolchain
+
+EXPORTS = frozenset({"getCreators", "setLoggerFinder"})
+SYSTEM = re.compile(r"lib(c|m|stdc\+\+|gcc_s|dl|rt|pthread)\.so\.\d+|ld-linux.*\.so\.\d+")
+ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
+# All that a launch and its error take. Nothing here allocates, waits, or copies to the host.
+CUDA_CALLS = frozenset({
+    "__cudaRegisterFatBinary", "__cudaRegisterFatBinaryEnd", "__cudaUnregisterFatBinary", "__cudaRegisterFunction",
+    "__cudaRegisterVar", "__cudaPushCallConfiguration", "__cudaPopCallConfiguration", "__cudaLaunchKernel",
+    "__cudaGetKernel", "__cudaInitModule", "cudaLaunchKernel", "cudaLaunchKernelExC", "cudaGetLastError",
+    "cudaPeekAtLastError", "cudaGetErrorString", "cudaMemcpyAsync", "cudaMemsetAsync",
+})  # fmt: skip
+
+
+def exports(library: Path, expected: frozenset[str] = EXPORTS) -> list[str]:
+    """Dynamic symbols that are not the expected ones."""
+    lines = [line.split() for line in toolchain.run("readelf", "--wide", "--dyn-syms", library).splitlines()]
+    found = {f[7].split("@")[0] for f in lines if len(f) >= 8 and f[4] in ("GLOBAL", "WEAK") and f[6] != "UND"}
+    return [f"{name} is exported" for name in sorted(found - expected)] + [
+        f"{name} is not exported" for name in sorted(expected - found)
+    ]
+
+
+def needs(library: Path) -> list[str]:
+    """Libraries it would be linked to that a machine without TensorRT and driver may lack."""
+    found = re.findall(r"\(NEEDED\).*\[(.+)\]", toolchain.run("readelf", "--wide", "--dynamic", library))
+    return [f"{name} is needed" for name in found if not SYSTEM.fullmatch(name)]
+
+
+def architectures(library: Path) -> list[str]:
+    """Architectures without machine code, and whether the last one is there as PTX."""
+    tool = toolchain.cuobjdump_path()
+    assert tool is not None
+    code = set(re.findall(r"sm_(\d+)[a-z]?\.cubin", toolchain.run(tool, "--list-elf", library)))
+    ptx = set(re.findall(r"sm_(\d+)[a-z]?\.ptx", toolchain.run(tool, "--list-ptx", library)))
+    missing = [f"no code for sm_{number}" for number in ARCHITECTURES if number not in code]
+    return missing + ([] if ptx == {ARCHITECTURES[-1]} else [f"PTX for {sorted(ptx)}, expected {ARCHITECTURES[-1]}"])
+
+
+def cuda_calls(objects: list[Path]) -> list[str]:
+    """CUDA functions that the objects call beyond launching: allocation, synchronisation, the driver."""
+    found = []
+    for path in objects:
+        for line in toolchain.run("nm", "--undefined-only", path).splitlines():
+            name = line.split()[-1]
+            if re.match(r"_*cu(da)?[A-Z]", name) and name.removesuffix("_ptsz") not in CUDA_CALLS:
+                found.append(f"{path.name} calls {name}")
+    return found
+
+
+def budget(report: str, limits: dict[str, tuple[int, int]]) -> list[str]:
+    """Kernels of a `ptxas -v` report that spill, use the stack, or exceed (registers, bytes of shared memory).
+
+    Args:
+        report: what ptxas wrote, mangled names.
+        limits: kernel name without template arguments -> (registers, shared memory).
+    """
+    found = []
+    seen = set()
+    for block in report.split("Compiling entry function '")[1:]:
+        name, target = re.match(r"(\S+)' for '(\w+)'", block).groups()  # type: ignore[union-attr]
+        kernel = next((k for k in limits if re.search(rf"\d{k}(?![a-z])", name)), None)
+        where = f"{name} for {target}"
+        stack, stores, loads = map(int, re.search(  # type: ignore[union-attr]
+            r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block).groups())  # fmt: skip
+        registers = int(re.search(r"Used (\d+) registers", block)[1])  # type: ignore[index]
+        shared = int((re.search(r"(\d+) bytes smem", block) or [0, 0])[1])
+        if kernel is None:
+            found.append(f"{where}: no budget for this kernel")
+            continue
+        seen.add(kernel)
+        if stack or stores or loads:
+            found.append(f"{where}: {stack} bytes of stack, {stores} stored and {loads} loaded by spills")
+        if registers > limits[kernel][0]:
+            found.append(f"{where}: {registers} registers, budget {limits[kernel][0]}")
+        if shared > limits[kernel][1]:
+            found.append(f"{where}: {shared} bytes of shared memory, budget {limits[kernel][1]}")
+    return found + [f"{kernel}: a budget for no kernel" for kernel in limits if kernel not in seen]
