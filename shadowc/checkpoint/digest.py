@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +26,9 @@ SETTLED_SECONDS = 2.0
 """A file that changed more recently is hashed every time."""
 _DIGEST_FILE = "sha256"
 _FIELDS = ("dev", "ino", "size", "mtime_ns", "ctime_ns")
+
+Stamp = Mapping[str, int]
+"""What changes when a file does: its place on the disk, size and both times."""
 
 
 def identity(
@@ -42,7 +46,7 @@ def identity(
     parts: dict[str, str] = {}
     done = 0
     for path in sorted(files, key=lambda path: path.name):
-        parts[path.name] = _digest(path, cache)
+        parts[path.name] = file_digest(path, cache)
         done += path.stat().st_size
         if advance is not None:
             advance(done, total)
@@ -59,7 +63,8 @@ def fingerprint(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
 
 
-def _digest(path: Path, cache: StageCache) -> str:
+def file_digest(path: Path, cache: StageCache) -> str:
+    """SHA-256 of one file, from the cache if the file was hashed before and has not changed since."""
     whole = path.resolve()
     status = whole.stat()
     if time.time_ns() - status.st_ctime_ns < SETTLED_SECONDS * 1e9:
@@ -68,12 +73,21 @@ def _digest(path: Path, cache: StageCache) -> str:
     def make(folder: Path) -> None:
         (folder / _DIGEST_FILE).write_text(_hash(whole) + "\n", encoding="ascii")
 
-    key = {"path": str(whole), **{field: getattr(status, f"st_{field}") for field in _FIELDS}}
+    key = {"path": str(whole), **_stamp(status)}
     try:
         folder, _ = cache.get_or_make(STAGE, key, make)
     except SetupError:
         return _hash(whole)
     return (folder / _DIGEST_FILE).read_text(encoding="ascii").strip()
+
+
+def stamp(path: Path) -> Stamp:
+    """The stamp of a file as it is now."""
+    return _stamp(path.stat())
+
+
+def _stamp(status: os.stat_result) -> Stamp:
+    return {field: getattr(status, f"st_{field}") for field in _FIELDS}
 
 
 def _hash(path: Path) -> str:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import difflib
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from shadowc.checkpoint.files import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, no_weights
 from shadowc.checkpoint.opt import PUBLISHED_NAMES
-from shadowc.checkpoint.weights import INDEX_FILE, SINGLE_FILE, no_safetensors
 from shadowc.spec.errors import InputError, SetupError
 
 FACT_FILES = (
@@ -23,10 +23,16 @@ FACT_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "merges.txt",
 )
-WEIGHT_FILES = ("model*.safetensors", INDEX_FILE)
+WEIGHT_FORMS = (
+    ((SINGLE_FILE, INDEX_FILE), ("model*.safetensors", INDEX_FILE)),
+    ((PICKLED_FILE,), (PICKLED_FILE,)),
+    ((PICKLED_INDEX_FILE,), ("pytorch_model-*.bin", PICKLED_INDEX_FILE)),
+)
+"""Files that show a form of weights, and what to download of it; the first form that a repository has is taken."""
 
 ANSWER_SECONDS = 15.0
 """How long the hub may take for its first answer, name resolution and all addresses included."""
@@ -45,7 +51,7 @@ def is_offline() -> bool:
 
 
 def download(repository: str, *, offline: bool, weights: bool = True) -> Path:
-    """The folder that holds a repository's config, tokenizer and (unless excluded) safetensors.
+    """The folder that holds a repository's config, tokenizer and (unless excluded) weights in one form.
 
     Args:
         repository: `owner/name`.
@@ -59,14 +65,11 @@ def download(repository: str, *, offline: bool, weights: bool = True) -> Path:
     """
     from huggingface_hub.errors import HFValidationError
 
-    patterns = [*FACT_FILES, *(WEIGHT_FILES if weights else ())]
     try:
         if offline or is_offline():
-            return _cached(repository, patterns)
+            return _cached_weights(repository) if weights else _cached(repository, ())
         files = _list_files(repository)
-        if weights and SINGLE_FILE not in files and INDEX_FILE not in files:
-            raise no_safetensors(f"hub repository {repository}", files, repository)
-        return _fetch(repository, patterns)
+        return _fetch(repository, [*FACT_FILES, *(_needed_weights(repository, files) if weights else ())])
     except HFValidationError as error:
         raise InputError(
             f"there is no folder {repository}, and the hub has no names of this form",
@@ -74,10 +77,36 @@ def download(repository: str, *, offline: bool, weights: bool = True) -> Path:
         ) from error
 
 
-def _cached(repository: str, patterns: list[str]) -> Path:
+def _needed_weights(repository: str, files: frozenset[str]) -> Sequence[str]:
+    """Patterns of the weight files to download, given all files of the repository."""
+    for signs, patterns in WEIGHT_FORMS:
+        if not files.isdisjoint(signs):
+            return patterns
+    raise no_weights(f"hub repository {repository}", sorted(files), repository)
+
+
+def _cached_weights(repository: str) -> Path:
+    """The cached folder with the first form of weights that is complete there, else the first error."""
+    problem: SetupError | None = None
+    folder = Path()
+    for signs, patterns in WEIGHT_FORMS:
+        try:
+            folder = _cached(repository, patterns)
+        except SetupError as error:
+            problem = problem or error
+            continue
+        if any((folder / sign).exists() for sign in signs):
+            return folder
+    if problem is not None:
+        raise problem
+    return folder
+
+
+def _cached(repository: str, weights: Sequence[str]) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
+    patterns = [*FACT_FILES, *weights]
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, local_files_only=True))
     except LocalEntryNotFoundError as error:
@@ -88,7 +117,7 @@ def _cached(repository: str, patterns: list[str]) -> Path:
         ) from error
 
 
-def _list_files(repository: str) -> list[str]:
+def _list_files(repository: str) -> frozenset[str]:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
@@ -107,7 +136,7 @@ def _list_files(repository: str) -> list[str]:
         ) from error
     except _transport_errors() as error:
         raise _unreachable(repository, "the hub could not be reached", error) from error
-    return sorted(file.rfilename for file in answer.siblings or ())
+    return frozenset(file.rfilename for file in answer.siblings or ())
 
 
 def _fetch(repository: str, patterns: list[str]) -> Path:

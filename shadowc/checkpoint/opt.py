@@ -8,6 +8,7 @@ Letters: E hidden, F neurons, V vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -19,6 +20,14 @@ POSITIONS = "model.decoder.embed_positions.weight"
 FINAL_NORM = "model.decoder.final_layer_norm"
 HEAD = "lm_head.weight"
 """Tied: it names the same tensor as EMBEDDING."""
+
+MODEL_SCOPES = ("model.", "lm_head.")
+"""What the names of an OPTForCausalLM's tensors begin with."""
+
+_BUFFERS = re.compile(
+    r"model\.decoder\.version|model\.decoder\.embed_positions\._float_tensor|(.*\.)?(position_ids|rotary_emb\.inv_freq)"
+)
+"""Left in checkpoints by fairseq and by older transformers; nothing is computed from them."""
 
 POSITION_OFFSET = 2
 """Row of the table of learned positions that belongs to the first token."""
@@ -135,7 +144,9 @@ def _read_sizes(config: Mapping[str, object], name: str) -> OptFacts:
         value = usual if value is None else value
         if not isinstance(value, int) or isinstance(value, bool):
             problems.append(f"{key} is {value!r}, expected one token id")
-        elif not 0 <= value < sizes.get("vocab", value + 1):
+        elif value < 0:
+            problems.append(f"{key} is {value}, expected one token id")
+        elif value >= sizes.get("vocab", value + 1):
             problems.append(f"{key} {value} lies outside the vocabulary of {sizes['vocab']} tokens")
         else:
             tokens[field] = value
@@ -218,6 +229,11 @@ def parameter_shapes(facts: OptFacts) -> dict[str, tuple[int, ...]]:
         add(names.fc2, e, f)
         add(names.ffn_norm, e)
     return dict(sorted(shapes.items()))
+
+
+def is_known_buffer(name: str) -> bool:
+    """Whether a tensor of this canonical name may be ignored: it is no parameter, and the graph makes its own."""
+    return _BUFFERS.fullmatch(name) is not None
 
 
 def config_dict(facts: OptFacts) -> dict[str, object]:

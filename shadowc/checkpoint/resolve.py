@@ -18,9 +18,10 @@ from typing import Literal
 
 from shadowc.checkpoint.digest import facts_key, fingerprint, identity
 from shadowc.checkpoint.dummy import SCHEME, DummyWeights
+from shadowc.checkpoint.files import find_weight_files
 from shadowc.checkpoint.opt import PUBLISHED_NAMES, OptFacts, parameter_shapes, published_config
 from shadowc.checkpoint.tokenizer import has_tokenizer, highest_token_id, tokenizer_files
-from shadowc.checkpoint.weights import find_weight_files, join, open_weights
+from shadowc.checkpoint.weights import join, open_weights
 from shadowc.spec.errors import InputError, SetupError
 from shadowc.spec.manifest import MANIFEST_FILE
 from shadowc.spec.program import TensorSource
@@ -50,6 +51,8 @@ class Checkpoint:
     dummy: bool
     total_bytes: int
     """Of all parameters in float32."""
+    unused: tuple[str, ...] = ()
+    """Tensors in the files that are not part of the language model, and so not of the engine."""
 
 
 def resolve(
@@ -67,7 +70,7 @@ def resolve(
         load_format: "dummy": seeded random weights of the model's shape; its weight files are not looked at.
         offline: do not use the network (HF_HUB_OFFLINE says the same).
         seed: of dummy weights.
-        advance: called with bytes hashed and their total.
+        advance: called with bytes and their total, of pickled weights as they are converted, then of hashing.
 
     Raises:
         InputError: no such model, or its files are missing or damaged; all findings at once.
@@ -116,7 +119,7 @@ def read_config(folder: Path) -> dict[str, object]:
         if (folder / MANIFEST_FILE).is_file():
             raise InputError(f"{folder}: is a compiled engine, expected a checkpoint", hint=f"shadowc run {folder}")
         raise InputError(
-            f"{folder}: has no {CONFIG_FILE}", hint="give the folder that holds config.json and model.safetensors"
+            f"{folder}: has no {CONFIG_FILE}", hint="give the folder that holds config.json and the weights"
         )
     try:
         content = json.loads(path.read_bytes())
@@ -181,19 +184,20 @@ def _from_folder(folder: Path, name: str, advance: Callable[[int, int], None] | 
         facts = OptFacts.from_config(config, name)
     except InputError as error:
         raise _with_damage(error, folder) from error
-    weights, files = open_weights(folder, facts, tied=config.get("tie_word_embeddings", True) is not False)
     tokenizer = folder if has_tokenizer(folder) else None
     if tokenizer is not None:
         _check_vocabulary(facts, tokenizer)
+    opened = open_weights(folder, facts, advance)
     tokens = tokenizer_files(folder) if tokenizer else ()
     return Checkpoint(
         facts=facts,
-        weights=weights,
-        identity=identity(facts, (*files, *tokens), StageCache(), advance),
+        weights=opened.source,
+        identity=identity(facts, (*opened.files, *tokens), StageCache(), advance),
         folder=folder,
         tokenizer=tokenizer,
         dummy=False,
         total_bytes=_total_bytes(facts),
+        unused=opened.unused,
     )
 
 
@@ -214,7 +218,7 @@ def _dummy(facts: OptFacts, folder: Path | None, seed: int) -> Checkpoint:
 
 def _with_damage(error: InputError, folder: Path) -> InputError:
     """The same error with what is wrong with the weight files, which would be the next thing to fail."""
-    damaged = find_weight_files(folder).damaged
+    damaged = find_weight_files(folder, convert=False).damaged
     if not damaged:
         return error
     message = f"{error.message}; {join(damaged)}"
@@ -226,7 +230,8 @@ def _check_vocabulary(facts: OptFacts, folder: Path) -> None:
     if highest >= facts.vocab:
         raise InputError(
             f"{folder}: the tokenizer has ids up to {highest}, the model a vocabulary of {facts.vocab}",
-            hint="copy the tokenizer files of the original checkpoint",
+            hint="copy the tokenizer files of the original checkpoint; after tokens were added, "
+            "call model.resize_token_embeddings(len(tokenizer)) and save the model again",
         )
 
 

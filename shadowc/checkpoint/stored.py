@@ -19,7 +19,9 @@ WIDTHS = MappingProxyType({"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I
 """Bytes per value; the span of other types is taken as it is."""
 
 _LONGEST_HEADER = 100_000_000
-_GIT_LFS = b"version https://git-lfs"
+GIT_LFS = b"version "
+"""The first bytes of a Git LFS pointer (`version https://git-lfs...`)."""
+GIT_LFS_PROBLEM = "is a Git LFS pointer, not the weights; run git lfs pull in its folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +33,13 @@ class Stored:
     shape: tuple[int, ...]
     offset: int
     length: int
+    given: str = ""
+    """Name of the user's file, if `path` is a conversion of it."""
+
+    @property
+    def file(self) -> str:
+        """What messages call the file."""
+        return self.given or self.path.name
 
 
 def read_header(path: Path) -> tuple[dict[str, Stored], list[str]]:
@@ -39,8 +48,8 @@ def read_header(path: Path) -> tuple[dict[str, Stored], list[str]]:
         size = path.stat().st_size
         with path.open("rb") as file:
             start = file.read(8)
-            if start == _GIT_LFS[:8]:
-                return {}, [f"{path.name}: is a Git LFS pointer, not the weights; run git lfs pull in its folder"]
+            if start == GIT_LFS:
+                return {}, [f"{path.name}: {GIT_LFS_PROBLEM}"]
             if len(start) < 8:
                 return {}, [f"{path.name}: truncated: {size} bytes cannot hold a safetensors header"]
             length = struct.unpack("<Q", start)[0]

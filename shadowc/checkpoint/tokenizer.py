@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tokenizer of a checkpoint or engine folder, always as a fast one, without the network.
 
-In: a folder with tokenizer.json, or with the vocab.json and merges.txt that OPT was published with. Out: a
-transformers tokenizer that puts `</s>` (id 2) in front of every text, as OPT was trained, and pads on the left.
+In: a folder with tokenizer.json, or with the vocab.json and merges.txt that OPT was published with, and with what a
+fine-tune added to either. Out: a transformers tokenizer that puts `</s>` (id 2) in front of every text, as OPT was
+trained, and pads on the left.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shadowc.checkpoint.added_tokens import ADDED_FILE, AddedTokenRow, added_rows, extend_vocabulary, register
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
@@ -31,10 +33,15 @@ _USUAL = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_to
 
 @dataclass(frozen=True, slots=True)
 class _Specials:
-    """The special tokens by role, and whether a text starts with the first of them."""
+    """What is said beside the vocabulary."""
 
     tokens: Mapping[str, str]
+    """The special tokens by role."""
     starts_text: bool
+    """Whether a text starts with the first of them."""
+    prefix_space: bool
+    """Whether a space is put in front of a text; the files of the published form alone do not say so."""
+    added: tuple[AddedTokenRow, ...]
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -45,7 +52,8 @@ def has_tokenizer(folder: Path) -> bool:
 def tokenizer_files(folder: Path) -> tuple[Path, ...]:
     """The files that decide what the tokenizer of a folder does, sorted by name."""
     main = (FAST_FILE,) if (folder / FAST_FILE).is_file() else (MERGES_FILE, VOCAB_FILE)
-    return tuple(path for name in sorted((*main, SETTINGS_FILE, SPECIAL_FILE)) if (path := folder / name).is_file())
+    names = sorted((*main, SETTINGS_FILE, SPECIAL_FILE, ADDED_FILE))
+    return tuple(path for name in names if (path := folder / name).is_file())
 
 
 def highest_token_id(folder: Path) -> int:
@@ -54,14 +62,15 @@ def highest_token_id(folder: Path) -> int:
     Raises:
         InputError: its file is damaged.
     """
+    highest = max((row.id for row in _read_specials(folder).added), default=-1)
     if not (folder / FAST_FILE).is_file():
-        return max(_read_vocab(folder).values(), default=-1)
+        return max((highest, *_read_vocab(folder).values()))
     content = _read_json(folder / FAST_FILE)
     model, added = content.get("model"), content.get("added_tokens")
     vocab = model.get("vocab") if isinstance(model, dict) else None
     ids = list(vocab.values()) if isinstance(vocab, dict) else []
     ids += [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    return max((number for number in ids if isinstance(number, int)), default=-1)
+    return max((highest, *(number for number in ids if isinstance(number, int))))
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -107,8 +116,10 @@ def write_tokenizer(folder_in: Path, folder_out: Path) -> tuple[Path, ...]:
 
 
 def _read_specials(folder: Path) -> _Specials:
-    settings = _read_json(folder / SETTINGS_FILE) if (folder / SETTINGS_FILE).is_file() else {}
-    named = _read_json(folder / SPECIAL_FILE) if (folder / SPECIAL_FILE).is_file() else {}
+    settings, named, listed = (
+        _read_json(path) if (path := folder / name).is_file() else {}
+        for name in (SETTINGS_FILE, SPECIAL_FILE, ADDED_FILE)
+    )
     tokens: dict[str, str] = {}
     for role, usual in _USUAL.items():
         value = settings.get(role) or named.get(role) or usual
@@ -116,7 +127,25 @@ def _read_specials(folder: Path) -> _Specials:
         if not isinstance(content, str):
             raise InputError(f"{folder}: {role} is {value!r}, expected a token", hint=_HINT)
         tokens[role] = content
-    return _Specials(tokens, settings.get("add_bos_token") is not False)
+    special = {*tokens.values(), *_more_specials(settings), *_more_specials(named)}
+    return _Specials(
+        tokens,
+        starts_text=settings.get("add_bos_token") is not False,
+        prefix_space=settings.get("add_prefix_space") is True,
+        added=added_rows(folder, settings, listed, special),
+    )
+
+
+def _more_specials(settings: Mapping[str, object]) -> tuple[str, ...]:
+    """Special tokens without a role, in the spellings of older and newer transformers."""
+    found: list[str] = []
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        values = settings.get(key)
+        for value in values if isinstance(values, list) else ():
+            content = value.get("content") if isinstance(value, dict) else value
+            if isinstance(content, str):
+                found.append(content)
+    return tuple(found)
 
 
 def _read_tokenizer(folder: Path, specials: _Specials) -> Tokenizer:
@@ -136,6 +165,7 @@ def _read_tokenizer(folder: Path, specials: _Specials) -> Tokenizer:
     except Exception as error:  # tokenizers raises nothing narrower for damaged content
         source = path.name if path.is_file() else f"{VOCAB_FILE} and {MERGES_FILE}"
         raise InputError(f"{folder}: {source} cannot be read as a tokenizer: {error}", hint=_HINT) from error
+    register(folder, tokenizer, specials.added)
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _ensure_start(tokenizer, folder, specials)
@@ -147,6 +177,7 @@ def _from_bpe(folder: Path, specials: _Specials) -> Tokenizer:
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     vocab = _read_vocab(folder)
+    extend_vocabulary(folder, vocab, specials.added)
     lines = (folder / MERGES_FILE).read_text(encoding="utf-8").split("\n")
     merges = []
     for number, line in enumerate(lines, start=1):
@@ -157,9 +188,10 @@ def _from_bpe(folder: Path, specials: _Specials) -> Tokenizer:
             raise InputError(f"{folder / MERGES_FILE}, line {number}: expected two symbols, found {line!r}", hint=_HINT)
         merges.append((left, right))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=specials.prefix_space)
     tokenizer.decoder = decoders.ByteLevel()
-    known = [token for token in sorted({*specials.tokens.values(), "<s>"}) if token in vocab]
+    added = {row.content for row in specials.added}
+    known = [token for token in sorted({*specials.tokens.values(), "<s>"} - added) if token in vocab]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in known])
     return tokenizer
 

@@ -7,11 +7,15 @@ import json
 import struct
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from shadowc.checkpoint.opt import OptFacts, parameter_shapes
+
+if TYPE_CHECKING:
+    import torch
 
 FACTS = OptFacts("small", layers=3, hidden=8, heads=2, head_size=4, ffn=12, vocab=20, positions=16, bos=2, eos=2, pad=1)
 CONFIG: Mapping[str, object] = {
@@ -69,6 +73,43 @@ def write_shards(folder: Path, tensors: Tensors, shards: int = 3, config: Mappin
         (folder / shard).write_bytes(pack({name: tensors[name] for name in tensors if placed[name] == shard}))
     index = {"metadata": {}, "weight_map": placed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    return folder
+
+
+def as_torch(array: npt.NDArray[np.generic]) -> torch.Tensor:
+    """The same numbers as a tensor with memory of its own; uint16 arrays stand for bfloat16."""
+    import torch
+
+    if array.dtype == np.dtype("<u2"):
+        return torch.from_numpy(array.view("<i2").copy()).view(torch.bfloat16)
+    return torch.from_numpy(array.copy())
+
+
+def save(path: Path, content: object, **options: object) -> Path:
+    """What torch.save writes."""
+    import torch
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path, **options)
+    return path
+
+
+def write_pickled(folder: Path, tensors: Tensors, config: Mapping[str, object] = CONFIG, **options: object) -> Path:
+    """config.json and one pytorch_model.bin."""
+    save(folder / "pytorch_model.bin", {name: as_torch(array) for name, array in tensors.items()}, **options)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_pickled_shards(
+    folder: Path, tensors: Tensors, shards: int = 3, config: Mapping[str, object] = CONFIG
+) -> Path:
+    """config.json, pytorch_model.bin.index.json and its shards; the tensors are dealt out in turn."""
+    placed = {name: f"pytorch_model-{1 + i % shards:05}-of-{shards:05}.bin" for i, name in enumerate(tensors)}
+    for shard in set(placed.values()):
+        save(folder / shard, {name: as_torch(tensors[name]) for name in tensors if placed[name] == shard})
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"metadata": {}, "weight_map": placed}))
     return folder
 
 

@@ -8,16 +8,27 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from shadowc.checkpoint import hub
+from shadowc.checkpoint.opt import EMBEDDING
 from shadowc.checkpoint.resolve import resolve
+from shadowc.checkpoint.tokenizer import load_tokenizer
 from shadowc.spec.errors import InputError, SetupError, ShadowcError, UnsupportedError
-from tests.checkpoint.handmade import FACTS, contents, some_tensors, write_shards, write_single
+from tests.checkpoint.handmade import (
+    FACTS,
+    contents,
+    some_tensors,
+    write_pickled,
+    write_pickled_shards,
+    write_shards,
+    write_single,
+)
 from tests.checkpoint.test_tokenizer import slow_form
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -173,12 +184,78 @@ def test_half_downloaded_model_is_refused_offline(published: FakeHub) -> None:
 
 def test_model_in_another_format_is_refused_before_its_download(fake_hub: FakeHub, tmp_path: Path) -> None:
     folder = write_single(tmp_path / "upload", some_tensors())
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    (folder / "model.safetensors").rename(folder / "tf_model.h5")
     fake_hub.take(folder)
     error = refusal(UnsupportedError)
-    assert "pytorch_model.bin" in error.message
-    assert f"from_pretrained('{MODEL}')" in error.hint
+    assert "tf_model.h5" in error.message
+    assert f"from_pretrained('{MODEL}'" in error.hint
     assert not any("/resolve/" in path for path in fake_hub.asked)
+
+
+UNNEEDED = ("flax_model.msgpack", "tf_model.h5", "pytorch_model.fp16.bin", "training_args.bin", "optimizer.pt")
+
+
+def publish(fake_hub: FakeHub, folder: Path) -> None:
+    """Publish a checkpoint, with the files that lie beside weights on the hub."""
+    slow_form(folder)
+    for name in UNNEEDED:
+        (folder / name).write_bytes(b"not needed")
+    fake_hub.take(folder)
+
+
+@pytest.mark.parametrize("write", [write_pickled, write_pickled_shards])
+def test_repository_with_pickles_alone_is_downloaded_and_read(
+    write: Callable[..., Path], fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    publish(fake_hub, write(tmp_path / "upload", some_tensors()))
+    checkpoint = resolve(MODEL)
+    assert np.array_equal(checkpoint.weights.tensor(EMBEDDING), some_tensors()[EMBEDDING])
+    assert checkpoint.folder is not None
+    assert set(contents(checkpoint.folder)) == set(fake_hub.files) - set(UNNEEDED)
+
+
+@pytest.mark.parametrize("write", [write_pickled, write_pickled_shards])
+def test_downloaded_pickles_are_found_offline_without_asking(
+    write: Callable[..., Path], fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    publish(fake_hub, write(tmp_path / "upload", some_tensors()))
+    first = resolve(MODEL)
+    fake_hub.asked.clear()
+    assert resolve(MODEL, offline=True).identity == first.identity
+    assert fake_hub.asked == []
+
+
+@pytest.mark.parametrize("write", [write_pickled, write_pickled_shards])
+def test_half_downloaded_pickles_are_refused_offline(
+    write: Callable[..., Path], fake_hub: FakeHub, tmp_path: Path
+) -> None:
+    publish(fake_hub, write(tmp_path / "upload", some_tensors()))
+    resolve(MODEL, load_format="dummy")
+    assert "not completely" in refusal(SetupError, offline=True).message
+
+
+def test_no_pickle_is_downloaded_where_there_are_safetensors(fake_hub: FakeHub, tmp_path: Path) -> None:
+    folder = write_pickled_shards(write_pickled(tmp_path / "upload", some_tensors(seed=1)), some_tensors(seed=1))
+    publish(fake_hub, write_single(folder, some_tensors(seed=2)))
+    checkpoint = resolve(MODEL)
+    assert np.array_equal(checkpoint.weights.tensor(EMBEDDING), some_tensors(seed=2)[EMBEDDING])
+    assert not any(".bin" in path for path in fake_hub.asked if "/resolve/" in path)
+
+
+def test_no_shard_is_downloaded_where_there_is_one_pickle(fake_hub: FakeHub, tmp_path: Path) -> None:
+    folder = write_pickled_shards(tmp_path / "upload", some_tensors(seed=1))
+    publish(fake_hub, write_pickled(folder, some_tensors(seed=2)))
+    resolve(MODEL)
+    assert not any("-of-" in path for path in fake_hub.asked)
+
+
+def test_added_tokens_are_downloaded(fake_hub: FakeHub, tmp_path: Path) -> None:
+    folder = write_single(tmp_path / "upload", some_tensors())
+    (folder / "added_tokens.json").write_text(json.dumps({"<new>": FACTS.vocab - 1}))
+    publish(fake_hub, folder)
+    folder = resolve(MODEL).folder
+    assert folder is not None
+    assert load_tokenizer(folder)("<new>").input_ids == [2, FACTS.vocab - 1]
 
 
 def test_model_that_the_hub_does_not_know_is_an_input_error(published: FakeHub) -> None:

@@ -126,6 +126,7 @@ def test_other_family_is_refused_by_name(family: object) -> None:
         ({"num_hidden_layers": 1}, "num_hidden_layers is 1, expected at least 2"),
         ({"bos_token_id": 20}, "bos_token_id 20 lies outside the vocabulary of 20"),
         ({"eos_token_id": [2, 3]}, "eos_token_id is [2, 3]"),
+        ({"eos_token_id": -1, "vocab_size": None}, "eos_token_id is -1"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(change: dict[str, object], problem: str) -> None:

@@ -212,11 +212,11 @@ def test_model_that_is_not_handled_is_refused(folder: Path, change: dict[str, ob
     refusal(folder, UnsupportedError, 3, load_format=load_format)
 
 
-def test_pickled_weights_are_refused_with_the_way_to_convert(folder: Path) -> None:
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+def test_weights_of_another_framework_are_refused_with_the_way_to_convert(folder: Path) -> None:
+    (folder / "model.safetensors").rename(folder / "tf_model.h5")
     error = refusal(folder, UnsupportedError, 3)
-    assert "pytorch_model.bin" in error.message
-    assert f"from_pretrained('{folder}')" in error.hint
+    assert "tf_model.h5" in error.message
+    assert f"from_pretrained('{folder}', from_tf=True)" in error.hint
 
 
 def test_truncated_shard_is_refused_by_name(tmp_path: Path) -> None:
@@ -243,11 +243,17 @@ def test_tokenizer_of_another_model_is_refused(folder: Path, load_format: str) -
     assert f"ids up to {FACTS.vocab}, the model a vocabulary of {FACTS.vocab}" in message
 
 
-def test_untied_head_is_refused_when_config_says_so(folder: Path) -> None:
+@pytest.mark.parametrize("tied", [True, False, None])
+def test_head_of_its_own_is_refused_whatever_config_says(folder: Path, tied: bool | None) -> None:
     tensors = some_tensors()
-    config = {**CONFIG, "tie_word_embeddings": False}
+    config = dict(CONFIG) if tied is None else {**CONFIG, "tie_word_embeddings": tied}
     write_single(folder, tensors | {HEAD: tensors[EMBEDDING] * np.float32(2)}, config)
     assert HEAD in refusal(folder, UnsupportedError, 3).message
+
+
+def test_tensors_that_are_not_compiled_are_told(folder: Path) -> None:
+    write_single(folder, some_tensors() | {"v_head.summary.weight": np.zeros((1, 8), "<f4")})
+    assert resolve(str(folder)).unused == ("v_head.summary.weight",)
 
 
 # opt-mini

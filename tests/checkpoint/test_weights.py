@@ -12,21 +12,31 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shadowc.checkpoint import weights as module
 from shadowc.checkpoint.opt import EMBEDDING, HEAD, parameter_shapes
 from shadowc.checkpoint.stored import read_header
 from shadowc.checkpoint.weights import SafetensorsWeights, open_weights
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
-from tests.checkpoint.handmade import FACTS, contents, pack, some_tensors, write_shards, write_single
+from tests.checkpoint.handmade import (
+    FACTS,
+    contents,
+    pack,
+    some_tensors,
+    write_pickled,
+    write_pickled_shards,
+    write_shards,
+    write_single,
+)
 
 LAST_SHARD = "model-00003-of-00003.safetensors"
 A_WEIGHT = "model.decoder.layers.1.fc1.weight"
 
 
-def refusal(folder: Path, kind: type[ShadowcError], *, tied: bool = True) -> ShadowcError:
+def refusal(folder: Path, kind: type[ShadowcError]) -> ShadowcError:
     """The error that opening the folder gives; nothing may have been written."""
     before = contents(folder)
     with pytest.raises(kind) as caught:
-        open_weights(folder, FACTS, tied=tied)
+        open_weights(folder, FACTS)
     assert type(caught.value) is kind
     assert caught.value.hint
     assert contents(folder) == before
@@ -34,7 +44,7 @@ def refusal(folder: Path, kind: type[ShadowcError], *, tied: bool = True) -> Sha
 
 
 def opened(folder: Path) -> SafetensorsWeights:
-    return open_weights(folder, FACTS)[0]
+    return open_weights(folder, FACTS).source
 
 
 @pytest.mark.parametrize("write", [write_single, write_shards])
@@ -59,7 +69,7 @@ def test_tensors_equal_what_the_safetensors_library_reads(tiny_checkpoint: Path)
 
 
 def test_files_of_the_checkpoint_are_returned(tmp_path: Path) -> None:
-    _, files = open_weights(write_shards(tmp_path, some_tensors()), FACTS)
+    files = open_weights(write_shards(tmp_path, some_tensors()), FACTS).files
     assert [file.name for file in files] == [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 
 
@@ -120,22 +130,88 @@ def test_embedding_is_the_head_when_only_that_was_saved(tmp_path: Path) -> None:
     assert np.array_equal(opened(write_single(tmp_path, saved)).tensor(EMBEDDING), tensors[EMBEDDING])
 
 
-def test_equal_head_is_accepted_when_config_unties_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["<f4", "<f2"])
+def test_head_equal_to_the_embedding_is_accepted(kind: str, tmp_path: Path) -> None:
+    tensors = some_tensors() | {EMBEDDING: np.full((FACTS.vocab, FACTS.hidden), 0.5, "<f4")}
+    write_shards(tmp_path, tensors | {HEAD: tensors[EMBEDDING].astype(kind)})
+    assert np.array_equal(opened(tmp_path).tensor(HEAD), tensors[EMBEDDING])
+
+
+@pytest.mark.parametrize("place", [0, 77, -1])
+def test_head_that_differs_in_one_number_is_refused_by_name(
+    place: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 7)
     tensors = some_tensors()
-    write_single(tmp_path, tensors | {HEAD: tensors[EMBEDDING]})
-    weights, _ = open_weights(tmp_path, FACTS, tied=False)
-    assert np.array_equal(weights.tensor(HEAD), tensors[EMBEDDING])
+    head = tensors[EMBEDDING].copy()
+    head.flat[place] += np.float32(1)
+    error = refusal(write_single(tmp_path, tensors | {HEAD: head}), UnsupportedError)
+    assert f"{HEAD} in model.safetensors differs from {EMBEDDING}" in error.message
+    assert HEAD in error.hint
 
 
-def test_head_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_head_of_another_shape_is_refused_by_name(tmp_path: Path) -> None:
+    head = np.zeros((FACTS.vocab + 1, FACTS.hidden), "<f4")
+    assert HEAD in refusal(write_single(tmp_path, some_tensors() | {HEAD: head}), UnsupportedError).message
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "decoder.version",
+        "model.decoder.version",
+        "decoder.embed_positions._float_tensor",
+        "model.decoder.embed_positions._float_tensor",
+        "model.decoder.embed_positions.position_ids",
+        "model.decoder.layers.0.self_attn.rotary_emb.inv_freq",
+    ],
+)
+def test_buffers_that_nothing_is_computed_from_are_ignored(name: str, tmp_path: Path) -> None:
+    write_single(tmp_path, some_tensors() | {name: np.zeros(1, "<f4")})
+    found = open_weights(tmp_path, FACTS)
+    assert found.source.names() == tuple(sorted((*some_tensors(), HEAD)))
+    assert found.unused == ()
+
+
+def test_tensors_beside_the_language_model_are_reported(tmp_path: Path) -> None:
+    extra = {name: np.zeros(1, "<f4") for name in ("v_head.summary.weight", "score.weight")}
+    assert open_weights(write_single(tmp_path, some_tensors() | extra), FACTS).unused == (
+        "score.weight",
+        "v_head.summary.weight",
+    )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"model.decoder.layers.{FACTS.layers}.fc1.weight",
+        "decoder.project_in.weight",
+        "lm_head.bias",
+        "model.decoder.layers.0.self_attn.q_proj.lora_A.weight",
+    ],
+)
+def test_tensors_of_the_model_that_config_does_not_account_for_are_refused(name: str, tmp_path: Path) -> None:
+    error = refusal(write_single(tmp_path, some_tensors() | {name: np.zeros(1, "<f4")}), InputError)
+    assert name in error.message
+    assert "config.json" in error.message
+
+
+def test_names_of_a_wrapper_are_shown_when_the_expected_ones_are_missing(tmp_path: Path) -> None:
+    wrapped = {f"module.{name}": tensor for name, tensor in some_tensors().items()}
+    problems = refusal(write_single(tmp_path, wrapped), InputError).problems
+    assert any("such as module.model.decoder" in problem for problem in problems)
+
+
+def test_tensor_under_both_names_is_refused(tmp_path: Path) -> None:
+    tensors = some_tensors() | {A_WEIGHT.removeprefix("model."): np.zeros((12, 8), "<f4")}
+    assert f"and also {A_WEIGHT}" in refusal(write_single(tmp_path, tensors), InputError).message
+
+
+def test_embedding_with_other_rows_than_the_vocabulary_is_refused_with_both_numbers(tmp_path: Path) -> None:
     tensors = some_tensors()
-    write_single(tmp_path, tensors | {HEAD: tensors[EMBEDDING] + np.float32(1)})
-    assert HEAD in refusal(tmp_path, UnsupportedError, tied=False).message
-
-
-def test_unknown_extra_tensors_are_ignored(tmp_path: Path) -> None:
-    extra = {"decoder.version": np.zeros(1, "<f4")}
-    assert "model.decoder.version" not in opened(write_single(tmp_path, some_tensors() | extra)).names()
+    tensors[EMBEDDING] = np.zeros((FACTS.vocab + 1, FACTS.hidden), "<f4")
+    message = refusal(write_single(tmp_path, tensors), InputError).message
+    assert f"has shape [21, 8], expected [20, 8] (vocab_size is {FACTS.vocab})" in message
 
 
 def test_missing_tensor_is_named(tmp_path: Path) -> None:
@@ -157,6 +233,18 @@ def test_missing_shard_is_named_once_and_its_tensors_are_not(tmp_path: Path) -> 
     error = refusal(tmp_path, InputError)
     assert len(error.problems) == 1
     assert error.problems[0].startswith(f"{LAST_SHARD}: is missing")
+
+
+@pytest.mark.parametrize("write", [write_shards, write_pickled_shards])
+def test_all_missing_shards_are_named_at_once(write, tmp_path: Path) -> None:
+    write(tmp_path, some_tensors(), shards=12)
+    gone = sorted(path.name for path in tmp_path.glob("*-of-*"))[2:]
+    for name in gone:
+        (tmp_path / name).unlink()
+    error = refusal(tmp_path, InputError)
+    assert len(error.problems) == 1
+    assert all(name in error.message for name in gone)
+    assert "are missing" in error.message
 
 
 def test_shard_truncated_by_one_byte_is_named_with_both_sizes(tmp_path: Path) -> None:
@@ -275,13 +363,31 @@ def test_index_cannot_point_outside_the_folder(tmp_path: Path) -> None:
     assert "expected a file beside it" in refusal(folder, InputError).message
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin", "model.gguf", "tf_model.h5"])
-def test_other_format_is_refused_with_the_way_to_convert_it(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        ("tf_model.h5", "from_tf=True"),
+        ("flax_model.msgpack", "from_flax=True"),
+        ("pytorch_model-00001-of-00002.bin", "copy the index"),
+        ("model-00001-of-00002.safetensors", "copy the index"),
+        ("model.pt", "copy it as pytorch_model.bin"),
+        ("model.gguf", "the checkpoint that it was made from"),
+        ("adapter_model.safetensors", "merge_and_unload"),
+        ("adapter_model.bin", "merge_and_unload"),
+    ],
+)
+def test_other_format_is_refused_with_the_way_from_it(name: str, way: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"weights")
     error = refusal(tmp_path, UnsupportedError)
     assert name in error.message
-    assert "save_pretrained" in error.hint
+    assert way in error.hint
     assert error.exit_code == 3
+
+
+@pytest.mark.parametrize("name", ["training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_what_training_leaves_is_not_taken_for_weights(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(b"no weights")
+    assert "holds no weights" in refusal(tmp_path, InputError).message
 
 
 def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
@@ -289,8 +395,18 @@ def test_folder_without_weights_is_refused(tmp_path: Path) -> None:
     assert "holds no weights" in refusal(tmp_path, InputError).message
 
 
+@pytest.mark.parametrize("pickled", [write_pickled, write_pickled_shards])
+@pytest.mark.parametrize("write", [write_single, write_shards])
+def test_safetensors_win_over_pickles(write, pickled, tmp_path: Path) -> None:
+    pickled(tmp_path, some_tensors(seed=1))
+    write(tmp_path, some_tensors(seed=2))
+    found = open_weights(tmp_path, FACTS)
+    assert {file.suffix for file in found.files} == {".safetensors"}
+    assert np.array_equal(found.source.tensor(A_WEIGHT), some_tensors(seed=2)[A_WEIGHT])
+
+
 def test_one_file_wins_over_an_index_as_in_transformers(tmp_path: Path) -> None:
     write_shards(tmp_path, some_tensors(seed=1))
     write_single(tmp_path, some_tensors(seed=2))
-    _, files = open_weights(tmp_path, FACTS)
+    files = open_weights(tmp_path, FACTS).files
     assert [file.name for file in files] == ["model.safetensors"]
