@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # Decides whether the GPU operators are built. SHADOWC_GPU is ON if so; CUDA is then an enabled language.
-set(SHADOWC_CUDA OFF CACHE STRING "GPU operators: AUTO (where nvcc works), ON (or fail), OFF")
+set(SHADOWC_CUDA AUTO CACHE STRING "GPU operators: AUTO (where nvcc works), ON (or fail), OFF")
 set_property(CACHE SHADOWC_CUDA PROPERTY STRINGS AUTO ON OFF)
 if(NOT SHADOWC_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "SHADOWC_CUDA: expected AUTO, ON or OFF, found '${SHADOWC_CUDA}'")
@@ -49,6 +49,8 @@ if(SHADOWC_GPU)
   set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
   find_package(CUDAToolkit REQUIRED)
   message(STATUS "GPU operators: nvcc ${CMAKE_CUDA_COMPILER_VERSION} for ${SHADOWC_CUDA_ARCHITECTURES}")
+elseif(SHADOWC_CUDA STREQUAL "OFF")
+  message(STATUS "GPU operators: not built (SHADOWC_CUDA=OFF)")
 else()
-  message(STATUS "GPU operators: not built (SHADOWC_CUDA=${SHADOWC_CUDA}, no working nvcc)")
+  message(STATUS "GPU operators: not built, since there is no working nvcc here")
 endif()

@@ -59,6 +59,15 @@ def tensorrt_library(family: str, *, self_registering: bool = False) -> pathlib.
     )
 
 
+def rtx_name_library() -> pathlib.Path | None:
+    """Path of the empty library that gives TensorRT for RTX its name `libtensorrt_rtx.so`, None where it was not built.
+
+    RTX opens that name when it meets a plugin and ends the process if nothing has it; its Python packages carry the
+    library under a longer name. Load this one after the real one.
+    """
+    return _find(("libshadowc_rtx_name.so",))
+
+
 def _find(names: tuple[str, ...]) -> pathlib.Path | None:
     # An editable install has two folders: this source, and the one where the build puts libraries.
     return next((p for name in names for folder in __path__ if (p := pathlib.Path(folder) / name).is_file()), None)

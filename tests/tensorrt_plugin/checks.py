@@ -68,7 +68,7 @@ def budget(report: str, limits: dict[str, tuple[int, int]]) -> list[str]:
     seen = set()
     for block in report.split("Compiling entry function '")[1:]:
         name, target = re.match(r"(\S+)' for '(\w+)'", block).groups()  # type: ignore[union-attr]
-        kernel = next((k for k in limits if re.search(rf"\d{k}(?![a-z])", name)), None)
+        kernel = next((k for k in limits if f"{len(k)}{k}" in name), None)
         where = f"{name} for {target}"
         stack, stores, loads = map(int, re.search(  # type: ignore[union-attr]
             r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", block).groups())  # fmt: skip

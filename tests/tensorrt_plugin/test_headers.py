@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -143,6 +144,33 @@ def test_headers_of_the_newest_tag_come_from_the_network(search):
     status, said = search(SHADOWC_TENSORRT_URL=url, SHADOWC_PYTHON="/bin/false")
     assert status == 0
     assert "found trt11 in" in said
+
+
+# --- SHADOWC_CUDA ---------------------------------------------------------------------------------------------------
+
+
+@needs_cmake
+@needs_compiler
+@pytest.mark.parametrize(
+    ("choice", "status", "sentence"),
+    [
+        ("AUTO", 0, "GPU operators: not built, since there is no working nvcc here"),
+        ("ON", 1, "SHADOWC_CUDA=ON: expected a working nvcc, found '/bin/false'. Install the CUDA toolkit"),
+        ("OFF", 0, "GPU operators: not built (SHADOWC_CUDA=OFF)"),
+        ("MAYBE", 1, "SHADOWC_CUDA: expected AUTO, ON or OFF, found 'MAYBE'"),
+    ],
+)
+def test_gpu_part_is_left_out_where_nvcc_does_not_work_unless_it_was_asked_for(tmp_path, choice, status, sentence):
+    (tmp_path / "cmake").symlink_to(toolchain.TOP / "cmake")
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.24)\nproject(choice LANGUAGES CXX)\ninclude(cmake/cuda.cmake)\n"
+    )
+    done = subprocess.run(
+        ["cmake", "-S", ".", "-B", "out", "-DSHADOWC_NVCC=/bin/false", f"-DSHADOWC_CUDA={choice}"],
+        cwd=tmp_path, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == status
+    assert sentence in " ".join((done.stdout + done.stderr).split())
 
 
 # --- the script that fetches a set from PyPI ------------------------------------------------------------------------

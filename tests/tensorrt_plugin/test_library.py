@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -38,6 +39,14 @@ def test_kernels_and_glue_call_no_cuda_function_that_allocates_or_waits():
     if not toolchain.objects():
         pytest.skip("no build folder here (an installed wheel): " + toolchain.NO_PLUGIN)
     assert checks.cuda_calls(toolchain.objects()) == []
+
+
+def test_name_library_has_the_name_that_rtx_opens_and_needs_nothing_but_the_real_one(plugin):
+    dynamic = toolchain.run("readelf", "--wide", "--dynamic", plugin.with_name("libshadowc_rtx_name.so"))
+    assert re.findall(r"\((?:SONAME|NEEDED|RUNPATH|RPATH)\).*\[(.+)\]", dynamic) == [
+        "libtensorrt_rtx.so.1",
+        "libtensorrt_rtx.so",
+    ]
 
 
 # --- planted defects ------------------------------------------------------------------------------------------------

@@ -6,6 +6,10 @@ The builder never runs a kernel, so nothing here says anything about their resul
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 
 from tests.tensorrt_plugin import toolchain
@@ -184,3 +188,40 @@ def test_without_the_plugin_a_node_is_not_found(rtx):
     built = rtx(builds=[select_threshold()])["builds"][0]
     assert built["plan"] is None
     assert any("Plugin not found" in error for error in built["errors"])
+
+
+IN_PROCESS = """
+import ctypes, sys
+for path in sys.argv[1:]:
+    ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
+import tensorrt_rtx_bindings as trt
+from tests.tensorrt_plugin.nodes import select_threshold
+logger = trt.Logger(trt.Logger.ERROR)
+builder = trt.Builder(logger)
+network = builder.create_network(0)
+assert trt.get_plugin_registry().load_library(PLUGIN) is not None
+node = select_threshold()
+assert trt.OnnxParser(network, logger).parse(node.model())
+profile = builder.create_optimization_profile()
+for name, shapes in node.profile().items():
+    profile.set_shape(name, *shapes)
+config = builder.create_builder_config()
+config.add_optimization_profile(profile)
+print(builder.build_serialized_network(network, config).nbytes > 0)
+"""
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["with", "without"])
+def test_rtx_finds_its_own_name_with_the_name_library_and_ends_the_process_without(rtx, rtx_plugin, named):
+    del rtx  # for its skip: RTX is not installed
+    name = rtx_plugin.with_name("libshadowc_rtx_name.so")
+    folder = toolchain.rtx_folder()
+    names = ("libcudart", "libtensorrt_rtx", "libtensorrt_onnxparser_rtx")
+    opened = [next(folder.glob(f"{library}.so.*")) for library in names] + ([name] if named else [])
+    environment = {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"}
+    done = subprocess.run(
+        [sys.executable, "-c", IN_PROCESS.replace("PLUGIN", repr(str(rtx_plugin))), *map(str, opened)],
+        cwd=toolchain.TOP, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.stdout == ("True\n" if named else "")
+    assert (done.returncode == 0) is named
