@@ -52,6 +52,8 @@ class CompileSummary:
     the engine needs a GPU."""
     build: Mapping[str, BuildResult] = field(default_factory=dict)
     """Plan -> what its builder took; empty for targets without plans."""
+    left_out: tuple[str, ...] = ()
+    """Tensors of the checkpoint that are not part of the language model, and so not of the engine."""
 
 
 def compile(options: CompileOptions, progress: Progress | None = None) -> Path:
@@ -110,7 +112,8 @@ class _Compile:
         key = self._build_key(checkpoint)
         finished = self._finished(key)
         if finished is not None:
-            return CompileSummary(self.out, finished, tuple(self.stages.meter.costs), up_to_date=True)
+            costs = tuple(self.stages.meter.costs)
+            return CompileSummary(self.out, finished, costs, up_to_date=True, left_out=checkpoint.unused)
         predictor = self.stages.predictor(checkpoint)
         programs = self.stages.programs(checkpoint, predictor)
         source = checkpoint.weights if predictor is None else JoinedSource(checkpoint.weights, predictor.as_source())
@@ -125,7 +128,9 @@ class _Compile:
                 with self.stages.measured("sample"):
                     sample = self._sample(manifest, folder)
         costs = tuple(self.stages.meter.costs)
-        return CompileSummary(self.out, manifest, costs, up_to_date=False, sample=sample, build=build)
+        return CompileSummary(
+            self.out, manifest, costs, up_to_date=False, sample=sample, build=build, left_out=checkpoint.unused
+        )
 
     def _check_options(self) -> None:
         """Everything that can be refused before any work, all at once."""

@@ -59,7 +59,13 @@ class Stages:
         from shadowc.checkpoint.resolve import resolve
 
         options = self.options
-        checkpoint = resolve(options.model, load_format=options.load_format, offline=options.offline, seed=options.seed)
+        checkpoint = resolve(
+            options.model,
+            load_format=options.load_format,
+            offline=options.offline,
+            seed=options.seed,
+            advance=lambda done, total: self.progress.advance(done >> 20, total >> 20, "MiB"),
+        )
         self.cache.get_or_make(
             "finite",
             {"checkpoint": checkpoint.identity},

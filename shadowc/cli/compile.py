@@ -125,6 +125,7 @@ def _as_dict(summary: CompileSummary) -> dict[str, object]:
     return {
         "folder": str(summary.folder),
         "up_to_date": summary.up_to_date,
+        "left_out": list(summary.left_out),
         "stages": [asdict(stage) for stage in summary.stages],
         "plans": {name: asdict(result) for name, result in summary.build.items()},
         "manifest": summary.manifest.model_dump(mode="json"),
@@ -144,6 +145,15 @@ def _effective(summary: CompileSummary) -> dict[str, str]:
     }
 
 
+def _left_out(summary: CompileSummary) -> dict[str, str]:
+    """What the checkpoint holds beside the language model."""
+    count = len(summary.left_out)
+    if not count:
+        return {}
+    more = f" and {count - 1} more" if count > 1 else ""
+    return {"left out": f"{summary.left_out[0]}{more}, not part of the language model"}
+
+
 def _show(summary: CompileSummary) -> None:
     from shadowc.cli.inspect import model_facts, parity_text, sparsity_facts
 
@@ -158,6 +168,7 @@ def _show(summary: CompileSummary) -> None:
             **sparsity_facts(manifest),
             "parity": parity_text(manifest),
             **_effective(summary),
+            **_left_out(summary),
             "folder": f"{summary.folder}, {render.size(total)}",
         }
     )

@@ -117,7 +117,13 @@ def _checkpoint(origin: Origin, offline: bool, progress: Progress) -> Checkpoint
     from shadowc.checkpoint.resolve import resolve
 
     with progress.stage("checkpoint"):
-        return resolve(origin.model, load_format=origin.load_format, offline=offline, seed=origin.seed)
+        return resolve(
+            origin.model,
+            load_format=origin.load_format,
+            offline=offline,
+            seed=origin.seed,
+            advance=lambda done, total: progress.advance(done >> 20, total >> 20, "MiB"),
+        )
 
 
 def _record(
