@@ -79,6 +79,15 @@ int FirstOf(const Signature& signature, Operand::Type type) {
   return static_cast<int>(at);
 }
 
+std::string ToText(const Sizes& sizes) {
+  std::string text;
+  for (char letter = 'A'; letter <= 'Z'; ++letter) {
+    if (sizes[letter] == kUnknown) continue;
+    text += (text.empty() ? "" : ", ") + std::string(1, letter) + " = " + std::to_string(sizes[letter]);
+  }
+  return text;
+}
+
 bool BindShapes(const std::string& where, const Signature& signature, const std::vector<Extents>& shapes,
                 Sizes* sizes) {
   if (shapes.size() != signature.inputs.size()) {

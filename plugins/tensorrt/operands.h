@@ -48,6 +48,9 @@ class Sizes {
   int64_t sizes_[26];
 };
 
+// "B = 4, S = 1": the known sizes.
+std::string ToText(const Sizes& sizes);
+
 // One shape of a node's operands, kUnknown where dynamic.
 using Extents = std::vector<int64_t>;
 

@@ -137,14 +137,24 @@ int32_t Plugin::configurePlugin(const DynamicPluginTensorDesc* inputs, int32_t i
                                 const DynamicPluginTensorDesc*, int32_t) noexcept {
   std::vector<Extents> shapes;
   for (int32_t i = 0; i < input_count; ++i) shapes.push_back(ToExtents(inputs[i].desc.dims));
-  return CheckShapes(shapes) ? 0 : 1;
+  if (!CheckShapes(shapes)) return 1;
+  const Call call = Largest(inputs, input_count);
+  const int status = Status(call);
+  if (status == SHADOWC_OK) return 0;
+  Error(where_ + ": at the largest shapes of the profile (" + ToText(call.sizes) +
+        "): " + shadowc_error_text(status));
+  return 1;
 }
 
 size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t input_count,
                                 const DynamicPluginTensorDesc*, int32_t) const noexcept {
+  return Workspace(Largest(inputs, input_count));
+}
+
+Plugin::Call Plugin::Largest(const DynamicPluginTensorDesc* inputs, int32_t input_count) const {
   const Signature& signature = spec_.signature;
   Call call;
-  for (int32_t i = 0; i < input_count; ++i) {  // each size at its largest, from whatever input has it
+  for (int32_t i = 0; i < input_count; ++i) {
     const char* shape = signature.inputs[static_cast<size_t>(i)].shape;
     for (int32_t axis = 0; axis < inputs[i].max.nbDims; ++axis) {
       const bool digit = shape[axis] >= '0' && shape[axis] <= '9';
@@ -154,7 +164,7 @@ size_t Plugin::getWorkspaceSize(const DynamicPluginTensorDesc* inputs, int32_t i
   }
   call.activation = KernelType(inputs[FirstOf(signature, Operand::Type::kActivation)].desc.type);
   call.weight = KernelType(inputs[FirstOf(signature, Operand::Type::kWeight)].desc.type);
-  return Workspace(call);
+  return call;
 }
 
 int32_t Plugin::getAliasedInput(int32_t output) noexcept {

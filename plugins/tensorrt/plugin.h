@@ -105,6 +105,8 @@ class Plugin : public nvinfer1::IPluginV3,
   virtual std::unique_ptr<Plugin> Copy() const = 0;
   // Checks beyond the signature; unknown sizes pass.
   virtual bool Check(const Sizes& sizes) const = 0;
+  // What the kernels say to sizes and types alone: SHADOWC_OK, or a code for shadowc_error_text.
+  virtual int Status(const Call& call) const = 0;
   virtual size_t Workspace(const Call& call) const = 0;
   // Launches on call.stream and returns what the kernels' function returned.
   virtual int Enqueue(const Call& call) const = 0;
@@ -113,6 +115,8 @@ class Plugin : public nvinfer1::IPluginV3,
 
  private:
   bool CheckShapes(const std::vector<Extents>& shapes) const;
+  // Each size at its largest in the profile, from whatever input has it; no pointers.
+  Call Largest(const nvinfer1::DynamicPluginTensorDesc* inputs, int32_t input_count) const;
 
   const OpSpec& spec_;
   const Values values_;

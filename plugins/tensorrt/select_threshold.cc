@@ -43,6 +43,11 @@ class SelectThreshold final : public Plugin {
     return good;
   }
 
+  int Status(const Call& call) const override {
+    const shadowc_select args = Arguments(call);
+    return shadowc_select_check(&args);
+  }
+
   size_t Workspace(const Call& call) const override {
     const shadowc_select args = Arguments(call);
     return shadowc_select_workspace(&args);

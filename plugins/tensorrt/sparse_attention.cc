@@ -83,6 +83,11 @@ class SparseAttention final : public Plugin {
     return good;
   }
 
+  int Status(const Call& call) const override {
+    const shadowc_attention args = Arguments(call);
+    return shadowc_attention_check(&args);
+  }
+
   size_t Workspace(const Call& call) const override {
     const shadowc_attention args = Arguments(call);
     return shadowc_attention_workspace(&args);

@@ -42,6 +42,11 @@ class SparseFfn final : public Plugin {
     return ExpectMask(sizes, IntField(kLayer), units, "ceil(F / block)");
   }
 
+  int Status(const Call& call) const override {
+    const shadowc_ffn args = Arguments(call);
+    return shadowc_ffn_check(&args);
+  }
+
   size_t Workspace(const Call& call) const override {
     const shadowc_ffn args = Arguments(call);
     return shadowc_ffn_workspace(&args);

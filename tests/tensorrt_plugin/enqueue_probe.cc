@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Calls enqueue of each plugin with made-up addresses and prints what arrives at the kernels, which are stand-ins
-// here. Input i has address 1000 + i, output i 2000 + i, the workspace 3000, the stream 4000.
+// Calls enqueue of each plugin with made-up addresses and prints what arrives at the kernels, which are
+// stand-ins here. Input i has address 1000 + i, output i 2000 + i, the workspace 3000, the stream 4000.
 #include <cstdio>
 #include <iterator>
 #include <vector>
@@ -24,7 +24,8 @@ void Print(const char* name, long value) { std::printf("%s=%ld ", name, value); 
 
 void Show(const shadowc_mask& mask) {
   const shadowc_mask* a = &mask;
-  SHOW(scores), SHOW(threshold), Print("mask_batch", a->batch), SHOW(tail), SHOW(layers), SHOW(units), SHOW(layer);
+  SHOW(scores), SHOW(threshold), Print("mask_batch", a->batch), SHOW(tail), SHOW(layers), SHOW(units),
+      SHOW(layer);
 }
 
 void Show(const shadowc_select* a) {
@@ -34,13 +35,15 @@ void Show(const shadowc_select* a) {
 }
 
 void Show(const shadowc_ffn* a) {
-  SHOW(act), SHOW(weight), SHOW(batch), SHOW(tokens), SHOW(hidden), SHOW(neurons), SHOW(block), SHOW(skip_zeros);
+  SHOW(act), SHOW(weight), SHOW(batch), SHOW(tokens), SHOW(hidden), SHOW(neurons), SHOW(block),
+      SHOW(skip_zeros);
   SHOW(x), SHOW(w1), SHOW(w2t), SHOW(scales), SHOW(b1), SHOW(b2), SHOW(y), SHOW(read);
   Show(a->mask);
 }
 
 void Show(const shadowc_attention* a) {
-  SHOW(act), SHOW(weight), SHOW(batch), SHOW(tokens), SHOW(hidden), SHOW(heads), SHOW(head_size), SHOW(capacity);
+  SHOW(act), SHOW(weight), SHOW(batch), SHOW(tokens), SHOW(hidden), SHOW(heads), SHOW(head_size),
+      SHOW(capacity);
   SHOW(kv_active), SHOW(x), SHOW(wq), SHOW(wk), SHOW(wv), SHOW(wot), SHOW(scales), SHOW(bqkv), SHOW(bo);
   SHOW(past_key), SHOW(past_value), SHOW(present_key), SHOW(present_value), SHOW(start), SHOW(past), SHOW(y);
   SHOW(context), SHOW(read);
@@ -66,11 +69,11 @@ nvinfer1::Dims ToDims(const std::vector<int64_t>& shape) {
 }
 
 // Makes the plugin as TensorRT does, asks for its workspace, and enqueues it once from a context's copy.
-void Probe(nvinfer1::IPluginCreatorInterface* creator, std::vector<PluginField> fields, std::vector<Tensor> inputs,
-           int outputs) {
+void Probe(nvinfer1::IPluginCreatorInterface* creator, std::vector<PluginField> fields,
+           std::vector<Tensor> inputs, int outputs) {
   const nvinfer1::PluginFieldCollection collection{static_cast<int32_t>(fields.size()), fields.data()};
-  auto* made = static_cast<nvinfer1::IPluginCreatorV3One*>(creator)->createPlugin("probe", &collection,
-                                                                                 nvinfer1::TensorRTPhase::kRUNTIME);
+  auto* made = static_cast<nvinfer1::IPluginCreatorV3One*>(creator)->createPlugin(
+      "probe", &collection, nvinfer1::TensorRTPhase::kRUNTIME);
   auto* build = static_cast<nvinfer1::IPluginV3OneBuildV2*>(
       made->getCapabilityInterface(nvinfer1::PluginCapabilityType::kBUILD));
   auto* first = static_cast<nvinfer1::IPluginV3OneRuntime*>(
@@ -81,7 +84,8 @@ void Probe(nvinfer1::IPluginCreatorInterface* creator, std::vector<PluginField> 
   std::vector<void*> out;
   for (const Tensor& tensor : inputs) {
     descriptions.push_back({ToDims(tensor.shape), tensor.type, nvinfer1::TensorFormat::kLINEAR, 0});
-    dynamic.push_back({descriptions.back(), ToDims(tensor.shape), ToDims(tensor.largest), ToDims(tensor.shape)});
+    dynamic.push_back(
+        {descriptions.back(), ToDims(tensor.shape), ToDims(tensor.largest), ToDims(tensor.shape)});
     in.push_back(reinterpret_cast<const void*>(1000 + in.size()));
   }
   for (int i = 0; i < outputs; ++i) {
@@ -106,10 +110,15 @@ void Probe(nvinfer1::IPluginCreatorInterface* creator, std::vector<PluginField> 
 
 // Distinct sizes per axis would be nicer than bytes: the sum tells that the largest of each was taken.
 size_t shadowc_select_workspace(const shadowc_select* a) { return a->batch * 1000 + a->tail; }
-size_t shadowc_ffn_workspace(const shadowc_ffn* a) { return a->batch * 1000000 + a->tokens * 1000 + a->mask.tail; }
+size_t shadowc_ffn_workspace(const shadowc_ffn* a) {
+  return a->batch * 1000000 + a->tokens * 1000 + a->mask.tail;
+}
 size_t shadowc_attention_workspace(const shadowc_attention* a) {
   return a->batch * 1000000000L + a->tokens * 1000000L + a->mask.tail * 10000L + a->capacity;
 }
+int shadowc_select_check(const shadowc_select*) { return SHADOWC_OK; }
+int shadowc_ffn_check(const shadowc_ffn*) { return SHADOWC_OK; }
+int shadowc_attention_check(const shadowc_attention*) { return SHADOWC_OK; }
 int shadowc_select_enqueue(const shadowc_select* a, void* workspace, cudaStream_t stream) {
   return Show(a), Enqueued("SelectThreshold", workspace, stream);
 }
@@ -122,8 +131,8 @@ int shadowc_attention_enqueue(const shadowc_attention* a, void* workspace, cudaS
 const char* shadowc_error_text(int) { return "stand-in"; }
 
 int main() {
-  constexpr DataType f32 = DataType::kFLOAT, f16 = DataType::kHALF, bf16 = DataType::kBF16, i8 = DataType::kINT8,
-                     i64 = DataType::kINT64;
+  constexpr DataType f32 = DataType::kFLOAT, f16 = DataType::kHALF, bf16 = DataType::kBF16,
+                     i8 = DataType::kINT8, i64 = DataType::kINT64;
   const int32_t exempt[] = {0, 4}, min_active = 3, layer = 2, block = 16, skip_zeros = 1;
   Probe(shadowc::trt::SelectThresholdCreator(),
         {{"scope", "global", PluginFieldType::kCHAR, 7},

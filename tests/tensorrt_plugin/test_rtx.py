@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -125,6 +126,10 @@ REFUSED = {
     "heads of the mask": (
         attention.with_input("scores", shape=("B", "S", 3, 4)),
         "units of scores (N): expected heads (H) = 2, found 4",
+    ),
+    "profile too large": (
+        replace(attention, ranges={"B": (1, 1, 40000), "S": (1, 1, 1), "T": (128, 128, 128)}),
+        "at the largest shapes of the profile (B = 40000, D = 64, E = 128, H = 2,",
     ),
     "too many layers": (select_threshold(Shapes(layers=65)), "layers of scores (L): expected 1 to 64, found 65"),
 }
