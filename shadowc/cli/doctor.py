@@ -35,6 +35,7 @@ ORT_DISTRIBUTIONS = (
     "onnxruntime-training",
 )
 """All of them install the module `onnxruntime`, over each other."""
+TENSORRT_TARGETS = ("tensorrt-rtx", "tensorrt")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,8 +49,17 @@ class Finding:
 
 
 def doctor(json: flags.AsJson = False) -> None:
-    """Check Python, packages, the op library, ONNX Runtime, the cache folder and the machine."""
-    findings = [_python(), *_packages(), _runtime(), _op_library(), _cache(), _memory(), _gpu()]
+    """Check Python, packages, the op library, ONNX Runtime, the cache folder, the machine and TensorRT."""
+    findings = [
+        _python(),
+        *_packages(),
+        _runtime(),
+        _op_library(),
+        _cache(),
+        _memory(),
+        _gpu(),
+        *map(_tensorrt, TENSORRT_TARGETS),
+    ]
     failed = [finding for finding in findings if finding.state == "fails"]
     if json:
         render.as_json({"shadowc": __version__, "findings": [asdict(finding) for finding in findings]})
@@ -163,6 +173,14 @@ def _gpu() -> Finding:
     if Path("/dev/nvidia0").exists():
         return Finding("GPU", "note", "an NVIDIA GPU is present; the cpu target does not use it")
     return Finding("GPU", "note", "none; the cpu target needs none")
+
+
+def _tensorrt(target: str) -> Finding:
+    """Whether a TensorRT target builds and runs here; lacking one is no failure."""
+    from shadowc.emit.tensorrt.readiness import readiness
+
+    found = readiness(target)
+    return Finding(target, "ok" if found.builds and found.runs else "note", found.text, found.hint)
 
 
 def _version(name: str) -> str | None:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import inspect
 import os
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
@@ -41,8 +42,11 @@ def type_word(kind: object) -> str:
     """The same word on every Python version: `str`, `Path | None`, `fp32|int8`."""
     if get_origin(kind) is Literal:
         return "|".join(get_args(kind))
-    names = [part.__name__ for part in get_args(kind) or (kind,)]
-    return " | ".join(name.replace("NoneType", "None") for name in names)
+    if isinstance(kind, types.UnionType) or get_origin(kind) is Union:
+        return " | ".join(type_word(part) for part in get_args(kind))
+    if get_origin(kind) is list:
+        return f"{type_word(get_args(kind)[0])} ..."
+    return "None" if kind is type(None) else kind.__name__
 
 
 def described() -> str:
@@ -56,6 +60,9 @@ def described() -> str:
             needed = parameter.default is inspect.Parameter.empty
             lines.append(f"  {flag}  ({type_word(bare)})  {'required' if needed else parameter.default}")
     return "\n".join(lines) + "\n"
+
+
+UNSET = ("weights", "compute_capability")
 
 
 def defaults(command: str) -> dict[str, object]:
@@ -80,8 +87,15 @@ def test_defaults_of_compile_are_those_of_the_options() -> None:
     found = defaults("compile")
     options = CompileOptions(model="opt-mini")
     for part in (options, options.collect, options.train):
-        for name in type(part).model_fields.keys() & found.keys() - {"model", "out", "dump_passes"}:
+        for name in type(part).model_fields.keys() & found.keys() - {"model", "out", "dump_passes", *UNSET}:
             assert found[name] == getattr(part, name), name
+    assert {found[name] for name in UNSET} == {None}  # the options choose: weights by the target
+
+
+@pytest.mark.parametrize(("target", "weights"), [("cpu", "fp32"), ("tensorrt-rtx", "fp16"), ("tensorrt", "fp16")])
+def test_weights_that_nobody_chose_are_the_targets_default(target: str, weights: str) -> None:
+    for given in ({}, {"weights": None}):
+        assert CompileOptions(model="opt-mini", target=target, **given).weights == weights
 
 
 @pytest.mark.parametrize(("command", "options"), [("collect", CollectOptions()), ("train", TrainOptions())])

@@ -142,7 +142,9 @@ def test_passes_are_dumped_when_asked_for(tiny_checkpoint: Path, tmp_path: Path)
     ("changes", "kind", "words"),
     [
         ({"head_density": 1.5}, InputError, "from 0 to 1"),
-        ({"target": "tensorrt"}, UnsupportedError, "not built yet"),
+        ({"target": "tpu"}, UnsupportedError, "unknown target"),
+        ({"weights": "fp16"}, UnsupportedError, "target cpu has no weights"),
+        ({"max_batch": 2, "max_context": 32}, InputError, "--max-batch, --max-context have no effect"),
         ({"predictor": "/no/such/predictor"}, InputError, "predictor"),
         ({"collect": compiled.COLLECT.model_copy(update={"criterion": "magic"})}, InputError, "magic"),
         ({"collect": compiled.COLLECT.model_copy(update={"data": "/no/such/text.txt"})}, InputError, "text.txt"),

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from shadowc.emit.tensorrt.messages import explained
+from shadowc.emit.tensorrt.messages import explained, first_cause
 from shadowc.runtime.tensorrt.bindings import Bindings, Messages
 from shadowc.spec.errors import InternalError, SetupError
 from shadowc.spec.manifest import PlanPart
@@ -166,8 +166,15 @@ def _question(request: BuildRequest) -> dict[str, object]:
         "plan": str((folder / request.plan.file).resolve()),
         "inputs": [tensor.model_dump(mode="json") for tensor in request.plan.inputs],
         "capabilities": list(request.capabilities),
-        "timing_cache": str(default_root() / "tensorrt" / f"{bindings.family}-{bindings.version}.timing"),
+        "timing_cache": str(timing_cache(bindings) or ""),
     }
+
+
+def timing_cache(bindings: Bindings) -> Path | None:
+    """Where measured times are kept between builds; None: TensorRT for RTX measures on the user's card instead."""
+    if bindings.family == "rtx1":
+        return None
+    return default_root() / "tensorrt" / f"{bindings.family}-{bindings.version}.timing"
 
 
 def _failure(request: BuildRequest, heard: _Heard, code: int, printed: str) -> SetupError:
@@ -175,7 +182,7 @@ def _failure(request: BuildRequest, heard: _Heard, code: int, printed: str) -> S
     where = f"{request.bindings.title} could not build {request.plan.file}"
     if code < 0:
         name = signal.Signals(-code).name
-        said = heard.messages.first_error() if heard.messages.errors else _last_line(printed)
+        said = first_cause(heard.messages) or _last_line(printed)
         if name == "SIGKILL":
             note = f": {request.memory_note}" if request.memory_note else ""
             return SetupError(

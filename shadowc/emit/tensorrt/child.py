@@ -65,12 +65,14 @@ def _build(bindings: Bindings, request: dict[str, Any], send: Send) -> dict[str,
         config.num_compute_capabilities = len(request["capabilities"])
         for index, name in enumerate(request["capabilities"]):
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}"), index)
-    cache = Path(request["timing_cache"])
-    config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.is_file() else b""), False)
+    cache = Path(request["timing_cache"]) if request["timing_cache"] else None
+    if cache is not None:
+        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.is_file() else b""), False)
     monitor = _monitor(trt, send)
     config.progress_monitor = monitor
     size = _write_plan(trt, builder, network, config, Path(request["plan"]))
-    _keep(cache, bytes(memoryview(config.get_timing_cache().serialize())))
+    if cache is not None:
+        _keep(cache, bytes(memoryview(config.get_timing_cache().serialize())))
     return {
         "bytes": size,
         "seconds": time.monotonic() - started,
@@ -116,7 +118,8 @@ def _parse(trt: Any, builder: Any, logger: Any, onnx: str, registered: list[str]
     if not parser.parse_from_file(onnx) or network.num_layers == 0:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
         nodes = [f"{error.node_name()} ({error.node_operator()})" for error in errors]
-        raise RefusedError("parse", nodes=nodes, registered=registered)
+        reasons = [" ".join(error.desc().split()) for error in errors]
+        raise RefusedError("parse", nodes=nodes, reasons=reasons, registered=registered)
     return network
 
 

@@ -90,7 +90,7 @@ def check_profile(part: PlanPart) -> None:
     for tensor in part.outputs:
         if tensor.alias_of and given[tensor.alias_of].shape != tensor.shape:
             raise InternalError(f"{part.file}: {tensor.name} and {tensor.alias_of} share memory, not their shape")
-    batches = {tensor.largest[0] for tensor in part.inputs if tensor.largest and tensor.kind in ("token", "cache")}
+    batches = {tensor.largest[0] for tensor in part.inputs if tensor.largest and tensor.shape[0] == -1}
     if len(batches) > 1:
         raise InternalError(f"{part.file}: the batch ends at {sorted(batches)}, depending on the input")
 

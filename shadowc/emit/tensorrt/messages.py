@@ -24,6 +24,9 @@ _KNOWN = (
 )  # fmt: skip
 """Part of a message -> what it means, and what to do."""
 _ECHOES = ("cudaError 35", "cudaError 100")
+"""Without a driver these stand beside every error, and where there is none."""
+_CONTEXT = "ModelImporter.cpp"
+"""The parser's lines about where it was; its own list of errors says what was wrong."""
 
 
 def explained(
@@ -37,7 +40,7 @@ def explained(
         plugin: the library of the operators.
         operators: the nodes that it should provide.
     """
-    first = messages.first_error() if messages.errors else ""
+    first = first_cause(messages, refused.get("reasons", ()))
     if refused.get("step") == "plugin":
         return _plugin_reason(plugin, first), "install the plugin again (in a checkout: make setup)"
     if "Plugin not found" in first or "IPluginCreator not found" in first:
@@ -47,12 +50,19 @@ def explained(
             "install the plugin again (in a checkout: make setup)",
         )
     for part, meaning, hint in _KNOWN:
-        if part in first:
-            return f"{meaning} ({_short(first)})", hint
+        telling = next((text for text in (first, *messages.errors) if part in text), None)
+        if telling is not None:
+            return f"{meaning} ({_short(telling)})", hint
     if any(echo in first for echo in _ECHOES):
         return f"{_NEEDS_GPU} ({_short(first)})", "shadowc doctor"
     nodes = ", ".join(refused.get("nodes", ())[:1])
     return (f"at {nodes}: {_short(first)}" if nodes and first else _short(first)), "shadowc doctor"
+
+
+def first_cause(messages: Messages, reasons: Sequence[str] = ()) -> str:
+    """The first error that tells a cause: neither an echo of the missing driver nor the parser's whereabouts."""
+    telling = [text for text in messages.errors if _CONTEXT not in text and not any(echo in text for echo in _ECHOES)]
+    return next(iter((*telling, *reasons, *messages.errors)), "")
 
 
 def _plugin_reason(plugin: Path, first: str) -> str:
