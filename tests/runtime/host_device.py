@@ -157,7 +157,7 @@ class HostPlan:
         )
         self.outputs = [value.name for value in self.session.get_outputs()]
 
-    def execution(self) -> HostExecution:
+    def execution(self, *, steady: bool) -> HostExecution:
         return HostExecution(self)
 
 

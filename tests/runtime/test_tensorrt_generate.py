@@ -216,6 +216,18 @@ def test_keys_that_a_kernel_dropped_are_noticed(trt_folders: dict[str, Path]) ->
         host.generate(prompts(1, 5), max_new_tokens=4, density=0.5)
 
 
+def test_a_step_that_cannot_be_recorded_says_how_to_do_without(
+    trt_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(self: HostDevice) -> int:
+        raise InternalError("cudaStreamEndCapture failed")
+
+    monkeypatch.setattr(HostDevice, "end_capture", refuse)
+    with pytest.raises(InternalError, match="could not be recorded as a graph: cudaStreamEndCapture") as caught:
+        on_host(trt_folders["fp32"]).generate(prompts(1, 5), max_new_tokens=4)
+    assert caught.value.hint.startswith("SHADOWC_CUDA_GRAPH=0")
+
+
 def _wrong_pitch(patch: pytest.MonkeyPatch) -> None:
     right = layout.row_copy
     patch.setattr(workspace, "row_copy", lambda *sizes: replace(right(*sizes), to_pitch=right(*sizes).source_pitch))
@@ -252,8 +264,8 @@ def _nobody_waits(patch: pytest.MonkeyPatch) -> None:
 def _cache_not_shared(patch: pytest.MonkeyPatch) -> None:
     right = HostPlan.execution
 
-    def execution(self: HostPlan) -> object:
-        made = right(self)
+    def execution(self: HostPlan, *, steady: bool) -> object:
+        made = right(self, steady=steady)
         bind = made.bind
 
         def shifted(name: str, address: int, sizes: tuple[int, ...] | None = None) -> None:
@@ -270,7 +282,7 @@ def _captures_a_wait(patch: pytest.MonkeyPatch) -> None:
 
     def enqueue(self: workspace.Exchange) -> None:
         right(self)
-        self._device.synchronize()
+        self._inputs._device.synchronize()
 
     patch.setattr(workspace.Exchange, "enqueue", enqueue)
 

@@ -58,8 +58,12 @@ class Execution(Protocol):
 class Plan(Protocol):
     """A plan, ready to run on its device."""
 
-    def execution(self) -> Execution:
-        """A new execution; all executions of an engine run one after the other."""
+    def execution(self, *, steady: bool) -> Execution:
+        """A new execution; all executions of an engine run one after the other.
+
+        Args:
+            steady: it will be run often, at one size: worth preparing for exactly that size.
+        """
 
 
 class Arena:

@@ -18,7 +18,7 @@ from shadowc.runtime.tensorrt.decoder import DeviceDecoder
 from shadowc.runtime.tensorrt.device import Arena, Device, Plan
 from shadowc.runtime.tensorrt.layout import Run
 from shadowc.runtime.tensorrt.weights import load_weights
-from shadowc.runtime.tensorrt.workspace import Prefill, Workspace, check_request
+from shadowc.runtime.tensorrt.workspace import GRAPHS_VARIABLE, Prefill, Workspace, check_request
 from shadowc.spec.errors import InternalError, SetupError, UnsupportedError
 from shadowc.spec.manifest import WEIGHTS_FILE
 
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
 PlanName = Literal["prefill", "decode"]
 KEPT_SIZES = 2
 """Batch sizes whose cache and graph stay on the device."""
-GRAPHS_VARIABLE = "SHADOWC_CUDA_GRAPH"
-"""Environment variable; "0" runs every step plainly, to find out whether a graph is at fault."""
 
 
 class TensorRtEngine(CausalEngine):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from shadowc.emit.folder import hash_file
 from shadowc.runtime.library import REINSTALL
@@ -19,6 +20,8 @@ from shadowc.runtime.tensorrt.bindings import EXTRAS, TARGETS, TITLES, Bindings
 from shadowc.runtime.tensorrt.cuda import Gpu, open_cuda
 from shadowc.spec.errors import IncompatibleEngineError, InternalError, SetupError, ShadowcError
 from shadowc.spec.manifest import EngineManifest, TensorRtPart, TrtFamily
+
+_Seen = TypeVar("_Seen")
 
 PLUGIN_VARIABLE = "SHADOWC_TRT_LIBRARY"
 """Environment variable with the path of another build of the plugin library."""
@@ -55,14 +58,11 @@ class Problem:
 
 def here(family: TrtFamily) -> Machine:
     """Look at this machine, with the eyes of an engine for a family."""
-    seen: list[object] = []
-    for look in (lambda: open_cuda().gpu, lambda: bindings.find_bindings(family), lambda: installed_plugin(family)):
-        try:
-            seen.append(look())
-        except SetupError as error:
-            seen.append(error)
-    gpu, library, plugin = seen
-    return Machine(gpu, library, plugin)  # type: ignore[arg-type]  # in the order of the three looks
+    return Machine(
+        gpu=_seen(lambda: open_cuda().gpu),
+        library=_seen(lambda: bindings.find_bindings(family)),
+        plugin=_seen(lambda: installed_plugin(family)),
+    )
 
 
 def installed_plugin(family: TrtFamily) -> Plugin:
@@ -165,6 +165,13 @@ def _plugin_problems(part: TensorRtPart, manifest: EngineManifest, plugin: Plugi
         return []
     text = f"built with plugin {name} ({built[:12]}), running {plugin.path} ({plugin.sha256[:12]}), another build"
     return [Problem(text, rebuild(manifest, part.family), IncompatibleEngineError)]
+
+
+def _seen(look: Callable[[], _Seen]) -> _Seen | SetupError:
+    try:
+        return look()
+    except SetupError as error:
+        return error
 
 
 def _numbers(capability: str) -> tuple[int, int]:

@@ -109,18 +109,18 @@ class TrtPlan:
         self._engine = engine
         self._compiled = RuntimeCache(sha256, cuda) if bindings.family == "rtx1" else None
 
-    def execution(self) -> TrtExecution:
-        """A new execution context on the shared scratch memory.
+    def execution(self, *, steady: bool) -> TrtExecution:
+        """A new execution context on the shared scratch memory; see device.Plan.
 
         Raises:
             SetupError: TensorRT cannot make one.
         """
         _, messages = messages_of(self._bindings.module)
         messages.clear()
-        strategy = self._bindings.module.ExecutionContextAllocationStrategy.USER_MANAGED
-        context = self._engine.create_execution_context(
-            strategy if self._compiled is None else self._compiled.config(self._bindings.module, self._engine, strategy)
-        )
+        settings = self._bindings.module.ExecutionContextAllocationStrategy.USER_MANAGED
+        if self._compiled is not None:
+            settings = self._compiled.config(self._bindings.module, self._engine, settings, steady=steady)
+        context = self._engine.create_execution_context(settings)
         if context is None:
             raise SetupError(
                 f"{self._bindings.title} cannot prepare the plan: {messages.first_error()}",
@@ -135,7 +135,7 @@ class TrtExecution:
 
     def __init__(self, bindings: Bindings, cuda: Cudart, context: Any, compiled: RuntimeCache | None) -> None:
         self._bindings, self._cuda, self._context, self._compiled = bindings, cuda, context, compiled
-        self._complete = False
+        self._complete = self._kept = False
 
     def bind(self, name: str, address: Address, sizes: Sizes | None = None) -> None:
         """Set where a tensor lies, and the sizes of an input."""
@@ -166,7 +166,9 @@ class TrtExecution:
         """Whether the run may be recorded: TensorRT for RTX says so once its kernels are compiled."""
         if self._compiled is None:
             return True
-        self._compiled.save()
+        if not self._kept:
+            self._compiled.save()
+            self._kept = True
         return bool(self._context.is_stream_capturable(self._cuda.stream))
 
 
@@ -184,12 +186,14 @@ class RuntimeCache:
         self._cache: Any = None
         self._saved = b""
 
-    def config(self, module: Any, engine: Any, strategy: Any) -> Any:
+    def config(self, module: Any, engine: Any, strategy: Any, *, steady: bool) -> Any:
         """Settings of a new execution context."""
         config = engine.create_runtime_config()
         config.set_execution_context_allocation_strategy(strategy)
-        eager = module.DynamicShapesKernelSpecializationStrategy.EAGER  # a graph keeps the kernels it recorded
-        config.dynamic_shapes_kernel_specialization_strategy = eager
+        when = module.DynamicShapesKernelSpecializationStrategy
+        # Steady steps wait for kernels of their size, since a graph keeps those that it recorded. Prompts, each of
+        # another size, start with general ones.
+        config.dynamic_shapes_kernel_specialization_strategy = when.EAGER if steady else when.LAZY
         if self._cache is None:
             self._cache = config.create_runtime_cache()
             self._saved = self._read()

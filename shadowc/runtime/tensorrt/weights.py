@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -27,12 +26,12 @@ def load_weights(device: Device, arena: Arena, path: Path, table: tuple[WeightPa
     staging = Arena(device)
     try:
         address, view = staging.pinned(min(PIECE_BYTES, size))
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
-            for start in range(0, size, PIECE_BYTES):
-                length = min(PIECE_BYTES, size - start)
-                view[:length] = np.frombuffer(mapped[start : start + length], np.uint8)
-                device.upload(base + start, address, length)
-                device.synchronize()
+        mapped = np.memmap(path, np.uint8, mode="r")
+        for start in range(0, size, PIECE_BYTES):
+            length = min(PIECE_BYTES, size - start)
+            view[:length] = mapped[start : start + length]
+            device.upload(base + start, address, length)
+            device.synchronize()
     finally:
         staging.close()
     return {weight.name: base + weight.offset for weight in table}

@@ -10,6 +10,7 @@ Letters: B rows, S tokens, T slots of the cache, H heads, D head size.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +22,9 @@ from shadowc.spec.errors import InternalError
 
 if TYPE_CHECKING:
     from shadowc.spec.manifest import PlanPart, PlanTensor
+
+GRAPHS_VARIABLE = "SHADOWC_CUDA_GRAPH"
+"""Environment variable; "0" runs every step plainly, to find out whether a graph is at fault."""
 
 Arrays = dict[str, npt.NDArray[Any]]
 
@@ -57,17 +61,31 @@ class Block:
 
 
 class Exchange:
-    """One plan at one size: its own execution, and the blocks that cross before and behind each run."""
+    """One plan at one size: an execution, and the blocks that cross before and behind each run.
+
+    Args:
+        device: where.
+        arena: owns the blocks.
+        execution: bound to them from here on.
+        part: the plan's tensors.
+        weights: addresses by name.
+        run: the size.
+    """
 
     def __init__(
-        self, device: Device, arena: Arena, plan: Plan, part: PlanPart, weights: Mapping[str, Address], run: Run
+        self,
+        device: Device,
+        arena: Arena,
+        execution: Execution,
+        part: PlanPart,
+        weights: Mapping[str, Address],
+        run: Run,
     ) -> None:
         self.run = run
-        self._device = device
+        self.execution = execution
         given, taken = exchanged(part)
         self._inputs = Block(device, arena, given, run)
         self._outputs = Block(device, arena, taken, run)
-        self.execution = plan.execution()
         for block in (self._inputs, self._outputs):
             block.bind(self.execution)
         for tensor in part.inputs:
@@ -112,11 +130,12 @@ class Workspace:
         self._device, self._plan, self._part, self._weights, self._graphs = device, plan, part, weights, graphs
         self._arena, self._chunk_arena = Arena(device), Arena(device)
         self._chunk: Exchange | None = None
+        self._chunks: Execution | None = None
         self._graph: Address | None = None
         places, size = pack(caches(part), Run(rows, 1, capacity))
         base = self._arena.allocate(size)
         self.caches = {name: (base + place.offset, place) for name, place in places.items()}
-        self._step = self._exchange(self._arena, 1)
+        self._step = self._exchange(self._arena, plan.execution(steady=True), 1)
 
     @property
     def captured(self) -> bool:
@@ -133,12 +152,7 @@ class Workspace:
         self._step.enqueue()
         self._device.synchronize()
         if self._graphs and self._step.execution.capturable():
-            self._device.begin_capture()
-            try:
-                self._step.enqueue()
-            finally:
-                graph = self._device.end_capture()
-            self._graph = self._arena.graph(graph)
+            self._graph = self._record()
         return self._step.outputs
 
     def feed(self, values: Mapping[str, npt.NDArray[Any]], tokens: int) -> Arrays:
@@ -147,7 +161,8 @@ class Workspace:
             self._chunk = None
             self._chunk_arena.close()
             self._chunk_arena = Arena(self._device)
-            self._chunk = self._exchange(self._chunk_arena, tokens)
+            self._chunks = self._chunks or self._plan.execution(steady=False)
+            self._chunk = self._exchange(self._chunk_arena, self._chunks, tokens)
         self._chunk.write(values)
         self._chunk.enqueue()
         self._device.synchronize()
@@ -158,9 +173,25 @@ class Workspace:
         self._chunk_arena.close()
         self._arena.close()
 
-    def _exchange(self, arena: Arena, tokens: int) -> Exchange:
+    def _record(self) -> Address:
+        self._device.begin_capture()
+        try:
+            self._step.enqueue()
+        except InternalError:
+            with suppress(InternalError):  # the first error is the one that says something
+                self._device.end_capture()
+            raise
+        try:
+            return self._arena.graph(self._device.end_capture())
+        except InternalError as error:
+            raise InternalError(
+                f"a decode step could not be recorded as a graph: {error.message}",
+                hint=f"{GRAPHS_VARIABLE}=0 runs every step plainly",
+            ) from error
+
+    def _exchange(self, arena: Arena, execution: Execution, tokens: int) -> Exchange:
         run = Run(self.rows, tokens, self.capacity)
-        made = Exchange(self._device, arena, self._plan, self._part, self._weights, run)
+        made = Exchange(self._device, arena, execution, self._part, self._weights, run)
         for tensor in caches(self._part):
             address, place = self.caches[tensor.name]
             if not tensor.alias_of:
@@ -184,6 +215,7 @@ class Prefill:
         self._device, self._plan, self._part, self._weights = device, plan, part, weights
         self._arena = Arena(device)
         self._exchange: Exchange | None = None
+        self._execution: Execution | None = None
         self._fresh: dict[str, tuple[Address, Place]] = {}
 
     def run(self, values: Mapping[str, npt.NDArray[Any]], space: Workspace) -> npt.NDArray[np.float32]:
@@ -209,7 +241,8 @@ class Prefill:
             return self._exchange
         self.close()
         self._arena = Arena(self._device)
-        made = Exchange(self._device, self._arena, self._plan, self._part, self._weights, run)
+        self._execution = self._execution or self._plan.execution(steady=False)
+        made = Exchange(self._device, self._arena, self._execution, self._part, self._weights, run)
         places, size = pack(caches(self._part), run)
         base = self._arena.allocate(size)
         self._fresh = {name: (base + place.offset, place) for name, place in places.items()}
