@@ -227,3 +227,28 @@ def test_what_the_library_refuses_is_told_by_its_first_error(tmp_path: Path) -> 
     assert "cudaError" not in plan
     assert "does not take the plugin" in plugin
     assert "none.so" in plugin
+
+
+OPENED = """
+import ctypes
+from shadowc.runtime.tensorrt.bindings import find_bindings
+
+try:
+    ctypes.CDLL("libtensorrt_rtx.so")
+    print("found before")
+except OSError:
+    find_bindings("rtx1")
+    print(ctypes.CDLL("libtensorrt_rtx.so").getInferLibVersion())
+"""
+
+
+def test_the_library_finds_itself_by_its_bare_name() -> None:
+    """It opens that name for networks with plugins, and ends the process where nothing is called so."""
+    from shadowc.plugins import rtx_name_library
+
+    found = [one for one in bindings.installed_bindings()[0] if one.name == "tensorrt_rtx_bindings"]
+    if not found or rtx_name_library() is None:
+        pytest.skip("needs TensorRT for RTX from PyPI, and the GPU operators built")
+    said = subprocess.run([sys.executable, "-c", OPENED], capture_output=True, text=True, check=True).stdout.strip()
+    major, minor, patch, _ = found[0].version.split(".")
+    assert said == f"{major}{int(minor):02d}{int(patch):02d}"

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_args
 
+from shadowc.plugins import rtx_name_library
 from shadowc.spec.errors import SetupError
 from shadowc.spec.manifest import TrtFamily
 
@@ -152,6 +153,9 @@ def _preload() -> Path:
         if path is None:
             raise ImportError(f"{folder} holds no {pattern}")
         ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+    alias = rtx_name_library()
+    if alias is not None:  # the library opens itself by a bare name, and ends the process if nothing has that name
+        ctypes.CDLL(str(alias))
     return folder
 
 
