@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engine folders for hosts other than this package, and the hosts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.e2e.compiled import options
+from tests.emit import engines
+from tests.examples import hosts
+
+if TYPE_CHECKING:
+    from transformers import OPTForCausalLM
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Stages and remembered hashes go to a folder of the test run, shared by its processes."""
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if base.name.startswith("popen-") else base) / "stage-cache"
+    pytest.MonkeyPatch().setenv("SHADOWC_CACHE", str(root))
+
+
+@pytest.fixture(scope="session")
+def folders(
+    tiny_model: OPTForCausalLM, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """Tiny engines: fp32, int8 and dense. Read only."""
+    parent = tmp_path_factory.mktemp("engines")
+    made = {name: parent / f"{name}.engine" for name in ("fp32", "int8", "dense")}
+    engines.write_engine(made["fp32"], tiny_model, tokenizer=tiny_checkpoint)
+    engines.write_engine(made["int8"], tiny_model, tokenizer=tiny_checkpoint, weights="int8")
+    engines.write_engine(made["dense"], tiny_model, tokenizer=tiny_checkpoint, sparse=False)
+    return made
+
+
+@pytest.fixture(scope="session")
+def mini(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """opt-mini with a predictor trained in seconds: fp32 and int8. For slow tests. Read only."""
+    import shadowc
+
+    parent = tmp_path_factory.mktemp("mini")
+    kinds = ("fp32", "int8")
+    return {kind: shadowc.compile(options("opt-mini", parent / f"{kind}.engine", weights=kind)) for kind in kinds}
+
+
+@pytest.fixture(scope="session")
+def cpp_host() -> Path:
+    """The program of examples/cpp, without a tokenizer."""
+    if lacking := hosts.missing_for_cpp():
+        pytest.skip(f"examples/cpp cannot be built: {lacking}")
+    return hosts.build_cpp("cpp")
+
+
+@pytest.fixture(scope="session")
+def genai() -> Path:
+    """The environment with stock onnxruntime-genai; needs the network once."""
+    return hosts.genai_environment()
