@@ -154,8 +154,8 @@ def test_headers_of_the_newest_tag_come_from_the_network(search):
 @pytest.mark.parametrize(
     ("choice", "status", "sentence"),
     [
-        ("AUTO", 0, "GPU operators: not built, since there is no working nvcc here"),
-        ("ON", 1, "SHADOWC_CUDA=ON: expected a working nvcc, found '/bin/false'. Install the CUDA toolkit"),
+        ("AUTO", 0, "GPU operators: not built (/bin/false does not work)"),
+        ("ON", 1, "SHADOWC_CUDA=ON: expected a working nvcc, found: /bin/false does not work. Install the CUDA"),
         ("OFF", 0, "GPU operators: not built (SHADOWC_CUDA=OFF)"),
         ("MAYBE", 1, "SHADOWC_CUDA: expected AUTO, ON or OFF, found 'MAYBE'"),
     ],
