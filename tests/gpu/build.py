@@ -17,8 +17,8 @@ import filelock
 
 ROOT = Path(__file__).parents[2]
 KERNELS = ROOT / "plugins" / "cuda"
-MEMORY = Path(__file__).parent / "device_memory.cu"
-EXPORTS = ("shadowc_*",)
+OURS = (Path(__file__).parent / "device_memory.cu", ROOT / "tests" / "emulation" / "shim" / "layout.cc")
+"""Device memory and sizes of structs behind the emulation's interface."""
 
 
 class UnavailableError(Exception):
@@ -48,14 +48,16 @@ def build(architecture: str, *, jobs: int = 2) -> Path:
     flags = [f"-arch={architecture}", "-std=c++17", "-O3", "-lineinfo", "-Xcompiler", "-fPIC", "-cudart", "static"]
     files = sorted(path for path in KERNELS.iterdir() if path.suffix in {".cu", ".cuh", ".h"})
     digest = hashlib.sha256(" ".join([compiler, *flags]).encode())
-    for file in (*files, MEMORY):
+    for file in (*files, *OURS):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     folder = ROOT / "build" / "gpu" / digest.hexdigest()[:16]
     library = folder / "libshadowc_device.so"
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(folder / "lock"):
         if not library.is_file():
-            _compile([compiler, *flags], [file for file in (*files, MEMORY) if file.suffix == ".cu"], library, jobs)
+            _compile(
+                [compiler, *flags], [file for file in (*files, *OURS) if file.suffix in {".cu", ".cc"}], library, jobs
+            )
     return library
 
 

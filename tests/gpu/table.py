@@ -106,7 +106,8 @@ def markdown(card: str, bandwidth: float, found: Sequence[Row], day: str) -> str
         "",
         f"{day}; one layer, one new token per row, {FILLED} of {CAPACITY} slots filled, blocks of {BLOCK} neurons. "
         f"A copy on the device moves {bandwidth / 1e9:.0f} GB/s, the roofline here. MB: weights and scales, counted by "
-        "the kernel; a selection's are its scores. cuBLAS: the dense fp16 products of the same layer.",
+        "the kernel, and keys and values of active heads; a selection's are its scores. cuBLAS: the dense fp16 "
+        "products of the same layer, without the attention between them.",
         "",
         *(f"- {sentence}" for sentence in goals(found, bandwidth)),
         "",

@@ -18,7 +18,7 @@ from tests.emulation.library import Kernels
 from tests.gpu import build, table
 from tests.gpu.conftest import COLLECT_VARIABLE
 from tests.gpu.table import Row
-from tests.gpu.timing import Bench, Shape, Timed
+from tests.gpu.timing import FILLED, Bench, Shape, Timed
 from tests.runtime.host_device import HostDevice
 
 ROOT = Path(__file__).parents[2]
@@ -86,7 +86,7 @@ def test_all_tests_for_the_gpu_are_collected() -> None:
     ]
     environment = {**os.environ, COLLECT_VARIABLE: "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
-    for name in ("test_kernels.py", "test_sanitizer.py", "test_generate.py"):
+    for name in ("test_kernels.py", "test_interface.py", "test_graph.py", "test_sanitizer.py", "test_generate.py"):
         assert f"tests/gpu/{name}::" in result.stdout
     assert result.stdout.count("tests/gpu/test_kernels.py::") > 100
 
@@ -111,7 +111,7 @@ def test_the_library_for_the_gpu_compiles_and_exports_the_interface() -> None:
         for part in ("check", "workspace", "enqueue"):
             assert getattr(library, f"shadowc_{kernel}_{part}")
     for name in ("shadowc_error_text", "shadowc_emulation_allocate", "shadowc_emulation_release",
-                 "shadowc_emulation_order", "shadowc_device_synchronize"):  # fmt: skip
+                 "shadowc_emulation_order", "shadowc_emulation_layout", "shadowc_device_synchronize"):  # fmt: skip
         assert getattr(library, name)
 
 
@@ -125,8 +125,9 @@ def test_the_timed_ffn_reads_the_wanted_share(bench: Bench, density: float, int8
 
 def test_the_timed_attention_reads_keys_of_all_heads_and_the_wanted_share_of_the_rest(bench: Bench) -> None:
     row, head = TINY.hidden * 2 + 4, TINY.head_size
-    assert bench.attention(TINY, 1.0, 1).bytes == 2 * 4 * head * row
-    assert bench.attention(TINY, 0.5, 1).bytes == (4 + 2) * head * row
+    cache = 2 * (FILLED + 1) * head * 2
+    assert bench.attention(TINY, 1.0, 1).bytes == 2 * 4 * head * row + 2 * cache
+    assert bench.attention(TINY, 0.5, 1).bytes == (4 + 2) * head * row + cache
 
 
 def test_the_clock_counts_one_launch(bench: Bench) -> None:

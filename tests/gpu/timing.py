@@ -60,7 +60,7 @@ class Timed:
 
     microseconds: float
     bytes: float
-    """What the kernel itself counted; for dense products what they must read."""
+    """Weights and scales as the kernel counted them, keys and values of active heads; of dense products the weights."""
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -145,7 +145,9 @@ class Bench:
                     key, value, key, value, start, past, y, context, reads[-1],
                 )
             )  # fmt: skip
-        return self._run(arena, calls, reads)
+        timed = self._run(arena, calls, reads)
+        active = _wanted(density, H)  # of each row; a kernel counts records only
+        return Timed(timed.microseconds, timed.bytes + batch * active * 2 * (FILLED + 1) * D * 2)
 
     def select(self, shape: Shape, units: int, density: float, batch: int) -> Timed:
         """One SelectThreshold over all predicted layers, ranked globally."""
@@ -214,7 +216,7 @@ class Bench:
 
     def _mask(self, arena: Arena, batch: int, units: int, density: float) -> Mask:
         """Exactly the wanted share of units, other ones for each row."""
-        wanted = int(density * units + 0.5)
+        wanted = _wanted(density, units)
         scores = np.zeros((batch, 1, 1, units), np.float32)
         for row in scores.reshape(batch, units):
             row[self._rng.permutation(units)[:wanted]] = 1
@@ -255,3 +257,7 @@ class Bench:
     def _check(self, status: int) -> None:
         if status:
             raise RuntimeError(self._library.shadowc_error_text(status).decode())
+
+
+def _wanted(density: float, units: int) -> int:
+    return int(density * units + 0.5)

@@ -211,7 +211,7 @@ def test_scores_of_a_control_are_refused(host: TensorRtEngine) -> None:
 
 def test_keys_that_a_kernel_dropped_are_noticed(trt_folders: dict[str, Path]) -> None:
     host = on_host(trt_folders["fp32"])
-    host._plans["decode"].uncounted = -1
+    host.plans["decode"].uncounted = -1
     with pytest.raises(InternalError, match=r"dropped keys: 5 \+ 1 slots of 64"):
         host.generate(prompts(1, 5), max_new_tokens=4, density=0.5)
 

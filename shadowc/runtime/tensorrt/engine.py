@@ -53,7 +53,8 @@ class TensorRtEngine(CausalEngine):
             raise InternalError(f"{folder} is of target {manifest.target}")
         self._part: TensorRtPart = manifest.tensorrt
         self._device = device
-        self._plans = plans
+        self.plans = plans
+        """What runs, by name."""
         self._graphs = os.environ.get(GRAPHS_VARIABLE, "1") != "0"
         self._arena = Arena(device)
         self._weights = load_weights(device, self._arena, folder / WEIGHTS_FILE, self._part.weights)
@@ -84,7 +85,7 @@ class TensorRtEngine(CausalEngine):
         if scores is not None:
             raise UnsupportedError(
                 f"an engine for {self.manifest.target} takes scores from its own predictor only, controls need others",
-                hint="evaluate controls with the same model compiled for --target cpu",
+                hint="--methods predictor, or the same model compiled for --target cpu",
             )
         logits_BSV, _ = self._teacher_forced(
             lambda batch: self._decoder(batch, batch.slots),
@@ -133,6 +134,6 @@ class TensorRtEngine(CausalEngine):
 
     def _new_space(self, rows: int, capacity: int) -> Workspace:
         return Workspace(
-            self._device, self._plans["decode"], self._part.plans["decode"], self._weights,
+            self._device, self.plans["decode"], self._part.plans["decode"], self._weights,
             rows=rows, capacity=capacity, graphs=self._graphs,
         )  # fmt: skip
