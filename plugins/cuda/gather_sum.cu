@@ -93,7 +93,8 @@ __device__ inline void add_members(const W* column, bool inside, int width, cons
 }
 
 template <class W, int V, int R>
-__global__ void __launch_bounds__(kSumWarps* kWarp, R == 16 ? 1 : 2) sum_members(const SumArgs a, int splits) {
+__global__ void __launch_bounds__(kSumWarps* kWarp, R == 16 ? 1 : 2)
+    sum_members(const SumArgs a, int splits) {
   constexpr int kPitch = kWarp + 1;  // lanes of one column lie side by side
   SHADOWC_SHARED(float, strip, kSumWarps * V * kPitch);
   const int tile = blockIdx.z, split = blockIdx.y, warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;

@@ -124,10 +124,8 @@ __device__ unsigned find_bin(const Scratch& s, F&& count, unsigned* k) {
     before += mine[i];
   }
   __syncthreads();
-  const unsigned bin = s.chosen[0];
   *k = s.chosen[1];
-  __syncthreads();
-  return bin;
+  return s.chosen[0];  // stays until all threads are inside the next call
 }
 
 // The k-th largest of one layer, 1 <= k <= units.
@@ -150,8 +148,7 @@ __device__ int count_active(const float* scores, int units, float threshold, con
   __syncthreads();
   count = 0;
   for (int w = 0; w < kThreads / kWarp; ++w) count += static_cast<int>(s.warps[w]);
-  __syncthreads();
-  return count;
+  return count;  // the next writer of s.warps waits for all threads first
 }
 
 // Applies exemption and min_active to one layer's threshold; writes both outputs.

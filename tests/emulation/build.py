@@ -126,7 +126,10 @@ def asan_environment() -> dict[str, str]:
     ).stdout.strip()
     if not Path(runtime).is_absolute():
         raise UnavailableError("the C++ compiler brings no AddressSanitizer (libasan.so)")
-    return {"LD_PRELOAD": str(Path(runtime).resolve()), "ASAN_OPTIONS": "detect_leaks=0"}
+    return {
+        "LD_PRELOAD": str(Path(runtime).resolve()),
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
+    }
 
 
 if __name__ == "__main__":

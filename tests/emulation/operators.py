@@ -28,9 +28,7 @@ def rounded(operands: dict[str, np.ndarray], act: str) -> dict[str, np.ndarray]:
     """The operands as float32, with values that the activation type holds wherever that makes a result exact."""
     held = {name for names in _HELD.values() for name in names}
     return {
-        name: array.astype(ACTIVATIONS[act]).astype(np.float32)
-        if name in held and array.dtype == np.float32
-        else array
+        name: array.astype(ACTIVATIONS[act]).astype(np.float32) if name in held and array.dtype == np.float32 else array
         for name, array in operands.items()
     }
 

@@ -21,7 +21,15 @@ from tests.plugins import numpy_reference, test_select_threshold, test_sparse_at
 TILE = 16
 """SHADOWC_TILE_ROWS of plugins/cuda/kernels.h."""
 
-OF_THE_HOST = ("refuses", "says_what", "reports_all", "names_the_types", "any_number_of_threads", "concurrent", "bound_twice")
+OF_THE_HOST = (
+    "refuses",
+    "says_what",
+    "reports_all",
+    "names_the_types",
+    "any_number_of_threads",
+    "concurrent",
+    "bound_twice",
+)
 """Parts of names: what ONNX Runtime's operators check, and how they use its threads; test_interface.py has ours."""
 
 OF_THE_CPU = (

@@ -27,7 +27,8 @@ std::vector<SharedMemory*>& shared_arrays() {
   return arrays;
 }
 
-// 0 ... count - 1, shuffled unless the seed is 0. Shuffling is dear: a few permutations are made and drawn from.
+// 0 ... count - 1, shuffled unless the seed is 0. Shuffling is dear: a few permutations are made and drawn
+// from.
 class Orders {
  public:
   explicit Orders(int count) : permutations_(order_seed == 0 ? 1 : kPermutations, std::vector<int>(count)) {
@@ -80,8 +81,8 @@ class Block {
  private:
   int cut_warps() const { return (threads_ + 31) / 32; }
 
-  // Lets the lanes run up to where they wait; true if that was for each other only, and all are there. *moved is set
-  // if any lane ran.
+  // Lets the lanes run up to where they wait; true if that was for each other only, and all are there. *moved
+  // is set if any lane ran.
   bool run_warp(int warp, bool* moved) {
     const int begin = warp * 32, lanes = std::min(32, threads_ - begin);
     for (const int lane : lanes_.next()) {
@@ -108,15 +109,17 @@ class Block {
     const auto is = [](Wait wait) { return [wait](const Thread& t) { return t.wait == wait; }; };
     const int line = std::find_if(first, first + lanes, is(Wait::kWarp))->line;
     const bool left = std::any_of(first, first + lanes, is(Wait::kDone));
-    return wrong(left ? "lanes have left before the exchange in line " : "not all lanes reach the exchange in line ",
-                 line);
+    return wrong(
+        left ? "lanes have left before the exchange in line " : "not all lanes reach the exchange in line ",
+        line);
   }
 
   // Ends a __syncthreads that all threads have reached.
   bool release_block() {
     const int line = state.threads[0].line;
     for (Thread& thread : state.threads) {
-      if (thread.wait != Wait::kBlock) return wrong("not all threads reach the __syncthreads of line ", any_line());
+      if (thread.wait != Wait::kBlock)
+        return wrong("not all threads reach the __syncthreads of line ", any_line());
       if (thread.line != line) return wrong("threads wait at __syncthreads of lines ", line, thread.line);
     }
     for (Thread& thread : state.threads) thread.wait = Wait::kNone;
@@ -135,8 +138,8 @@ class Block {
 
   bool report() {
     const uint3 b = state.block_index;
-    fail(cudaErrorLaunchFailure, std::string(name_) + ", block " + std::to_string(b.x) + " " + std::to_string(b.y) +
-                                     " " + std::to_string(b.z) + ": " + error_);
+    fail(cudaErrorLaunchFailure, std::string(name_) + ", block " + std::to_string(b.x) + " " +
+                                     std::to_string(b.y) + " " + std::to_string(b.z) + ": " + error_);
     return false;
   }
 
@@ -149,8 +152,8 @@ class Block {
 
 bool can_launch(const dim3& grid, const dim3& block) {
   const auto inside = [](unsigned size, unsigned most) { return size >= 1 && size <= most; };
-  return inside(grid.x, 2147483647u) && inside(grid.y, 65535u) && inside(grid.z, 65535u) && inside(block.x, 1024u) &&
-         block.y == 1 && block.z == 1;
+  return inside(grid.x, 2147483647u) && inside(grid.y, 65535u) && inside(grid.z, 65535u) &&
+         inside(block.x, 1024u) && block.y == 1 && block.z == 1;
 }
 
 }  // namespace
@@ -170,8 +173,8 @@ unsigned ballot(bool value, int line) {
   const unsigned slot = self().turn % 2;
   exchange(value, lane(), line);
   unsigned bits = 0;
-  for (int i = 0; i < 32; ++i) bits |= static_cast<unsigned>(state.threads[state.current - lane() + i].slots[slot] & 1)
-                                       << i;
+  for (int i = 0; i < 32; ++i)
+    bits |= static_cast<unsigned>(state.threads[state.current - lane() + i].slots[slot] & 1) << i;
   return bits;
 }
 
@@ -196,10 +199,13 @@ void launch(const char* name, dim3 grid, dim3 block, const std::function<void()>
     state.threads.assign(block.x, Thread());
     for (unsigned t = 0; t < block.x; ++t) {
       state.threads[t].index = {t, 0, 0};
-      prepare(static_cast<int>(t), &state.threads[t].stack, [](const void* run) {
-        (*static_cast<const std::function<void()>*>(run))();
-        wait_for(Wait::kDone, 0);
-      }, &body);
+      prepare(
+          static_cast<int>(t), &state.threads[t].stack,
+          [](const void* run) {
+            (*static_cast<const std::function<void()>*>(run))();
+            wait_for(Wait::kDone, 0);
+          },
+          &body);
     }
     if (!runner.run()) return;
   }
@@ -226,7 +232,8 @@ extern "C" {
 // 0: threads run in their order; else in one that the seed gives.
 void shadowc_emulation_order(unsigned seed) { emulation::order_seed = seed; }
 
-// Device memory: 16-byte aligned, filled with a pattern, guarded behind its end (by AddressSanitizer if that is there).
+// Device memory: 16-byte aligned, filled with a pattern, guarded behind its end (by AddressSanitizer if that
+// is there).
 void* shadowc_emulation_allocate(size_t bytes) {
   void* memory = nullptr;
 #ifdef __SANITIZE_ADDRESS__
@@ -251,7 +258,8 @@ int shadowc_emulation_release(void* memory, size_t bytes) {
 #else
   unsigned char* begin = static_cast<unsigned char*>(memory);
   const auto intact = [](const unsigned char* guard) {
-    return std::all_of(guard, guard + emulation::kGuard, [](unsigned char c) { return c == emulation::kGuardByte; });
+    return std::all_of(guard, guard + emulation::kGuard,
+                       [](unsigned char c) { return c == emulation::kGuardByte; });
   };
   const bool whole = intact(begin - emulation::kGuard) && intact(begin + bytes);
   std::free(begin - emulation::kGuard);

@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// Stands in for the CUDA language when plugins/cuda/*.cu are compiled by a C++ compiler: every CUDA thread is a fiber
-// with its own stack; a block runs until all of its threads are done, then the next. Threads switch only where they
-// wait for each other: at shuffles and ballots (the 32 lanes of a warp) and at __syncthreads (the block).
+// Stands in for the CUDA language when plugins/cuda/*.cu are compiled by a C++ compiler: every CUDA thread is
+// a fiber with its own stack; a block runs until all of its threads are done, then the next. Threads switch
+// only where they wait for each other: at shuffles and ballots (the 32 lanes of a warp) and at __syncthreads
+// (the block).
 //
-// It finds: wrong results (also those that depend on the order of threads, in a second run with another order), waits
-// that not all threads reach, lanes that have left before a shuffle, launches that no device would take, writes beyond
-// an allocation, and, built with AddressSanitizer, reads beyond it or beyond shared memory.
-// It does not find: races of two warps between the same two waits that happen to give the right result in both
-// orders, anything about time, and what memory ordering between blocks would do (kernels here do not rely on any).
+// It finds: wrong results (also those that depend on the order of threads, in a second run with another
+// order), waits that not all threads reach, lanes that have left before a shuffle, launches that no device
+// would take, writes beyond an allocation, and, built with AddressSanitizer, reads beyond it or beyond shared
+// memory. It does not find: races of two warps between the same two waits that happen to give the right
+// result in both orders, anything about time, and what memory ordering between blocks would do (kernels here
+// do not rely on any).
 //
 // One host thread at a time.
 #pragma once
@@ -32,9 +34,9 @@ enum class Wait { kNone, kWarp, kBlock, kDone };
 struct Thread {
   void* stack = nullptr;  // where it continues
   Wait wait = Wait::kNone;
-  int line = 0;           // of the source where it waits
-  unsigned turn = 0;      // exchanges so far
-  uint64_t slots[2] = {}; // what it shows to its warp: one slot is read while the other is written
+  int line = 0;            // of the source where it waits
+  unsigned turn = 0;       // exchanges so far
+  uint64_t slots[2] = {};  // what it shows to its warp: one slot is read while the other is written
   uint3 index = {};
 };
 
@@ -89,7 +91,7 @@ void require_all_lanes(unsigned mask, int line);
 #define blockDim (::emulation::state.block)
 #define gridDim (::emulation::state.grid)
 
-#define SHADOWC_SHARED(type, name, count)                                   \
+#define SHADOWC_SHARED(type, name, count)                                 \
   static ::emulation::SharedMemory name##_memory((count) * sizeof(type)); \
   type* const name = static_cast<type*>(name##_memory.data())
 

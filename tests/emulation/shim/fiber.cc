@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// x86-64: a switch saves six registers, some nanoseconds. Elsewhere: ucontext, which also saves the signal mask.
+// x86-64: a switch saves six registers, some nanoseconds. Elsewhere: ucontext, which also saves the signal
+// mask.
 #include "fiber.h"
 
 #include <cstddef>
@@ -32,6 +33,7 @@ struct Start {
 struct Fiber {
   std::unique_ptr<char[]> stack{new char[kStackBytes]};
   Start start{};
+  void* shadow = nullptr;  // of AddressSanitizer
 #ifndef __x86_64__
   ucontext_t context;
 #endif
@@ -43,12 +45,17 @@ int current;
 #ifdef __SANITIZE_ADDRESS__
 const void* scheduler_bottom;
 size_t scheduler_size;
+void* scheduler_shadow;
 void before_fiber() {
-  __sanitizer_start_switch_fiber(nullptr, fibers[current]->stack.get(), kStackBytes);
+  __sanitizer_start_switch_fiber(&scheduler_shadow, fibers[current]->stack.get(), kStackBytes);
 }
-void in_fiber() { __sanitizer_finish_switch_fiber(nullptr, &scheduler_bottom, &scheduler_size); }
-void before_scheduler() { __sanitizer_start_switch_fiber(nullptr, scheduler_bottom, scheduler_size); }
-void in_scheduler() { __sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr); }
+void in_fiber() {
+  __sanitizer_finish_switch_fiber(fibers[current]->shadow, &scheduler_bottom, &scheduler_size);
+}
+void before_scheduler() {
+  __sanitizer_start_switch_fiber(&fibers[current]->shadow, scheduler_bottom, scheduler_size);
+}
+void in_scheduler() { __sanitizer_finish_switch_fiber(scheduler_shadow, nullptr, nullptr); }
 #else
 void before_fiber() {}
 void in_fiber() {}
@@ -101,8 +108,10 @@ void prepare(int number, void** stack, void (*entry)(const void*), const void* a
   while (static_cast<size_t>(number) >= fibers.size()) fibers.push_back(std::make_unique<Fiber>());
   Fiber& fiber = *fibers[number];
   fiber.start = {entry, argument};
+  fiber.shadow = nullptr;
   const uintptr_t end = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) / 16 * 16;
-  void** top = reinterpret_cast<void**>(end) - 8;  // six registers, the address to return to, and one for alignment
+  void** top =
+      reinterpret_cast<void**>(end) - 8;  // six registers, the address to return to, and one for alignment
   for (int i = 0; i < 6; ++i) top[i] = nullptr;
   top[6] = reinterpret_cast<void*>(&run_entry);
   top[7] = nullptr;
@@ -132,6 +141,7 @@ void prepare(int number, void**, void (*entry)(const void*), const void* argumen
   while (static_cast<size_t>(number) >= fibers.size()) fibers.push_back(std::make_unique<Fiber>());
   Fiber& fiber = *fibers[number];
   fiber.start = {entry, argument};
+  fiber.shadow = nullptr;
   getcontext(&fiber.context);
   fiber.context.uc_stack.ss_sp = fiber.stack.get();
   fiber.context.uc_stack.ss_size = kStackBytes;
