@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shadowc.spec.ops import DOMAIN, OPS, VERSION, Attribute, Operand, OpSpec
+from shadowc.spec.ops import ACTIVATION_TYPES, DOMAIN, OPS, VERSION, Attribute, Operand, OpSpec, tensorrt_inputs
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "ops.md"
 
@@ -30,9 +30,26 @@ def _section(op: OpSpec) -> str:
     lines += ["| | name | shape | type | meaning |", "| --- | --- | --- | --- | --- |"]
     lines += [_operand("input", operand) for operand in op.inputs]
     lines += [_operand("output", operand) for operand in op.outputs]
+    lines += _tensorrt(op)
     lines += ["", "| attribute | type | default | meaning |", "| --- | --- | --- | --- |"]
     lines += [_attribute(attribute) for attribute in op.attributes]
     return "\n".join(lines) + "\n"
+
+
+def _tensorrt(op: OpSpec) -> list[str]:
+    """How the plugin's inputs differ, for operators over records."""
+    inputs = tensorrt_inputs(op)
+    parts = [operand for operand in inputs if operand.name not in {given.name for given in op.inputs}]
+    if not parts:
+        return []
+    named = ", ".join(f"`{part.name}` [{', '.join(part.shape)}] ({part.meaning})" for part in parts)
+    operands = [*(operand for operand in inputs if operand.types == ACTIVATION_TYPES), *op.outputs]
+    narrow = ", ".join(f"`{operand.name}`" for operand in operands if operand.role == "always")
+    return [
+        "",
+        f"The TensorRT plugin has in place of `w`: {named}; all {' or '.join(parts[0].types)}. There {narrow} are "
+        f"{' or '.join(ACTIVATION_TYPES)}, all of one type.",
+    ]
 
 
 def _operand(kind: str, operand: Operand) -> str:

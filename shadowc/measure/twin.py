@@ -70,21 +70,46 @@ def float32_twin(model: onnx.ModelProto, weights: Iterable[str]) -> onnx.ModelPr
 
 
 def _widen_weights(graph: onnx.GraphProto, weights: set[str]) -> None:
-    """Let standard nodes read 16-bit weights through a Cast; the functions of the operators cast by themselves."""
+    """Let standard nodes read weights as float32, and not before their layer's turn.
+
+    ONNX Runtime runs what depends on inputs alone whenever it likes; all layers' weights would be float32 at once.
+    The functions of the operators do both by themselves.
+    """
     narrow = {value.name for value in graph.input if value.type.tensor_type.elem_type in _NARROW}
-    casts: dict[str, onnx.NodeProto] = {}
+    made: dict[str, str] = {}
+    nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        if node.domain:
-            continue
-        for position, name in enumerate(node.input):
-            if name in narrow and name in weights and node.op_type != "Cast":
-                casts.setdefault(
-                    name, helper.make_node("Cast", [name], [f"{name}.wide"], f"{name}.wide", to=TensorProto.FLOAT)
-                )
-                node.input[position] = f"{name}.wide"
-    nodes = [*casts.values(), *graph.node]
+        for position, name in enumerate(() if node.domain else node.input):
+            if name not in weights:
+                continue
+            if name not in made:
+                made[name] = name
+                if name.startswith("layers."):
+                    nodes += _after(name, f"residual.{name.split('.')[1]}")
+                    made[name] = f"{name}.later"
+                if name in narrow and node.op_type != "Cast":
+                    cast = f"{name}.wide"
+                    nodes.append(helper.make_node("Cast", [made[name]], [cast], cast, to=TensorProto.FLOAT))
+                    made[name] = cast
+            node.input[position] = made[name]
+        nodes.append(node)
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
-    graph.node.extend(nodes)
+    graph.node.extend(kept)
+
+
+def _after(weight: str, tensor: str) -> list[onnx.NodeProto]:
+    """Nodes that give the weight again, as `.later`, but only when the tensor is there; nothing is copied."""
+    zero, sizes = f"{weight}.zero", f"{weight}.sizes"
+    nothing = helper.make_tensor(zero, TensorProto.INT64, [1], [0])
+    return [
+        helper.make_node("Constant", [], [zero], zero, value=nothing),
+        helper.make_node("Shape", [tensor], [f"{sizes}.seen"], f"{sizes}.seen", start=0, end=1),
+        helper.make_node("Mul", [f"{sizes}.seen", zero], [f"{sizes}.nothing"], f"{sizes}.nothing"),
+        helper.make_node("Shape", [weight], [f"{sizes}.own"], f"{sizes}.own"),
+        helper.make_node("Add", [f"{sizes}.own", f"{sizes}.nothing"], [sizes], sizes),
+        helper.make_node("Reshape", [weight, sizes], [f"{weight}.later"], f"{weight}.later"),
+    ]
 
 
 class GraphRunner:

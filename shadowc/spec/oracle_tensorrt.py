@@ -38,7 +38,7 @@ def attach_tensorrt(model: onnx.ModelProto) -> onnx.ModelProto:
 def _ffn() -> onnx.FunctionProto:
     n = Nodes()
     n.Cast(_GIVEN, to=TensorProto.FLOAT, out="x")
-    halves = (n.Unsqueeze(n.Cast(name, to=TensorProto.FLOAT), n.ints(1)) for name in ("w1", "w2t"))
+    halves = (n.Unsqueeze(_weight(n, name), n.ints(1)) for name in ("w1", "w2t"))
     n.Concat(*halves, axis=1, out="w")
     sparse_ffn_body(n)
     n.CastLike("y", _GIVEN, out="result.y")
@@ -50,12 +50,18 @@ def _attention() -> onnx.FunctionProto:
     n.Cast(_GIVEN, to=TensorProto.FLOAT, out="x")
     heads, size = n.sizes("scales", 0, 1), n.sizes("scales", 2, 3)
     shape = n.Concat(heads, n.ints(1), size, n.ints(-1), axis=0)
-    parts = (n.Reshape(n.Cast(name, to=TensorProto.FLOAT), shape) for name in ("wq", "wk", "wv", "wot"))
+    parts = (n.Reshape(_weight(n, name), shape) for name in ("wq", "wk", "wv", "wot"))
     n.Concat(*parts, axis=1, out="w")
     sparse_attention_body(n)
     n.CastLike("y", _GIVEN, out="result.y")
     n.CastLike("context", _GIVEN, out="result.context")
     return _function(SPARSE_ATTENTION, n, ["result.y", "present_key", "present_value", "result.context"])
+
+
+def _weight(n: Nodes, name: str) -> str:
+    """A matrix as float32, made when x is there: a runtime would convert the weights of all layers at the start."""
+    nothing = n.Mul(n.sizes("x", 0, 1), n.ints(0))
+    return n.Cast(n.Reshape(name, n.Add(n.Shape(name), nothing)), to=TensorProto.FLOAT)
 
 
 def _function(spec: OpSpec, nodes: Nodes, outputs: list[str]) -> onnx.FunctionProto:

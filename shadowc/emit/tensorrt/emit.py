@@ -17,7 +17,7 @@ from shadowc.emit.target import EmitResult
 from shadowc.emit.tensorrt.builder import BuildRequest, BuildResult, build_plan, plugin_operators
 from shadowc.emit.tensorrt.checks import Tools, sizes_of, tools_of
 from shadowc.emit.tensorrt.interface import Plan, Sizes, describe
-from shadowc.emit.tensorrt.memory import host_note
+from shadowc.emit.tensorrt.memory import free_bytes, host_bytes, host_note
 from shadowc.emit.weights import DEVICE_ALIGNMENT, Placement, nbytes, write_weights
 from shadowc.pipeline import ACTIVATIONS
 from shadowc.spec.errors import InternalError
@@ -61,8 +61,10 @@ def emit_tensorrt(
     tools = tools_of(options)
     sizes = sizes_of(options, programs["decode"].facts)
     recipes = shared_recipes(programs)
-    places, weights_entry = write_weights(staging / WEIGHTS_FILE, recipes, source, progress, alignment=DEVICE_ALIGNMENT)
     note = host_note(recipes)
+    if 0 < free_bytes() < host_bytes(recipes):
+        progress.note(f"memory may run out: {note}", needed=host_bytes(recipes), free=free_bytes())
+    places, weights_entry = write_weights(staging / WEIGHTS_FILE, recipes, source, progress, alignment=DEVICE_ALIGNMENT)
     plans: dict[Plan, PlanPart] = {}
     built: dict[Plan, BuildResult] = {}
     for name in PLANS:
