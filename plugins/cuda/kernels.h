@@ -15,7 +15,9 @@
  * - shadowc_*_enqueue only launches kernels on the given stream: no allocation, no synchronisation, no host
  * read of device data, so it can be captured into a CUDA graph. The workspace (aligned to 256 bytes) may hold
  * anything before, and is free for others once the stream has passed.
- * - Results do not depend on the order in which threads run: the same inputs give the same bits.
+ * - Results do not depend on the order in which threads run: the same inputs give the same bits. How the sums
+ * of a row are rounded depends on the rows beside it in its tile, since the units that any of them needs are
+ * summed together.
  * - What lies in device memory can be garbage (autotuning): masks are bits, positions are clamped, so that
  * nothing outside the named tensors is read or written.
  * - Return values: SHADOWC_OK, a negative SHADOWC_* code for arguments (nothing was launched then), or a
@@ -81,7 +83,7 @@ typedef struct {
   const float* scores;  /* [B,Z,L,N]; NaN ranks as +inf and is always active */
   const float* density; /* [density_batch], clamped to 0 ... 1, NaN means 1 */
   float* threshold;     /* [B,Z,L] */
-  int32_t* active;      /* [B,Z,L] units that are not below the threshold */
+  int32_t* active;      /* [B,Z,L] units that are not below the threshold; or null */
 } shadowc_select;
 
 /* y = fc2(relu(fc1(x))) over the active blocks of neurons. With nothing active y is exactly b2, rounded to
@@ -132,7 +134,7 @@ typedef struct {
   const int64_t* start;   /* [B] first slot that holds a real token */
   const int64_t* past;    /* [B] slots filled before this call */
   void* y;                /* act [B,S,E] */
-  void* context;          /* act [B,S,E] before out_proj; 0 for inactive heads */
+  void* context;          /* act [B,S,E] before out_proj; 0 for inactive heads; or null */
   int64_t* read; /* [2] or null: head records and bytes read, per tile as for shadowc_ffn; a record of which
                     only K and V are read counts as one with half the bytes. (-1, -1) if any past is
                     negative, past + S > T, or start is outside 0 ... past + S: what does not fit was

@@ -17,7 +17,7 @@ constexpr int kPitch = kBins + 8;  // copies of a bin lie in different banks
 constexpr int kPerThread = kBins / kThreads;
 
 struct SelectArgs {
-  int tail, layers, units, global, min_active, density_batch, first_row;
+  int tail, layers, units, min_active, density_batch, first_row;
   unsigned long long exempt;  // bit per layer
   const float *scores, *density;
   float* threshold;
@@ -278,7 +278,7 @@ int shadowc_select_enqueue(const shadowc_select* args, void* workspace, cudaStre
   }
   if (t.global && !usable(workspace)) return SHADOWC_BAD_POINTER;
   SelectArgs a = {};
-  a.tail = t.tail, a.layers = t.layers, a.units = t.units, a.global = t.global;
+  a.tail = t.tail, a.layers = t.layers, a.units = t.units;
   a.min_active = t.min_active, a.density_batch = t.density_batch;
   a.scores = t.scores, a.density = t.density, a.threshold = t.threshold, a.active = t.active;
   a.histograms = static_cast<unsigned*>(workspace);

@@ -23,8 +23,9 @@ BARRIERS = [
 ]
 
 PLANTED = {
-    "a store beyond the last column": (
-        "gather_sum.cu", "if (e >= a.width) return;", "if (e > a.width) return;", "wrote beyond an allocation",
+    "a store behind the last row": (
+        "gather_sum.cu", "if (e >= a.width) return;",
+        "if (e >= a.width && (e > a.width || row + 1 < a.chunk.rows)) return;", "wrote beyond an allocation",
     ),
     "a key stored one slot too far": (
         "attend.cuh", "return clamp(past[b]) + s;", "return clamp(past[b]) + s + 1;", "Not equal to tolerance",
