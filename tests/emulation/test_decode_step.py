@@ -18,7 +18,6 @@ import shadowc
 from shadowc.runtime.load import load, read_manifest
 from shadowc.runtime.tensorrt.engine import TensorRtEngine
 from shadowc.spec.density import Density
-from shadowc.spec.options import CompileOptions
 from shadowc.spec.oracle_tensorrt import attach_tensorrt
 from tests.e2e.compiled import options
 from tests.e2e.conftest import stage_cache  # noqa: F401
@@ -76,7 +75,7 @@ def opt_mini_on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _opt_mini(out: Path, target: str, weights: str) -> Path:
-    return shadowc.compile(CompileOptions(model="opt-mini", out=out, target=target, weights=weights, offline=True))
+    return shadowc.compile(options("opt-mini", out, target=target, weights=weights, offline=True))
 
 
 @pytest.mark.slow
