@@ -220,6 +220,7 @@ def test_a_step_that_cannot_be_recorded_says_how_to_do_without(
     trt_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(self: HostDevice) -> int:
+        self.recording = None
         raise InternalError("cudaStreamEndCapture failed")
 
     monkeypatch.setattr(HostDevice, "end_capture", refuse)

@@ -180,6 +180,11 @@ def _decode(change: Callable[[PlanPart], dict[str, Any]]) -> dict[str, Any]:
         (_weight(dtype="bfloat16"), "takes a weight w that the table does not have in this form"),
         (_weight(shape=(5, 3)), "takes a weight w that the table does not have in this form"),
         (
+            _decode(lambda plan: {"inputs": (*plan.inputs, tensor("mystery", "dial", (-1,), (B,)))}),
+            "nobody knows what to write into input mystery of the decode plan",
+        ),
+        (_decode(lambda plan: {"outputs": plan.outputs[1:]}), "the decode plan has no output logits"),
+        (
             _decode(lambda plan: {"outputs": tuple(one.model_copy(update={"alias_of": ""}) for one in plan.outputs)}),
             "does not update the cache in place",
         ),

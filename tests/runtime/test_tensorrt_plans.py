@@ -224,6 +224,13 @@ def test_a_cache_that_is_not_shared_is_refused(trt: FakeTrt, cuda: SimpleNamespa
         opened(trt, cuda, tmp_path)
 
 
+def test_a_version_that_does_not_tell_aliases_is_taken(
+    trt: FakeTrt, cuda: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(FakeEngine, "get_aliased_input_tensor")
+    assert opened(trt, cuda, tmp_path)
+
+
 @pytest.mark.parametrize("family", ["trt10", "rtx1"])
 def test_executions_share_scratch_memory_and_run_on_the_stream(
     trt: FakeTrt, cuda: SimpleNamespace, tmp_path: Path, family: str

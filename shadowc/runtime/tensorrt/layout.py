@@ -6,7 +6,7 @@ Letters: B rows, S tokens, T slots of the cache, H heads, D head size, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -21,6 +21,11 @@ STEP_SLOTS = 256
 ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1, "int32": 4, "int64": 8}
 _TOKEN_AXIS, _SLOT_AXIS = 1, 2
 _INPUT_KINDS = ("token", "state", "dial", "cache")
+_WRITTEN = {
+    "prefill": {"input_ids", "attention_mask"},
+    "decode": {"input_ids", "past", "start", "density_heads", "density_neurons"},
+}
+"""What the host knows to write into a plan's inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +168,10 @@ def contradictions(part: TensorRtPart, weights_bytes: int) -> list[str]:
                 stored is None or (stored.dtype, stored.shape) != (tensor.dtype, tensor.shape)
             ):
                 found.append(f"the {name} plan takes a weight {tensor.name} that the table does not have in this form")
+        unknown = [tensor.name for tensor in exchanged(plan)[0] if tensor.name not in _WRITTEN[name]]
+        found += [f"nobody knows what to write into input {tensor} of the {name} plan" for tensor in unknown]
+        if "logits" not in {tensor.name for tensor in plan.outputs}:
+            found.append(f"the {name} plan has no output logits")
         for tensor in plan.outputs:
             source = inputs.get(tensor.alias_of)
             if tensor.alias_of and (source is None or source.shape != tensor.shape or source.dtype != tensor.dtype):
@@ -188,8 +197,3 @@ def require_consistent(part: TensorRtPart, weights_bytes: int, where: str) -> No
         raise VerificationError(
             f"{where} contradicts itself: {found[0]}", hint="compile the engine again", problems=tuple(found)
         )
-
-
-def by_name(tensors: Iterable[PlanTensor]) -> Mapping[str, PlanTensor]:
-    """Tensors by their names."""
-    return {tensor.name: tensor for tensor in tensors}

@@ -70,8 +70,9 @@ def open_plan(bindings: Bindings, cuda: Cudart, path: Path, part: PlanPart, scra
         name = sorted(expected ^ found)[0]
         where = "engine.json" if name in expected else "the plan"
         raise VerificationError(f"{path}: only {where} has a tensor {name}", hint=REBUILD)
+    shared = getattr(engine, "get_aliased_input_tensor", lambda name: None)  # older versions cannot say
     for tensor in part.outputs:
-        if tensor.alias_of and engine.get_aliased_input_tensor(tensor.name) not in (tensor.alias_of, None):
+        if tensor.alias_of and shared(tensor.name) not in (tensor.alias_of, None):
             raise VerificationError(f"{path}: output {tensor.name} is no alias of {tensor.alias_of}", hint=REBUILD)
     scratch.want(int(engine.device_memory_size_v2))
     return TrtPlan(bindings, cuda, runtime, engine, scratch, hashlib.sha256(content).hexdigest())

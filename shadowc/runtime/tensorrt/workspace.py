@@ -177,9 +177,9 @@ class Workspace:
         self._device.begin_capture()
         try:
             self._step.enqueue()
-        except InternalError:
+        except BaseException:
             with suppress(InternalError):  # the first error is the one that says something
-                self._device.end_capture()
+                self._device.release_graph(self._device.end_capture())
             raise
         try:
             return self._arena.graph(self._device.end_capture())
