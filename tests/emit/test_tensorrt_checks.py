@@ -58,6 +58,17 @@ def test_builder_of_another_family_does_not_count(only) -> None:
     assert checks.builder_of("tensorrt-rtx") is RTX
 
 
+@pytest.mark.parametrize(("version", "known"), [("10.13.3.9", False), ("10.14.1", True), ("10.16", True)])
+def test_builder_that_cannot_parse_the_prefill_is_too_old(only, version: str, known: bool) -> None:
+    only(dataclasses.replace(TRT10, version=version))
+    if known:
+        assert checks.builder_of("tensorrt").version == version
+        return
+    with pytest.raises(SetupError, match=r"TensorRT 10\.13\.3\.9 is too old: .* expected 10\.14 or newer") as caught:
+        checks.builder_of("tensorrt")
+    assert "--upgrade" in caught.value.hint
+
+
 def test_missing_plugin_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SHADOWC_TRT_LIBRARY", str(tmp_path / "gone.so"))
     with pytest.raises(SetupError, match=r"names .*gone\.so, which is no file"):

@@ -13,6 +13,7 @@ from shadowc.runtime.tensorrt.bindings import TARGETS, Bindings, installed_bindi
 from shadowc.runtime.tensorrt.cuda import open_cuda
 from shadowc.runtime.tensorrt.machine import installed_plugin
 from shadowc.spec.errors import InputError, SetupError, ShadowcError, UnsupportedError
+from shadowc.spec.manifest import TrtFamily
 
 if TYPE_CHECKING:
     from shadowc.checkpoint.opt import OptFacts
@@ -27,6 +28,8 @@ RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT for RTX 1.7 can build for."""
 RTX_PORTABLE = ("8.0", "8.6", "8.9", "12.0")
 """What it builds for if nothing else is asked for; cards above the last one run the plan too."""
+LOWEST: dict[TrtFamily, tuple[int, ...]] = {"rtx1": (1, 7), "trt10": (10, 14), "trt11": (11,)}
+"""Of each family, the first version that parses ONNX `Attention` (RTX: the one that was tested)."""
 _EXTRA = {"tensorrt-rtx": "rtx", "tensorrt": "tensorrt"}
 _TITLE = {"tensorrt-rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
 
@@ -52,6 +55,13 @@ def builder_of(target: str) -> Bindings:
     found, problems = installed_bindings()
     for bindings in found:
         if TARGETS[bindings.family] == target:
+            lowest = LOWEST[bindings.family]
+            if _numbers(bindings.version)[: len(lowest)] < lowest:
+                raise SetupError(
+                    f"{bindings.title} is too old: its parser knows no Attention; expected "
+                    f"{'.'.join(map(str, lowest))} or newer",
+                    hint=f"pip install --upgrade 'shadowc[{_EXTRA[target]}]'",
+                )
             return bindings
     others = f"; installed is {', '.join(one.title for one in found)}" if found else ""
     raise SetupError(
@@ -186,5 +196,5 @@ def checks(options: CompileOptions) -> Sequence[Callable[[], object]]:
     )
 
 
-def _numbers(capability: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in capability.split("."))
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
