@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -293,6 +294,31 @@ def test_cache_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: p
     folder = write_pickled(tmp_path, some_tensors())
     monkeypatch.setenv("SHADOWC_CACHE", str(folder / "config.json" / "cache"))
     assert "SHADOWC_CACHE" in refusal(folder, SetupError).hint
+
+
+def test_full_disk_is_named_and_leaves_nothing(
+    tmp_path: Path, own_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = write_pickled(tmp_path, some_tensors())
+    monkeypatch.setattr(pickled.os, "fsync", full)
+    error = refusal(folder, SetupError)
+    assert f"no space left for the cache folder {own_cache}" in error.message
+    assert cached(own_cache) == []
+
+
+TORCH = "print('torch' in sys.modules)"
+
+
+def test_safetensors_are_read_without_torch(tmp_path: Path) -> None:
+    code = "import sys; from shadowc.checkpoint.resolve import resolve; resolve(sys.argv[1]); "
+    folder = write_single(tmp_path, some_tensors())
+    done = subprocess.run(
+        [sys.executable, "-c", code + TORCH, folder], capture_output=True, text=True, check=True, timeout=120
+    )
+    assert done.stdout == "False\n"
 
 
 def test_progress_of_the_conversion_reaches_the_total_over_all_shards(tmp_path: Path) -> None:
