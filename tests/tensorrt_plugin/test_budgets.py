@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ptxas says about the kernels: no spills, and registers and shared memory within a budget per kernel.
+"""What ptxas says about the kernels: registers, shared memory and spills stay within a budget per kernel.
 
 A budget is a promise about occupancy: 64 registers let 1024 threads of an SM run, 128 let 512. Where a change exceeds
 one, look at the kernel before the number.
@@ -10,26 +10,28 @@ from __future__ import annotations
 import pytest
 
 from tests.tensorrt_plugin import checks, toolchain
+from tests.tensorrt_plugin.checks import Budget
 
-# kernel -> (registers per thread, bytes of shared memory per block); over all types and architectures
+# Over all types and architectures. The two that may spill do so on Blackwell only, where ptxas stops at 32 (80)
+# registers although the block could have more: once per selection, and one word per warp and record.
 BUDGETS = {
-    "attend_span": (80, 4160),
-    "clear": (8, 0),
-    "clear_histograms": (8, 0),
-    "copy_prefix": (24, 0),
-    "count_layer": (40, 32968),
-    "finish_global": (56, 32968),
-    "finish_sum": (64, 0),
-    "hidden_of_listed": (152, 0),
-    "list_tile": (40, 320),
-    "merge_spans": (48, 0),
-    "project": (184, 0),
-    "select_local": (56, 32968),
-    "sum_members": (208, 16896),
+    "attend_span": Budget(registers=80, shared=4160),
+    "clear": Budget(registers=8),
+    "clear_histograms": Budget(registers=8),
+    "copy_prefix": Budget(registers=24),
+    "count_layer": Budget(registers=40, shared=32968),
+    "finish_global": Budget(registers=56, shared=32968),
+    "finish_sum": Budget(registers=64),
+    "hidden_of_listed": Budget(registers=152, spilled=8),
+    "list_tile": Budget(registers=40, shared=320),
+    "merge_spans": Budget(registers=48),
+    "project": Budget(registers=184),
+    "select_local": Budget(registers=56, shared=32968, spilled=32),
+    "sum_members": Budget(registers=208, shared=16896),
 }
 
 
-def test_no_kernel_spills_and_all_keep_their_budget():
+def test_every_kernel_keeps_its_budget():
     reports = toolchain.ptxas_reports()
     if not reports:
         pytest.skip("no build folder here (an installed wheel): " + toolchain.NO_PLUGIN)
@@ -71,14 +73,14 @@ def report(tmp_path_factory):
 
 
 def test_a_kernel_that_spills_is_noticed(report):
-    found = checks.budget(report, {"greedy": (255, 0), "roomy": (255, 8192)})
+    found = checks.budget(report, {"greedy": Budget(255), "roomy": Budget(255, 8192)})
     assert len(found) == 1
     assert "greedy" in found[0]
-    assert "by spills" in found[0]
+    assert "bytes of stack and spills, budget 0" in found[0]
 
 
 def test_too_many_registers_too_much_shared_memory_and_unknown_kernels_are_noticed(report):
-    found = " ".join(checks.budget(report, {"roomy": (4, 8191), "gone": (1, 1)}))
+    found = " ".join(checks.budget(report, {"roomy": Budget(4, 8191), "gone": Budget(1)}))
     assert "greedyPKfPf for sm_80: no budget for this kernel" in found
     assert "registers, budget 4" in found
     assert "8192 bytes of shared memory, budget 8191" in found
