@@ -10,7 +10,8 @@
 
 #if __has_include(<ort_genai_c.h>)
 #include <ort_genai_c.h>
-#else  // The Python package of onnxruntime-genai has the library, but no header: this is what is used of it here.
+#else  // The Python package of onnxruntime-genai has the library, but no header: this is what is used of it
+       // here.
 typedef struct OgaResult OgaResult;
 typedef struct OgaModel OgaModel;
 typedef struct OgaTokenizer OgaTokenizer;

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""genai_config.json: lets stock onnxruntime-genai (C, C++, C#, Java, Python) run the folder as it is."""
+"""genai_config.json: lets stock onnxruntime-genai (C, C++, C#, Java, Python) run the folder as it is.
+
+`past_present_share_buffer` is no choice: the operators take a cache of fixed capacity as past and as present.
+onnxruntime-genai looks for a relative `custom_ops_library` in the folder first. See examples/genai.
+"""
 
 from __future__ import annotations
 

@@ -20,8 +20,8 @@ GENAI = ROOT / "examples" / "genai"
 BUILDS = ROOT / "build" / "examples"
 GENAI_VERSION = "0.18.0"
 """The newest that was tested; examples/genai/README.md has the others."""
-MINUTES = 60
-"""Seconds."""
+LONGEST = 600
+"""Seconds that a command may take."""
 
 
 def missing_for_cpp() -> str:
@@ -57,7 +57,7 @@ def build_cpp(name: str, **variables: Path | None) -> Path:
     chosen = {"ONNXRUNTIME_INCLUDE": headers(), "ONNXRUNTIME_LIBRARY": wheel_library(), **variables}
     with _alone(name):
         defines = [f"-D{key}={value}" for key, value in chosen.items() if value is not None]
-        ran(["cmake", "-S", str(CPP), "-B", str(folder), *defines])
+        ran(["cmake", "--fresh", "-S", str(CPP), "-B", str(folder), *defines])
         ran(["cmake", "--build", str(folder)])
     return folder / "shadowc_generate"
 
@@ -70,8 +70,8 @@ def genai_environment() -> Path:
         if not ready.is_file():
             shutil.rmtree(folder, ignore_errors=True)
             ran([sys.executable, "-m", "venv", str(folder)])
-            pip = [str(folder / "bin" / "pip"), "install", "--quiet", "--disable-pip-version-check"]
-            ran([*pip, f"onnxruntime-genai=={GENAI_VERSION}"])
+            pip = [folder / "bin" / "python", "-m", "pip", "--disable-pip-version-check"]
+            ran([*pip, "install", "--quiet", f"onnxruntime-genai=={GENAI_VERSION}"])
             ready.touch()
     return folder
 
@@ -92,7 +92,7 @@ def run(command: Sequence[object], **variables: str) -> subprocess.CompletedProc
     """Run a command and keep what it prints."""
     environment = {**os.environ, **variables}
     return subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, check=False, timeout=10 * MINUTES, env=environment
+        list(map(str, command)), capture_output=True, text=True, check=False, timeout=LONGEST, env=environment
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import shadowc
+from tests.conftest import TINY
 from tests.emit import engines
 from tests.examples import hosts
 
@@ -58,7 +59,7 @@ def test_tokens_equal_those_of_python_single_and_batched(
 
 
 def test_the_environment_is_stock_and_the_dial_turns(genai: Path, folders: dict[str, Path]) -> None:
-    listed = hosts.ran([genai / "bin" / "pip", "list"]).stdout
+    listed = hosts.ran([genai / "bin" / "python", "-m", "pip", "list"]).stdout
     assert "onnxruntime-genai" in listed
     assert "shadowc" not in listed
     runs = [generate(genai, folders["fp32"], BATCH[:1], 40, "--density", share) for share in (1, 0.5, 0.2)]
@@ -74,6 +75,16 @@ def test_prompts_of_unequal_length_give_what_each_gives_alone(genai: Path, folde
     rows = [BATCH[0][:4], BATCH[1], BATCH[2][:4], BATCH[0]]
     found = generate(genai, folders["fp32"], rows, 20)
     assert found == [by_python(folders["fp32"], [row], 20)[0] for row in rows]
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_padding_of_onnxruntime_genai_would_be_wrong(genai: Path, folders: dict[str, Path], side: str) -> None:
+    short, pads = BATCH[0][:4], [TINY["pad_token_id"]] * 3
+    padded = [*pads, *short] if side == "left" else [*short, *pads]
+    found = generate(genai, folders["fp32"], [padded, BATCH[1]], 20)
+    alone = by_python(folders["fp32"], [short], 20)[0]
+    assert found[0][7:] != alone[4:], "it has changed: generate.py need not group by length any more"
+    assert found[1] == by_python(folders["fp32"], [BATCH[1]], 20)[0]
 
 
 def test_rows_end_at_their_end_token(genai: Path, tiny_model: OPTForCausalLM, tmp_path: Path) -> None:
