@@ -10,7 +10,7 @@ BIN := .venv/bin
 READY := .venv/ready-$(shell pwd | cksum | cut -d' ' -f1)
 NATIVE := $(shell find CMakeLists.txt cmake plugins \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \
           -o -name '*.cmake' -o -name '*.map' -o -name CMakeLists.txt -o -name '*.sh' \) 2>/dev/null)
-CXX_SOURCES = $(shell find plugins examples tests/gpu \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
+CXX_SOURCES = $(shell find plugins examples tests \( -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' \) 2>/dev/null)
 # Two workers with one thread each: two cores, and no worker waits for the other's.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses=2 --dist=worksteal
 FAST := not slow and not network
