@@ -37,9 +37,11 @@ def bench(
 
 
 def _show(report: BenchReport) -> None:
+    where = f"{report.threads} threads, {report.isa}" if report.threads else report.isa
+    stream = "a stream reads" if report.threads else "a copy reads and writes"
     render.line(
-        f"{report.model}, {report.weights}, {report.threads} threads, {report.isa}; median of {report.rounds} rounds "
-        f"of {report.tokens} tokens; a stream reads {report.stream_gigabytes_per_second:.1f} GB/s here"
+        f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens; "
+        f"{stream} {report.stream_gigabytes_per_second:.1f} GB/s here"
     )
     render.table(
         ("density", "ms/token", "from", "to", "MB/token", "GB/s", "of stream", "speed-up"),

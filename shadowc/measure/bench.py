@@ -7,7 +7,7 @@ a shared machine drifts: medians and ratios within the run are what may be quote
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shadowc.spec.density import Density
+from shadowc.spec.errors import InternalError
 from shadowc.spec.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from shadowc.runtime.engine import Engine
-    from shadowc.runtime.library import OpLibrary
+    from shadowc.runtime.causal import CausalEngine
 
 STREAM_BYTES = 1 << 30
 STREAM_REPEATS = 2
@@ -65,7 +65,9 @@ class BenchReport:
     model: str
     weights: str
     threads: int
+    """Of the operators; 0 where a GPU runs them."""
     isa: str
+    """Instruction set of the kernels, or the GPU."""
     rounds: int
     tokens: int
     stream_gigabytes_per_second: float
@@ -81,25 +83,58 @@ def bench(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Measures batch-1 decoding at every density, `skip_zeros` off and on.
+    """Measures batch-1 decoding at every density; on the CPU with `skip_zeros` off and on.
 
     Args:
         folder: the engine.
-        densities: each is measured without and with skip_zeros. The first row, the base of every speed-up, is the
-            dense twin: the same weights and kernels without predictor and masks.
+        densities: on the CPU each is measured without and with skip_zeros. The first row is the base of every
+            speed-up. On the CPU it is the dense twin: the same weights and kernels without predictor and masks; on a
+            GPU, whose plan cannot be changed any more, the same engine at density 1.
         rounds: how often the whole table is measured.
         tokens: tokens generated per measurement; the first one is not timed.
         threads: intra-op threads; None: one per core.
         progress: told about runs.
 
     Raises:
-        UnsupportedError: the engine is not of target cpu.
+        ShadowcError: the engine cannot be loaded here, see `shadowc.load`.
     """
-    from shadowc.runtime.load import load_cpu
+    from shadowc.runtime.load import read_manifest
 
     progress = progress or NullProgress()
+    manifest = read_manifest(folder)
+    side = _on_cpu(folder, densities, threads) if manifest.tensorrt is None else _on_gpu(folder, densities, threads)
+    stream, times, sizes = _measure(side.jobs, side.bandwidth, rounds, tokens, progress)
+    rows = tuple(
+        _row(setting, times[index], times[0], sizes[index], stream) for index, (setting, _) in enumerate(side.jobs)
+    )
+    return BenchReport(
+        model=manifest.model.name,
+        weights=manifest.weights,
+        threads=side.threads,
+        isa=side.isa,
+        rounds=rounds,
+        tokens=tokens,
+        stream_gigabytes_per_second=median(stream) / 1e9,
+        rows=rows,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Side:
+    """What is measured, and where."""
+
+    jobs: Sequence[tuple[Setting, CausalEngine]]
+    bandwidth: Callable[[], float]
+    """Measures how many bytes per second the memory gives."""
+    threads: int
+    isa: str
+
+
+def _on_cpu(folder: Path, densities: Sequence[Density], threads: int | None) -> _Side:
+    from shadowc.runtime.load import load_cpu
+
     engines = {flag: load_cpu(folder, threads=threads, skip_zeros=flag) for flag in (False, True)}
-    jobs = [
+    jobs: list[tuple[Setting, CausalEngine]] = [
         (Setting(_label("dense twin", flag), Density(), flag), engine.dense_twin()) for flag, engine in engines.items()
     ]
     if engines[False].manifest.sparsity is not None:
@@ -108,20 +143,25 @@ def bench(
             for density in densities
             for flag, engine in engines.items()
         ]
-    library = engines[False].op_library
-    stream, times, sizes = _measure(jobs, library, engines[False].threads, rounds, tokens, progress)
-    rows = tuple(_row(setting, times[index], times[0], sizes[index], stream) for index, (setting, _) in enumerate(jobs))
-    manifest = engines[False].manifest
-    return BenchReport(
-        model=manifest.model.name,
-        weights=manifest.weights,
-        threads=engines[False].threads,
-        isa=library.isa,
-        rounds=rounds,
-        tokens=tokens,
-        stream_gigabytes_per_second=median(stream) / 1e9,
-        rows=rows,
-    )
+    library, used = engines[False].op_library, engines[False].threads
+    return _Side(jobs, lambda: library.stream_read(STREAM_BYTES, used, STREAM_REPEATS), used, library.isa)
+
+
+def _on_gpu(folder: Path, densities: Sequence[Density], threads: int | None) -> _Side:
+    from shadowc.runtime.load import load
+    from shadowc.runtime.tensorrt.engine import TensorRtEngine
+
+    engine = load(folder, threads=threads)
+    if not isinstance(engine, TensorRtEngine):
+        raise InternalError(f"{folder} was loaded as {type(engine).__name__}")
+    chosen = [Density(), *(density for density in densities if density != Density())]
+    if engine.manifest.sparsity is None:
+        chosen = chosen[:1]
+    jobs = [
+        (Setting(f"{density.heads:g} heads, {density.neurons:g} neurons", density, engine.skip_zeros), engine)
+        for density in chosen
+    ]
+    return _Side(jobs, lambda: engine.copy_bandwidth(STREAM_BYTES, STREAM_REPEATS), 0, engine.device_name)
 
 
 def _label(name: str, skip_zeros: bool) -> str:
@@ -129,9 +169,8 @@ def _label(name: str, skip_zeros: bool) -> str:
 
 
 def _measure(
-    jobs: Sequence[tuple[Setting, Engine]],
-    library: OpLibrary,
-    threads: int,
+    jobs: Sequence[tuple[Setting, CausalEngine]],
+    bandwidth: Callable[[], float],
     rounds: int,
     tokens: int,
     progress: Progress,
@@ -147,7 +186,7 @@ def _measure(
             _decode(engine, prompt, 4, setting.density)
             progress.advance(index + 1, len(jobs) * (rounds + 1), "runs")
         for turn in range(rounds):
-            stream.append(library.stream_read(STREAM_BYTES, threads, STREAM_REPEATS))
+            stream.append(bandwidth())
             for index, (setting, engine) in enumerate(jobs):
                 seconds, sizes[index] = _decode(engine, prompt, tokens, setting.density)
                 times[index].append(seconds)
@@ -155,7 +194,7 @@ def _measure(
     return stream, times, sizes
 
 
-def _decode(engine: Engine, prompt: npt.NDArray[np.int64], tokens: int, density: Density) -> tuple[float, float]:
+def _decode(engine: CausalEngine, prompt: npt.NDArray[np.int64], tokens: int, density: Density) -> tuple[float, float]:
     engine.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, density=density)
     stats = engine.last_stats
     return stats.seconds / stats.tokens, stats.bytes_read

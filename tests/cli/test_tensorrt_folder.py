@@ -26,7 +26,12 @@ def plan_engine(engine: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     "arguments",
-    [("run", "a lazy dog"), ("run", "a lazy dog", "--json", "--density", "0.5"), ("eval", "--text", "TEXT")],
+    [
+        ("run", "a lazy dog"),
+        ("run", "a lazy dog", "--json", "--density", "0.5"),
+        ("eval", "--text", "TEXT"),
+        ("bench",),
+    ],
 )
 def test_what_needs_the_device_says_in_one_sentence_that_there_is_none(
     shadowc: Shadowc, plan_engine: Path, tmp_path: Path, arguments: tuple[str, ...]
@@ -41,13 +46,14 @@ def test_what_needs_the_device_says_in_one_sentence_that_there_is_none(
     assert said[0].startswith(f"error: {plan_engine} cannot run here: ")
     assert any(sentence in said[0] for sentence in NO_GPU)
     assert said[1].startswith("next: run it on a machine with an NVIDIA GPU")
+    assert "--model opt-tiny --target cpu" in said[1]
     assert not result.stdout
 
 
 @pytest.mark.parametrize(
     ("command", "rest", "says"),
     [
-        ("bench", (), "this works on engines of target cpu"),
+        ("bench", ("--threads", "2"), "threads: for engines of target cpu"),
         ("run", ("a dog", "--threads", "2"), "threads: for engines of target cpu"),
         ("run", ("a dog", "--reference"), "reference: for engines of target cpu"),
         ("verify", ("--against", "opt-mini"), "this works on engines of target cpu"),

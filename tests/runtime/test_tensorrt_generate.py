@@ -168,6 +168,23 @@ def test_memory_of_other_batch_sizes_is_used_when_it_is_short(trt_folders: dict[
         host.generate(prompts(4, 60), max_new_tokens=3, density=0.5)
 
 
+def test_bench_measures_the_engine_at_each_density_beside_copies_on_the_device(
+    trt_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from shadowc.measure import bench
+
+    counting = on_host(trt_folders["fp32"], kernels=True)
+    monkeypatch.setattr("shadowc.runtime.load.load", lambda folder, threads: counting)
+    monkeypatch.setattr(bench, "STREAM_BYTES", 1 << 16)
+    report = bench.bench(trt_folders["fp32"], densities=[Density(), Density(0.5, 0.25)], rounds=1, tokens=4)
+    assert (report.threads, report.isa) == (0, "host memory (compute capability 8.6)")
+    assert [row.label for row in report.rows] == ["1 heads, 1 neurons", "0.5 heads, 0.25 neurons"]
+    assert report.rows[0].speedup == 1
+    assert report.rows[1].megabytes_per_token < report.rows[0].megabytes_per_token
+    assert all(row.skip_zeros for row in report.rows)
+    assert report.stream_gigabytes_per_second > 0
+
+
 def test_closing_gives_all_memory_back(trt_folders: dict[str, Path]) -> None:
     device = HostDevice()
     host = on_host(trt_folders["fp32"], device=device)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
 from shadowc.runtime.causal import COUNTED, CausalEngine
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 PlanName = Literal["prefill", "decode"]
 KEPT_SIZES = 2
 """Batch sizes whose cache and graph stay on the device."""
+_COPIES = 8
+"""Copies between two looks at the clock, so that launching them costs nothing beside."""
 
 
 class TensorRtEngine(CausalEngine):
@@ -97,6 +101,34 @@ class TensorRtEngine(CausalEngine):
             attention_mask,
         )
         return logits_BSV
+
+    @property
+    def device_name(self) -> str:
+        """The GPU."""
+        return str(self._device.gpu)
+
+    @cached_property
+    def skip_zeros(self) -> bool:
+        """Whether the plan leaves out the second half of neurons whose ReLU is 0."""
+        import onnx
+
+        graph = onnx.load(self.folder / self._part.plans["decode"].onnx, load_external_data=False).graph
+        return any(attribute.i for node in graph.node for attribute in node.attribute if attribute.name == "skip_zeros")
+
+    def copy_bandwidth(self, size: int, repeats: int) -> float:
+        """Best bytes per second, read and written together, of `repeats` copies of `size` bytes on the device."""
+        arena = Arena(self._device)
+        to, source = arena.allocate(size), arena.allocate(size)
+        best = float("inf")
+        for _ in range(repeats + 1):  # the first copy touches the memory
+            self._device.synchronize()
+            began = perf_counter()
+            for _ in range(_COPIES):
+                self._device.copy_rows(to, size, source, size, size, 1)
+            self._device.synchronize()
+            best = min(best, perf_counter() - began)
+        arena.close()
+        return 2 * size * _COPIES / best
 
     def close(self) -> None:
         """Give all device memory back; the engine cannot run any more."""

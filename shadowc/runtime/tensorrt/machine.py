@@ -92,7 +92,8 @@ def problems(manifest: EngineManifest, machine: Machine) -> list[Problem]:
     if part is None:
         raise InternalError("an engine of target cpu was asked for its TensorRT part")
     if isinstance(machine.gpu, SetupError):
-        return [Problem(machine.gpu.message, machine.gpu.hint, SetupError)]
+        hint = machine.gpu.hint.replace("--model NAME", f"--model {shlex.quote(manifest.model.name)}")
+        return [Problem(machine.gpu.message, hint, SetupError)]
     found = [
         *_library_problems(part, manifest, machine.library),
         *_gpu_problems(part, manifest, machine.gpu),
