@@ -80,7 +80,7 @@ class TensorRtEngine(CausalEngine):
         attention_mask: object = None,
         scores: ScoreSource | None = None,
     ) -> Floats:
-        """Teacher-forced logits [B,S,V], see `Engine.logits`.
+        """Teacher-forced logits [B,S,V], see CausalEngine.logits.
 
         Raises:
             InputError: an argument is out of range, or the ids are longer than the context.
