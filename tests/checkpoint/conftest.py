@@ -28,3 +28,18 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.fixture
+def conversions(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were really converted."""
+    from shadowc.checkpoint import pickled
+
+    done, original = [], pickled.convert
+
+    def count(path: Path, *others: object) -> None:
+        done.append(path.name)
+        original(path, *others)
+
+    monkeypatch.setattr(pickled, "convert", count)
+    return done
