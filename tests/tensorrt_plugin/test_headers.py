@@ -118,32 +118,45 @@ def test_headers_from_the_network_that_differ_from_their_hash_are_not_used(searc
     assert "TensorRT plugin: not built" in said
 
 
-@needs_cmake
-def test_headers_of_the_tag_match_their_hash_and_the_installed_version_picks_the_tag(search):
-    sets = {version: folder for version, folder in toolchain.header_sets().items() if version in ("10.3.0", "11.1.0")}
-    if not sets:
-        pytest.skip("needs the headers of 10.3 or 11.1 of NVIDIA/TensorRT: set TENSORRT_INCLUDE_DIR")
-    for version, folder in sets.items():
-        tag = {"10.3.0": "v10.3.0", "11.1.0": "v11.1"}[version]
-        shutil.copytree(folder, search.folder / "mirror" / tag / "include")
-        python = search.folder / "python"  # stands for one in whose environment this TensorRT is installed
-        python.write_text(f"#!/bin/sh\necho {version}.26\n")
-        python.chmod(0o755)
-        _, said = search(SHADOWC_TENSORRT_URL=(search.folder / "mirror").as_uri(), SHADOWC_PYTHON=python)
-        assert f"out/tensorrt_headers/{tag}" in said
+OLDEST_AND_NEWEST = {"10.3.0": "v10.3.0", "11.1.0": "v11.1"}
+
+
+def fetched(search: Search, version: str, url: str) -> Path:
+    """The folder of headers that CMake fetches from `url` where TensorRT `version` is installed."""
+    python = search.folder / "python"  # stands for one whose packages hold that TensorRT
+    python.write_text(f"#!/bin/sh\necho {version}.26\n")
+    python.chmod(0o755)
+    status, said = search(SHADOWC_TENSORRT_URL=url, SHADOWC_PYTHON=python)
+    assert status == 0
+    folder = search.folder / "out" / "tensorrt_headers" / OLDEST_AND_NEWEST[version]
+    assert f"found trt{version.split('.')[0]} in {folder}" in said
+    return folder
 
 
 @needs_cmake
+@pytest.mark.parametrize("version", OLDEST_AND_NEWEST)
+def test_headers_of_the_installed_versions_tag_match_their_hash(search, version):
+    here = toolchain.header_sets().get(version)
+    if here is None:
+        pytest.skip(f"needs the headers of TensorRT {version} in TENSORRT_INCLUDE_DIR, to stand for the network")
+    shutil.copytree(here, search.folder / "mirror" / OLDEST_AND_NEWEST[version] / "include")
+    fetched(search, version, (search.folder / "mirror").as_uri())
+
+
+@needs_cmake
+@needs_compiler
 @pytest.mark.network
-def test_headers_of_the_newest_tag_come_from_the_network(search):
+@pytest.mark.parametrize("version", OLDEST_AND_NEWEST)
+def test_sources_compile_against_the_oldest_and_newest_headers_from_the_network(search, version):
     url = "https://raw.githubusercontent.com/NVIDIA/TensorRT"
     try:
         urllib.request.urlopen(f"{url}/v11.1/include/NvInferVersion.h", timeout=10).close()
     except OSError as error:
         pytest.skip(f"{url} does not answer: {error}")
-    status, said = search(SHADOWC_TENSORRT_URL=url, SHADOWC_PYTHON="/bin/false")
-    assert status == 0
-    assert "found trt11 in" in said
+    folder = fetched(search, version, url)
+    if toolchain.cuda_include() is None:
+        pytest.skip("needs the CUDA toolkit's headers")
+    assert complaints(folder, sorted(toolchain.PLUGIN_SOURCES.glob("*.cc"))) == ""
 
 
 # --- SHADOWC_CUDA ---------------------------------------------------------------------------------------------------
