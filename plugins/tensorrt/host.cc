@@ -6,7 +6,8 @@
 namespace shadowc::trt {
 namespace {
 
-constexpr const char* kSonames[] = {"libtensorrt_rtx.so.1", "libnvinfer.so.11", "libnvinfer.so.10"};
+constexpr const char* kSonames[] = {"libtensorrt_rtx.so.1", "libnvinfer.so.11", "libnvinfer.so.10",
+                                    "libnvinfer_lean.so.11", "libnvinfer_lean.so.10"};
 // The first TensorRT for RTX that was seen to have the tables of the 11.x headers.
 constexpr int32_t kRtxWithTablesOf11 = 10701;
 
