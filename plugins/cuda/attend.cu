@@ -159,32 +159,24 @@ __device__ inline Merged merge_parts(const float* part, int parts, int stride, i
 
 __device__ inline float quotient(const Merged& all) { return all.sum == 0.0f ? 0.0f : all.value / all.sum; }
 
+// A lane's part of the query.
 template <class T, int V>
-__global__ void __launch_bounds__(kAttendWarps* kWarp)
-    attend_span(const AttendArgs a, int spans, int group_width) {
-  constexpr int N = HeadSlice<T, V>::kElements, kStride = SHADOWC_MAX_HEAD_SIZE + 2;
-  SHADOWC_SHARED(float, parts, kAttendWarps* kStride);
-  const Place place{static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.x)};
-  const int span = blockIdx.y, row = a.chunk.first + place.row, b = row / a.tokens, size = a.head_size;
-  if (!row_mask(a.mask, a.tokens, row).runs(place.head)) {
-    for (int d = threadIdx.x; span == 0 && d < size; d += kAttendWarps * kWarp) place.store(a, d, 0.0f);
-    return;
-  }
-  const int begin = a.positions.first(b) + span * kSpan, end = a.positions.end(b, row % a.tokens);
-  if (span > 0 && begin >= end) return;
-  const int stop = min(end, begin + kSpan);
-
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, in_group = lane % group_width;
-  const int groups = kAttendWarps * kWarp / group_width, group = threadIdx.x / group_width;
-  const size_t cache = (static_cast<size_t>(b) * a.heads + place.head) * a.positions.capacity * size;
-  const T *key = static_cast<const T*>(a.key) + cache, *value = static_cast<const T*>(a.value) + cache;
-  HeadSlice<T, V> query;
+__device__ inline HeadSlice<T, V> query_slice(const float* query, int lane, int size) {
+  HeadSlice<T, V> slice;
 #pragma unroll
-  for (int i = 0; i < N; ++i) {
-    const int d = HeadSlice<T, V>::element(in_group, i);
-    const size_t at = (static_cast<size_t>(place.row) * a.heads + place.head) * size + d;
-    query.at[i] = d < size ? a.query[at] : 0.0f;
+  for (int i = 0; i < HeadSlice<T, V>::kElements; ++i) {
+    const int d = HeadSlice<T, V>::element(lane, i);
+    slice.at[i] = d < size ? query[d] : 0.0f;
   }
+  return slice;
+}
+
+// What each group sees of slots begin ... stop - 1 of one head; the groups of the block take turns.
+template <class T, int V, int N>
+__device__ inline Running<N> see_slots(const HeadSlice<T, V>& query, const T* key, const T* value, int size,
+                                       int begin, int stop, int group_width) {
+  const int in_group = threadIdx.x % group_width, group = threadIdx.x / group_width;
+  const int groups = kAttendWarps * kWarp / group_width;
   Running<N> run = {-INFINITY, 0.0f, {}};
   for (int base = begin; base < stop; base += groups * kSlotsAhead) {
     RawSlice<T, V> keys[kSlotsAhead], values[kSlotsAhead];
@@ -198,19 +190,48 @@ __global__ void __launch_bounds__(kAttendWarps* kWarp)
     }
     add_slots<T, V, N>(query, keys, values, seen, group_width, &run);
   }
-  merge_groups<N>(group_width, &run);
+  return run;
+}
 
-  float* part = parts + warp * kStride;
+// The first group of a warp writes what the warp has seen: value [D], most, sum.
+template <class T, int V, int N>
+__device__ inline void store_part(const Running<N>& run, int group_width, int size, float* part) {
+  const int lane = threadIdx.x % kWarp;
+  if (lane >= group_width) return;
 #pragma unroll
   for (int i = 0; i < N; ++i) {
-    const int d = HeadSlice<T, V>::element(in_group, i);
-    if (lane < group_width && d < size) part[d] = run.value[i];
+    const int d = HeadSlice<T, V>::element(lane, i);
+    if (d < size) part[d] = run.value[i];
   }
-  if (lane == 0) {
-    part[size] = run.most;
-    part[size + 1] = run.sum;
+  if (lane != 0) return;
+  part[size] = run.most;
+  part[size + 1] = run.sum;
+}
+
+template <class T, int V>
+__global__ void __launch_bounds__(kAttendWarps* kWarp)
+    attend_span(const AttendArgs a, int spans, int group_width) {
+  constexpr int N = HeadSlice<T, V>::kElements, kStride = SHADOWC_MAX_HEAD_SIZE + 2;
+  SHADOWC_SHARED(float, parts, kAttendWarps* kStride);
+  const Place place{static_cast<int>(blockIdx.z), static_cast<int>(blockIdx.x)};
+  const int span = blockIdx.y, row = a.chunk.first + place.row, b = row / a.tokens, size = a.head_size;
+  if (!row_mask(a.mask, a.tokens, row).runs(place.head)) {
+    for (int d = threadIdx.x; span == 0 && d < size; d += kAttendWarps * kWarp) place.store(a, d, 0.0f);
+    return;
   }
+  const int begin = a.positions.first(b) + span * kSpan, end = a.positions.end(b, row % a.tokens);
+  if (span > 0 && begin >= end) return;
+
+  const size_t cache = (static_cast<size_t>(b) * a.heads + place.head) * a.positions.capacity * size;
+  const float* vector = a.query + (static_cast<size_t>(place.row) * a.heads + place.head) * size;
+  const auto query = query_slice<T, V>(vector, threadIdx.x % group_width, size);
+  Running<N> run =
+      see_slots<T, V, N>(query, static_cast<const T*>(a.key) + cache, static_cast<const T*>(a.value) + cache,
+                         size, begin, min(end, begin + kSpan), group_width);
+  merge_groups<N>(group_width, &run);
+  store_part<T, V, N>(run, group_width, size, parts + threadIdx.x / kWarp * kStride);
   __syncthreads();
+
   const int d = threadIdx.x;
   if (d >= size) return;
   const Merged all = merge_parts(parts, kAttendWarps, kStride, size, d);
