@@ -99,8 +99,16 @@ def test_generation_stops_at_the_end_token(cpp_host: Path, tiny_model: OPTForCau
 
 
 def test_a_prompt_of_one_token_is_read_densely(cpp_host: Path, folders: dict[str, Path]) -> None:
-    found = generate(cpp_host, folders["fp32"], [2], "--max-new-tokens", 20, "--density", 0.2)
-    assert found.ids == by_python(folders["fp32"], [2], 20, (0.2, 0.2))
+    folder = folders["fp32"]
+    engine = shadowc.load(folder)
+    every = np.arange(4, TINY["vocab_size"])[:, None]
+    dense, masked = (
+        engine.logits(every, **protocol)[:, 0].argmax(axis=1)
+        for protocol in ({"protocol": "dense"}, {"prompt_tokens": 0})
+    )
+    prompt = every[np.flatnonzero(dense != masked)[0]].tolist()  # a mask would show at once
+    found = generate(cpp_host, folder, prompt, "--max-new-tokens", 20, "--density", 0.2)
+    assert found.ids == by_python(folder, prompt, 20, (0.2, 0.2))
 
 
 def test_a_moved_folder_is_complete(cpp_host: Path, folders: dict[str, Path], tmp_path: Path) -> None:
