@@ -252,3 +252,19 @@ def test_the_library_finds_itself_by_its_bare_name() -> None:
     said = subprocess.run([sys.executable, "-c", OPENED], capture_output=True, text=True, check=True).stdout.strip()
     major, minor, patch, _ = found[0].version.split(".")
     assert said == f"{major}{int(minor):02d}{int(patch):02d}"
+
+
+SCOPE = """
+import ctypes
+from shadowc.runtime.tensorrt.bindings import find_bindings
+
+find_bindings("rtx1")
+print(hasattr(ctypes.CDLL(None), "cudaGetLastError"))
+"""
+
+
+def test_importing_the_bindings_puts_no_cuda_runtime_before_that_of_other_libraries() -> None:
+    if not any(one.name == "tensorrt_rtx_bindings" for one in bindings.installed_bindings()[0]):
+        pytest.skip("needs TensorRT for RTX from PyPI: make rtx")
+    said = subprocess.run([sys.executable, "-c", SCOPE], capture_output=True, text=True, check=True).stdout.strip()
+    assert said == "False"

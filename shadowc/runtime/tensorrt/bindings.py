@@ -152,7 +152,7 @@ def _preload() -> Path:
         path = next(iter(sorted(folder.glob(pattern))), None)
         if path is None:
             raise ImportError(f"{folder} holds no {pattern}")
-        ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(path))  # local: a global libcudart would take the place of other libraries' own
     alias = rtx_name_library()
     if alias is not None:  # the library opens itself by a bare name, and ends the process if nothing has that name
         ctypes.CDLL(str(alias))
