@@ -234,6 +234,7 @@ def test_opt_mini_builds_for_real(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 def test_opt_1_3b_builds_for_real(tmp_path: Path) -> None:
     summary = _real("opt-1.3b", tmp_path / "large.engine")
     _assert_complete(summary, layers=24)

@@ -279,5 +279,5 @@ def test_timing_cache_is_replaced_as_a_whole(tmp_path: Path) -> None:
 
 def test_estimate_of_memory_grows_with_the_weights_but_not_the_builders_share() -> None:
     small = {"a": WeightRecipe("copy", ("a",), (1000, 1000), "float16")}
-    assert host_bytes(small) == BUILDER_BYTES + 5 * 2_000_000
+    assert host_bytes(small) == BUILDER_BYTES + 2 * 2_000_000
     assert "needs about 1.2 GB" in host_note(small)
