@@ -11,7 +11,7 @@ constexpr int kDotWarps = 8;
 
 // Matrix rows that a warp takes at once: enough loads in flight with one row of x, reuse of x with many, and
 // no more than registers hold.
-constexpr int records(int V, int R) { return V == 1 ? 1 : R == 1 || (R == 16 && V != 8) ? 2 : 4; }
+constexpr int records(int V, int R) { return V == 1 ? 1 : R == 1 || V == 16 || (R == 16 && V == 4) ? 2 : 4; }
 template <int V, int R>
 constexpr int kRecords = records(V, R);
 

@@ -167,7 +167,7 @@ __device__ void finish(const SelectArgs& a, int row, int layer, float threshold,
   if (a.active != nullptr) a.active[at] = active;
 }
 
-__global__ void __launch_bounds__(kThreads) select_local(const SelectArgs a) {
+__global__ void __launch_bounds__(kThreads, 2) select_local(const SelectArgs a) {
   SHADOWC_SHARED(unsigned, bins, kCopies* kPitch);
   SHADOWC_SHARED(unsigned, warps, kThreads / kWarp);
   SHADOWC_SHARED(unsigned, chosen, 2);

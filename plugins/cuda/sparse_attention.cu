@@ -56,7 +56,7 @@ __device__ inline void store_projection(const ProjectArgs& a, int chunk_row, con
 }
 
 template <class X, class W, int V, int R>
-__global__ void __launch_bounds__(kDotWarps* kWarp) project(const ProjectArgs a) {
+__global__ void __launch_bounds__(kDotWarps* kWarp, R == 16 ? 1 : 2) project(const ProjectArgs a) {
   constexpr int N = kRecords<V, R>;
   const int tile = blockIdx.y, listed = a.counts[tile].members;
   const int count = listed + 2 * (a.all_heads ? a.heads * a.head_size : listed);

@@ -19,7 +19,7 @@ struct HiddenArgs {
 
 // One warp for kRecords listed neurons.
 template <class X, class W, int V, int R>
-__global__ void __launch_bounds__(kDotWarps* kWarp) hidden_of_listed(const HiddenArgs a) {
+__global__ void __launch_bounds__(kDotWarps* kWarp, R == 16 ? 1 : 2) hidden_of_listed(const HiddenArgs a) {
   constexpr int N = kRecords<V, R>;
   const int tile = blockIdx.y, count = a.counts[tile].members;
   const int position = (blockIdx.x * kDotWarps + threadIdx.x / kWarp) * N;

@@ -87,8 +87,10 @@ def build(*, asan: bool = False, kernels: Path = KERNELS) -> Path:
 
     with ThreadPoolExecutor(2) as pool:
         objects = list(pool.map(to_object, [file for file in files if file.suffix in {".cu", ".cc"}]))
-    library = FOLDER / f"libshadowc_emulation.{_digest([], *(file.name for file in objects))}.so"
-    return _made(library, [*command, "-shared", *map(str, objects)])
+    # -Bsymbolic: a CUDA runtime that the process has loaded must not answer for the emulated one.
+    linking = ["-shared", "-Wl,-Bsymbolic"]
+    digest = _digest([], *linking, *(file.name for file in objects))
+    return _made(FOLDER / f"libshadowc_emulation.{digest}.so", [*command, *linking, *map(str, objects)])
 
 
 def _digest(files: Sequence[Path], *words: str) -> str:

@@ -12,8 +12,7 @@ import pytest
 from tests.tensorrt_plugin import checks, toolchain
 from tests.tensorrt_plugin.checks import Budget
 
-# Over all types and architectures. The two that may spill do so on Blackwell only, where ptxas stops at 32 (80)
-# registers although the block could have more: once per selection, and one word per warp and record.
+# Over all types and architectures. What has more than 128 registers takes tiles of 16 rows.
 BUDGETS = {
     "attend_span": Budget(registers=80, shared=4160),
     "clear": Budget(registers=8),
@@ -22,11 +21,11 @@ BUDGETS = {
     "count_layer": Budget(registers=40, shared=32968),
     "finish_global": Budget(registers=56, shared=32968),
     "finish_sum": Budget(registers=64),
-    "hidden_of_listed": Budget(registers=152, spilled=8),
+    "hidden_of_listed": Budget(registers=168),
     "list_tile": Budget(registers=40, shared=320),
     "merge_spans": Budget(registers=48),
     "project": Budget(registers=184),
-    "select_local": Budget(registers=56, shared=32968, spilled=32),
+    "select_local": Budget(registers=64, shared=32968),
     "sum_members": Budget(registers=208, shared=16896),
 }
 
