@@ -223,8 +223,8 @@ def test_compile_leaves_no_engine_when_two_heads_are_swapped_in_the_packing(
 
     sound = weights.materialise
 
-    def swapped(recipes, source, names):  # type: ignore[no-untyped-def]
-        arrays = sound(recipes, source, names)
+    def swapped(recipes, source, names, *rest):  # type: ignore[no-untyped-def]
+        arrays = sound(recipes, source, names, *rest)
         name = f"layers.{LAYER}.attention.w"
         if name in arrays:
             arrays[name][[0, 1]] = arrays[name][[1, 0]].copy()
