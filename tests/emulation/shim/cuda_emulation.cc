@@ -15,12 +15,14 @@ State state;
 
 namespace {
 
-constexpr size_t kGuard = 64;
+[[maybe_unused]] constexpr size_t kGuard = 64;
 
+#ifndef __SANITIZE_ADDRESS__
 // Bytes around an allocation differ from place to place: one guard copied onto another is noticed.
 unsigned char guard_byte(const unsigned char* place) {
   return static_cast<unsigned char>((reinterpret_cast<uintptr_t>(place) * 0x9E3779B97F4A7C15u) >> 56);
 }
+#endif
 
 unsigned order_seed = 0;
 cudaError_t last_error = cudaSuccess;
