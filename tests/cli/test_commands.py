@@ -42,11 +42,9 @@ def test_compile_tells_stages_sizes_and_parity(
     assert "error" not in result.stderr
 
 
-def test_compile_json_is_the_manifest_with_the_costs(
-    shadowc: Shadowc, engine: Path, tiny_checkpoint: Path, quick: Quick
-) -> None:
+def test_compile_json_is_the_manifest_with_the_costs(shadowc: Shadowc, engine: Path, tiny_checkpoint: Path) -> None:
     out = engine.with_name("dense.engine")
-    result = shadowc("compile", "--model", tiny_checkpoint, "--out", out, "--predictor", "none", "--json", *quick)
+    result = shadowc("compile", "--model", tiny_checkpoint, "--out", out, "--predictor", "none", "--json")
     found = json.loads(result.stdout)
     assert found["manifest"] == json.loads((out / MANIFEST_FILE).read_text())
     assert found["manifest"]["sparsity"] is None
