@@ -31,6 +31,12 @@ def test_no_extra_adds_a_second_onnxruntime(project: dict[str, Any]) -> None:
     assert not [need for need in extras if re.match(r"onnxruntime(?!-ep-)", need)]
 
 
+def test_tests_build_with_the_tensorrt_that_the_extra_installs(project: dict[str, Any]) -> None:
+    extra = project["project"]["optional-dependencies"]["rtx"]
+    assert all("==" in need for need in extra)
+    assert set(extra) <= set(project["dependency-groups"]["rtx"])
+
+
 def test_exactly_one_onnxruntime_is_required_on_every_platform(project: dict[str, Any]) -> None:
     from packaging.requirements import Requirement
 
