@@ -12,12 +12,11 @@ import pytest
 import shadowc
 from shadowc.runtime.causal import CausalEngine
 from shadowc.runtime.load import load, verify
-from shadowc.runtime.tensorrt.bindings import TARGETS, find_bindings
 from shadowc.runtime.tensorrt.cuda import Cudart
 from shadowc.runtime.tensorrt.engine import TensorRtEngine
-from shadowc.spec.errors import SetupError
 from shadowc.spec.options import CompileOptions
 from tests.gpu.conftest import require_gpu
+from tests.gpu.targets import NoTargetError, engine_options, engine_target
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 require_gpu()
@@ -30,9 +29,9 @@ AGREEMENT = 0.9
 @pytest.fixture(scope="module")
 def target(gpu: Cudart) -> str:
     try:
-        return TARGETS[find_bindings().family]
-    except SetupError as error:
-        pytest.skip(error.message)
+        return engine_target(gpu.gpu.capability)
+    except NoTargetError as reason:
+        pytest.skip(str(reason))
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +41,7 @@ def cpu(gpu: Cudart, tmp_path_factory: pytest.TempPathFactory) -> CausalEngine:
 
 
 def compiled(target: str, gpu: Cudart, out: Path, weights: str) -> TensorRtEngine:
-    capability = ("{}.{}".format(*gpu.gpu.capability),) if target == "tensorrt-rtx" else ()
-    options = CompileOptions(
-        model="opt-mini", out=out, target=target, weights=weights, offline=True, compute_capability=capability
-    )
-    folder = shadowc.compile(options)
+    folder = shadowc.compile(engine_options(target, gpu.gpu.capability, out, weights))
     assert not verify(folder).problems
     engine = load(folder)
     assert isinstance(engine, TensorRtEngine)

@@ -7,17 +7,20 @@ import ctypes
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from shadowc.emit.tensorrt.checks import check_capabilities
 from shadowc.runtime.tensorrt.cuda import open_cuda
 from shadowc.spec.errors import SetupError
 from tests.emulation.library import Kernels
 from tests.gpu import build, table
 from tests.gpu.conftest import COLLECT_VARIABLE
 from tests.gpu.table import Row
+from tests.gpu.targets import NoTargetError, engine_options, engine_target
 from tests.gpu.timing import FILLED, Bench, Shape, Timed
 from tests.runtime.host_device import HostDevice
 
@@ -98,6 +101,48 @@ def test_one_command_says_in_one_line_why_it_cannot_run() -> None:
     assert result.stdout.startswith("gpu-test cannot run here: ")
     assert len(result.stdout.splitlines()) == 1
     assert not result.stderr
+
+
+def tools(*installed: str) -> Callable[[str], None]:
+    def require(target: str) -> None:
+        if target not in installed:
+            raise SetupError(f"no {target} here", hint="")
+
+    return require
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (10, 0), (12, 0)])
+def test_engines_are_built_with_tensorrt_for_every_card_if_it_is_installed(capability: tuple[int, int]) -> None:
+    target = engine_target(capability, tools("tensorrt", "tensorrt-rtx"))
+    assert target == "tensorrt"
+    assert not engine_options(target, capability, Path("mini"), "fp32").compute_capability
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (12, 0), (12, 1)])
+def test_engines_are_built_with_tensorrt_for_rtx_for_the_cards_that_it_has(capability: tuple[int, int]) -> None:
+    target = engine_target(capability, tools("tensorrt-rtx"))
+    assert target == "tensorrt-rtx"
+    for weights in ("fp32", "fp16", "bf16", "int8"):
+        options = engine_options(target, capability, Path("mini"), weights)
+        assert options.compute_capability == ("{}.{}".format(*capability),)
+        check_capabilities(options)
+
+
+@pytest.mark.parametrize(("capability", "reason"), [
+    ((9, 0), "does not build for compute capability 9.0"), ((10, 0), "does not build for compute capability 10.0"),
+    ((7, 5), "compute capability 7.5 has no float32 products"),
+])  # fmt: skip
+def test_engine_tests_are_skipped_with_the_reason_where_only_rtx_is_installed_and_lacks_the_card(
+    capability: tuple[int, int], reason: str
+) -> None:
+    with pytest.raises(NoTargetError, match=reason) as raised:
+        engine_target(capability, tools("tensorrt-rtx"))
+    assert "no tensorrt here; " in str(raised.value)
+
+
+def test_engine_tests_are_skipped_with_both_reasons_where_nothing_is_installed() -> None:
+    with pytest.raises(NoTargetError, match="no tensorrt here; no tensorrt-rtx here"):
+        engine_target((8, 6), tools())
 
 
 @pytest.mark.slow
