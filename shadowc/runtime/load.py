@@ -170,4 +170,4 @@ def _tensorrt_problems(path: Path, manifest: EngineManifest) -> list[str]:
     seen = machine.here(part.family)
     if isinstance(seen.gpu, ShadowcError):  # engines are built on machines that cannot run them
         return problems
-    return problems + [str(problem) for problem in machine.problems(manifest, seen)]
+    return problems + [str(problem) for problem in machine.problems(manifest, seen, path)]

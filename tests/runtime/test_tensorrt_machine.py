@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 from dataclasses import replace
@@ -71,20 +72,21 @@ MISMATCHES = {
     "between": (
         {"gpu": Gpu("NVIDIA H100", (9, 0))},
         "built for compute capability 8.0, 8.6, 8.9, and from 12.0 on, running NVIDIA H100 (compute capability 9.0)",
-        "--compute-capability 9.0",
+        "--target tensorrt ",
         REBUILT,
     ),
-    "older": ({"gpu": Gpu("NVIDIA T4", (7, 5))}, "running NVIDIA T4", "--compute-capability 7.5", REBUILT),
+    "older": ({"gpu": Gpu("NVIDIA T4", (7, 5))}, "running NVIDIA T4", "--target tensorrt ", REBUILT),
+    "oldest": ({"gpu": Gpu("NVIDIA V100", (7, 0))}, "running NVIDIA V100", "--target cpu ", REBUILT),
     "plugin": (
         {"plugin": Plugin(Path("/site/p.so"), "0" * 64)},
         "running /site/p.so (000000000000), another build",
-        "shadowc compile --model",
+        "SHADOWC_TRT_LIBRARY=FOLDER/libshadowc_trt11.so; or: shadowc compile --model",
         REBUILT,
     ),
     "no plugin": (
         {"plugin": SetupError("the plugin library is not installed", hint="make setup")},
         "the plugin library is not installed",
-        "make setup",
+        "make setup; or, if you trust where the engine came from: SHADOWC_TRT_LIBRARY=FOLDER/libshadowc_trt11.so",
         SetupError,
     ),
 }
@@ -123,10 +125,22 @@ def test_without_a_gpu_that_is_the_only_finding(manifest: EngineManifest) -> Non
     assert "--target cpu" in caught.value.hint
 
 
-def test_the_rebuild_command_names_the_engines_own_model_and_weights(manifest: EngineManifest) -> None:
-    assert machine.rebuild(manifest, "trt10") == (
-        f"shadowc compile --model {manifest.model.name} --target tensorrt --weights {manifest.weights} --out FOLDER"
-    )
+def test_the_engines_own_plugin_is_run_when_the_user_says_so_and_not_before(
+    manifest: EngineManifest, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = replace(fitting(manifest), plugin=Plugin(Path("/site/p.so"), "0" * 64))
+    (problem,) = machine.problems(manifest, other, folder)
+    variable, _, value = shlex.split(problem.hint.split(": ", 1)[1].split("; or")[0])[0].partition("=")
+    monkeypatch.setenv(variable, value)
+    chosen = machine.installed_plugin("rtx1")
+    assert chosen.path == folder / PLUGIN
+    assert machine.problems(manifest, replace(other, plugin=chosen), folder) == []
+
+
+def test_the_engines_own_plugin_is_not_offered_where_the_engine_must_be_built_again(manifest: EngineManifest) -> None:
+    changed = replace(RTX, version="1.6"), Plugin(Path("/p.so"), "0" * 64)
+    found = machine.problems(manifest, Machine(AMPERE, *changed))
+    assert not any(machine.PLUGIN_VARIABLE in str(problem) for problem in found)
 
 
 @pytest.mark.skipif(HAS_DRIVER, reason="an NVIDIA driver is here; the sentence is for machines without one")

@@ -12,6 +12,7 @@ from shadowc.emit.tensorrt.interface import Sizes
 from shadowc.runtime.tensorrt.bindings import TARGETS, Bindings, installed_bindings
 from shadowc.runtime.tensorrt.cuda import open_cuda
 from shadowc.runtime.tensorrt.machine import installed_plugin
+from shadowc.runtime.tensorrt.rebuild import RTX_CAPABILITIES, RTX_HALF_ONLY, RTX_PORTABLE, needs_float32
 from shadowc.spec.errors import InputError, SetupError, ShadowcError, UnsupportedError
 from shadowc.spec.manifest import TrtFamily
 
@@ -24,10 +25,6 @@ HEAD_SIZES = (32, 64, 80, 96, 128)
 MOST_LAYERS = 64
 """Predicted layers that one selection ranks together."""
 MOST_BATCH = 16
-RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
-"""What TensorRT for RTX 1.7 can build for."""
-RTX_PORTABLE = ("8.0", "8.6", "8.9", "12.0")
-"""What it builds for if nothing else is asked for; cards above the last one run the plan too."""
 LOWEST: dict[TrtFamily, tuple[int, ...]] = {"rtx1": (1, 7), "trt10": (10, 14), "trt11": (11,)}
 """Of each family, the first version that parses ONNX `Attention` (RTX: the one that was tested)."""
 _EXTRA = {"tensorrt-rtx": "rtx", "tensorrt": "tensorrt"}
@@ -129,12 +126,12 @@ def check_capabilities(options: CompileOptions) -> None:
             hint="--target tensorrt on a machine with that GPU" if "9.0" in unknown or "10.0" in unknown else
             "leave --compute-capability out: the plan then runs from 8.0 on",
         )  # fmt: skip
-    float32 = options.weights == "fp32" or options.predictor != "none"
-    if "7.5" in chosen and float32:
+    half_only = [name for name in chosen if name in RTX_HALF_ONLY]
+    if half_only and needs_float32(options.weights, options.predictor != "none"):
         raise UnsupportedError(
-            "compute capability 7.5 has no float32 products, which "
+            f"compute capability {half_only[0]} has no float32 products, which "
             + ("--weights fp32 means" if options.weights == "fp32" else "the predictor needs"),
-            hint="leave 7.5 out, or compile with --weights fp16 and --predictor none",
+            hint=f"leave {half_only[0]} out, or compile with --weights fp16 and --predictor none",
         )
 
 

@@ -31,7 +31,7 @@ def load_tensorrt(folder: Path, manifest: EngineManifest) -> TensorRtEngine:
     if part is None:
         raise InternalError(f"{folder} is of target {manifest.target}")
     require_consistent(part, manifest.files[WEIGHTS_FILE].size, str(folder / MANIFEST_FILE))
-    machine.require_fit(folder, machine.problems(manifest, machine.here(part.family)))
+    machine.require_fit(folder, machine.problems(manifest, machine.here(part.family), folder))
     cuda, library, plugin = open_cuda(), find_bindings(part.family), machine.installed_plugin(part.family)
     operators = sorted({name for one in part.plugins if not one.registers_itself for name in one.operators})
     load_plugin(library, plugin.path, operators)

@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from shadowc.emit.folder import hash_file
 from shadowc.runtime.library import REINSTALL
-from shadowc.runtime.tensorrt import bindings
-from shadowc.runtime.tensorrt.bindings import EXTRAS, TARGETS, TITLES, Bindings
+from shadowc.runtime.tensorrt import bindings, rebuild
+from shadowc.runtime.tensorrt.bindings import EXTRAS, TITLES, Bindings
 from shadowc.runtime.tensorrt.cuda import Gpu, open_cuda
 from shadowc.spec.errors import IncompatibleEngineError, InternalError, SetupError, ShadowcError
 from shadowc.spec.manifest import EngineManifest, TensorRtPart, TrtFamily
@@ -86,20 +86,32 @@ def installed_plugin(family: TrtFamily) -> Plugin:
     return Plugin(path, hash_file(path).sha256)
 
 
-def problems(manifest: EngineManifest, machine: Machine) -> list[Problem]:
-    """Why the engine cannot run on the machine. Without a GPU that is the only finding: nothing else matters then."""
+def problems(manifest: EngineManifest, machine: Machine, folder: Path = Path("FOLDER")) -> list[Problem]:
+    """Why the engine cannot run on the machine. Without a GPU that is the only finding: nothing else matters then.
+
+    Args:
+        manifest: the engine's.
+        machine: what `here` saw.
+        folder: the engine's, for the commands.
+    """
     part = manifest.tensorrt
     if part is None:
         raise InternalError("an engine of target cpu was asked for its TensorRT part")
     if isinstance(machine.gpu, SetupError):
         hint = machine.gpu.hint.replace("--model NAME", f"--model {shlex.quote(manifest.model.name)}")
         return [Problem(machine.gpu.message, hint, SetupError)]
-    found = [
-        *_library_problems(part, manifest, machine.library),
-        *_gpu_problems(part, manifest, machine.gpu),
-        *_plugin_problems(part, manifest, machine.plugin),
-    ]
-    return [problem for problem in found if problem is not None]
+    family = part.family if isinstance(machine.library, SetupError) else machine.library.family
+    again = rebuild.command(manifest, family, _capability(machine.gpu))
+    found = [*_library_problems(part, machine.library, again), *_gpu_problems(part, machine.gpu, again)]
+    must_build = any(one.kind is IncompatibleEngineError for one in found)
+    trusted = "" if must_build else trusting(folder, part)
+    return [*found, *_plugin_problems(part, manifest, machine.plugin, again, trusted)]
+
+
+def trusting(folder: Path, part: TensorRtPart) -> str:
+    """What to set so that the engine's own copy of the plugin is loaded: code, so its origin must be trusted."""
+    name = next((one.file for one in part.plugins if not one.registers_itself), "")
+    return f"if you trust where the engine came from: {PLUGIN_VARIABLE}={shlex.quote(str(folder / name))}"
 
 
 def require_fit(folder: Path, found: Sequence[Problem]) -> None:
@@ -119,53 +131,45 @@ def require_fit(folder: Path, found: Sequence[Problem]) -> None:
     )
 
 
-def rebuild(manifest: EngineManifest, family: TrtFamily, extra: str = "") -> str:
-    """The command that makes the engine again, for the library that is installed."""
-    name = shlex.quote(manifest.model.name)
-    return f"shadowc compile --model {name} --target {TARGETS[family]} --weights {manifest.weights}{extra} --out FOLDER"
-
-
-def _library_problems(part: TensorRtPart, manifest: EngineManifest, library: Bindings | SetupError) -> list[Problem]:
+def _library_problems(part: TensorRtPart, library: Bindings | SetupError, again: str) -> list[Problem]:
     built = f"{TITLES[part.family]} {part.library_version}"
     if isinstance(library, SetupError):
         hint = f"pip install 'shadowc[{EXTRAS[part.family]}]'"
         return [Problem(f"built with {built}, running without TensorRT", hint, SetupError)]
     if (library.family, library.version) == (part.family, part.library_version):
         return []
-    text = f"built with {built}, running {library.title}"
-    return [Problem(text, rebuild(manifest, library.family), IncompatibleEngineError)]
+    return [Problem(f"built with {built}, running {library.title}", again, IncompatibleEngineError)]
 
 
-def _gpu_problems(part: TensorRtPart, manifest: EngineManifest, gpu: Gpu | SetupError) -> list[Problem]:
-    if isinstance(gpu, SetupError):
-        return [Problem(gpu.message, gpu.hint, SetupError)]
-    capability = "{}.{}".format(*gpu.capability)
-    if capability in part.compute_capabilities:
+def _gpu_problems(part: TensorRtPart, gpu: Gpu, again: str) -> list[Problem]:
+    if rebuild.covers(part.compute_capabilities, part.portable_above, _capability(gpu)):
         return []
-    above = part.portable_above
-    if above is not None and gpu.capability >= _numbers(above):
-        return []
-    newer = f", and from {above} on" if above is not None else ""
-    return [
-        Problem(
-            f"built for compute capability {', '.join(part.compute_capabilities)}{newer}, running {gpu}",
-            rebuild(manifest, part.family, f" --compute-capability {capability}"),
-            IncompatibleEngineError,
-        )
-    ]
+    newer = f", and from {part.portable_above} on" if part.portable_above is not None else ""
+    text = f"built for compute capability {', '.join(part.compute_capabilities)}{newer}, running {gpu}"
+    return [Problem(text, again, IncompatibleEngineError)]
 
 
-def _plugin_problems(part: TensorRtPart, manifest: EngineManifest, plugin: Plugin | SetupError) -> list[Problem]:
-    if isinstance(plugin, SetupError):
-        return [Problem(plugin.message, plugin.hint, SetupError)]
+def _plugin_problems(
+    part: TensorRtPart, manifest: EngineManifest, plugin: Plugin | SetupError, again: str, trusted: str
+) -> list[Problem]:
+    """Unless told otherwise, only the installed library is loaded: what to type to have that, or to tell otherwise.
+
+    `trusted` is empty if the engine must be built again anyway.
+    """
     name = next((one.file for one in part.plugins if not one.registers_itself), None)
     if name is None:
-        return [Problem("engine.json names no plugin library", rebuild(manifest, part.family), IncompatibleEngineError)]
+        return [Problem("engine.json names no plugin library", again, IncompatibleEngineError)]
+    if isinstance(plugin, SetupError):
+        return [Problem(plugin.message, "; or, ".join(filter(None, (plugin.hint, trusted))), SetupError)]
     built = manifest.files[name].sha256
     if built == plugin.sha256:
         return []
     text = f"built with plugin {name} ({built[:12]}), running {plugin.path} ({plugin.sha256[:12]}), another build"
-    return [Problem(text, rebuild(manifest, part.family), IncompatibleEngineError)]
+    return [Problem(text, "; or: ".join(filter(None, (trusted, again))), IncompatibleEngineError)]
+
+
+def _capability(gpu: Gpu) -> str:
+    return "{}.{}".format(*gpu.capability)
 
 
 def _seen(look: Callable[[], _Seen]) -> _Seen | SetupError:
@@ -173,8 +177,3 @@ def _seen(look: Callable[[], _Seen]) -> _Seen | SetupError:
         return look()
     except SetupError as error:
         return error
-
-
-def _numbers(capability: str) -> tuple[int, int]:
-    major, minor = capability.split(".")
-    return int(major), int(minor)
