@@ -44,6 +44,27 @@ class Cublas:
             )
         )  # fmt: skip
 
+    def scores(self, y: int, q: int, keys: int, heads: int, filled: int, capacity: int, head_size: int) -> None:
+        """y [heads, capacity] = keys [heads, capacity, head_size] times q [heads, head_size], of filled slots."""
+        self._heads(_TRANSPOSED, (y, capacity), keys, (q, head_size), heads, filled, capacity, head_size)
+
+    def context(self, y: int, p: int, values: int, heads: int, filled: int, capacity: int, head_size: int) -> None:
+        """y [heads, head_size] = p [heads, capacity] times values [heads, capacity, head_size], of filled slots."""
+        self._heads(_PLAIN, (y, head_size), values, (p, capacity), heads, filled, capacity, head_size)
+
+    def _heads(self, transposed: int, y: tuple[int, int], cache: int, x: tuple[int, int], heads: int, filled: int,
+               capacity: int, head_size: int) -> None:  # fmt: skip
+        """One column per head; x and y with their strides. Padded strides keep 16-byte loads possible."""
+        one, zero, wide = ctypes.c_float(1), ctypes.c_float(0), ctypes.c_longlong
+        m, k = (filled, head_size) if transposed else (head_size, filled)
+        self._check(
+            self._library.cublasGemmStridedBatchedEx(
+                self._handle, transposed, _PLAIN, m, 1, k, ctypes.byref(one), _P(cache), _HALF, head_size,
+                wide(capacity * head_size), _P(x[0]), _HALF, x[1], wide(x[1]), ctypes.byref(zero), _P(y[0]), _HALF,
+                y[1], wide(y[1]), heads, _COMPUTE_32F, _DEFAULT,
+            )
+        )  # fmt: skip
+
     @staticmethod
     def _check(status: int) -> None:
         if status:

@@ -19,9 +19,8 @@ from shadowc.spec.errors import SetupError
 from tests.emulation.library import Kernels
 from tests.gpu import build, table
 from tests.gpu.conftest import COLLECT_VARIABLE
-from tests.gpu.table import Row
 from tests.gpu.targets import NoTargetError, engine_options, engine_target
-from tests.gpu.timing import FILLED, Bench, Shape, Timed
+from tests.gpu.timing import CAPACITY, FILLED, Bench, Shape, Timed
 from tests.runtime.host_device import HostDevice
 
 ROOT = Path(__file__).parents[2]
@@ -46,9 +45,16 @@ class TickingDevice(HostDevice):
 class CountingCublas:
     def __init__(self) -> None:
         self.products: set[tuple[int, int, int]] = set()
+        self.attends: set[tuple[str, int, int, int, int]] = set()
 
     def product(self, y: int, x: int, w: int, batch: int, rows: int, columns: int) -> None:
         self.products.add((batch, rows, columns))
+
+    def scores(self, y: int, q: int, keys: int, heads: int, filled: int, capacity: int, head_size: int) -> None:
+        self.attends.add(("scores", heads, filled, capacity, head_size))
+
+    def context(self, y: int, p: int, values: int, heads: int, filled: int, capacity: int, head_size: int) -> None:
+        self.attends.add(("context", heads, filled, capacity, head_size))
 
 
 @pytest.fixture(scope="module")
@@ -173,6 +179,13 @@ def test_the_timed_attention_reads_keys_of_all_heads_and_the_wanted_share_of_the
     cache = 2 * (FILLED + 1) * head * 2
     assert bench.attention(TINY, 1.0, 1).bytes == 2 * 4 * head * row + 2 * cache
     assert bench.attention(TINY, 0.5, 1).bytes == (4 + 2) * head * row + cache
+    assert bench.attention(TINY, 0.5, 1, kv_active=True).bytes == 4 * head * row + cache
+
+
+def test_a_dense_layer_moves_its_weights_and_all_keys_and_values(bench: Bench) -> None:
+    E, F, cublas = TINY.hidden, TINY.neurons, CountingCublas()
+    assert bench.dense_ffn(TINY, 4, cublas).bytes == 2 * E * F * 2
+    assert bench.dense_attention(TINY, 4, cublas).bytes == 4 * E * E * 2 + 4 * 2 * (FILLED + 1) * E * 2
 
 
 def test_the_clock_counts_one_launch(bench: Bench) -> None:
@@ -186,49 +199,26 @@ def test_copies_count_what_is_read_and_written(bench: Bench) -> None:
     assert bench.bandwidth(1 << 12) == pytest.approx(2 * (1 << 12) / (1e-3 / 4))
 
 
-def test_dense_products_are_those_of_the_layer(bench: Bench) -> None:
+def test_dense_products_are_those_of_the_layer_with_all_keys_and_values(bench: Bench) -> None:
     cublas = CountingCublas()
     found = list(table.rows(bench, cublas, [TINY], [2], [0.5]))
     assert cublas.products == {(2, 256, 64), (2, 64, 256), (2, 192, 64), (2, 64, 64)}
+    assert cublas.attends == {("scores", 2 * 2, FILLED + 1, CAPACITY, 32), ("context", 2 * 2, FILLED + 1, CAPACITY, 32)}
     assert [(row.kernel, row.weights) for row in found] == [
-        ("ffn", "fp16"), ("ffn", "int8"), ("attention", "fp16"), ("attention", "int8"), ("select heads", "-"),
-        ("select neurons", "-"),
-    ]  # fmt: skip
+        (kernel, weights)
+        for kernel in ("ffn", "attention, kv=all", "attention, kv=active")
+        for weights in ("fp16", "int8")
+    ] + [("select heads", "-"), ("select neurons", "-")]
     assert all(row.speedup for row in found if not row.kernel.startswith("select"))
 
 
 def test_all_memory_is_given_back(bench: Bench) -> None:
     bench.ffn(TINY, 0.5, 1)
     bench.attention(TINY, 0.5, 2)
-    bench.dense([(4, 8)], 1, CountingCublas())
+    bench.dense_ffn(TINY, 1, CountingCublas())
+    bench.dense_attention(TINY, 2, CountingCublas())
     assert not bench.device.device
     assert not bench.device.pinned
-
-
-ROWS = [
-    Row("opt-1.3b", "ffn", "fp16", 1, 0.5, Timed(40.0, 34e6), Timed(70.0, 67e6)),
-    Row("opt-1.3b", "attention", "fp16", 1, 0.5, Timed(30.0, 26e6), Timed(60.0, 34e6)),
-    Row("opt-1.3b", "select heads", "-", 1, 0.5, Timed(100.0, 1e3), None),
-]
-
-
-def test_goals_are_judged_by_the_numbers_of_batch_1_at_half_density() -> None:
-    speed, share, select = table.goals(ROWS, 1e12)
-    assert speed == "opt-1.3b: FFN and attention at density 0.5 over cuBLAS 1.86x, wanted at least 1.7x: met"
-    assert share == "opt-1.3b: share of the bandwidth there 0.86, wanted at least 0.8: met"
-    assert select == "opt-1.3b: selection per layer 4.35 us, wanted at most 10 us: met"
-    assert all(sentence.endswith("MISSED") for sentence in table.goals(ROWS, 2e12)[1:2])
-    slower = [Row(*("opt-1.3b", "ffn", "fp16", 1, 0.5), Timed(50.0, 34e6), Timed(70.0, 67e6))]
-    assert table.goals(slower, 1e12)[0].endswith("1.40x, wanted at least 1.7x: MISSED")
-
-
-def test_the_file_names_card_bandwidth_and_day() -> None:
-    text = table.markdown("NVIDIA X", 1e12, ROWS, "2026-01-02")
-    assert text.startswith("# Kernel times on NVIDIA X\n\n2026-01-02; ")
-    assert "moves 1000 GB/s" in text
-    assert "| opt-1.3b | ffn | fp16 | 1 | 0.5 | 40.0 | 34.0 | 850 | 85 % | 70.0 | 1.75x |" in text
-    lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {12}
 
 
 def test_masks_have_the_wanted_share_in_every_row(bench: Bench) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from math import ceil
 from statistics import median
 from typing import Any, Protocol
@@ -60,7 +61,8 @@ class Timed:
 
     microseconds: float
     bytes: float
-    """Weights and scales as the kernel counted them, keys and values of active heads; of dense products the weights."""
+    """Weights and scales as the kernel counted them, keys and values of active heads; of dense layers weights, keys and
+    values."""
 
     @property
     def gigabytes_per_second(self) -> float:
@@ -124,8 +126,14 @@ class Bench:
             )
         return self._run(arena, calls, reads)
 
-    def attention(self, shape: Shape, density: float, batch: int, *, int8: bool = False) -> Timed:
-        """One SparseAttention of one new token per row over a filled cache, updated in place."""
+    def attention(
+        self, shape: Shape, density: float, batch: int, *, int8: bool = False, kv_active: bool = False
+    ) -> Timed:
+        """One SparseAttention of one new token per row over a filled cache, updated in place.
+
+        Args:
+            kv_active: new keys and values of active heads only, as a fixed mask allows; else of all heads.
+        """
         arena, E, H, D = Arena(self.device), shape.hidden, shape.heads, shape.head_size
         weight = np.dtype(np.int8) if int8 else HALF
         scales, bqkv, bo = self._ones(arena, 4 * E), self._zeros(arena, 3 * E * 4), self._zeros(arena, E * 4)
@@ -141,8 +149,8 @@ class Bench:
             mask = self._mask(arena, batch, H, density)
             calls.append(
                 Attention(
-                    CODES[HALF], CODES[weight], batch, 1, E, H, D, CAPACITY, 0, mask, x, *matrices, scales, bqkv, bo,
-                    key, value, key, value, start, past, y, context, reads[-1],
+                    CODES[HALF], CODES[weight], batch, 1, E, H, D, CAPACITY, int(kv_active), mask, x, *matrices, scales,
+                    bqkv, bo, key, value, key, value, start, past, y, context, reads[-1],
                 )
             )  # fmt: skip
         timed = self._run(arena, calls, reads)
@@ -159,21 +167,37 @@ class Bench:
         timed = self._run(arena, [call] * 16, [])
         return Timed(timed.microseconds, float(batch * L * units * 4))
 
-    def dense(self, products: list[tuple[int, int]], batch: int, cublas: Any) -> Timed:
-        """Dense fp16 products of cuBLAS, each of a weight [rows, columns]."""
-        arena = Arena(self.device)
-        size = sum(rows * columns * 2 for rows, columns in products)
-        widest = max(max(pair) for pair in products)
-        x, y = self._normal(arena, (batch, widest)), self._zeros(arena, batch * widest * 2)
+    def dense_ffn(self, shape: Shape, batch: int, cublas: Any) -> Timed:
+        """The dense fp16 products of an FFN."""
+        arena, E, F = Arena(self.device), shape.hidden, shape.neurons
+        x, y, size = self._normal(arena, (batch, F)), self._zeros(arena, batch * F * 2), 2 * E * F * 2
         works: list[Callable[[], None]] = []
         copies = self._copies(size)
         for _ in range(copies):
-            for rows, columns in products:
-                w = self._weights(arena, rows * columns, HALF)
-                works.append(lambda w=w, rows=rows, columns=columns: cublas.product(y, x, w, batch, rows, columns))
-        timed = self._timed(works, size)
-        arena.close()
-        return Timed(timed.microseconds * len(works) / copies, float(size))
+            w1, w2 = (self._weights(arena, F * E, HALF) for _ in range(2))
+            works.append(partial(cublas.product, y, x, w1, batch, F, E))
+            works.append(partial(cublas.product, y, x, w2, batch, E, F))
+        return self._dense(arena, works, copies, size)
+
+    def dense_attention(self, shape: Shape, batch: int, cublas: Any) -> Timed:
+        """The dense fp16 products of an attention over the filled cache: q, k and v, scores, context, output.
+
+        Nothing is added and there is no softmax, which favours the dense layer; the new key and value are not stored.
+        """
+        arena, E, H, D = Arena(self.device), shape.hidden, shape.heads, shape.head_size
+        heads, slots = batch * H, FILLED + 1
+        x, qkv = self._normal(arena, (batch, E)), self._zeros(arena, batch * 3 * E * 2)
+        scores, context, y = (self._zeros(arena, count * 2) for count in (heads * CAPACITY, batch * E, batch * E))
+        works: list[Callable[[], None]] = []
+        copies = self._copies(4 * E * E * 2 + 2 * heads * CAPACITY * D * 2)
+        for _ in range(copies):
+            wqkv, wo = self._weights(arena, 3 * E * E, HALF), self._weights(arena, E * E, HALF)
+            key, value = (self._weights(arena, heads * CAPACITY * D, HALF) for _ in range(2))
+            works.append(partial(cublas.product, qkv, x, wqkv, batch, 3 * E, E))
+            works.append(partial(cublas.scores, scores, qkv, key, heads, slots, CAPACITY, D))
+            works.append(partial(cublas.context, context, scores, value, heads, slots, CAPACITY, D))
+            works.append(partial(cublas.product, y, context, wo, batch, E, E))
+        return self._dense(arena, works, copies, 4 * E * E * 2 + 2 * heads * slots * D * 2)
 
     # ---- how
 
@@ -191,6 +215,11 @@ class Bench:
         if any(count < 0 for count in counted):
             raise RuntimeError(f"{name}: a kernel reports dropped keys")
         return Timed(timed.microseconds, float(np.mean(counted)) if counted else 0.0)
+
+    def _dense(self, arena: Arena, works: list[Callable[[], None]], copies: int, size: int) -> Timed:
+        timed = self._timed(works, size)
+        arena.close()
+        return Timed(timed.microseconds * len(works) / copies, float(size))
 
     def _timed(self, works: list[Callable[[], None]], size: int) -> Timed:
         """Median over the rounds of the time of one piece of work."""
