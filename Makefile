@@ -32,8 +32,9 @@ test: $(READY) ## run the tests
 test-all: $(READY) ## run all tests, the slow ones and those that need the network or a GPU too
 	@$(PYTEST)
 
+# Fails too if a part was not run or a goal is missed: make gpu-test ALLOW_SKIPS=1 ALLOW_MISSED=1
 gpu-test: $(READY) ## with an NVIDIA GPU: kernels, compute-sanitizer, whole engines, and a table of times in build/gpu
-	@$(BIN)/python -m tests.gpu
+	@$(BIN)/python -m tests.gpu $(if $(ALLOW_SKIPS),--allow-skips) $(if $(ALLOW_MISSED),--allow-missed)
 
 lint: $(READY) ## style, format and types of Python and C++
 	@$(BIN)/ruff check .

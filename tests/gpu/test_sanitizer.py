@@ -30,4 +30,7 @@ def test_the_sanitizer_finds_nothing(kernels: DeviceKernels, tool: str) -> None:
     result = subprocess.run(
         [*command, "tests/gpu/test_kernels.py", "-k", "float16"], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert result.returncode == 0, "\n".join((result.stdout + result.stderr).splitlines()[-60:])
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, "\n".join(said.splitlines()[-60:])
+    assert "passed" in said, said
+    assert "skipped" not in said, said
