@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from shadowc.spec.density import Density
-from shadowc.spec.errors import InputError
+from shadowc.spec.errors import InputError, UnsupportedError
 from shadowc.spec.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def evaluate(
     text: str,
     *,
     densities: Sequence[Density],
-    methods: Sequence[Method] = METHODS,
+    methods: Sequence[Method] | None = None,
     window: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -75,15 +75,19 @@ def evaluate(
         engine: what is measured.
         text: what to predict; must not have calibrated the engine's predictor.
         densities: shares kept; density 1 is always measured first.
-        methods: the predictor and the controls.
+        methods: the predictor and the controls; None: all that engines of this target take.
         window: tokens per window, the first (bos) included; None: the model's context.
         seed: of the random control.
         progress: told about settings.
 
     Raises:
         InputError: the text is empty, was used for calibration, or a control is missing from the engine.
+        UnsupportedError: a control was asked of a plan, which has no input for scores.
     """
     progress = progress or NullProgress()
+    if methods is None:
+        methods = METHODS if engine.manifest.tensorrt is None else ("predictor",)
+    _refuse_controls_of_plans(engine, methods)
     windows = list(_windows(engine, text, window))
     if not windows:
         raise InputError("the evaluation text holds no tokens; expected prose", hint="shadowc eval ENGINE --text FILE")
@@ -106,9 +110,19 @@ def evaluate(
     )
 
 
+def _refuse_controls_of_plans(engine: CausalEngine, methods: Sequence[Method]) -> None:
+    """Before anything is measured: the first setting of a long run would otherwise be lost with the second."""
+    controls = [method for method in methods if method != "predictor"]
+    if engine.manifest.tensorrt is not None and controls:
+        raise UnsupportedError(
+            f"{', '.join(controls)}: an engine for {engine.manifest.target} takes scores from its own predictor only",
+            hint="--methods predictor, or the same model compiled for --target cpu",
+        )
+
+
 def _windows(engine: CausalEngine, text: str, window: int | None) -> Iterator[npt.NDArray[np.int64]]:
     """Disjoint pieces of the text's tokens, each behind one bos token."""
-    model = engine.manifest.model
+    model = engine.model
     ids = engine.tokenizer(text, add_special_tokens=False)["input_ids"]
     step = min(window or model.positions, model.positions) - 1
     for at in range(0, len(ids), step):

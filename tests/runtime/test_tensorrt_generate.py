@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shadowc.measure.evaluate import evaluate
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import read_manifest
 from shadowc.runtime.tensorrt import decoder, layout, workspace
@@ -224,6 +225,28 @@ def test_requests_outside_the_profile_say_input_given_and_allowed(
 def test_scores_of_a_control_are_refused(host: TensorRtEngine) -> None:
     with pytest.raises(UnsupportedError, match="own predictor"):
         host.logits(prompts(1, 6), 0.5, scores=lambda tokens: (np.zeros(1), np.zeros(1)))
+
+
+def test_eval_cuts_the_text_to_the_context_of_the_engine(folders: dict[str, Path], tmp_path: Path) -> None:
+    write_folder(folders["fp32"], tmp_path / "e", max_context=32)
+    report = evaluate(on_host(tmp_path / "e"), "one head of a lazy neuron is one record. " * 9, densities=[])
+    assert report.window == 32
+
+
+def test_eval_refuses_controls_before_it_measures_anything(
+    host: TensorRtEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[object] = []
+    monkeypatch.setattr(TensorRtEngine, "logits", lambda self, *given, **named: measured.append(given))
+    with pytest.raises(UnsupportedError, match="static, random: .*own predictor") as caught:
+        evaluate(host, "one head", densities=[Density(0.5)], methods=("predictor", "static", "random"))
+    assert caught.value.hint.startswith("--methods predictor")
+    assert not measured
+
+
+def test_eval_without_methods_measures_the_predictor_alone(host: TensorRtEngine) -> None:
+    report = evaluate(host, "one head of a lazy neuron", densities=[Density(0.5)])
+    assert [row.method for row in report.rows] == ["predictor"]
 
 
 def test_keys_that_a_kernel_dropped_are_noticed(trt_folders: dict[str, Path]) -> None:
