@@ -134,17 +134,30 @@ def test_compile_is_up_to_date_when_repeated_and_not_when_the_plugin_has_changed
     assert not compile_engine(chosen).up_to_date
 
 
-def test_memory_that_may_run_out_is_told_before_it_is_used(
-    checkpoint: Path, tmp_path: Path, stand_in: list[BuildRequest], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("free", "told"),
+    [
+        (10_000_000, "memory may run out: a compile of this model needs about 1.2"),
+        (64 << 30, "a compile of this model"),
+    ],
+)
+def test_memory_that_a_compile_takes_is_told_before_it_is_used(
+    checkpoint: Path,
+    tmp_path: Path,
+    stand_in: list[BuildRequest],
+    monkeypatch: pytest.MonkeyPatch,
+    free: int,
+    told: str,
 ) -> None:
-    monkeypatch.setattr(emit, "free_bytes", lambda: 10_000_000)
+    monkeypatch.setattr(emit, "free_bytes", lambda: free)
     events: list[Event] = []
     compile_engine(options(checkpoint, tmp_path / "wide.engine", predictor="none"), EventProgress(events.append))
     texts = [event.text for event in events]
-    told = next(
-        text for text in texts if text.startswith("memory may run out: a compile of this model needs about 1.2")
-    )
-    assert texts.index(told) < texts.index("decode.plan")
+    (note,) = [event for event in events if "a compile of this model needs" in event.text]
+    assert note.text.startswith(told)
+    assert note.fields["needed"] > 1.2e9
+    assert note.fields["free"] == free
+    assert texts.index(note.text) < texts.index("decode.plan")
 
 
 def _swapped_halves(monkeypatch: pytest.MonkeyPatch) -> None:

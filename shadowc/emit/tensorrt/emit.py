@@ -48,7 +48,7 @@ def emit_tensorrt(
         source: every tensor that the recipes name.
         staging: an existing folder.
         options: target, weights, limits and compute capabilities.
-        progress: told about bytes of weights, then about steps of the builder.
+        progress: told about the memory that it takes, about bytes of weights, then about steps of the builder.
 
     Raises:
         SetupError: the builder or the plugin is missing, or the builder refused.
@@ -62,8 +62,8 @@ def emit_tensorrt(
     sizes = sizes_of(options, programs["decode"].facts)
     recipes = shared_recipes(programs)
     note = host_note(recipes)
-    if 0 < free_bytes() < host_bytes(recipes):
-        progress.note(f"memory may run out: {note}", needed=host_bytes(recipes), free=free_bytes())
+    needed, free = host_bytes(recipes), free_bytes()
+    progress.note(f"memory may run out: {note}" if 0 < free < needed else note, needed=needed, free=free)
     places, weights_entry = write_weights(staging / WEIGHTS_FILE, recipes, source, progress, alignment=DEVICE_ALIGNMENT)
     plans: dict[Plan, PlanPart] = {}
     built: dict[Plan, BuildResult] = {}
