@@ -153,6 +153,19 @@ def test_float32_for_turing_is_told(tmp_path: Path) -> None:
         build_plan(request, NullProgress())
 
 
+def test_profile_that_is_upside_down_is_told(tmp_path: Path) -> None:
+    request = rtx.request(tmp_path)
+    turned = tuple(
+        tensor.model_copy(update={"smallest": tensor.largest, "largest": tensor.smallest})
+        if tensor.name == "past"
+        else tensor
+        for tensor in request.plan.inputs
+    )
+    wrong = dataclasses.replace(request, plan=request.plan.model_copy(update={"inputs": turned}))
+    with pytest.raises(SetupError, match=r"could not build decode\.plan: the profile is upside down .*tensors past"):
+        build_plan(wrong, NullProgress())
+
+
 def test_missing_graph_is_told(tmp_path: Path) -> None:
     request = rtx.request(tmp_path)
     (tmp_path / "decode.onnx").unlink()

@@ -60,7 +60,8 @@ def _build(bindings: Bindings, request: dict[str, Any], send: Send) -> dict[str,
     network = _parse(trt, builder, logger, request["onnx"], registered)
     config = builder.create_builder_config()
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-    config.add_optimization_profile(_profile(builder, network, request["inputs"]))
+    if config.add_optimization_profile(_profile(builder, request["inputs"])) < 0:  # it does not raise
+        raise RefusedError("profile")
     if request["capabilities"]:
         config.num_compute_capabilities = len(request["capabilities"])
         for index, name in enumerate(request["capabilities"]):
@@ -123,11 +124,20 @@ def _parse(trt: Any, builder: Any, logger: Any, onnx: str, registered: list[str]
     return network
 
 
-def _profile(builder: Any, network: Any, inputs: list[dict[str, Any]]) -> Any:
+def _profile(builder: Any, inputs: list[dict[str, Any]]) -> Any:
+    """The ranges of every changing input, read back: the setter takes anything and says nothing."""
     profile = builder.create_optimization_profile()
-    for tensor in inputs:
-        if tensor["smallest"] is not None:
-            profile.set_shape(tensor["name"], tensor["smallest"], tensor["best"], tensor["largest"])
+    asked = {
+        tensor["name"]: [tuple(tensor[end]) for end in ("smallest", "best", "largest")]
+        for tensor in inputs
+        if tensor["smallest"] is not None
+    }
+    for name, ranges in asked.items():
+        profile.set_shape(name, *ranges)
+    for name, ranges in asked.items():
+        kept = [tuple(sizes) for sizes in profile.get_shape(name)]
+        if kept != ranges:
+            raise RefusedError("profile", reasons=[f"the profile of {name} is {kept}, asked for {ranges}"])
     return profile
 
 

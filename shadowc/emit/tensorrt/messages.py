@@ -14,6 +14,8 @@ _KNOWN = (
     ("FP32 GEMM is not supported", "compute capability 7.5 has no float32 products",
      "leave out --compute-capability 7.5, or compile with --weights fp16 and --predictor none"),
     ("formatTacticCombinations", "an operator has no kernel for the types of its inputs", "shadowc doctor"),
+    ("Invalid optimization profiles", "the profile is upside down or incomplete", "report this: it is a bug"),
+    ("asked for [(", "the builder keeps another profile than it was given", "report this: it is a bug"),
     ("self-consistent", "the sizes that the profile allows cannot occur together", "report this: it is a bug"),
     ("no optimization profile", "an input of changing size has no profile", "report this: it is a bug"),
     ("dedicated kernel", "it has no fused attention for this head size and type", "--weights fp32"),
@@ -36,7 +38,7 @@ def explained(
 
     Args:
         messages: what the builder logged.
-        refused: the step that failed: "plugin", "parse" or "build", with what is known about it.
+        refused: the step that failed: "plugin", "parse", "profile" or "build", with what is known about it.
         plugin: the library of the operators.
         operators: the nodes that it should provide.
     """
