@@ -20,6 +20,8 @@ SLOTS = 1024
 """Filled cache slots in the tables."""
 BLOCK = 16
 """Neurons per unit in the tables."""
+GOAL_SLOTS, GOAL_SPEEDUP, GOAL_SHARE = 513, 1.7, 0.8
+"""Filled slots, speed-up and share of the bandwidth of the goal, as tests/gpu has them."""
 
 
 class Model(NamedTuple):
@@ -62,20 +64,35 @@ def splits(model: Model, weight: int) -> int:
     return min(64, max(1, ceil(320 / strips)))
 
 
-def moved(model: Model, weight: int, density: float) -> Iterator[Moved]:
+def moved(model: Model, weight: int, density: float, *, kv: str = "all", slots: int = SLOTS) -> Iterator[Moved]:
     """Every kernel of a sparse layer; `weight` is bytes per weight."""
     E, F, H, D = model.hidden, model.neurons, model.heads, model.head_size
     neurons, heads, row = density * F, round(density * H), row_bytes(model, weight)
+    projected = heads + 2 * (H if kv == "all" else heads)
     partial = 2 * 4 * splits(model, weight) * E
     yield Moved("list_tile (heads)", 16 * H)
-    yield Moved("project", (heads + 2 * H) * D * (row + 4) + 2 * E + 4 * heads * D + 4 * E)
-    yield Moved("attend_span, merge_spans", heads * (SLOTS * 2 * D * 2 + ceil(SLOTS / 256) * 2 * 4 * (D + 2)))
+    yield Moved("project", projected * D * (row + 4) + 2 * E + 4 * heads * D + 4 * E)
+    yield Moved("attend_span, merge_spans", heads * (slots * 2 * D * 2 + ceil(slots / 256) * 2 * 4 * (D + 2)))
     yield Moved("sum_members (wot)", heads * D * (row + 4) + partial / 2)
     yield Moved("finish_sum (attention)", partial / 2 + 6 * E)
     yield Moved("list_tile (neurons)", 16 * F / BLOCK)
     yield Moved("hidden_of_listed", neurons * (row + 8) + 2 * E)
     yield Moved("sum_members (w2t)", neurons * (row + 4) + partial / 2)
     yield Moved("finish_sum (FFN)", partial / 2 + 6 * E)
+
+
+def counted(model: Model, weight: int, density: float, kv: str, slots: int) -> float:
+    """Bytes of a sparse layer as the measurement on a GPU counts them: weights, scales, keys and values."""
+    H, D, row = model.heads, model.head_size, row_bytes(model, weight)
+    heads = round(density * H)
+    rows = 2 * density * model.neurons + (2 * heads + 2 * (H if kv == "all" else heads)) * D
+    return rows * row + heads * slots * 2 * D * 2
+
+
+def dense(model: Model, slots: int) -> float:
+    """Bytes of a dense fp16 layer: weights, keys and values."""
+    E = model.hidden
+    return (4 * E * E + 2 * E * model.neurons + 2 * slots * E) * 2
 
 
 def selection(model: Model, units: int) -> float:
@@ -86,7 +103,7 @@ def selection(model: Model, units: int) -> float:
 def page() -> str:
     """The whole page."""
     tables = "".join(_model_table(model, weight) for model in MODELS for weight in (2, 1))
-    return HEAD + _launch_table() + NOTES + tables + _selection_table() + TAIL
+    return HEAD + _launch_table() + NOTES + tables + _selection_table() + SHARES + _bounds_table() + ALLOWED
 
 
 def _cells(*cells: object) -> str:
@@ -132,6 +149,21 @@ def _selection_table() -> str:
             size = selection(model, units)
             times = (f"{size / bandwidth * 1e6:.2f}" for bandwidth in CARDS.values())
             out += _cells(model.name, f"{units} ({what})", f"{size / 1e3:.0f}", *times)
+    return out
+
+
+def _bounds_table() -> str:
+    cases = [(weight, density) for weight in (2, 1) for density in (0.5, 0.2)]
+    names = [f"{'fp16' if weight == 2 else 'int8'} at {density:g}" for weight, density in cases]
+    last = "cuBLAS at most, for the goal"
+    out = _cells("model", "kv", *names, "fp16 at 0.5, every byte", last) + _cells(*(["---"] * (4 + len(cases))))
+    for model in MODELS:
+        whole = dense(model, GOAL_SLOTS)
+        for kv in ("all", "active"):
+            bounds = [whole / counted(model, *case, kv, GOAL_SLOTS) for case in cases]
+            every = whole / sum(row.size for row in moved(model, 2, 0.5, kv=kv, slots=GOAL_SLOTS))
+            limit = f"{100 * bounds[0] * GOAL_SHARE / GOAL_SPEEDUP:.0f} %"
+            out += _cells(model.name, kv, *(f"{bound:.2f}x" for bound in [*bounds, every]), limit)
     return out
 
 
@@ -197,9 +229,30 @@ density applies to heads and neurons alike. Columns: megabytes, then microsecond
 SXM (2039 GB/s), the H100 SXM (3352 GB/s) and the RTX 4090 (1008 GB/s).
 """
 
-TAIL = """
+SHARES = """
 At density 0.5 the FFN moves half of its bytes; attention three quarters of its weights (keys and values of skipped
-heads are still written, so that later tokens may use them) and half of the cache.
+heads are still written, so that later tokens may use them) and half of the cache. With `kv=active`, legal for a fixed
+mask, attention moves half of everything.
+
+## What the bytes allow against dense layers
+
+The goal: at density 0.5 and batch 1, FFN and attention in fp16 at least 1.7x faster than the dense fp16 products of
+cuBLAS, at 80 % of the bandwidth. `make gpu-test` counts and times attention over the cache on both sides: cuBLAS does
+the products with all keys and values too (without the softmax between them). The table gives dense bytes divided by
+sparse bytes, the speed-up if both sides moved their bytes equally fast, with 513 slots; int8 weights too are held
+against dense fp16. "Every byte" adds lists, activations and partial sums to the sparse side, as if none stayed in L2.
+The last column is the share of the bandwidth above which cuBLAS puts 1.7x out of reach of sparse fp16 kernels at 80 %.
+
+"""
+ALLOWED = """
+So with `kv=all`, as a predicted mask needs it, half of the units is at the limit of the goal: 1.7x then means that the
+sparse kernels use the bandwidth at least as well as cuBLAS does. With `kv=active`, with int8 weights, or at a lower
+density there is room. `make gpu-test` judges both values of `kv` and prints beside each what the bytes allow and the
+share of the bandwidth that cuBLAS reaches.
+
+It fails for whatever was not run, such as engines without a TensorRT for the card (make prints `Error 10`), and for a
+missed goal (`Error 11`), unless told otherwise: `make gpu-test ALLOW_SKIPS=1 ALLOW_MISSED=1`. What was not run and
+which goals were met stands in the card's file in build/gpu too.
 """
 
 

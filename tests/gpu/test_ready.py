@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -17,10 +19,10 @@ from shadowc.emit.tensorrt.checks import check_capabilities
 from shadowc.runtime.tensorrt.cuda import open_cuda
 from shadowc.spec.errors import SetupError
 from tests.emulation.library import Kernels
-from tests.gpu import build, table
+from tests.gpu import build, goals, report, table
 from tests.gpu.conftest import COLLECT_VARIABLE
 from tests.gpu.targets import NoTargetError, engine_options, engine_target
-from tests.gpu.timing import CAPACITY, FILLED, Bench, Shape, Timed
+from tests.gpu.timing import CAPACITY, FILLED, SHAPES, Bench, Shape, Timed
 from tests.runtime.host_device import HostDevice
 
 ROOT = Path(__file__).parents[2]
@@ -186,6 +188,37 @@ def test_a_dense_layer_moves_its_weights_and_all_keys_and_values(bench: Bench) -
     E, F, cublas = TINY.hidden, TINY.neurons, CountingCublas()
     assert bench.dense_ffn(TINY, 4, cublas).bytes == 2 * E * F * 2
     assert bench.dense_attention(TINY, 4, cublas).bytes == 4 * E * E * 2 + 4 * 2 * (FILLED + 1) * E * 2
+
+
+@pytest.fixture(scope="module")
+def page() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("gpu_kernels_page", ROOT / "scripts" / "gpu_kernels_page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kv", goals.KV)
+@pytest.mark.parametrize(("int8", "density"), [(False, 0.5), (True, 0.5), (False, 1.0)])
+def test_the_page_says_what_bytes_the_measurement_compares(
+    bench: Bench, page: ModuleType, kv: str, int8: bool, density: float
+) -> None:
+    model = page.Model(TINY.model, TINY.layers, TINY.hidden, TINY.neurons, TINY.heads)
+    attention = bench.attention(TINY, density, 1, int8=int8, kv_active=kv == "active")
+    sparse = bench.ffn(TINY, density, 1, int8=int8).bytes + attention.bytes
+    assert page.counted(model, 1 if int8 else 2, density, kv, page.GOAL_SLOTS) == sparse
+    cublas = CountingCublas()
+    dense = bench.dense_ffn(TINY, 1, cublas).bytes + bench.dense_attention(TINY, 1, cublas).bytes
+    assert page.dense(model, page.GOAL_SLOTS) == dense
+
+
+def test_the_page_has_the_goals_and_models_of_the_measurement(page: ModuleType) -> None:
+    assert (page.GOAL_SLOTS, page.GOAL_SPEEDUP, page.GOAL_SHARE) == (FILLED + 1, goals.SPEEDUP, goals.SHARE)
+    assert [tuple(model) for model in page.MODELS] == [
+        (shape.model, shape.layers, shape.hidden, shape.neurons, shape.heads) for shape in SHAPES
+    ]
+    assert f"`Error {report.NOT_RUN}`" in page.page()
+    assert f"`Error {report.MISSED}`" in page.page()
 
 
 def test_the_clock_counts_one_launch(bench: Bench) -> None:
