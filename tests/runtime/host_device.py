@@ -145,6 +145,8 @@ class HostPlan:
     ) -> None:  # fmt: skip
         self.device, self.part = device, part
         self.uncounted = 0
+        self.kept: list[str] = []
+        """Who asked for compiled kernels to be kept, in order."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 2
         options.log_severity_level = 3
@@ -159,6 +161,9 @@ class HostPlan:
 
     def execution(self, *, steady: bool) -> HostExecution:
         return HostExecution(self)
+
+    def keep(self) -> None:
+        self.kept.append("plan")
 
 
 class HostExecution:
@@ -180,6 +185,11 @@ class HostExecution:
 
     def capturable(self) -> bool:
         return True
+
+    def keep(self) -> None:
+        if self.plan.device.queue:
+            raise DeviceFaultError("a run that has not ended is no proof that its kernels work")
+        self.plan.kept.append("execution")
 
     def enqueue(self) -> None:
         missing = (self.inputs.keys() | self.outs.keys()) - self.addresses.keys()

@@ -262,13 +262,63 @@ def test_executions_share_scratch_memory_and_run_on_the_stream(
 def test_kernels_compiled_for_this_gpu_are_kept_for_the_next_start(
     trt: FakeTrt, cuda: SimpleNamespace, tmp_path: Path
 ) -> None:
-    assert opened(trt, cuda, tmp_path, "rtx1").execution(steady=True).capturable()
-    (kept,) = (plans._folder()).glob("*.rtx")
+    opened(trt, cuda, tmp_path, "rtx1").execution(steady=False).keep()
+    (kept,) = plans._folder().iterdir()
+    assert kept.suffix == ".rtx"
     assert kept.read_bytes() == b"kernels"
     again = opened(trt, cuda, tmp_path, "rtx1").execution(steady=True)
     assert again._compiled._saved == b"kernels"
+
+
+def test_asking_whether_a_run_may_be_recorded_writes_nothing(
+    trt: FakeTrt, cuda: SimpleNamespace, tmp_path: Path
+) -> None:
+    execution = opened(trt, cuda, tmp_path, "rtx1").execution(steady=True)
+    assert execution.capturable()
     trt.refuses.add("capture")
-    assert not again.capturable()
+    assert not execution.capturable()
+    assert not plans._folder().exists()
+
+
+def test_an_execution_keeps_kernels_once_and_the_plan_again_at_the_end(
+    trt: FakeTrt, cuda: SimpleNamespace, tmp_path: Path
+) -> None:
+    plan = opened(trt, cuda, tmp_path, "rtx1")
+    plan.keep()  # nothing was compiled yet
+    execution = plan.execution(steady=False)
+    execution.keep()
+    plan._compiled._cache.serialize = lambda: b"more kernels"
+    execution.keep()
+    (kept,) = plans._folder().iterdir()
+    assert kept.read_bytes() == b"kernels"
+    plan.keep()
+    assert kept.read_bytes() == b"more kernels"
+
+
+def test_a_cache_that_cannot_be_serialised_is_nothing_to_keep(
+    trt: FakeTrt, cuda: SimpleNamespace, tmp_path: Path
+) -> None:
+    execution = opened(trt, cuda, tmp_path, "rtx1").execution(steady=True)
+    execution._compiled._cache.serialize = lambda: None
+    execution.keep()
+    assert not plans._folder().exists()
+
+
+def test_processes_that_keep_the_same_kernels_write_different_files(
+    trt: FakeTrt, cuda: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts: list[Path] = []
+
+    def full(self: Path, target: Path) -> None:
+        parts.append(self)
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        for _ in range(2):
+            opened(trt, cuda, tmp_path, "rtx1").execution(steady=True).keep()
+    assert len(set(parts)) == 2
+    assert not list(plans._folder().iterdir())
 
 
 def _bound(execution: Any) -> Any:

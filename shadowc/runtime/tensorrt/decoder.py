@@ -6,12 +6,13 @@ Letters: B rows, S tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from shadowc.runtime.tensorrt.device import with_room
 from shadowc.spec.errors import InternalError
 
 if TYPE_CHECKING:
@@ -32,13 +33,17 @@ class DeviceDecoder:
         prefill: the dense pass.
         batch: where each row starts.
         chunk: most tokens that the decode plan takes at once.
+        make_room: frees memory of other batch sizes; False: there is none.
     """
 
-    def __init__(self, space: Workspace, prefill: Prefill, batch: Batch, chunk: int) -> None:
+    def __init__(
+        self, space: Workspace, prefill: Prefill, batch: Batch, chunk: int, make_room: Callable[[], bool]
+    ) -> None:
         self._space = space
         self._prefill = prefill
         self._batch = batch
         self._chunk = chunk
+        self._make_room = make_room
         self._filled = 0
         self._density = {name: np.ones(batch.rows, np.float32) for name in _DIALS}
 
@@ -63,7 +68,8 @@ class DeviceDecoder:
         if self._filled:
             raise InternalError(f"a prompt must come first, {self._filled} slots are filled")
         self._require_room(S)
-        logits_BV = self._prefill.run({"input_ids": ids_BS, "attention_mask": self._batch.mask(S)}, self._space)
+        values: Arrays = {"input_ids": ids_BS, "attention_mask": self._batch.mask(S)}
+        logits_BV = with_room(lambda: self._prefill.run(values, self._space), self._make_room)
         self._filled = S
         return logits_BV
 
@@ -91,7 +97,10 @@ class DeviceDecoder:
         density = {name: np.ones_like(values) if dense else values for name, values in self._density.items()}
         past_B = np.full(self._batch.rows, self._filled, np.int64)
         values: Arrays = {"input_ids": ids_BS, "past": past_B, "start": self._batch.starts, **density}
-        outputs = self._space.step(values) if S == 1 else self._space.feed(values, S)
+        if S == 1:
+            outputs = self._space.step(values)
+        else:
+            outputs = with_room(lambda: self._space.feed(values, S), self._make_room)
         read = outputs.get("read")
         if read is not None and (read < 0).any():
             raise InternalError(f"a kernel dropped keys: {self._filled} + {S} slots of {self._space.capacity}")

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+from shadowc.spec.errors import SetupError
 
 if TYPE_CHECKING:
     from shadowc.runtime.tensorrt.cuda import Gpu
@@ -19,6 +23,7 @@ if TYPE_CHECKING:
 Address = int
 Sizes = tuple[int, ...]
 Bytes = npt.NDArray[np.uint8]
+_Made = TypeVar("_Made")
 
 
 class Device(Protocol):
@@ -54,6 +59,9 @@ class Execution(Protocol):
     def capturable(self) -> bool:
         """Whether the run may be recorded into a graph now."""
 
+    def keep(self) -> None:
+        """After a run that has ended well: what was compiled for it is worth keeping. Later calls cost nothing."""
+
 
 class Plan(Protocol):
     """A plan, ready to run on its device."""
@@ -64,6 +72,9 @@ class Plan(Protocol):
         Args:
             steady: it will be run often, at one size: worth preparing for exactly that size.
         """
+
+    def keep(self) -> None:
+        """Keep what was compiled until now for the next start."""
 
 
 class Arena:
@@ -105,7 +116,27 @@ def bytes_at(address: Address, size: int) -> Bytes:
     return view
 
 
+def with_room(make: Callable[[], _Made], make_room: Callable[[], bool]) -> _Made:
+    """What `make` gives; where memory is too short for it, again each time that `make_room` has freed some.
+
+    Args:
+        make: gives back by itself what it had taken when it fails.
+        make_room: False: there is nothing left to free.
+
+    Raises:
+        SetupError: the memory is too short even so.
+    """
+    while True:  # the next try comes behind the except clause, whose traceback would keep what the last one made
+        try:
+            return make()
+        except SetupError:
+            if not make_room():
+                raise
+
+
 def _give_back(held: list[tuple[Any, Address]]) -> None:
-    while held:
-        release, address = held.pop()
-        release(address)
+    """Release everything, the youngest first; one that fails keeps no other from it, and is told at the end."""
+    with ExitStack() as stack:
+        while held:
+            release, address = held.pop(0)
+            stack.callback(release, address)

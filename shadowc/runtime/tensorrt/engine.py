@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
 from time import perf_counter
@@ -17,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from shadowc.runtime.causal import COUNTED, CausalEngine
 from shadowc.runtime.tensorrt import layout
 from shadowc.runtime.tensorrt.decoder import DeviceDecoder
-from shadowc.runtime.tensorrt.device import Arena, Device, Plan
+from shadowc.runtime.tensorrt.device import Arena, Device, Plan, with_room
 from shadowc.runtime.tensorrt.layout import Run
 from shadowc.runtime.tensorrt.weights import load_weights
 from shadowc.runtime.tensorrt.workspace import GRAPHS_VARIABLE, Prefill, Workspace, check_request
-from shadowc.spec.errors import InternalError, SetupError, UnsupportedError
+from shadowc.spec.errors import InputError, InternalError, UnsupportedError
 from shadowc.spec.manifest import WEIGHTS_FILE
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ class TensorRtEngine(CausalEngine):
         self._weights = load_weights(device, self._arena, folder / WEIGHTS_FILE, self._part.weights)
         self._prefill = Prefill(device, plans["prefill"], self._part.plans["prefill"], self._weights)
         self._spaces: OrderedDict[int, Workspace] = OrderedDict()
+        self._closed = False
 
     @property
     def model(self) -> ModelPart:
@@ -117,6 +119,7 @@ class TensorRtEngine(CausalEngine):
 
     def copy_bandwidth(self, size: int, repeats: int) -> float:
         """Best bytes per second, read and written together, of `repeats` copies of `size` bytes on the device."""
+        self._require_open()
         arena = Arena(self._device)
         to, source = arena.allocate(size), arena.allocate(size)
         best = float("inf")
@@ -131,18 +134,32 @@ class TensorRtEngine(CausalEngine):
         return 2 * size * _COPIES / best
 
     def close(self) -> None:
-        """Give all device memory back; the engine cannot run any more."""
-        for space in self._spaces.values():
-            space.close()
-        self._spaces.clear()
-        self._prefill.close()
-        self._arena.close()
+        """Give all device memory back; the engine cannot run any more. A second call does nothing."""
+        if self._closed:
+            return
+        self._closed = True
+        with ExitStack() as stack:  # each is called whatever becomes of the others
+            stack.callback(self._arena.close)
+            stack.callback(self._prefill.close)
+            while self._spaces:
+                stack.callback(self._spaces.popitem()[1].close)
+            for plan in self.plans.values():
+                stack.callback(plan.keep)
 
     def _decoder(self, batch: Batch, slots: int) -> TokenDecoder:
+        self._require_open()
         capacity = layout.capacity(self._part, slots)
         check_request(self._part.plans["prefill"], Run(batch.rows, batch.slots, batch.slots))
         check_request(self._part.plans["decode"], Run(batch.rows, 1, capacity))
-        return DeviceDecoder(self._space(batch.rows, capacity), self._prefill, batch, self._part.chunk)
+        space = self._space(batch.rows, capacity)
+        return DeviceDecoder(space, self._prefill, batch, self._part.chunk, lambda: self._make_room(batch.rows))
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise InputError(
+                f"the engine {self.folder} was closed, and its weights are no longer on the device",
+                hint="load it again: shadowc.load(FOLDER)",
+            )
 
     def _space(self, rows: int, capacity: int) -> Workspace:
         """The workspace of a batch size; it is made anew only to grow."""
@@ -153,16 +170,17 @@ class TensorRtEngine(CausalEngine):
         while len(self._spaces) >= KEPT_SIZES:
             self._spaces.popitem(last=False)[1].close()
         if space is None:
-            try:
-                space = self._new_space(rows, capacity)
-            except SetupError:
-                if not self._spaces:
-                    raise
-                while self._spaces:  # the memory of other batch sizes may do
-                    self._spaces.popitem()[1].close()
-                space = self._new_space(rows, capacity)
+            space = with_room(lambda: self._new_space(rows, capacity), lambda: self._make_room(rows))
         self._spaces[rows] = space
         return space
+
+    def _make_room(self, rows: int) -> bool:
+        """Give up the cache of another batch size, the one unused for longest; False: there is no other."""
+        other = next((one for one in self._spaces if one != rows), None)
+        if other is None:
+            return False
+        self._spaces.pop(other).close()
+        return True
 
     def _new_space(self, rows: int, capacity: int) -> Workspace:
         return Workspace(

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -130,6 +132,11 @@ class TrtPlan:
         context.set_device_memory(*self._scratch.take())
         return TrtExecution(self._bindings, self._cuda, context, self._compiled)
 
+    def keep(self) -> None:
+        """Write down what was compiled until now, the kernels that came in the background included."""
+        if self._compiled is not None:
+            self._compiled.save()
+
 
 class TrtExecution:
     """An execution context; see device.Execution."""
@@ -165,12 +172,13 @@ class TrtExecution:
 
     def capturable(self) -> bool:
         """Whether the run may be recorded: TensorRT for RTX says so once its kernels are compiled."""
-        if self._compiled is None:
-            return True
-        if not self._kept:
+        return self._compiled is None or bool(self._context.is_stream_capturable(self._cuda.stream))
+
+    def keep(self) -> None:
+        """After the first run: write down what was compiled for it."""
+        if self._compiled is not None and not self._kept:
             self._compiled.save()
-            self._kept = True
-        return bool(self._context.is_stream_capturable(self._cuda.stream))
+        self._kept = True
 
 
 class RuntimeCache:
@@ -205,15 +213,12 @@ class RuntimeCache:
 
     def save(self) -> None:
         """Write what is new; a disk that takes nothing costs time at the next start, nothing else."""
-        content = bytes(memoryview(self._cache.serialize()))
-        if content == self._saved:
+        blob = None if self._cache is None else self._cache.serialize()
+        content = b"" if blob is None else bytes(memoryview(blob))
+        if content in (b"", self._saved):
             return
         try:
-            path = _folder() / self._name
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part = path.with_suffix(".part")
-            part.write_bytes(content)
-            part.replace(path)
+            _replace(_folder() / self._name, content)
         except (OSError, SetupError):
             return
         self._saved = content
@@ -227,6 +232,20 @@ class RuntimeCache:
 
 def _folder() -> Path:
     return default_root() / "tensorrt"
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """Write a file in one go; a temporary name of its own, since other processes may write the same file now."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=path.stem, suffix=".part", dir=path.parent)
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
 
 
 def _missing(registry: Any, operators: Sequence[str]) -> list[str]:

@@ -9,8 +9,10 @@ Letters: B rows, S tokens, T slots of the cache, H heads, D head size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -132,10 +134,14 @@ class Workspace:
         self._chunk: Exchange | None = None
         self._chunks: Execution | None = None
         self._graph: Address | None = None
-        places, size = pack(caches(part), Run(rows, 1, capacity))
-        base = self._arena.allocate(size)
-        self.caches = {name: (base + place.offset, place) for name, place in places.items()}
-        self._step = self._exchange(self._arena, plan.execution(steady=True), 1)
+        try:
+            places, size = pack(caches(part), Run(rows, 1, capacity))
+            base = self._arena.allocate(size)
+            self.caches = {name: (base + place.offset, place) for name, place in places.items()}
+            self._step = self._exchange(self._arena, plan.execution(steady=True), 1)
+        except BaseException:  # its traceback holds this object, and so the memory
+            self.close()
+            raise
 
     @property
     def captured(self) -> bool:
@@ -151,8 +157,9 @@ class Workspace:
             return self._step.outputs
         self._step.enqueue()
         self._device.synchronize()
+        self._step.execution.keep()
         if self._graphs and self._step.execution.capturable():
-            self._graph = self._record()
+            self._graph = self._recorded()
         return self._step.outputs
 
     def feed(self, values: Mapping[str, npt.NDArray[Any]], tokens: int) -> Arrays:
@@ -162,16 +169,33 @@ class Workspace:
             self._chunk_arena.close()
             self._chunk_arena = Arena(self._device)
             self._chunks = self._chunks or self._plan.execution(steady=False)
-            self._chunk = self._exchange(self._chunk_arena, self._chunks, tokens)
+            try:
+                self._chunk = self._exchange(self._chunk_arena, self._chunks, tokens)
+            except BaseException:
+                self._chunk_arena.close()
+                raise
         self._chunk.write(values)
         self._chunk.enqueue()
         self._device.synchronize()
+        self._chunk.execution.keep()
         return self._chunk.outputs
 
     def close(self) -> None:
         """Give the memory back."""
-        self._chunk_arena.close()
-        self._arena.close()
+        with closing(self._arena):
+            self._chunk_arena.close()
+
+    def _recorded(self) -> Address | None:
+        """The graph of a step; None, from here on, where it cannot be recorded: the steps themselves do run."""
+        try:
+            return self._record()
+        except InternalError as error:
+            self._graphs = False
+            _warn(
+                f"a decode step could not be recorded as a graph, steps run plainly and more slowly: {error.message}; "
+                f"next: {GRAPHS_VARIABLE}=0 does not try"
+            )
+            return None
 
     def _record(self) -> Address:
         self._device.begin_capture()
@@ -181,13 +205,7 @@ class Workspace:
             with suppress(InternalError):  # the first error is the one that says something
                 self._device.release_graph(self._device.end_capture())
             raise
-        try:
-            return self._arena.graph(self._device.end_capture())
-        except InternalError as error:
-            raise InternalError(
-                f"a decode step could not be recorded as a graph: {error.message}",
-                hint=f"{GRAPHS_VARIABLE}=0 runs every step plainly",
-            ) from error
+        return self._arena.graph(self._device.end_capture())
 
     def _exchange(self, arena: Arena, execution: Execution, tokens: int) -> Exchange:
         run = Run(self.rows, tokens, self.capacity)
@@ -228,6 +246,7 @@ class Prefill:
             copy = row_copy(fresh.dtype, fresh.sizes, cache.sizes)
             self._device.copy_rows(to, copy.to_pitch, source, copy.source_pitch, copy.width, copy.rows)
         self._device.synchronize()
+        exchange.execution.keep()
         return np.array(exchange.outputs["logits"][:, -1], np.float32)
 
     def close(self) -> None:
@@ -242,9 +261,13 @@ class Prefill:
         self.close()
         self._arena = Arena(self._device)
         self._execution = self._execution or self._plan.execution(steady=False)
-        made = Exchange(self._device, self._arena, self._execution, self._part, self._weights, run)
-        places, size = pack(caches(self._part), run)
-        base = self._arena.allocate(size)
+        try:
+            made = Exchange(self._device, self._arena, self._execution, self._part, self._weights, run)
+            places, size = pack(caches(self._part), run)
+            base = self._arena.allocate(size)
+        except BaseException:
+            self._arena.close()
+            raise
         self._fresh = {name: (base + place.offset, place) for name, place in places.items()}
         for name, (address, _) in self._fresh.items():
             made.execution.bind(name, address)
@@ -260,6 +283,12 @@ def check_request(part: PlanPart, run: Run) -> None:
     """
     for tensor in part.inputs:
         sizes_of(tensor, run)
+
+
+@cache
+def _warn(text: str) -> None:
+    """Say it once in a process: every batch size meets the same refusal."""
+    logging.getLogger(__name__).warning(text)
 
 
 def _array(view: Bytes, place: Place) -> npt.NDArray[Any]:
