@@ -26,7 +26,7 @@ error cudaGetDeviceCount(int* count) {
   *count = setting("FAKE_DEVICES", 1);
   return setting("FAKE_STATUS", 0);
 }
-error cudaSetDevice(int device) { return device == 0 ? 0 : kInvalid; }
+error cudaSetDevice(int device) { return device == 0 ? setting("FAKE_SET", 0) : kInvalid; }
 error cudaDeviceGetAttribute(int* value, int attribute, int device) {
   *value = attribute == 75 ? 8 : attribute == 76 ? 6 : -1;
   return device == 0 ? 0 : kInvalid;
@@ -34,7 +34,7 @@ error cudaDeviceGetAttribute(int* value, int attribute, int device) {
 error cudaGetDeviceProperties(void* properties, int device) {
   memset(properties, 0, 1024);
   strcpy(properties, "Fake GPU");
-  return device;
+  return device ? kInvalid : setting("FAKE_PROPERTIES", 0);
 }
 error cudaDriverGetVersion(int* version) { return *version = setting("FAKE_DRIVER", 13000), 0; }
 error cudaRuntimeGetVersion(int* version) { return *version = 13040, 0; }
@@ -46,6 +46,7 @@ error cudaMalloc(void** address, size_t size) {
 }
 error cudaFree(void* address) { return free(address), 0; }
 error cudaHostAlloc(void** address, size_t size, unsigned flags) {
+  if (setting("FAKE_PINNED", 0)) return setting("FAKE_PINNED", 0);
   return flags ? kInvalid : posix_memalign(address, 256, size) ? kMemory : 0;
 }
 error cudaFreeHost(void* address) { return free(address), 0; }
@@ -69,7 +70,7 @@ error cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from
   return s && kind == 3 ? copy(to, to_pitch, from, from_pitch, width, rows) : kInvalid;
 }
 error cudaStreamCreateWithFlags(stream* s, unsigned flags) {
-  return *s = (void*)0x5EA, flags == 1 ? 0 : kInvalid;
+  return *s = (void*)0x5EA, flags == 1 ? setting("FAKE_STREAM", 0) : kInvalid;
 }
 error cudaStreamSynchronize(stream s) { return capturing ? 900 : s ? setting("FAKE_RUN", 0) : kInvalid; }
 error cudaStreamDestroy(stream s) { return s ? 0 : kInvalid; }

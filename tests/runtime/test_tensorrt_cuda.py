@@ -117,6 +117,49 @@ def test_without_a_usable_gpu_the_sentence_says_what_is_missing(
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("call", ["FAKE_STATUS", "FAKE_SET", "FAKE_STREAM", "FAKE_PROPERTIES"])
+@pytest.mark.parametrize("status", ["46", "802", "803", "804", "999"])
+def test_a_gpu_that_fails_while_it_is_opened_is_a_matter_of_the_machine(
+    library: Path, monkeypatch: pytest.MonkeyPatch, call: str, status: str
+) -> None:
+    monkeypatch.setenv(call, status)
+    monkeypatch.setenv(cuda.VARIABLE, str(library))
+    says = rf"cannot be used: cuda\w+ failed: cudaErrorFake \({status}\), as it was told to"
+    with pytest.raises(SetupError, match=says) as caught:
+        cuda.open_cuda.__wrapped__()
+    assert caught.value.hint.startswith("nvidia-smi")
+
+
+def test_too_little_pinned_memory_is_told_and_other_failures_stay_ours(
+    fake: Cudart, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FAKE_PINNED", "2")
+    with pytest.raises(SetupError, match="34 MB more of pinned host memory") as caught:
+        fake.allocate_pinned(1 << 25)
+    assert "fewer rows" in caught.value.hint
+    monkeypatch.setenv("FAKE_PINNED", "1")
+    with pytest.raises(InternalError, match="cudaHostAlloc failed"):
+        fake.allocate_pinned(1)
+
+
+def test_a_release_that_fails_keeps_no_other_from_its_memory(fake: Cudart, monkeypatch: pytest.MonkeyPatch) -> None:
+    arena, gone = Arena(fake), []
+    for size in (1, 2, 3):
+        arena.allocate(size)
+    middle = arena._held[1][1]
+
+    def release(address: int) -> None:
+        gone.append(address)
+        if address == middle:
+            raise InternalError("cudaFree failed")
+
+    arena._held[:] = [(release, address) for _, address in arena._held]
+    wanted = [address for _, address in reversed(arena._held)]
+    with pytest.raises(InternalError, match="cudaFree failed"):
+        arena.close()
+    assert gone == wanted
+
+
 def test_a_library_that_does_not_load_is_passed_over(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "_candidates", lambda: iter(("/nowhere/libcudart.so", str(SOURCE), str(library))))
     assert cuda.open_cuda.__wrapped__().path == str(library)

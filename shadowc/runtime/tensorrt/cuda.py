@@ -63,6 +63,9 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
 NO_GPU_HINT = (
     "run it on a machine with an NVIDIA GPU, or compile for this one: shadowc compile --model NAME --target cpu"
 )
+BROKEN_GPU_HINT = (
+    "nvidia-smi shows whether the driver, and what else uses the GPU, are well; CUDA_VISIBLE_DEVICES picks another GPU"
+)
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,7 @@ class Cudart:
 
     Raises:
         OSError, AttributeError: it cannot be loaded, or lacks a function.
-        SetupError: there is no device to work with, or no driver.
+        SetupError: there is no device to work with, no driver, or CUDA fails while it is opened.
     """
 
     def __init__(self, path: str) -> None:
@@ -94,16 +97,19 @@ class Cudart:
             function = getattr(self._library, name)
             function.argtypes, function.restype = arguments, _int
         self._library.cudaGetErrorName.restype = self._library.cudaGetErrorString.restype = ctypes.c_char_p
-        self._require_device()
-        self._call("cudaSetDevice", 0)
         stream = _p()
-        self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING)
+        try:
+            self._require_device()
+            self._call("cudaSetDevice", 0)
+            self._call("cudaStreamCreateWithFlags", ctypes.byref(stream), _NON_BLOCKING)
+            self.gpu = self._describe()
+            """Name and compute capability."""
+        except InternalError as error:  # no step of ours has run yet: the machine is at fault
+            raise SetupError(f"the GPU cannot be used: {error.message}", hint=BROKEN_GPU_HINT) from error
         self.stream = _address(stream)
         """The one stream that everything runs on."""
 
-    @functools.cached_property
-    def gpu(self) -> Gpu:
-        """Name and compute capability."""
+    def _describe(self) -> Gpu:
         major, minor, properties = _int(), _int(), ctypes.create_string_buffer(_PROPERTIES_BYTES)
         self._call("cudaDeviceGetAttribute", ctypes.byref(major), _MAJOR, 0)
         self._call("cudaDeviceGetAttribute", ctypes.byref(minor), _MINOR, 0)
@@ -140,9 +146,20 @@ class Cudart:
         self._call("cudaFree", address)
 
     def allocate_pinned(self, size: int) -> Address:
-        """Host memory that copies can use while the host goes on."""
+        """Host memory that copies can use while the host goes on.
+
+        Raises:
+            SetupError: the system does not give so much.
+        """
         pointer = _p()
-        self._call("cudaHostAlloc", ctypes.byref(pointer), max(size, 1), 0)
+        status = self._library.cudaHostAlloc(ctypes.byref(pointer), max(size, 1), 0)
+        if status == _OUT_OF_MEMORY:
+            self._library.cudaGetLastError()
+            raise SetupError(
+                f"{size / 1e6:,.0f} MB more of pinned host memory are needed, and the system does not give them",
+                hint="use fewer rows or a shorter context, or free memory of other programs",
+            )
+        self._check(status, "cudaHostAlloc")
         return _address(pointer)
 
     def release_pinned(self, address: Address) -> None:
@@ -238,7 +255,7 @@ def open_cuda() -> Cudart:
     """Load a libcudart and take the first visible GPU.
 
     Raises:
-        SetupError: no library, no driver, or no GPU; the sentence says which.
+        SetupError: no library, no driver, no GPU, or one that fails; the sentence says which.
     """
     failed: list[str] = []
     driver: SetupError | None = None
