@@ -15,6 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from shadowc.checkpoint.converted import read_converted
+from shadowc.checkpoint.opt import EMBEDDING, HEAD
 from shadowc.checkpoint.pickled import container_problem
 from shadowc.checkpoint.stored import Stored, read_header
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
@@ -197,18 +198,22 @@ def _readers(folder: Path, shards: _Shards, convert: bool, advance: Advance | No
 
 def _read(folder: Path, index: str, shards: _Shards, reader: Reader) -> WeightFiles:
     given: dict[str, Stored] = {}
+    opened: dict[str, Mapping[str, Stored]] = {}
     damaged, excused = list(shards.problems), set(shards.lost)
     for shard, wanted in shards.wanted.items():
         entries, problems = reader(folder / shard)
         damaged += problems
         if entries is None or (problems and not entries):
             excused.update([_ALL] if wanted is None else wanted)
-            continue
-        names = list(entries) if wanted is None else wanted
-        lost = [name for name in names if name not in entries]
+        else:
+            opened[shard] = entries
+    for shard, held in opened.items():
+        placed = shards.wanted[shard]
+        found = {name: _entry(name, shard, opened) for name in (held if placed is None else placed)}
+        lost = [name for name, entry in found.items() if entry is None]
         damaged += [f"{shard}: lacks {name}, which {index} places there" for name in lost]
         excused.update(lost)
-        given |= {name: entries[name] for name in names if name in entries}
+        given |= {name: entry for name, entry in found.items() if entry is not None}
     renamed = canonical(given)
     twice = [name for name in sorted(given) if renamed[name] != name and renamed[name] in given]
     damaged += [f"{given[name].file}: holds {name} and also {renamed[name]}, expected one of them" for name in twice]
@@ -218,3 +223,19 @@ def _read(folder: Path, index: str, shards: _Shards, reader: Reader) -> WeightFi
         tuple(damaged),
         frozenset(canonical(excused).values()),
     )
+
+
+def _entry(name: str, shard: str, opened: Mapping[str, Mapping[str, Stored]]) -> Stored | None:
+    """Where a tensor lies that the index places in a shard; None: nowhere in it.
+
+    An index may list a tied head and its embedding both, and the shard hold them once: `pickled.convert` and most
+    tools that write safetensors leave one of two names for the same memory out. The other one is it then. If another
+    shard holds the tensor after all, the index is wrong, and that tensor may differ.
+    """
+    entries = opened[shard]
+    if name in entries or any(name in others for others in opened.values()):
+        return entries.get(name)
+    embeddings = [EMBEDDING, EMBEDDING.removeprefix("model.")]
+    twins = embeddings if name == HEAD else [HEAD] if name in embeddings else []
+    held = [entries[twin] for twin in twins if twin in entries]
+    return held[0] if len(held) == 1 else None
