@@ -8,6 +8,8 @@ The tests at the end build for real and are skipped with a reason otherwise.
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from shadowc.compiler import CompileSummary, compile_engine
+from shadowc.compiler import compile_engine
 from shadowc.emit import rows
 from shadowc.emit.tensorrt import checks, emit
 from shadowc.emit.tensorrt.builder import BuildRequest, BuildResult
@@ -26,7 +28,7 @@ from shadowc.spec.errors import InputError, UnsupportedError, VerificationError
 from shadowc.spec.options import CompileOptions
 from shadowc.spec.progress import Event, EventProgress
 from tests.conftest import TINY
-from tests.e2e import compiled
+from tests.e2e import compiled, watched
 from tests.emit import rtx
 
 FAKE = Bindings(SimpleNamespace(), "tensorrt_rtx", "rtx1", "1.7.1.116", None)
@@ -221,34 +223,64 @@ def test_all_problems_are_told_at_once(checkpoint: Path, tmp_path: Path, stand_i
     assert len(caught.value.problems) == 2
 
 
-def _real(model: str, out: Path, **changes: object) -> CompileSummary:
-    rtx.required()
-    chosen = {"model": model, "out": out, "load_format": "dummy", "target": "tensorrt-rtx", **changes}
-    return compile_engine(CompileOptions.model_validate(chosen))
-
-
-def _assert_complete(summary: CompileSummary, layers: int) -> None:
-    """Every operator of every layer is a plugin of the decode plan, whose tensors are those of the table."""
-    content = (summary.folder / "decode.plan").read_bytes()
+def _assert_complete(folder: Path, plans: dict[str, dict[str, float]], layers: int) -> None:
+    """Every operator of every layer is a plugin of the decode plan; no weights went through the builder."""
+    content = (folder / "decode.plan").read_bytes()
     for layer in range(layers):
         for part in ("attention", "ffn"):
             assert f"layers.{layer}.{part}".encode() in content
     for name in ("select.heads", "select.neurons", "SelectThreshold", "SparseAttention", "SparseFFN"):
         assert name.encode() in content
-    weights = summary.manifest.files["weights.bin"].size
-    for result in summary.build.values():
-        assert result.bytes < 64e6
-        assert result.peak_bytes < max(1e9, 2.5 * weights)
+    assert plans.keys() == {"decode", "prefill"}
+    for plan in plans.values():
+        assert plan["bytes"] < 64e6
+        assert plan["peak_bytes"] < 800e6
+
+
+def _real(model: str, out: Path) -> tuple[dict[str, dict[str, float]], int]:
+    """Compile in a process of its own: its plans, and the most memory that it held, its builder included, in bytes."""
+    rtx.required()
+    compiling = ["-c", "from shadowc.cli.app import main; main()", "compile", "--model", model, "--json"]
+    asked = ["--load-format", "dummy", "--target", "tensorrt-rtx", "--out", str(out)]
+    said, peak = watched.run([sys.executable, *compiling, *asked])
+    told = json.loads(said)
+    return told["plans"], max(peak, *(stage["peak_bytes"] for stage in told["stages"]))
 
 
 def test_opt_mini_builds_for_real(tmp_path: Path) -> None:
-    summary = _real("opt-mini", tmp_path / "mini.engine")
-    _assert_complete(summary, layers=8)
+    plans, peak = _real("opt-mini", tmp_path / "mini.engine")
+    _assert_complete(tmp_path / "mini.engine", plans, layers=8)
+    assert 0.5e9 < peak < 1.6e9  # torch and the builder, whatever the model
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_opt_1_3b_builds_for_real(tmp_path: Path) -> None:
-    summary = _real("opt-1.3b", tmp_path / "large.engine")
-    _assert_complete(summary, layers=24)
-    assert summary.manifest.files["weights.bin"].size > 2.6e9
+    plans, peak = _real("opt-1.3b", tmp_path / "large.engine")
+    _assert_complete(tmp_path / "large.engine", plans, layers=24)
+    weights = (tmp_path / "large.engine" / "weights.bin").stat().st_size
+    assert 2.6e9 < weights < peak <= 2.5 * weights
+
+
+HOLDER = """
+import subprocess, sys, time
+held = bytearray(b"x") * 100_000_000
+if len(sys.argv) > 1:
+    subprocess.run([sys.executable, "-c", sys.argv[1]], check=True)
+else:
+    time.sleep(1)
+print(len(held))
+"""
+
+
+def test_watching_counts_the_memory_of_children_too() -> None:
+    said, alone = watched.run([sys.executable, "-c", HOLDER])
+    assert said == "100000000\n"
+    _, both = watched.run([sys.executable, "-c", HOLDER, HOLDER])
+    assert 100e6 < alone < 180e6
+    assert both > alone + 90e6
+
+
+def test_watching_tells_why_a_command_failed() -> None:
+    with pytest.raises(AssertionError, match="the reason"):
+        watched.run([sys.executable, "-c", "import sys; sys.exit('the reason')"])
