@@ -18,7 +18,7 @@ import numpy as np
 
 from shadowc.measure.resources import StageCost
 from shadowc.spec.errors import InputError, ShadowcError
-from shadowc.spec.manifest import MANIFEST_FILE, EngineManifest, SparsityPart
+from shadowc.spec.manifest import MANIFEST_FILE, WEIGHTS_FILE, EngineManifest, SparsityPart
 from shadowc.spec.progress import NullProgress, Progress
 from shadowc.stages import Stages, content_hash, data_hash, source_hash, tool_versions
 
@@ -214,15 +214,19 @@ class _Compile:
 
     def _finished(self, key: str) -> EngineManifest | None:
         """The manifest of the folder that is already there, if it is this engine and undamaged."""
-        from shadowc.runtime.load import verify
+        from shadowc.runtime.tensorrt.layout import contradictions
+        from shadowc.runtime.verification import file_problems, read_manifest
 
         if not (self.out / MANIFEST_FILE).is_file() or self.options.dump_passes is not None:
             return None
         try:
-            manifest = EngineManifest.model_validate_json((self.out / MANIFEST_FILE).read_text("utf-8"))
-        except ValueError:
+            manifest = read_manifest(self.out)
+        except ShadowcError:
             return None
-        return manifest if manifest.build_key == key and not verify(self.out).problems else None
+        if manifest.build_key != key or file_problems(self.out, manifest, remember=False):
+            return None
+        part = manifest.tensorrt  # whether this machine's GPU fits is no matter: it may be built for another one
+        return None if part and contradictions(part, manifest.files[WEIGHTS_FILE].size) else manifest
 
     def _emit(
         self,

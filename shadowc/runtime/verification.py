@@ -30,6 +30,7 @@ LARGE_BYTES = 1 << 26
 """From this size on a file's hash is remembered; smaller ones are hashed at every load."""
 _SETTLED_SECONDS = 2.0
 """A file changed later than this before the hash is not remembered: its times could hide a further change."""
+_PLANS = ("prefill", "decode")
 UPGRADE = "upgrade shadowc: git pull and make setup in a checkout, or pip install the newer wheel file"
 RECOMPILE = "compile the engine again: shadowc compile --model NAME --out FOLDER"
 
@@ -75,6 +76,9 @@ def read_manifest(folder: Path) -> EngineManifest:
             f"{path} is damaged: it lists {', '.join(map(repr, unsafe))}, which cannot lie inside the folder",
             hint=RECOMPILE,
         )
+    lacking = _lacking_for_plans(manifest)
+    if lacking:
+        raise VerificationError(f"{path} is damaged: {'; '.join(lacking)}", hint=RECOMPILE, problems=lacking)
     needed = manifest.ops.get(DOMAIN, VERSION)
     if needed != VERSION:
         newer = needed > VERSION
@@ -83,6 +87,18 @@ def read_manifest(folder: Path) -> EngineManifest:
             hint=UPGRADE if newer else RECOMPILE,
         )
     return manifest
+
+
+def _lacking_for_plans(manifest: EngineManifest) -> list[str]:
+    """What everything that reads a TensorRT part takes for granted: both plans, and every file of it in the list."""
+    if manifest.tensorrt is None:
+        return []
+    missing = [name for name in _PLANS if name not in manifest.tensorrt.plans]
+    return [f"it has no {name} plan" for name in missing] + _unlisted(manifest)
+
+
+def _unlisted(manifest: EngineManifest) -> list[str]:
+    return [f"{name} is not listed in {MANIFEST_FILE}" for name in needed_files(manifest) if name not in manifest.files]
 
 
 def _is_plain(name: str) -> bool:
@@ -98,9 +114,7 @@ def file_problems(folder: Path, manifest: EngineManifest, *, hashes: bool = True
 
     Without `hashes` only sizes are compared; `remember` trusts and keeps the hashes of large files.
     """
-    problems = [
-        f"{name} is not listed in {MANIFEST_FILE}" for name in needed_files(manifest) if name not in manifest.files
-    ]
+    problems = _unlisted(manifest)
     for name, entry in sorted(manifest.files.items()):
         path = folder / name
         if not path.is_file():
