@@ -12,7 +12,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-OLD_TIMES, NEW_TIMES = b"times of before", b"times of now"
+OLD_TIMES, NEW_TIMES, DAMAGED_TIMES = b"times of before", b"times of now", b"times of nobody"
 PLAN = (b"first half, ", b"second half")
 STEPS = 3
 
@@ -45,10 +45,14 @@ class TimingCache:
 
 
 class Config:
-    __slots__ = ("_log", "cache", "features", "profiles", "progress_monitor", "read", "refuse_profiles")
+    __slots__ = (
+        "_log", "cache", "features", "flags", "profiles", "progress_monitor", "read", "refuse_profiles", "refuse_times",
+    )  # fmt: skip
 
-    def __init__(self, log: Any, refuse_profiles: bool) -> None:
+    def __init__(self, log: Any, refuse_profiles: bool, refuse_times: bool) -> None:
         self._log = log
+        self.flags = {"TF32"}
+        self.refuse_times = refuse_times
         self.refuse_profiles = refuse_profiles
         self.profiles: list[Profile] = []
         self.progress_monitor: Any = None
@@ -66,12 +70,17 @@ class Config:
         self.profiles.append(profile)
         return len(self.profiles) - 1
 
-    def create_timing_cache(self, content: bytes) -> TimingCache:
-        self.read = content
-        return TimingCache(content)
+    def clear_flag(self, flag: str) -> None:
+        self.flags.discard(flag)
+
+    def create_timing_cache(self, content: bytes) -> TimingCache | None:
+        self.read = self.read or content
+        return None if content == DAMAGED_TIMES else TimingCache(content)
 
     def set_timing_cache(self, cache: TimingCache, ignore_mismatch: bool) -> bool:
         assert not ignore_mismatch
+        if self.refuse_times and cache.serialize():
+            return False
         self.cache = cache
         return True
 
@@ -102,6 +111,7 @@ class Enterprise:
 
     ILogger: Any
     NetworkDefinitionCreationFlag = Flag
+    BuilderFlag = SimpleNamespace(TF32="TF32")
     PreviewFeature = SimpleNamespace(ALIASED_PLUGIN_IO_10_03="aliases")
     LayerType = SimpleNamespace(PLUGIN_V3="PLUGIN_V3")
 
@@ -109,7 +119,9 @@ class Enterprise:
 
     class IStreamWriter: ...
 
-    def __init__(self, *, clip_profiles: bool = False, refuse_profiles: bool = False) -> None:
+    def __init__(
+        self, *, clip_profiles: bool = False, refuse_profiles: bool = False, refuse_times: bool = False
+    ) -> None:
         class ILogger:
             Severity = SimpleNamespace(
                 INTERNAL_ERROR="INTERNAL_ERROR", ERROR="ERROR", WARNING="WARNING", INFO="INFO", VERBOSE="VERBOSE"
@@ -118,6 +130,7 @@ class Enterprise:
         self.ILogger = ILogger
         self.clip_profiles = clip_profiles
         self.refuse_profiles = refuse_profiles
+        self.refuse_times = refuse_times
         self.calls: list[str] = []
         self.network: Network | None = None
         self.config: Config | None = None
@@ -156,7 +169,7 @@ class Enterprise:
         return self.network
 
     def _config(self, logger: Any) -> Config:
-        self.config = Config(logger.log, self.refuse_profiles)
+        self.config = Config(logger.log, self.refuse_profiles, self.refuse_times)
         return self.config
 
     def _build(self, network: Network, config: Config, writer: Any) -> bool:

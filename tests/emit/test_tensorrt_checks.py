@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from shadowc.emit.tensorrt import checks, child, readiness
+from shadowc.emit.tensorrt import checks, child, memory, readiness
 from shadowc.emit.tensorrt.builder import private_links, timing_cache
 from shadowc.emit.tensorrt.interface import Sizes, check_profile
 from shadowc.emit.tensorrt.memory import BUILDER_BYTES, host_bytes, host_note
@@ -272,9 +272,17 @@ def test_timing_cache_belongs_to_a_version_and_is_not_kept_for_rtx(
 def test_timing_cache_is_replaced_as_a_whole(tmp_path: Path) -> None:
     kept = tmp_path / "tensorrt" / "trt10.timing"
     for content in (b"first", b"second"):
-        child._keep(kept, content)
+        child._keep(kept, SimpleNamespace(serialize=lambda content=content: content))
         assert kept.read_bytes() == content
     assert [path.name for path in kept.parent.iterdir()] == [kept.name]
+
+
+def test_free_memory_counts_cached_files_that_would_make_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable:    4000 kB\n")
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    assert memory.free_bytes() == 4000 * 1024
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "none")
+    assert memory.free_bytes() > 0
 
 
 def test_estimate_of_memory_grows_with_the_weights_but_not_the_builders_share() -> None:

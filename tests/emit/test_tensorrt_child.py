@@ -79,6 +79,36 @@ def test_timing_cache_is_read_and_written(request_: dict[str, Any]) -> None:
     assert kept.read_bytes() == enterprise.NEW_TIMES
 
 
+@pytest.mark.parametrize(
+    ("found", "refuses"),
+    [(enterprise.DAMAGED_TIMES, False), (enterprise.OLD_TIMES, True)],
+    ids=["damaged", "other card"],
+)
+def test_times_that_cannot_be_used_are_measured_again(request_: dict[str, Any], found: bytes, refuses: bool) -> None:
+    kept = Path(request_["timing_cache"])
+    kept.parent.mkdir()
+    kept.write_bytes(found)
+    trt = Enterprise(refuse_times=refuses)
+    build(trt, request_)
+    assert trt.config is not None
+    assert trt.config.read == found
+    assert kept.read_bytes() == enterprise.NEW_TIMES
+
+
+def test_plan_is_built_when_its_times_cannot_be_kept(request_: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    trt = Enterprise()
+    built, _ = build(trt, {**request_, "timing_cache": str(tmp_path / "file" / "trt10.timing")})
+    assert built["bytes"] == sum(map(len, enterprise.PLAN))
+
+
+def test_float32_products_keep_all_their_bits(request_: dict[str, Any]) -> None:
+    trt = Enterprise()
+    build(trt, request_)
+    assert trt.config is not None
+    assert not trt.config.flags
+
+
 def test_without_a_timing_cache_none_is_made(request_: dict[str, Any]) -> None:
     trt = Enterprise()
     build(trt, {**request_, "timing_cache": ""})

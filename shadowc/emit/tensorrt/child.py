@@ -14,6 +14,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def _build(bindings: Bindings, request: dict[str, Any], send: Send) -> dict[str,
     registered = _load_plugin(trt, request["plugin"])
     network = _parse(trt, builder, logger, request["onnx"], registered)
     config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)  # on by default: scores with 10-bit mantissas choose other masks
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     if config.add_optimization_profile(_profile(builder, request["inputs"])) < 0:  # it does not raise
         raise RefusedError("profile")
@@ -68,12 +70,12 @@ def _build(bindings: Bindings, request: dict[str, Any], send: Send) -> dict[str,
             config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{name.replace('.', '')}"), index)
     cache = Path(request["timing_cache"]) if request["timing_cache"] else None
     if cache is not None:
-        config.set_timing_cache(config.create_timing_cache(cache.read_bytes() if cache.is_file() else b""), False)
+        _use_timing_cache(config, cache)
     monitor = _monitor(trt, send)
     config.progress_monitor = monitor
     size = _write_plan(trt, builder, network, config, Path(request["plan"]))
     if cache is not None:
-        _keep(cache, bytes(memoryview(config.get_timing_cache().serialize())))
+        _keep(cache, config.get_timing_cache())
     return {
         "bytes": size,
         "seconds": time.monotonic() - started,
@@ -201,12 +203,22 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _keep(cache: Path, content: bytes) -> None:
-    """Replace the timing cache; builds at the same time each keep a whole one."""
-    cache.parent.mkdir(parents=True, exist_ok=True)
+def _use_timing_cache(config: Any, cache: Path) -> None:
+    """Start from what earlier builds measured, or from nothing if that is damaged or another card's."""
+    old = config.create_timing_cache(cache.read_bytes()) if cache.is_file() else None
+    if old is None or not config.set_timing_cache(old, False):
+        config.set_timing_cache(config.create_timing_cache(b""), False)
+
+
+def _keep(cache: Path, measured: Any) -> None:
+    """Replace the timing cache; builds at the same time each keep a whole one. The plan is there: nothing fails now."""
+    if measured is None:
+        return
     part = cache.with_suffix(f".{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(cache)
+    with suppress(OSError):  # a full or read-only cache only means to measure again
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        part.write_bytes(bytes(memoryview(measured.serialize())))
+        part.replace(cache)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowc.emit.weights import nbytes
@@ -25,8 +26,17 @@ def host_bytes(recipes: Mapping[str, WeightRecipe]) -> int:
     return BUILDER_BYTES + 2 * sum(map(nbytes, recipes.values()))
 
 
+MEMINFO = Path("/proc/meminfo")
+
+
 def free_bytes() -> int:
-    """Memory that this machine could give now; 0 if it cannot be told."""
+    """Memory that this machine could give now, cached files that would make way included; 0 if it cannot be told."""
+    try:
+        for line in MEMINFO.read_text("ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError):
+        pass
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
     except (ValueError, OSError, AttributeError):
