@@ -25,8 +25,13 @@ def evaluate(
         str, typer.Option("--densities", help="Heads/neurons, separated by commas; one number means both.")
     ] = "1,0.5,0.2,1/0.5,1/0.2",
     methods: Annotated[
-        str, typer.Option("--methods", help="Whose masks: predictor, static, normalised, random.")
-    ] = "predictor,static,normalised,random",
+        str | None,
+        typer.Option(
+            "--methods",
+            help="Whose masks: predictor, static, normalised, random; default: all, for plans the predictor's.",
+            show_default=False,
+        ),
+    ] = None,
     window: Annotated[
         int | None, typer.Option("--window", help="Tokens per window; default: the context.", min=2, show_default=False)
     ] = None,
@@ -43,8 +48,8 @@ def evaluate(
     from shadowc.spec.errors import InputError
 
     wanted = flags.densities_of(densities)
-    names = tuple(name.strip() for name in methods.split(","))
-    unknown = [name for name in names if name not in get_args(Method)]
+    names = None if methods is None else tuple(name.strip() for name in methods.split(","))
+    unknown = [name for name in names or () if name not in get_args(Method)]
     if unknown:
         raise InputError(
             f"unknown method {', '.join(map(repr, unknown))}", hint=f"--methods takes {', '.join(get_args(Method))}"

@@ -183,6 +183,26 @@ def test_a_workspace_that_fails_gives_back_what_it_had_while_its_error_is_still_
     assert set(device.device) == before
 
 
+@pytest.mark.parametrize(
+    "call",
+    [lambda host: host._prefill._sized(1, 30), lambda host: host._spaces[1].feed({}, 8)],
+    ids=["prompt", "chunk"],
+)
+def test_a_prompt_or_chunk_that_finds_no_room_keeps_none(
+    trt_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, call: Callable[[TensorRtEngine], object]
+) -> None:
+    device = HostDevice()
+    host = on_host(trt_folders["fp32"], device=device)
+    host.generate(prompts(1, 5), max_new_tokens=3, density=0.5)
+    before = set(device.device)
+    with monkeypatch.context() as patch:
+        patch.setattr(workspace.Block, "bind", _short_of_memory)
+        with pytest.raises(SetupError):
+            call(host)
+    assert set(device.device) <= before
+    host.generate(prompts(1, 30), max_new_tokens=3, density=0.5)  # it goes on when there is room again
+
+
 def _short_of_memory(*given: object) -> None:
     raise SetupError("memory is short")
 
@@ -390,6 +410,9 @@ def test_steps_that_cannot_be_recorded_run_plainly_after_one_warning(
     expected = [host.generate(one, max_new_tokens=6) for one in ids]
     workspace._warn.cache_clear()
     plant(monkeypatch)
+    tries: list[object] = []
+    begin = HostDevice.begin_capture
+    monkeypatch.setattr(HostDevice, "begin_capture", lambda self: tries.append(self) or begin(self))
     device = HostDevice()
     plain = on_host(trt_folders["fp32"], device=device)
     for one, tokens in zip(ids, expected, strict=True):
@@ -397,6 +420,7 @@ def test_steps_that_cannot_be_recorded_run_plainly_after_one_warning(
     (warning,) = caplog.messages
     assert says in warning
     assert "SHADOWC_CUDA_GRAPH=0" in warning
+    assert len(tries) == 2  # once for each batch size
     assert device.counts["launch"] == 0
 
 

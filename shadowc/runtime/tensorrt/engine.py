@@ -135,8 +135,6 @@ class TensorRtEngine(CausalEngine):
 
     def close(self) -> None:
         """Give all device memory back; the engine cannot run any more. A second call does nothing."""
-        if self._closed:
-            return
         self._closed = True
         with ExitStack() as stack:  # each is called whatever becomes of the others
             stack.callback(self._arena.close)
