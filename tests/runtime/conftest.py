@@ -12,7 +12,10 @@ import pytest
 
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import load
+from shadowc.runtime.tensorrt.engine import TensorRtEngine
 from tests.emit import engines
+from tests.runtime.host_engine import on_host
+from tests.runtime.tensorrt_folder import write_folder
 
 if TYPE_CHECKING:
     from transformers import OPTForCausalLM
@@ -58,3 +61,17 @@ def copied(folders: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
         return Path(shutil.copytree(folders[name], tmp_path / f"{name}.engine"))
 
     return copy
+
+
+@pytest.fixture(scope="session")
+def trt_folders(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Read only."""
+    parent = tmp_path_factory.mktemp("tensorrt")
+    for name in ("fp32", "dense"):
+        write_folder(folders[name], parent / name)
+    return {name: parent / name for name in ("fp32", "dense")}
+
+
+@pytest.fixture(scope="module")
+def host(trt_folders: dict[str, Path]) -> TensorRtEngine:
+    return on_host(trt_folders["fp32"])

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,45 +12,17 @@ import pytest
 
 from shadowc.measure.evaluate import evaluate
 from shadowc.runtime.engine import Engine
-from shadowc.runtime.load import read_manifest
 from shadowc.runtime.tensorrt import decoder, layout, workspace
-from shadowc.runtime.tensorrt.engine import KEPT_SIZES, TensorRtEngine
+from shadowc.runtime.tensorrt.engine import TensorRtEngine
 from shadowc.spec.density import Density
-from shadowc.spec.errors import InputError, InternalError, SetupError, UnsupportedError
+from shadowc.spec.errors import InputError, InternalError, UnsupportedError
 from tests.conftest import TINY
-from tests.runtime.host_device import DeviceFaultError, HostDevice, HostExecution, HostPlan, load_model
+from tests.runtime.host_device import DeviceFaultError, HostDevice, HostPlan
+from tests.runtime.host_engine import on_host, prompts
 from tests.runtime.tensorrt_folder import write_folder
 
 PAD = TINY["pad_token_id"]
 DENSITIES = [1.0, 0.5, Density(0.5, 0.25), 0.0]
-
-
-@pytest.fixture(scope="session")
-def trt_folders(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Read only."""
-    parent = tmp_path_factory.mktemp("tensorrt")
-    for name in ("fp32", "dense"):
-        write_folder(folders[name], parent / name)
-    return {name: parent / name for name in ("fp32", "dense")}
-
-
-def on_host(folder: Path, *, kernels: bool = False, device: HostDevice | None = None) -> TensorRtEngine:
-    """The engine as `load` makes it, on a host device instead of a GPU."""
-    device, manifest = device or HostDevice(), read_manifest(folder)
-    plans = {
-        name: HostPlan(device, part, load_model(folder, part.onnx), kernels=kernels)
-        for name, part in manifest.tensorrt.plans.items()
-    }
-    return TensorRtEngine(folder, manifest, device, plans)
-
-
-@pytest.fixture(scope="module")
-def host(trt_folders: dict[str, Path]) -> TensorRtEngine:
-    return on_host(trt_folders["fp32"])
-
-
-def prompts(rows: int, tokens: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(4, TINY["vocab_size"], (rows, tokens), dtype=np.int64)
 
 
 @pytest.mark.parametrize("density", DENSITIES)
@@ -152,109 +123,6 @@ def test_a_longer_context_makes_a_larger_cache_and_a_new_graph(
     assert device.counts["capture"] == 2
 
 
-def test_only_so_many_batch_sizes_keep_their_memory(trt_folders: dict[str, Path]) -> None:
-    device = HostDevice()
-    host = on_host(trt_folders["fp32"], device=device)
-    for rows in (1, 2, 3, 4):
-        host.generate(prompts(rows, 5), max_new_tokens=3, density=0.5)
-        assert len(device.graphs) <= KEPT_SIZES
-
-
-def test_memory_of_other_batch_sizes_is_used_when_it_is_short(trt_folders: dict[str, Path]) -> None:
-    device = HostDevice()
-    host = on_host(trt_folders["fp32"], device=device)
-    host.generate(prompts(4, 5), max_new_tokens=3, density=0.5)
-    device.limit = sum(map(len, device.device.values())) + 1000
-    host.generate(prompts(2, 5), max_new_tokens=3, density=0.5)
-    with pytest.raises(SetupError, match="MB more are needed"):
-        host.generate(prompts(4, 60), max_new_tokens=3, density=0.5)
-
-
-def test_a_workspace_that_fails_gives_back_what_it_had_while_its_error_is_still_held(
-    trt_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    device = HostDevice()
-    host = on_host(trt_folders["fp32"], device=device)
-    before = set(device.device)
-    monkeypatch.setattr(workspace.Block, "bind", _short_of_memory)
-    with pytest.raises(SetupError) as caught:
-        host._new_space(2, 64)
-    assert caught.traceback
-    assert set(device.device) == before
-
-
-@pytest.mark.parametrize(
-    "call",
-    [lambda host: host._prefill._sized(1, 30), lambda host: host._spaces[1].feed({}, 8)],
-    ids=["prompt", "chunk"],
-)
-def test_a_prompt_or_chunk_that_finds_no_room_keeps_none(
-    trt_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, call: Callable[[TensorRtEngine], object]
-) -> None:
-    device = HostDevice()
-    host = on_host(trt_folders["fp32"], device=device)
-    host.generate(prompts(1, 5), max_new_tokens=3, density=0.5)
-    before = set(device.device)
-    with monkeypatch.context() as patch:
-        patch.setattr(workspace.Block, "bind", _short_of_memory)
-        with pytest.raises(SetupError):
-            call(host)
-    assert set(device.device) <= before
-    host.generate(prompts(1, 30), max_new_tokens=3, density=0.5)  # it goes on when there is room again
-
-
-def _short_of_memory(*given: object) -> None:
-    raise SetupError("memory is short")
-
-
-def test_the_next_try_after_short_memory_comes_when_the_first_error_is_gone(
-    trt_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host, right, handled = on_host(trt_folders["fp32"]), TensorRtEngine._new_space, []
-    host.generate(prompts(4, 5), max_new_tokens=3, density=0.5)
-
-    def short_at_first(self: TensorRtEngine, rows: int, capacity: int) -> workspace.Workspace:
-        handled.append(sys.exc_info()[1])
-        if len(handled) == 1:
-            _short_of_memory()
-        return right(self, rows, capacity)
-
-    monkeypatch.setattr(TensorRtEngine, "_new_space", short_at_first)
-    host.generate(prompts(2, 5), max_new_tokens=3, density=0.5)
-    assert handled == [None, None]
-
-
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda host: host.generate(prompts(1, 60), max_new_tokens=2, density=0.5),
-        lambda host: host.logits(prompts(1, 9), 0.5),
-    ],
-    ids=["prompt", "chunk"],
-)
-def test_prompts_and_chunks_use_the_memory_of_other_batch_sizes_too(
-    trt_folders: dict[str, Path], call: Callable[[TensorRtEngine], object]
-) -> None:
-    device = HostDevice()
-    host = on_host(trt_folders["fp32"], device=device)
-    for rows in (4, 1):
-        host.generate(prompts(rows, 5), max_new_tokens=3, density=0.5)
-    device.limit = sum(map(len, device.device.values()))
-    call(host)
-    assert list(host._spaces) == [1]
-
-
-def test_kernels_are_kept_after_runs_of_each_plan_and_when_the_engine_closes(trt_folders: dict[str, Path]) -> None:
-    host = on_host(trt_folders["fp32"])
-    host.generate(prompts(1, 5), max_new_tokens=2, density=0.5)
-    assert [host.plans[name].kept[:1] for name in ("prefill", "decode")] == [["execution"]] * 2
-    host.plans["decode"].kept.clear()
-    host.logits(prompts(1, 9), 0.5)
-    assert host.plans["decode"].kept == ["execution"]
-    host.close()
-    assert [host.plans[name].kept[-1] for name in ("prefill", "decode")] == ["plan"] * 2
-
-
 def test_bench_measures_the_engine_at_each_density_beside_copies_on_the_device(
     trt_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,51 +138,6 @@ def test_bench_measures_the_engine_at_each_density_beside_copies_on_the_device(
     assert report.rows[1].megabytes_per_token < report.rows[0].megabytes_per_token
     assert all(row.skip_zeros for row in report.rows)
     assert report.stream_gigabytes_per_second > 0
-
-
-def test_closing_gives_all_memory_back(trt_folders: dict[str, Path]) -> None:
-    device = HostDevice()
-    host = on_host(trt_folders["fp32"], device=device)
-    host.generate(prompts(2, 5), max_new_tokens=3)
-    host.logits(prompts(1, 20), 0.5)
-    host.close()
-    assert not device.device
-    assert not device.pinned
-    assert not device.graphs
-
-
-@pytest.mark.parametrize(
-    "call",
-    [lambda host: host.generate(prompts(1, 5)), lambda host: host.logits(prompts(1, 5)),
-     lambda host: host.copy_bandwidth(16, 1)],
-)  # fmt: skip
-def test_a_closed_engine_says_so(trt_folders: dict[str, Path], call: Callable[[TensorRtEngine], object]) -> None:
-    host = on_host(trt_folders["fp32"])
-    host.close()
-    host.close()
-    with pytest.raises(InputError, match="was closed") as caught:
-        call(host)
-    assert caught.value.hint
-
-
-def test_closing_goes_on_behind_a_failure_and_tells_it(trt_folders: dict[str, Path]) -> None:
-    device = HostDevice()
-    host = on_host(trt_folders["fp32"], device=device)
-    host.generate(prompts(1, 5), max_new_tokens=3)
-    release, failed = device.release_graph, []
-
-    def failing(graph: int) -> None:
-        failed.append(graph)
-        release(graph)
-        raise InternalError("cudaGraphExecDestroy failed")
-
-    (space,) = host._spaces.values()
-    space._arena._held[-1] = (failing, space._graph)
-    with pytest.raises(InternalError, match="cudaGraphExecDestroy"):
-        host.close()
-    assert failed
-    assert not device.device
-    assert not device.pinned
 
 
 def test_the_context_is_the_smaller_of_models_and_profiles(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -374,54 +197,6 @@ def test_keys_that_a_kernel_dropped_are_noticed(trt_folders: dict[str, Path]) ->
     host.plans["decode"].uncounted = -1
     with pytest.raises(InternalError, match=r"dropped keys: 5 \+ 1 slots of 64"):
         host.generate(prompts(1, 5), max_new_tokens=4, density=0.5)
-
-
-def _end_fails(patch: pytest.MonkeyPatch) -> None:
-    def refuse(self: HostDevice) -> int:
-        self.recording = None
-        raise InternalError("cudaStreamEndCapture failed")
-
-    patch.setattr(HostDevice, "end_capture", refuse)
-
-
-def _run_fails(patch: pytest.MonkeyPatch) -> None:
-    right = HostExecution.enqueue
-
-    def refuse(self: HostExecution) -> None:
-        if self.plan.device.recording is not None:
-            raise InternalError("TensorRT could not run the plan")
-        right(self)
-
-    patch.setattr(HostExecution, "enqueue", refuse)
-
-
-@pytest.mark.parametrize(
-    ("plant", "says"), [(_end_fails, "cudaStreamEndCapture failed"), (_run_fails, "could not run the plan")]
-)
-def test_steps_that_cannot_be_recorded_run_plainly_after_one_warning(
-    host: TensorRtEngine,
-    trt_folders: dict[str, Path],
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    plant: Callable[[pytest.MonkeyPatch], None],
-    says: str,
-) -> None:
-    ids = [prompts(rows, 5) for rows in (1, 2)]
-    expected = [host.generate(one, max_new_tokens=6) for one in ids]
-    workspace._warn.cache_clear()
-    plant(monkeypatch)
-    tries: list[object] = []
-    begin = HostDevice.begin_capture
-    monkeypatch.setattr(HostDevice, "begin_capture", lambda self: tries.append(self) or begin(self))
-    device = HostDevice()
-    plain = on_host(trt_folders["fp32"], device=device)
-    for one, tokens in zip(ids, expected, strict=True):
-        np.testing.assert_array_equal(plain.generate(one, max_new_tokens=6), tokens)
-    (warning,) = caplog.messages
-    assert says in warning
-    assert "SHADOWC_CUDA_GRAPH=0" in warning
-    assert len(tries) == 2  # once for each batch size
-    assert device.counts["launch"] == 0
 
 
 def _wrong_pitch(patch: pytest.MonkeyPatch) -> None:
