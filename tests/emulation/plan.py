@@ -3,8 +3,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
 import onnx
@@ -35,10 +33,8 @@ class EmulatedPlan(HostPlan):
     """Implements `shadowc.runtime.tensorrt.device.Plan` for tests/runtime/host_device.py."""
 
     def __init__(self, device: HostDevice, part: PlanPart, model: onnx.ModelProto, kernels: Kernels) -> None:
-        self.device, self.part = device, part
-        self.uncounted = 0
-        self.session: Any = EmulatedSession(model, kernels)
-        self.outputs = self.session.outputs
+        session = EmulatedSession(model, kernels)
+        self.hold(device, part, session, session.outputs)
 
 
 def _operators(kernels: Kernels, calls: dict[str, int]) -> list[type[OpRun]]:

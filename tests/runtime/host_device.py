@@ -143,10 +143,6 @@ class HostPlan:
         self, device: HostDevice, part: PlanPart, model: onnx.ModelProto, *,
         kernels: bool = False, as_it_is: bool = False,
     ) -> None:  # fmt: skip
-        self.device, self.part = device, part
-        self.uncounted = 0
-        self.kept: list[str] = []
-        """Who asked for compiled kernels to be kept, in order."""
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 2
         options.log_severity_level = 3
@@ -154,10 +150,15 @@ class HostPlan:
             options.register_custom_ops_library(str(cpu_library()))
         elif not as_it_is:
             model = oracle.attach(model)
-        self.session = onnxruntime.InferenceSession(
-            model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
-        self.outputs = [value.name for value in self.session.get_outputs()]
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        self.hold(device, part, session, [value.name for value in session.get_outputs()])
+
+    def hold(self, device: HostDevice, part: PlanPart, session: Any, outputs: list[str]) -> None:
+        """Run `session`, which has these outputs, as the plan."""
+        self.device, self.part, self.session, self.outputs = device, part, session, outputs
+        self.uncounted = 0
+        self.kept: list[str] = []
+        """Who asked for compiled kernels to be kept, in order."""
 
     def execution(self, *, steady: bool) -> HostExecution:
         return HostExecution(self)
