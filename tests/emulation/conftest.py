@@ -3,13 +3,21 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
 
 from tests.emulation import build, library
 
+LIBRARY = "SHADOWC_EMULATION_LIBRARY"
+"""A built library to test instead; tests that run others under AddressSanitizer set it."""
+
 
 @pytest.fixture(scope="session")
 def kernels() -> library.Kernels:
+    if LIBRARY in os.environ:
+        return library.Kernels(Path(os.environ[LIBRARY]))
     try:
         return library.Kernels(build.build())
     except build.UnavailableError as reason:

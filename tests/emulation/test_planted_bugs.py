@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.emulation import build
-from tests.emulation.test_garbage import under_asan
+from tests.emulation.test_garbage import cases_under_asan, under_asan
 
 BARRIER = re.compile(r"\n *__syncthreads\(\);")
 BARRIERS = [
@@ -104,5 +104,16 @@ def test_address_sanitizer_finds_a_read_behind_the_cache(kernels, tmp_path):
         lambda source: source.replace("min(slot(b, s) + 1, capacity)", "min(slot(b, s) + 1, capacity + 1)"),
     )
     result = under_asan(build.build(asan=True, kernels=sources), 12)
+    assert result.returncode != 0
+    assert "heap-buffer-overflow" in result.stderr
+
+
+@pytest.mark.slow
+def test_address_sanitizer_finds_a_read_behind_the_last_matrix_row(kernels, tmp_path):
+    """Of valid operands; what is read is not used, so no result shows it."""
+    sources = planted(
+        tmp_path, "gather_dot.cuh", lambda source: source.replace("v < vectors ? load_once", "v <= vectors ? load_once")
+    )
+    result = cases_under_asan(build.build(asan=True, kernels=sources), "-x")
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
