@@ -40,11 +40,16 @@ def apply(program: Program) -> PassReport:
 
 def requires(program: Program) -> None:
     """Both sparsify passes have run."""
+    require_operators(program, NAME)
+
+
+def require_operators(program: Program, name: str) -> None:
+    """Both sparsify passes have run, which pass `name` needs."""
     done = {node.name for node in program.graph.nodes}
     for layer in range(program.facts.layers):
         for part in ("attention", "ffn"):
             if f"layers.{layer}.{part}" not in done:
-                raise InternalError(f"{NAME}: layer {layer} has no {part} operator; sparsify_{part} has to run first")
+                raise InternalError(f"{name}: layer {layer} has no {part} operator; sparsify_{part} has to run first")
 
 
 def ensures(program: Program) -> None:

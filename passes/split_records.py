@@ -23,6 +23,7 @@ import onnx_graphsurgeon as gs
 
 from shadowc.checkpoint.opt import EMBEDDING
 from shadowc.passes.canonicalise import LM_HEAD
+from shadowc.passes.finalise import require_operators
 from shadowc.passes.surgery import Builder, Scopes, tidy
 from shadowc.spec.errors import InternalError
 from shadowc.spec.program import PassReport, Program, RecipeKind
@@ -50,11 +51,7 @@ def apply(program: Program) -> PassReport:
 
 def requires(program: Program) -> None:
     """Both sparsify passes have run."""
-    done = {node.name for node in program.graph.nodes}
-    for layer in range(program.facts.layers):
-        for part in ("attention", "ffn"):
-            if f"layers.{layer}.{part}" not in done:
-                raise InternalError(f"{NAME}: layer {layer} has no {part} operator; sparsify_{part} has to run first")
+    require_operators(program, NAME)
 
 
 def ensures(program: Program) -> None:

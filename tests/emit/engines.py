@@ -35,6 +35,15 @@ def tensors(model: OPTForCausalLM, block: int = BLOCK) -> handmade.Tensors:
     return handmade.Tensors({**values, **handmade.predictor_tensors(tiny_facts(), block)})
 
 
+def write_kinds(parent: Path, model: OPTForCausalLM, tokenizer: Path) -> dict[str, Path]:
+    """Engine folders in `parent` by kind: fp32, int8 and dense."""
+    made = {name: parent / f"{name}.engine" for name in ("fp32", "int8", "dense")}
+    write_engine(made["fp32"], model, tokenizer=tokenizer)
+    write_engine(made["int8"], model, tokenizer=tokenizer, weights="int8")
+    write_engine(made["dense"], model, tokenizer=tokenizer, sparse=False)
+    return made
+
+
 def write_engine(
     out: Path,
     model: OPTForCausalLM,

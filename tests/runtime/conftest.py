@@ -35,12 +35,7 @@ def folders(
     tiny_model: OPTForCausalLM, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
     """fp32, int8 and dense. Read only."""
-    parent = tmp_path_factory.mktemp("engines")
-    made = {name: parent / f"{name}.engine" for name in ("fp32", "int8", "dense")}
-    engines.write_engine(made["fp32"], tiny_model, tokenizer=tiny_checkpoint)
-    engines.write_engine(made["int8"], tiny_model, tokenizer=tiny_checkpoint, weights="int8")
-    engines.write_engine(made["dense"], tiny_model, tokenizer=tiny_checkpoint, sparse=False)
-    return made
+    return engines.write_kinds(tmp_path_factory.mktemp("engines"), tiny_model, tiny_checkpoint)
 
 
 @pytest.fixture(scope="session")
