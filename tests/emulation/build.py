@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import attrgetter
 from pathlib import Path
 
 import filelock
@@ -76,7 +77,8 @@ def build(*, asan: bool = False, kernels: Path = KERNELS) -> Path:
         RuntimeError: the sources do not compile; the message is the compiler's.
     """
     cxx, headers, flags = compiler(), cuda_headers(), _flags(asan=asan)
-    files = sorted(f for folder in (kernels, SHIM) for f in folder.iterdir() if f.suffix in _SUFFIXES)
+    # By name: the library must not depend on where the folders lie.
+    files = sorted((f for folder in (kernels, SHIM) for f in folder.iterdir() if f.suffix in _SUFFIXES), key=attrgetter("name"))
     included = [file for file in files if file.suffix in {".cuh", ".h"}]
     shared = _digest(included, cxx, str(headers), *flags, _processor())
     command = [cxx, *flags, "-isystem", str(headers), f"-I{SHIM}", f"-I{kernels}"]

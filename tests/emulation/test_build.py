@@ -34,6 +34,16 @@ def test_a_changed_source_gives_another_library(kernels, monkeypatch, tmp_path):
     assert sorted(path.name.split(".")[0] for path in new) == ["error_text", "libshadowc_emulation"]
 
 
+@pytest.mark.parametrize("shim", ["a", "z"])
+def test_the_library_is_the_same_wherever_the_folders_lie(kernels, monkeypatch, tmp_path, shim):
+    shutil.copytree(build.KERNELS, tmp_path / "m")
+    shutil.copytree(build.SHIM, tmp_path / shim)
+    expected = build.build()
+    monkeypatch.setattr(build, "SHIM", tmp_path / shim)
+    monkeypatch.setattr(build, "_made", lambda target, command: target)
+    assert build.build(kernels=tmp_path / "m") == expected
+
+
 def test_a_machine_without_a_compiler_is_named_so(monkeypatch):
     monkeypatch.setattr(shutil, "which", lambda name: None)
     with pytest.raises(build.UnavailableError, match=r"no C\+\+ compiler"):
