@@ -122,13 +122,16 @@ std::vector<PluginField> ToFields(const std::vector<FieldSpec>& specs,
   return fields;
 }
 
-std::string ToText(const std::vector<FieldSpec>& specs, const std::vector<FieldValue>& values) {
+std::string ToText(const std::vector<PluginField>& fields) {
   std::string text;
-  for (size_t s = 0; s < values.size(); ++s) {
-    text += (s == 0 ? "" : " ") + std::string(specs[s].name) + "=" + values[s].text;
-    if (specs[s].kind == FieldSpec::Kind::kChoice) continue;
-    for (size_t i = 0; i < values[s].ints.size(); ++i)
-      text += (i == 0 ? "" : ",") + std::to_string(values[s].ints[i]);
+  for (const PluginField& field : fields) {
+    text += (text.empty() ? "" : " ") + std::string(field.name) + "=";
+    if (field.type == PluginFieldType::kCHAR) {
+      text += static_cast<const char*>(field.data);
+      continue;
+    }
+    for (int32_t i = 0; i < field.length; ++i)
+      text += (i == 0 ? "" : ",") + std::to_string(static_cast<const int32_t*>(field.data)[i]);
   }
   return text;
 }

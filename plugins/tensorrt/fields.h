@@ -36,7 +36,7 @@ bool ReadFields(const std::string& where, const std::vector<FieldSpec>& specs,
 std::vector<nvinfer1::PluginField> ToFields(const std::vector<FieldSpec>& specs,
                                             const std::vector<FieldValue>& values);
 
-// "layer=3 block=16 skip_zeros=0"
-std::string ToText(const std::vector<FieldSpec>& specs, const std::vector<FieldValue>& values);
+// "layer=3 block=16 skip_zeros=0": what fields for serialising hold, for those who cannot read a plan.
+std::string ToText(const std::vector<nvinfer1::PluginField>& fields);
 
 }  // namespace shadowc::trt

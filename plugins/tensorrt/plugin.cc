@@ -46,8 +46,8 @@ Plugin::Plugin(const OpSpec& spec, std::string node, Values values)
       spec_(spec),
       values_(std::move(values)),
       where_(std::string(spec.signature.op) + " '" + node_ + "'"),
-      metadata_(ToText(spec.fields, values_)),
-      fields_(ToFields(spec.fields, values_)) {
+      fields_(ToFields(spec.fields, values_)),
+      metadata_(ToText(fields_)) {
   collection_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
 }
 

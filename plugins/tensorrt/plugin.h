@@ -56,6 +56,7 @@ class Plugin : public nvinfer1::IPluginV3,
                           const nvinfer1::DynamicPluginTensorDesc* outputs,
                           int32_t output_count) const noexcept override;
   int32_t getAliasedInput(int32_t output) noexcept override;
+  // The fields that will be serialised: compile compares them with the graph.
   const char* getMetadataString() noexcept override { return metadata_.c_str(); }
 
   int32_t onShapeChange(const nvinfer1::PluginTensorDesc* inputs, int32_t input_count,
@@ -120,8 +121,9 @@ class Plugin : public nvinfer1::IPluginV3,
 
   const OpSpec& spec_;
   const Values values_;
-  const std::string where_, metadata_;
+  const std::string where_;
   std::vector<nvinfer1::PluginField> fields_;
+  const std::string metadata_;
   nvinfer1::PluginFieldCollection collection_{};
 };
 

@@ -88,6 +88,23 @@ class Config:
         return self.cache
 
 
+class Layer:
+    """A layer as networks hand it out: the class of its kind must be put in by hand."""
+
+    def __init__(self, name: str, type: str) -> None:
+        self.name, self.type = name, type
+
+
+class PluginLayer(Layer):
+    @property
+    def plugin(self) -> Any:
+        parts = {
+            "core": SimpleNamespace(plugin_name="SparseFFN"),
+            "build": SimpleNamespace(metadata_string="layer=0 block=16 skip_zeros=1"),
+        }
+        return SimpleNamespace(get_capability_interface=parts.__getitem__)
+
+
 class Network:
     def __init__(self, flags: int) -> None:
         self.flags = flags
@@ -96,8 +113,8 @@ class Network:
     def parsed(self) -> None:
         self.num_layers, self.num_inputs, self.num_outputs = 2, 1, 1
 
-    def get_layer(self, index: int) -> Any:
-        return SimpleNamespace(name=("layers.0.ffn", "cast")[index], type=("PLUGIN_V3", "CAST")[index])
+    def get_layer(self, index: int) -> Layer:
+        return (Layer("layers.0.ffn", "PLUGIN_V3"), Layer("cast", "CAST"))[index]
 
     def get_input(self, index: int) -> Any:
         return SimpleNamespace(name="past", dtype=SimpleNamespace(name="INT64"), shape=(-1,))
@@ -114,6 +131,8 @@ class Enterprise:
     BuilderFlag = SimpleNamespace(TF32="TF32")
     PreviewFeature = SimpleNamespace(ALIASED_PLUGIN_IO_10_03="aliases")
     LayerType = SimpleNamespace(PLUGIN_V3="PLUGIN_V3")
+    IPluginV3Layer = PluginLayer
+    PluginCapabilityType = SimpleNamespace(CORE="core", BUILD="build")
 
     class IProgressMonitor: ...
 

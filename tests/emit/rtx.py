@@ -15,11 +15,12 @@ from shadowc.emit.tensorrt.checks import builder_of, plugin_of
 from shadowc.emit.tensorrt.interface import Plan, Sizes, describe
 from shadowc.emit.tensorrt.readiness import readiness
 from shadowc.pipeline import run_passes, schedule
-from shadowc.spec.program import Program
+from shadowc.spec.program import Program, SparsityPlan
 from shadowc.trace.program_io import write_model
 from tests.trace import deep
 
 SMALL = OptFacts("small", 2, 64, 2, 32, ffn=200, vocab=96, positions=48, bos=2, eos=2, pad=1)
+USUAL = deep.plan()
 SIZES = Sizes(max_batch=4, max_context=48)
 
 
@@ -36,10 +37,13 @@ def required() -> None:
         pytest.skip(f"no plan can be built here: {why_not()}")
 
 
-def program(plan: Plan = "decode", *, weights: str = "fp16", facts: OptFacts = SMALL, sparse: bool = True) -> Program:
-    """The final graph of a small model."""
-    made = deep.traced(deep.plan() if sparse else None, facts=facts)
-    steps = schedule(target="tensorrt-rtx", weights=weights, skip_zeros=True, sparse=sparse, prefill=plan == "prefill")
+def program(
+    plan: Plan = "decode", *, weights: str = "fp16", facts: OptFacts = SMALL, sparsity: SparsityPlan | None = USUAL
+) -> Program:
+    """The final graph of a small model; without a sparsity plan a dense one."""
+    made = deep.traced(sparsity, facts=facts)
+    sparse, prefill = sparsity is not None, plan == "prefill"
+    steps = schedule(target="tensorrt-rtx", weights=weights, skip_zeros=True, sparse=sparse, prefill=prefill)
     run_passes(made, steps)
     return made
 

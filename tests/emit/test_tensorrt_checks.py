@@ -224,7 +224,7 @@ def test_first_cause_is_no_echo_of_the_missing_driver() -> None:
     ],
 )
 def test_known_errors_are_explained_with_the_next_command(errors: list[str], meaning: str) -> None:
-    text, hint = explained(Messages(errors=errors), {"step": "build"}, Path("libshadowc_trt11.so"), ())
+    text, hint = explained(Messages(errors=errors), {"step": "build"}, Path("libshadowc_trt11.so"))
     assert meaning in text
     assert hint
 
@@ -232,7 +232,7 @@ def test_known_errors_are_explained_with_the_next_command(errors: list[str], mea
 def test_operator_that_is_not_registered_is_explained_with_what_is(tmp_path: Path) -> None:
     refused = {"step": "parse", "registered": ["shadowc::SparseFFN::1"], "reasons": []}
     errors = ["Plugin not found, are the plugin name, version, and namespace correct?"]
-    text, _ = explained(Messages(errors=errors), refused, tmp_path / "libshadowc_trt11.so", ())
+    text, _ = explained(Messages(errors=errors), refused, tmp_path / "libshadowc_trt11.so")
     assert text == "an operator of the graph is not in libshadowc_trt11.so, which registered shadowc::SparseFFN::1"
 
 
@@ -248,7 +248,7 @@ def test_operator_that_is_not_registered_is_explained_with_what_is(tmp_path: Pat
 def test_plugin_that_does_not_load_is_explained(tmp_path: Path, name: str, errors: list[str], meaning: str) -> None:
     if name != "gone.so":
         (tmp_path / name).write_bytes(b"elf")
-    text, _ = explained(Messages(errors=errors), {"step": "plugin"}, tmp_path / name, ())
+    text, _ = explained(Messages(errors=errors), {"step": "plugin"}, tmp_path / name)
     assert meaning in text
 
 

@@ -50,7 +50,8 @@ def test_enterprise_builds_are_strongly_typed_with_aliases_and_without_capabilit
     assert [profile.shapes for profile in trt.config.profiles] == [{"past": [(1,), (1,), (4,)]}]
     assert Path(request_["plan"]).read_bytes() == b"".join(enterprise.PLAN)
     assert (result["bytes"], result["version"]) == (len(b"".join(enterprise.PLAN)), "10.14.1")
-    assert (result["operators"], result["registered"]) == (["layers.0.ffn"], ["shadowc::SparseFFN::1"])
+    assert result["operators"] == {"layers.0.ffn": "SparseFFN block=16 layer=0 skip_zeros=1"}
+    assert result["registered"] == ["shadowc::SparseFFN::1"]
     assert result["inputs"] == [{"name": "past", "dtype": "INT64", "shape": [-1]}]
     assert result["outputs"] == [{"name": "logits", "dtype": "FLOAT", "shape": [-1, -1, 96]}]
 
@@ -125,7 +126,7 @@ def test_profile_that_the_builder_refuses_ends_the_build(request_: dict[str, Any
     assert not Path(request_["plan"]).exists()
     errors = [fields["text"] for kind, fields in sent if kind == "error"]
     refused = {"step": caught.value.step, **caught.value.facts}
-    text, _ = explained(Messages(errors=errors), refused, Path("p.so"), ())
+    text, _ = explained(Messages(errors=errors), refused, Path("p.so"))
     assert text.startswith("the profile is upside down or incomplete (IOptimizationProfile::isValid")
 
 
@@ -134,7 +135,7 @@ def test_profile_that_the_builder_changes_ends_the_build(request_: dict[str, Any
         build(Enterprise(clip_profiles=True), request_)
     assert not Path(request_["plan"]).exists()
     refused = {"step": caught.value.step, **caught.value.facts}
-    text, _ = explained(Messages(), refused, Path("p.so"), ())
+    text, _ = explained(Messages(), refused, Path("p.so"))
     assert text == (
         "the builder keeps another profile than it was given "
         "(the profile of past is [(1,), (1,), (1,)], asked for [(1,), (1,), (4,)])"

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from shadowc.emit.tensorrt.messages import explained, first_cause
 from shadowc.runtime.tensorrt.bindings import Bindings, Messages
 from shadowc.spec.errors import InternalError, SetupError
 from shadowc.spec.manifest import PlanPart
+from shadowc.spec.ops import DOMAIN
 from shadowc.spec.progress import Progress
 from shadowc.stage_cache import default_root
 
@@ -41,8 +42,8 @@ class BuildRequest:
     folder: Path
     """Where the graph lies and the plan goes."""
     plan: PlanPart
-    operators: tuple[str, ...]
-    """Names of the nodes that must become plugins."""
+    operators: Mapping[str, str]
+    """Of every node that must become a plugin, name -> operator and attributes; see `plugin_operators`."""
     capabilities: tuple[str, ...]
     """Such as "8.6"; empty: the builder's default."""
     memory_note: str = ""
@@ -190,7 +191,7 @@ def _failure(request: BuildRequest, heard: _Heard, code: int, printed: str) -> S
                 hint="free memory, or compile with a smaller --max-batch and --max-context",
             )
         return SetupError(f"{where}: its process ended itself ({name}) after {said!r}", hint="shadowc doctor")
-    text, hint = explained(heard.messages, heard.refused, request.plugin, request.operators)
+    text, hint = explained(heard.messages, heard.refused, request.plugin)
     return SetupError(f"{where}: {text or _last_line(printed)}", hint=hint)
 
 
@@ -201,9 +202,10 @@ def _last_line(printed: str) -> str:
 
 def _check(request: BuildRequest, done: dict[str, Any]) -> None:
     """The network that was built is the one that engine.json will describe."""
-    if sorted(request.operators) != done["operators"]:
-        odd = sorted(set(request.operators) ^ set(done["operators"]))
-        raise InternalError(f"{request.plan.file}: plugins and operators differ: {', '.join(odd[:3])}")
+    for name in sorted(request.operators.keys() | done["operators"].keys()):
+        ours, theirs = (side.get(name, "no operator") for side in (request.operators, done["operators"]))
+        if ours != theirs:
+            raise InternalError(f"{request.plan.file}: {name} is {theirs!r} in the plan, {ours!r} in the graph")
     for side in ("inputs", "outputs"):
         wanted = {tensor.name: (tensor.dtype, list(tensor.shape)) for tensor in getattr(request.plan, side)}
         found = {tensor["name"]: (_dtype(tensor["dtype"]), tensor["shape"]) for tensor in done[side]}
@@ -219,6 +221,17 @@ def _dtype(name: str) -> str:
     return _TYPES.get(name, name.lower())
 
 
-def plugin_operators(nodes: Sequence[Any]) -> tuple[str, ...]:
-    """Names of the graph's nodes that the plugin library provides."""
-    return tuple(sorted(node.name for node in nodes if node.domain == "shadowc"))
+def plugin_operators(nodes: Iterable[Any]) -> dict[str, str]:
+    """Of the nodes that the plugin library provides, name -> operator and attributes as the plugin writes its fields.
+
+    An example: `{"layers.0.ffn": "SparseFFN block=16 layer=0 skip_zeros=1"}`.
+    """
+    return {
+        node.name: " ".join((node.op, *sorted(f"{name}={_field(value)}" for name, value in node.attrs.items())))
+        for node in nodes
+        if node.domain == DOMAIN
+    }
+
+
+def _field(value: int | str | Iterable[int]) -> str:
+    return str(value) if isinstance(value, int | str) else ",".join(map(str, value))

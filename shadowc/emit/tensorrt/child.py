@@ -20,6 +20,7 @@ from typing import Any
 
 from shadowc.runtime.tensorrt.bindings import Bindings, find_bindings
 from shadowc.spec.errors import ShadowcError
+from shadowc.spec.ops import DOMAIN
 
 Send = Callable[..., None]
 
@@ -109,7 +110,7 @@ def _load_plugin(trt: Any, path: str) -> list[str]:
     registry = trt.get_plugin_registry()
     if registry.load_library(path) is None:  # it does not raise
         raise RefusedError("plugin")
-    creators = [creator for creator in registry.all_creators if creator.plugin_namespace == "shadowc"]
+    creators = [creator for creator in registry.all_creators if creator.plugin_namespace == DOMAIN]
     return sorted(f"{one.plugin_namespace}::{one.name}::{one.plugin_version}" for one in creators)
 
 
@@ -185,9 +186,17 @@ def _write_plan(trt: Any, builder: Any, network: Any, config: Any, path: Path) -
         return file.tell()
 
 
-def _operators(trt: Any, network: Any) -> list[str]:
-    layers = (network.get_layer(index) for index in range(network.num_layers))
-    return sorted(layer.name for layer in layers if layer.type == trt.LayerType.PLUGIN_V3)
+def _operators(trt: Any, network: Any) -> dict[str, str]:
+    """Name of every plugin -> its operator and the fields that it serialises, in the words of its metadata."""
+    found: dict[str, str] = {}
+    kinds = trt.PluginCapabilityType
+    for layer in (network.get_layer(index) for index in range(network.num_layers)):
+        if layer.type != trt.LayerType.PLUGIN_V3:
+            continue
+        layer.__class__ = trt.IPluginV3Layer  # the bindings hand out the base class
+        core, build = (layer.plugin.get_capability_interface(kind) for kind in (kinds.CORE, kinds.BUILD))
+        found[layer.name] = " ".join((core.plugin_name, *sorted(build.metadata_string.split())))
+    return found
 
 
 def _tensor(tensor: Any) -> dict[str, object]:

@@ -31,16 +31,13 @@ _CONTEXT = "ModelImporter.cpp"
 """The parser's lines about where it was; its own list of errors says what was wrong."""
 
 
-def explained(
-    messages: Messages, refused: Mapping[str, Any], plugin: Path, operators: Sequence[str]
-) -> tuple[str, str]:
+def explained(messages: Messages, refused: Mapping[str, Any], plugin: Path) -> tuple[str, str]:
     """The reason of a refused build and the next command; the reason is empty if nothing was said.
 
     Args:
         messages: what the builder logged.
         refused: the step that failed: "plugin", "parse", "profile" or "build", with what is known about it.
         plugin: the library of the operators.
-        operators: the nodes that it should provide.
     """
     first = first_cause(messages, refused.get("reasons", ()))
     if refused.get("step") == "plugin":
