@@ -9,6 +9,7 @@
 #define HWY_TARGET_INCLUDE "sparse_ffn.cc"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 // After foreach_target:
+#include "digits-inl.h"
 #include "hwy/highway.h"
 #include "rows-inl.h"
 
@@ -33,54 +34,102 @@ size_t Ahead(size_t bytes_per_entry) {
   return std::clamp<size_t>((size_t{16} << 10) / bytes_per_entry, 2, 8);
 }
 
-// Both halves of record list[k]; while they are read, those of a later record are fetched into L2, line by
-// line. Scattered records then run at the bandwidth of a sequential read.
-template <class W>
-ReadCount RowWholeRecords(const FfnArgs& a, const uint32_t* list, size_t count, float* y) {
-  const W* w = static_cast<const W*>(a.w);
-  const size_t width = a.width, ahead = Ahead(2 * width * sizeof(W));
-  for (size_t k = 0; k < std::min(ahead, count); ++k)
-    PrefetchStep(w + size_t{list[k]} * 2 * width, 2 * width);
-  for (size_t k = 0; k < count; ++k) {
-    const size_t f = list[k];
-    const W* record = w + f * 2 * width;
-    const W* later = k + ahead < count ? w + size_t{list[k + ahead]} * 2 * width : nullptr;
-    const float h = Relu(Dot(a.x, record, width, later) * a.scales[2 * f] + a.b1[f]);
-    Axpy(h * a.scales[2 * f + 1], record + width, y, width, later != nullptr ? later + width : nullptr);
+// The active neurons of one row within one piece.
+struct Neurons {
+  const uint32_t* list;
+  size_t count;
+  uint32_t operator[](size_t k) const { return list[std::min(k, count - 1)]; }  // past the end: the last one
+  bool Contiguous() const { return count != 0 && list[count - 1] - list[0] + 1 == count; }
+};
+
+// h of kCount neurons from their dot products with x.
+template <size_t kCount>
+HWY_INLINE void Activate(const FfnArgs& a, const Neurons& neurons, size_t k, float* h) {
+  for (size_t c = 0; c < kCount; ++c) {
+    const size_t f = neurons[k + c];
+    h[c] = Relu(h[c] * a.scales[2 * f] + a.b1[f]);
   }
-  return CountRead<W>(count, count, width);
 }
 
-// Only fc1 halves are certain to be needed. A neuron that turns out nonzero is announced: its fc2 half is
-// fetched during the next dot product and added after the one that follows.
-template <class W>
-ReadCount RowSkippingZeros(const FfnArgs& a, const uint32_t* list, size_t count, float* y) {
+// Whole records, kCount at a time; while they are read, as many later ones are fetched into L2, line by line.
+template <size_t kCount, class W>
+void WholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
   const W* w = static_cast<const W*>(a.w);
-  const size_t width = a.width, ahead = Ahead(width * sizeof(W));
-  for (size_t k = 0; k < std::min(ahead, count); ++k) PrefetchStep(w + size_t{list[k]} * 2 * width, width);
-  struct Pending {
-    const W* half = nullptr;
-    float h = 0.0f;
-  } pending[2];
-  size_t added = 0;
-  const auto finish = [&](Pending& p) HWY_ATTR {
-    if (p.half == nullptr) return;
-    Axpy(p.h, p.half, y, width, static_cast<const W*>(nullptr));
-    p.half = nullptr;
-    ++added;
-  };
-  for (size_t k = 0; k < count; ++k) {
-    const size_t f = list[k];
-    const W* record = w + f * 2 * width;
-    const W* later = k + ahead < count ? w + size_t{list[k + ahead]} * 2 * width : nullptr;
-    const float h =
-        Relu(Dot(a.x, record, width, later, pending[(k + 1) % 2].half) * a.scales[2 * f] + a.b1[f]);
-    finish(pending[k % 2]);
-    if (!(h == 0.0f)) pending[k % 2] = {record + width, h * a.scales[2 * f + 1]};
+  const size_t width = a.width, ahead = std::max(kCount, Ahead(2 * width * sizeof(W)));
+  const Activations<W>* row = &x;
+  for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
+    PrefetchStep(w + size_t{neurons[k]} * 2 * width, 2 * width);
+  for (size_t k = 0; k < neurons.count; k += kCount) {
+    const W *first[kCount], *second[kCount], *later_first[kCount], *later_second[kCount];
+    for (size_t c = 0; c < kCount; ++c) {
+      first[c] = w + size_t{neurons[k + c]} * 2 * width;
+      second[c] = first[c] + width;
+      later_first[c] = w + size_t{neurons[k + ahead + c]} * 2 * width;
+      later_second[c] = later_first[c] + width;
+    }
+    const bool more = k + ahead < neurons.count;
+    const size_t here = std::min(kCount, neurons.count - k);
+    float h[kCount];
+    DotRows<1, kCount>(&row, first, width, more ? later_first : nullptr, h, kCount);
+    Activate<kCount>(a, neurons, k, h);
+    for (size_t c = 0; c < here; ++c) h[c] *= a.scales[2 * neurons[k + c] + 1];
+    AxpyTile<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later_second});
   }
-  finish(pending[count % 2]);
-  finish(pending[(count + 1) % 2]);
-  return CountRead<W>(count, added, width);
+}
+
+template <class W>
+ReadCount RowWholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
+  // In a run of neurons the hardware's own prefetchers help along one stream, less so along four. Digits
+  // alone are quick enough for one record at a time, and their sums do not depend on the grouping.
+  if constexpr (Activations<W>::kDigits) {
+    if (x.Exact() && neurons.Contiguous()) {
+      WholeRecords<1>(a, x, neurons, y);
+      return CountRead<W>(neurons.count, neurons.count, a.width);
+    }
+  }
+  WholeRecords<4>(a, x, neurons, y);
+  return CountRead<W>(neurons.count, neurons.count, a.width);
+}
+
+// Only fc1 halves are certain to be needed. The fc2 halves of neurons that turn out nonzero are added four at
+// a time, while the next four are fetched.
+template <class W>
+ReadCount RowSkippingZeros(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
+  const W* w = static_cast<const W*>(a.w);
+  const size_t width = a.width, ahead = std::max<size_t>(4, Ahead(width * sizeof(W)));
+  const Activations<W>* row = &x;
+  for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
+    PrefetchStep(w + size_t{neurons[k]} * 2 * width, width);
+  const W* half[12];
+  float factor[12];
+  size_t queued = 0, added = 0;
+  const auto add = [&](size_t count, size_t later) HWY_ATTR {
+    AxpyTile<1>(&y, Listed<W>{half}, count, factor, 0, width, later, Listed<W>{half + count});
+    added += count;
+    queued -= count;
+    std::copy(half + count, half + count + queued, half);
+    std::copy(factor + count, factor + count + queued, factor);
+  };
+  for (size_t k = 0; k < neurons.count; k += 4) {
+    const W *first[4], *later_first[4];
+    for (size_t c = 0; c < 4; ++c) {
+      first[c] = w + size_t{neurons[k + c]} * 2 * width;
+      later_first[c] = w + size_t{neurons[k + ahead + c]} * 2 * width;
+    }
+    float h[4];
+    DotRows<1, 4>(&row, first, width, k + ahead < neurons.count ? later_first : nullptr, h, 4);
+    Activate<4>(a, neurons, k, h);
+    for (size_t c = 0; c < std::min<size_t>(4, neurons.count - k); ++c) {
+      if (h[c] == 0.0f) continue;
+      half[queued] = first[c] + width;
+      factor[queued++] = h[c] * a.scales[2 * neurons[k + c] + 1];
+      if (added == 0 && queued <= 4) PrefetchStep(first[c] + width, width);
+    }
+    if (queued >= 8) add(4, 4);
+  }
+  while (queued > 4) add(4, queued - 4);
+  if (queued != 0) add(queued, 0);
+  return CountRead<W>(neurons.count, added, width);
 }
 
 // ---- several rows: records outermost, the rows of a tile inside
@@ -131,32 +180,33 @@ class Groups {
 };
 
 // The rows of a tile that a group works on, and their hidden values h [kTileRows, kGroup].
+template <class W>
 struct TileRows {
   size_t count;
   uint32_t row[kTileRows];
-  const float* x[kTileRows];
+  const Activations<W>* x[kTileRows];
   float* y[kTileRows];
   float h[kTileRows * kGroup];
 };
 
-HWY_INLINE void CollectRows(uint32_t bits, const float* x, float* y, size_t width, TileRows* t) {
+template <class W>
+HWY_INLINE void CollectRows(uint32_t bits, const Activations<W>* x, float* y, size_t width, TileRows<W>* t) {
   t->count = 0;
   for (uint32_t r = 0; bits != 0; ++r, bits >>= 1) {
     if ((bits & 1) == 0) continue;
     t->row[t->count] = r;
-    t->x[t->count] = x + r * width;
+    t->x[t->count] = x + r;
     t->y[t->count] = y + r * width;
     ++t->count;
   }
 }
 
 template <class W>
-HWY_INLINE void FirstLayer(const FfnArgs& a, const Group<W>& g, const Group<W>& next, TileRows* t) {
+HWY_INLINE void FirstLayer(const FfnArgs& a, const Group<W>& g, const Group<W>& next, TileRows<W>* t) {
   for (size_t c = 0; c < g.count; c += 4) {
     const W* const* later = c < next.count ? next.half[0] + c : nullptr;
     ForRowGroups(t->count, [&](auto rows, size_t r) HWY_ATTR {
-      DotTile<rows()>(t->x + r, g.half[0][c], g.half[0][c + 1], g.half[0][c + 2], g.half[0][c + 3], a.width,
-                      later, t->h + r * kGroup + c, kGroup);
+      DotRows<rows(), 4>(t->x + r, g.half[0] + c, a.width, later, t->h + r * kGroup + c, kGroup);
       later = nullptr;
     });
   }
@@ -172,7 +222,7 @@ HWY_INLINE void FirstLayer(const FfnArgs& a, const Group<W>& g, const Group<W>& 
 
 // Drops the neurons that are zero in every row, and the rows in which every neuron is zero. Order is kept.
 template <class W>
-HWY_INLINE void DropZeros(Group<W>* g, TileRows* t) {
+HWY_INLINE void DropZeros(Group<W>* g, TileRows<W>* t) {
   size_t kept = 0;
   for (size_t c = 0; c < g->count; ++c) {
     bool any = false;
@@ -197,7 +247,7 @@ HWY_INLINE void DropZeros(Group<W>* g, TileRows* t) {
 }
 
 template <class W>
-HWY_INLINE void SecondLayer(const FfnArgs& a, const Group<W>& g, const Group<W>& next, TileRows* t) {
+HWY_INLINE void SecondLayer(const FfnArgs& a, const Group<W>& g, const Group<W>& next, TileRows<W>* t) {
   for (size_t r = 0; r < t->count; ++r) {
     for (size_t c = 0; c < g.count; ++c) t->h[r * kGroup + c] *= a.scales[2 * g.neuron[c] + 1];
   }
@@ -211,11 +261,11 @@ HWY_INLINE void SecondLayer(const FfnArgs& a, const Group<W>& g, const Group<W>&
 
 // x and y point to the tile's first row.
 template <class W>
-ReadCount Tile(const FfnArgs& a, const uint32_t* masks, const uint32_t* units, size_t count, const float* x,
-               float* y) {
+ReadCount Tile(const FfnArgs& a, const uint32_t* masks, const uint32_t* units, size_t count,
+               const Activations<W>* x, float* y) {
   Groups<W> groups(a, masks, units, count);
   Group<W> group, next;
-  TileRows rows;
+  TileRows<W> rows;
   size_t records = 0, second_halves = 0;
   groups.Next(&group);
   while (group.count != 0) {
@@ -234,22 +284,34 @@ ReadCount Tile(const FfnArgs& a, const uint32_t* masks, const uint32_t* units, s
 }
 
 // ---- cutting the work
+//
+// Into pieces of units, by the size of the weights alone: not by what is active, how many rows there are or
+// how many threads. A row's sums are then grouped in one way, whatever shares the call with it.
 
 inline constexpr size_t kMostPieces = 32;
 
-// The active units of one row, ascending. `list` has room for `units` and one vector more.
-size_t ActiveUnitsOf(const RowSelection& row, size_t units, uint32_t* list) {
+size_t PiecesOf(const FfnArgs& a, size_t record) {
+  return shadowc::PiecesOf(a.neurons * record, kMostPieces);
+}
+
+// First unit of a piece.
+size_t PieceBegin(const FfnArgs& a, size_t pieces, size_t piece) {
+  return a.selection.units * piece / pieces;
+}
+
+// The active units of one row from `begin` to `end`, ascending. `list` has room for them and one vector more.
+size_t ActiveUnitsOf(const RowSelection& row, size_t begin, size_t end, uint32_t* list) {
   const DF df;
   const hn::RebindToUnsigned<DF> du;
   const size_t lanes = hn::Lanes(df);
   const VF threshold = hn::Set(df, row.threshold);
-  size_t count = 0, u = 0;
-  for (; row.scores != nullptr && u + lanes <= units; u += lanes) {
+  size_t count = 0, u = begin;
+  for (; row.scores != nullptr && u + lanes <= end; u += lanes) {
     const auto active = hn::Not(hn::Lt(hn::LoadU(df, row.scores + u), threshold));
     const auto index = hn::Iota(du, static_cast<uint32_t>(u));
     count += hn::CompressStore(index, hn::RebindMask(du, active), du, list + count);
   }
-  for (; u < units; ++u) {
+  for (; u < end; ++u) {
     list[count] = static_cast<uint32_t>(u);
     count += row.scores == nullptr || !(row.scores[u] < row.threshold);
   }
@@ -270,67 +332,109 @@ size_t ExpandBlocks(const FfnArgs& a, uint32_t* list, size_t count) {
 }
 
 template <class W>
-ReadCount OneRow(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
-  uint32_t* list = arena->Take<uint32_t>(a.neurons + a.block + hn::MaxLanes(DF()));
-  size_t count = ActiveUnitsOf(SelectionOf(a.selection, a.tokens, 0), a.selection.units, list);
-  if (a.block != 1) count = ExpandBlocks(a, list, count);
-  const size_t pieces = PiecesOf(count * 2 * a.width * sizeof(W), kMostPieces);
+ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, const Parallel& parallel) {
+  const size_t pieces = PiecesOf(a, 2 * a.width * sizeof(W));
+  const RowSelection selection = SelectionOf(a.selection, a.tokens, 0);
   const auto row = a.skip_zeros ? &RowSkippingZeros<W> : &RowWholeRecords<W>;
   float* partial = arena->Take<float>(pieces * a.width);
   ReadCount read[kMostPieces];
   parallel.For(pieces, [&](size_t p) {
-    const size_t begin = count * p / pieces, end = count * (p + 1) / pieces;
+    const size_t begin = PieceBegin(a, pieces, p), end = PieceBegin(a, pieces, p + 1);
+    uint32_t* list = ThreadArena().Take<uint32_t>((end - begin) * a.block + hn::MaxLanes(DF()));
+    size_t count = ActiveUnitsOf(selection, begin, end, list);
+    if (a.block != 1) count = ExpandBlocks(a, list, count);
     float* mine = partial + p * a.width;
     std::fill(mine, mine + a.width, 0.0f);
-    read[p] = row(a, list + begin, end - begin, mine);
+    read[p] = row(a, x, Neurons{list, count}, mine);
   });
-  ReducePartials(partial, count == 0 ? 0 : pieces, 1, a.width, a.b2, a.y, parallel);
+  ReducePartials(partial, pieces, 1, a.width, a.b2, a.y, parallel);
   ReadCount total;
   for (size_t p = 0; p < pieces; ++p) total += read[p];
   return total;
 }
 
+// From this many tiles on a tile is one task, and adds its pieces up by itself.
+inline constexpr size_t kManyTiles = 8;
+
 template <class W>
-ReadCount ManyRows(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
-  const size_t rows = a.batch * a.tokens, tiles = (rows + kTileRows - 1) / kTileRows,
-               units = a.selection.units;
-  uint32_t* masks = arena->Take<uint32_t>(tiles * units);
-  uint32_t* lists = arena->Take<uint32_t>(tiles * units);
-  size_t* counts = arena->Take<size_t>(tiles);
-  parallel.For(tiles, [&](size_t t) {
-    TileMasks(a.selection, a.tokens, t * kTileRows, std::min(kTileRows, rows - t * kTileRows),
-              masks + t * units);
-    counts[t] = ActiveUnits(masks + t * units, units, lists + t * units);
-  });
-  // Cut by unit, not by what is active: a row's sums are then grouped the same way whatever its neighbours in
-  // the batch leave out.
-  const size_t pieces =
-      PiecesOf(units * a.block * 2 * a.width * sizeof(W), std::max<size_t>(1, kMostPieces / tiles));
-  float* partial = pieces == 1 ? a.y : arena->Take<float>(pieces * rows * a.width);
-  ReadCount* read = arena->Take<ReadCount>(tiles * pieces);
-  parallel.For(tiles * pieces, [&](size_t task) {
-    const size_t t = task / pieces, p = task % pieces, first = t * kTileRows;
-    const size_t last = std::min(rows, first + kTileRows);
-    const uint32_t* list = lists + t * units;
+class ManyRows {
+ public:
+  ManyRows(const FfnArgs& a, const Activations<W>* x, CallArena* arena, const Parallel& parallel)
+      : a_(a),
+        x_(x),
+        rows_(a.batch * a.tokens),
+        tiles_((rows_ + kTileRows - 1) / kTileRows),
+        units_(a.selection.units),
+        pieces_(PiecesOf(a, 2 * a.width * sizeof(W))),
+        masks_(arena->Take<uint32_t>(tiles_ * units_)),
+        lists_(arena->Take<uint32_t>(tiles_ * units_)),
+        counts_(arena->Take<size_t>(tiles_)) {
+    parallel.For(tiles_, [&](size_t t) {
+      TileMasks(a.selection, a.tokens, t * kTileRows, Count(t), masks_ + t * units_);
+      counts_[t] = ActiveUnits(masks_ + t * units_, units_, lists_ + t * units_);
+    });
+  }
+
+  ReadCount Run(CallArena* arena, const Parallel& parallel) const {
+    const size_t each = tiles_ < kManyTiles ? pieces_ : 1;
+    ReadCount* read = arena->Take<ReadCount>(tiles_ * each);
+    if (tiles_ < kManyTiles) {
+      float* partial = arena->Take<float>(pieces_ * rows_ * a_.width);
+      parallel.For(tiles_ * pieces_, [&](size_t task) {
+        const size_t t = task / pieces_, p = task % pieces_;
+        read[task] = Piece(t, p, partial + (p * rows_ + t * kTileRows) * a_.width);
+      });
+      ReducePartials(partial, pieces_, rows_, a_.width, a_.b2, a_.y, parallel);
+    } else {
+      parallel.For(tiles_, [&](size_t t) { read[t] = WholeTile(t); });
+    }
+    ReadCount total;
+    for (size_t i = 0; i < tiles_ * each; ++i) total += read[i];
+    return total;
+  }
+
+ private:
+  size_t Count(size_t t) const { return std::min(kTileRows, rows_ - t * kTileRows); }
+
+  // Sets y [rows of the tile, E] to what the piece adds.
+  ReadCount Piece(size_t t, size_t p, float* y) const {
+    const uint32_t* list = lists_ + t * units_;
     const auto from = [&](size_t piece) {
-      return static_cast<size_t>(std::lower_bound(list, list + counts[t], units * piece / pieces) - list);
+      return static_cast<size_t>(std::lower_bound(list, list + counts_[t], PieceBegin(a_, pieces_, piece)) -
+                                 list);
     };
     const size_t begin = from(p), end = from(p + 1);
-    float* mine = partial + (p * rows + first) * a.width;
-    for (size_t r = 0; r < last - first; ++r) {
-      float* y = mine + r * a.width;
-      if (pieces == 1) {
-        std::copy(a.b2, a.b2 + a.width, y);
-      } else {
-        std::fill(y, y + a.width, 0.0f);
-      }
+    std::fill(y, y + Count(t) * a_.width, 0.0f);
+    return Tile<W>(a_, masks_ + t * units_, list + begin, end - begin, x_ + t * kTileRows, y);
+  }
+
+  ReadCount WholeTile(size_t t) const {
+    const size_t size = Count(t) * a_.width;
+    float *y = a_.y + t * kTileRows * a_.width, *piece = ThreadArena().Take<float>(size);
+    for (size_t r = 0; r < Count(t); ++r) std::copy(a_.b2, a_.b2 + a_.width, y + r * a_.width);
+    ReadCount read;
+    for (size_t p = 0; p < pieces_; ++p) {
+      read += Piece(t, p, piece);
+      for (size_t i = 0; i < size; ++i) y[i] += piece[i];
     }
-    read[task] = Tile<W>(a, masks + t * units, list + begin, end - begin, a.x + first * a.width, mine);
-  });
-  if (pieces > 1) ReducePartials(partial, pieces, rows, a.width, a.b2, a.y, parallel);
-  ReadCount total;
-  for (size_t i = 0; i < tiles * pieces; ++i) total += read[i];
-  return total;
+    return read;
+  }
+
+  const FfnArgs& a_;
+  const Activations<W>* x_;
+  size_t rows_, tiles_, units_, pieces_;
+  uint32_t *masks_, *lists_;
+  size_t* counts_;
+};
+
+template <class W>
+ReadCount Run(const FfnArgs& a, const Parallel& parallel) {
+  const size_t rows = a.batch * a.tokens;
+  if (rows == 0) return {};
+  CallArena arena;
+  const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, &arena, parallel);
+  if (rows == 1) return OneRow<W>(a, *x, &arena, parallel);
+  return ManyRows<W>(a, x, &arena, parallel).Run(&arena, parallel);
 }
 
 }  // namespace
@@ -338,11 +442,7 @@ ReadCount ManyRows(const FfnArgs& a, CallArena* arena, const Parallel& parallel)
 ReadCount SparseFfn(const FfnArgs& args, const Parallel& parallel) {
   ReadCount read;
   DispatchWeights(args.type, [&](auto type) {
-    using W = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-    CallArena arena;
-    if (args.batch * args.tokens == 0) return;
-    read = args.batch * args.tokens == 1 ? OneRow<W>(args, &arena, parallel)
-                                         : ManyRows<W>(args, &arena, parallel);
+    read = Run<std::remove_cv_t<std::remove_pointer_t<decltype(type)>>>(args, parallel);
   });
   return read;
 }
