@@ -53,61 +53,9 @@ HWY_INLINE VF LoadWideN(DF df, const int8_t* p, size_t n) {
 // bandwidth.
 HWY_INLINE void PrefetchL2(const void* p) { __builtin_prefetch(p, 0, 2); }
 
-// How many elements one step covers: whole cache lines, so that each is prefetched once, and 4 vectors, for
-// four independent accumulators.
-template <class W>
-HWY_INLINE size_t Step(DF df) {
-  return HWY_MAX(4 * hn::Lanes(df), kLine / sizeof(W));
-}
-
 template <class W>
 HWY_INLINE void PrefetchStep(const W* later, size_t elements) {
   for (size_t e = 0; e < elements; e += kLine / sizeof(W)) PrefetchL2(later + e);
-}
-
-// Dot product of one row. One line of `later`, and of `announced`, is prefetched per line read; null means
-// none.
-template <class W>
-HWY_INLINE float Dot(const float* HWY_RESTRICT x, const W* HWY_RESTRICT w, size_t n, const W* later,
-                     const W* announced = nullptr) {
-  const DF df;
-  const size_t lanes = hn::Lanes(df), step = Step<W>(df);
-  VF a0 = hn::Zero(df), a1 = a0, a2 = a0, a3 = a0;
-  size_t i = 0;
-  for (; i + step <= n; i += step) {
-    if (later != nullptr) PrefetchStep(later + i, step);
-    if (announced != nullptr) PrefetchStep(announced + i, step);
-    for (size_t j = i; j < i + step; j += 4 * lanes) {
-      a0 = hn::MulAdd(LoadWide(df, w + j), hn::LoadU(df, x + j), a0);
-      a1 = hn::MulAdd(LoadWide(df, w + j + lanes), hn::LoadU(df, x + j + lanes), a1);
-      a2 = hn::MulAdd(LoadWide(df, w + j + 2 * lanes), hn::LoadU(df, x + j + 2 * lanes), a2);
-      a3 = hn::MulAdd(LoadWide(df, w + j + 3 * lanes), hn::LoadU(df, x + j + 3 * lanes), a3);
-    }
-  }
-  for (; i < n; i += lanes) {
-    const size_t m = HWY_MIN(lanes, n - i);
-    a0 = hn::MulAdd(LoadWideN(df, w + i, m), hn::LoadN(df, x + i, m), a0);
-  }
-  return hn::ReduceSum(df, hn::Add(hn::Add(a0, a1), hn::Add(a2, a3)));
-}
-
-// y += h * w, with the same prefetch.
-template <class W>
-HWY_INLINE void Axpy(float h, const W* HWY_RESTRICT w, float* HWY_RESTRICT y, size_t n, const W* later) {
-  const DF df;
-  const size_t lanes = hn::Lanes(df), step = Step<W>(df);
-  const VF vh = hn::Set(df, h);
-  size_t i = 0;
-  for (; i + step <= n; i += step) {
-    if (later != nullptr) PrefetchStep(later + i, step);
-    for (size_t j = i; j < i + step; j += lanes) {
-      hn::StoreU(hn::MulAdd(LoadWide(df, w + j), vh, hn::LoadU(df, y + j)), df, y + j);
-    }
-  }
-  for (; i < n; i += lanes) {
-    const size_t m = HWY_MIN(lanes, n - i);
-    hn::StoreN(hn::MulAdd(LoadWideN(df, w + i, m), vh, hn::LoadN(df, y + i, m)), df, y + i, m);
-  }
 }
 
 // Where weight row k lies: at a fixed stride, or listed.

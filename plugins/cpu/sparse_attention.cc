@@ -12,6 +12,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 // After foreach_target:
 #include "attention_core-inl.h"
+#include "digits-inl.h"
 #include "hwy/highway.h"
 #include "rows-inl.h"
 
@@ -36,41 +37,57 @@ struct Head {
   const float* bias;
 };
 
-// out[r][d] = (x[r] . row d of the part * scale + bias) * factor. The rows of the record that follow those in
-// hand are prefetched 4 rows ahead; `following` parts are read after this one.
-template <class W>
-HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, size_t following,
-                        float factor, const float* const* x, size_t count, float* const* out) {
+// out[r][d] = (x[r] . row d of the part * scale + bias) * factor, kColumns values of d at a time. The rows of
+// the record that follow are prefetched as these are read, kAhead bytes before they are needed; `following`
+// parts are read after this one.
+template <size_t kColumns, class W>
+HWY_INLINE void ProjectColumns(const AttentionArgs& a, const Head<W>& head, Part part, size_t following,
+                               float factor, const Activations<W>* const* x, size_t count,
+                               float* const* out) {
+  constexpr size_t kAhead = size_t{16} << 10;
   const size_t d_end = a.head_size, width = a.width;
+  const size_t ahead_rows = std::max(kColumns, kAhead / (width * sizeof(W)));
   const W* w = head.w + part * head.part_size;
-  const W* last = w + (following + 1) * head.part_size - width;  // last row that will be read
+  const size_t last = (following + 1) * d_end - 1;  // row of the last part that will be read
   const float *scales = head.scales + part * d_end, *bias = head.bias + part * d_end;
-  for (size_t d = 0; d < d_end; d += 4) {
-    const size_t here = std::min<size_t>(4, d_end - d);
-    const W *rows[4], *ahead[4];
-    for (size_t c = 0; c < 4; ++c) {
+  for (size_t d = 0; d < d_end; d += kColumns) {
+    const size_t here = std::min(kColumns, d_end - d);
+    const W *rows[kColumns], *ahead[kColumns];
+    for (size_t c = 0; c < kColumns; ++c) {
       rows[c] = w + (d + std::min(c, here - 1)) * width;
-      ahead[c] = std::min(w + (d + 4 + c) * width, last);
+      ahead[c] = w + std::min(d + ahead_rows + c, last) * width;
     }
     const W* const* later = ahead;
-    float dots[kTileRows * 4];
+    float dots[kTileRows * kColumns];
     ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
-      DotTile<group()>(x + r, rows[0], rows[1], rows[2], rows[3], width, later, dots + r * 4, 4);
+      DotRows<group(), kColumns>(x + r, rows, width, later, dots + r * kColumns, kColumns);
       later = nullptr;
     });
     for (size_t r = 0; r < count; ++r) {
       for (size_t c = 0; c < here; ++c)
-        out[r][d + c] = (dots[r * 4 + c] * scales[d + c] + bias[d + c]) * factor;
+        out[r][d + c] = (dots[r * kColumns + c] * scales[d + c] + bias[d + c]) * factor;
     }
   }
 }
 
-// y[r] += context[r] (head_size values) times the head's output rows.
+template <class W>
+HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, size_t following,
+                        float factor, const Activations<W>* const* x, size_t count, float* const* out) {
+  // One stream is what the hardware's own prefetchers like best; digits are quick enough for it (see
+  // sparse_ffn.cc).
+  if constexpr (Activations<W>::kDigits) {
+    if (count == 1 && x[0]->Exact())
+      return ProjectColumns<1>(a, head, part, following, factor, x, count, out);
+  }
+  ProjectColumns<4>(a, head, part, following, factor, x, count, out);
+}
+
+// y[r][begin ... end) += context[r] (head_size values) times these columns of the head's output rows.
 template <class W>
 HWY_INLINE void ProjectOut(const AttentionArgs& a, const Head<W>& head, const float* const* context,
-                           size_t count, float* const* y, float* h) {
+                           size_t count, size_t begin, size_t end, float* const* y, float* h) {
   constexpr size_t kRowsAtOnce = 8;
-  const W* w = head.w + kOut * head.part_size;
+  const W* w = head.w + kOut * head.part_size + begin;
   const float* scales = head.scales + kOut * a.head_size;
   for (size_t r = 0; r < count; ++r) {
     for (size_t d = 0; d < a.head_size; ++d) h[r * a.head_size + d] = context[r][d] * scales[d];
@@ -80,7 +97,7 @@ HWY_INLINE void ProjectOut(const AttentionArgs& a, const Head<W>& head, const fl
     const Strided<W> here{w + d * a.width, a.width}, ahead{w + (d + kRowsAtOnce) * a.width, a.width};
     size_t later = d + kRowsAtOnce < a.head_size ? std::min(kRowsAtOnce, a.head_size - d - kRowsAtOnce) : 0;
     ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
-      AxpyTile<group()>(y + r, here, rows, h + r * a.head_size + d, a.head_size, a.width, later, ahead);
+      AxpyTile<group()>(y + r, here, rows, h + r * a.head_size + d, a.head_size, end - begin, later, ahead);
       later = 0;
     });
   }
@@ -138,7 +155,7 @@ void Attend(const AttentionArgs& a, size_t batch, size_t head, const uint32_t* t
 // ---- one row: each head is one task from its queries to its share of y
 
 template <class W>
-void OneHead(const AttentionArgs& a, size_t h, bool active, float* y) {
+void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool active, float* y) {
   Arena& arena = ThreadArena();
   const Head<W> head(a, h);
   float* context = a.context + h * a.head_size;
@@ -148,19 +165,20 @@ void OneHead(const AttentionArgs& a, size_t h, bool active, float* y) {
   float* query = arena.Take<float>(a.head_size);
   const size_t slot = SlotOffset(a, 0, h, static_cast<size_t>(a.past[0]));
   float *key = a.present_key + slot, *value = a.present_value + slot;
-  if (active) Project(a, head, kQuery, 3, QueryFactor(a), &a.x, 1, &query);
-  Project(a, head, kKey, active ? 2 : 1, 1.0f, &a.x, 1, &key);
-  Project(a, head, kValue, active ? 1 : 0, 1.0f, &a.x, 1, &value);
+  if (active) Project(a, head, kQuery, 3, QueryFactor(a), &x, 1, &query);
+  Project(a, head, kKey, active ? 2 : 1, 1.0f, &x, 1, &key);
+  Project(a, head, kValue, active ? 1 : 0, 1.0f, &x, 1, &value);
   if (!active) return;
   const uint32_t token = 0;
   Attend(a, 0, h, &token, 1, query, 0, context, &arena);
   const float* context_row = context;
   std::fill(y, y + a.width, 0.0f);
-  ProjectOut(a, head, &context_row, 1, &y, arena.Take<float>(a.head_size));
+  ProjectOut(a, head, &context_row, 1, 0, a.width, &y, arena.Take<float>(a.head_size));
 }
 
 template <class W>
-ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& parallel) {
+ReadCount OneRow(const AttentionArgs& a, const Activations<W>* x, CallArena* arena,
+                 const Parallel& parallel) {
   uint32_t* masks = arena->Take<uint32_t>(a.heads);
   size_t* place = arena->Take<size_t>(a.heads);  // of an active head among the partial sums
   TileMasks(a.selection, a.tokens, 0, 1, masks);
@@ -172,7 +190,7 @@ ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& paral
     read += CountHead<W>(a, masks[h] != 0, !a.kv_active_only);
   }
   float* partial = arena->Take<float>(active * a.width);
-  parallel.For(a.heads, [&](size_t h) { OneHead<W>(a, h, masks[h] != 0, partial + place[h] * a.width); });
+  parallel.For(a.heads, [&](size_t h) { OneHead<W>(a, x, h, masks[h] != 0, partial + place[h] * a.width); });
   ReducePartials(partial, active, 1, a.width, a.bo, a.y, parallel);
   return read;
 }
@@ -197,19 +215,20 @@ HWY_INLINE size_t RowsOf(uint32_t bits, uint32_t* list) {
 }
 
 template <class W>
-void ProjectTile(const AttentionArgs& a, const Tiling& tiling, size_t t, size_t h, float* query) {
+void ProjectTile(const AttentionArgs& a, const Activations<W>* rows, const Tiling& tiling, size_t t, size_t h,
+                 float* query) {
   const Head<W> head(a, h);
   const uint32_t active = tiling.masks[t * a.heads + h];
   const size_t all_rows = tiling.Count(t);
   const uint32_t all = all_rows == 32 ? ~0u : (1u << all_rows) - 1;
   const auto project = [&](Part part, uint32_t bits, size_t following, float factor, auto target) HWY_ATTR {
     uint32_t list[kTileRows];
-    const float* x[kTileRows];
+    const Activations<W>* x[kTileRows];
     float* out[kTileRows];
     const size_t count = RowsOf(bits, list);
     for (size_t i = 0; i < count; ++i) {
       const size_t row = tiling.First(t) + list[i];
-      x[i] = a.x + row * a.width;
+      x[i] = rows + row;
       out[i] = target(row);
     }
     if (count != 0) Project(a, head, part, following, factor, x, count, out);
@@ -244,49 +263,48 @@ void AttendTokens(const AttentionArgs& a, const Tiling& tiling, size_t batch, si
   Attend(a, batch, h, token, count, query + origin, a.width, a.context + origin, &ThreadArena());
 }
 
-// Heads begin ... end - 1 of the output projection of one tile; y points to the tile's first row.
+// Adds the head's share of these columns to the rows of the tile that use it. `share` holds kTileRows *
+// (columns + head_size) floats.
 template <class W>
-void ProjectOutTile(const AttentionArgs& a, const Tiling& tiling, size_t t, size_t begin, size_t end,
-                    float* y) {
-  float* scratch = ThreadArena().Take<float>(kTileRows * a.head_size);
-  for (size_t h = begin; h < end; ++h) {
-    uint32_t list[kTileRows];
-    const float* context[kTileRows];
-    float* out[kTileRows];
-    const size_t count = RowsOf(tiling.masks[t * a.heads + h], list);
-    for (size_t i = 0; i < count; ++i) {
-      context[i] = a.context + (tiling.First(t) + list[i]) * a.width + h * a.head_size;
-      out[i] = y + list[i] * a.width;
-    }
-    if (count != 0) ProjectOut(a, Head<W>(a, h), context, count, out, scratch);
+void ProjectOutHead(const AttentionArgs& a, const Tiling& tiling, size_t t, size_t h, size_t begin,
+                    size_t end, float* y, size_t y_stride, float* share) {
+  uint32_t list[kTileRows];
+  const float* context[kTileRows];
+  float* out[kTileRows];
+  const size_t count = RowsOf(tiling.masks[t * a.heads + h], list), columns = end - begin;
+  if (count == 0) return;
+  for (size_t i = 0; i < count; ++i) {
+    context[i] = a.context + (tiling.First(t) + list[i]) * a.width + h * a.head_size;
+    out[i] = share + i * columns;
+    std::fill(out[i], out[i] + columns, 0.0f);
+  }
+  float* scratch = share + kTileRows * columns;
+  ProjectOut(a, Head<W>(a, h), context, count, begin, end, out, scratch);
+  for (size_t i = 0; i < count; ++i) {
+    float* to = y + list[i] * y_stride;
+    for (size_t e = 0; e < columns; ++e) to[e] += out[i][e];
   }
 }
 
+// y = bo + the shares of the heads, in their order, as for one row. A task is one tile and a range of
+// columns.
 template <class W>
-void ProjectOutRows(const AttentionArgs& a, const Tiling& tiling, CallArena* arena,
-                    const Parallel& parallel) {
-  const size_t bytes = a.heads * a.head_size * a.width * sizeof(W);
-  const size_t most = std::min(a.heads, std::max<size_t>(1, 32 / tiling.tiles));
-  const size_t pieces = PiecesOf(bytes, most);
-  float* partial = pieces == 1 ? a.y : arena->Take<float>(pieces * tiling.rows * a.width);
-  parallel.For(tiling.tiles * pieces, [&](size_t task) {
-    const size_t t = task / pieces, p = task % pieces;
-    float* mine = partial + (p * tiling.rows + tiling.First(t)) * a.width;
-    for (size_t r = 0; r < tiling.Count(t); ++r) {
-      float* y = mine + r * a.width;
-      if (pieces == 1) {
-        std::copy(a.bo, a.bo + a.width, y);
-      } else {
-        std::fill(y, y + a.width, 0.0f);
-      }
-    }
-    ProjectOutTile<W>(a, tiling, t, a.heads * p / pieces, a.heads * (p + 1) / pieces, mine);
+void ProjectOutRows(const AttentionArgs& a, const Tiling& tiling, const Parallel& parallel) {
+  constexpr size_t kColumns = 512;
+  const size_t ranges = (a.width + kColumns - 1) / kColumns;
+  parallel.For(tiling.tiles * ranges, [&](size_t task) {
+    const size_t t = task / ranges, begin = task % ranges * kColumns,
+                 end = std::min(a.width, begin + kColumns);
+    float* y = a.y + tiling.First(t) * a.width + begin;
+    for (size_t r = 0; r < tiling.Count(t); ++r) std::copy(a.bo + begin, a.bo + end, y + r * a.width);
+    float* share = ThreadArena().Take<float>(kTileRows * (end - begin + a.head_size));
+    for (size_t h = 0; h < a.heads; ++h) ProjectOutHead<W>(a, tiling, t, h, begin, end, y, a.width, share);
   });
-  if (pieces > 1) ReducePartials(partial, pieces, tiling.rows, a.width, a.bo, a.y, parallel);
 }
 
 template <class W>
-ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& parallel) {
+ReadCount ManyRows(const AttentionArgs& a, const Activations<W>* x, CallArena* arena,
+                   const Parallel& parallel) {
   const size_t rows = a.batch * a.tokens, tiles = (rows + kTileRows - 1) / kTileRows;
   uint32_t* masks = arena->Take<uint32_t>(tiles * a.heads);
   const Tiling tiling{rows, tiles, a.heads, masks};
@@ -300,15 +318,27 @@ ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& par
   if (a.present_key != a.past_key || a.present_value != a.past_value) {
     parallel.For(a.batch * a.heads, [&](size_t i) { CopyPrefix(a, i / a.heads, i % a.heads); });
   }
-  parallel.For(tiles * a.heads, [&](size_t i) { ProjectTile<W>(a, tiling, i % tiles, i / tiles, query); });
+  parallel.For(tiles * a.heads, [&](size_t i) { ProjectTile<W>(a, x, tiling, i % tiles, i / tiles, query); });
   const size_t runs = (a.tokens + kTileRows - 1) / kTileRows;
   parallel.For(a.batch * a.heads * runs, [&](size_t i) {
     // Late tokens see most: they go first, so that no long task is left for the end.
     const size_t run = runs - 1 - i / (a.batch * a.heads), pair = i % (a.batch * a.heads);
     AttendTokens(a, tiling, pair / a.heads, pair % a.heads, run * kTileRows, query);
   });
-  ProjectOutRows<W>(a, tiling, arena, parallel);
+  ProjectOutRows<W>(a, tiling, parallel);
   return read;
+}
+
+template <class W>
+ReadCount Run(const AttentionArgs& a, const Parallel& parallel) {
+  const size_t rows = a.batch * a.tokens;
+  if (rows == 0) {
+    for (size_t i = 0; i < a.batch * a.heads; ++i) CopyPrefix(a, i / a.heads, i % a.heads);
+    return {};
+  }
+  CallArena arena;
+  const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, &arena, parallel);
+  return rows == 1 ? OneRow<W>(a, x, &arena, parallel) : ManyRows<W>(a, x, &arena, parallel);
 }
 
 }  // namespace
@@ -316,14 +346,7 @@ ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& par
 ReadCount SparseAttention(const AttentionArgs& args, const Parallel& parallel) {
   ReadCount read;
   DispatchWeights(args.type, [&](auto type) {
-    using W = std::remove_cv_t<std::remove_pointer_t<decltype(type)>>;
-    const size_t rows = args.batch * args.tokens;
-    CallArena arena;
-    if (rows == 0) {
-      for (size_t i = 0; i < args.batch * args.heads; ++i) CopyPrefix(args, i / args.heads, i % args.heads);
-      return;
-    }
-    read = rows == 1 ? OneRow<W>(args, &arena, parallel) : ManyRows<W>(args, &arena, parallel);
+    read = Run<std::remove_cv_t<std::remove_pointer_t<decltype(type)>>>(args, parallel);
   });
   return read;
 }
