@@ -7,7 +7,9 @@ import dataclasses
 from functools import cache
 from pathlib import Path
 
+import onnx
 import pytest
+from onnx import helper
 
 from shadowc.checkpoint.opt import OptFacts
 from shadowc.emit.tensorrt.builder import BuildRequest, plugin_operators
@@ -56,3 +58,13 @@ def request(folder: Path, plan: Plan = "decode", made: Program | None = None, **
     bindings = builder_of("tensorrt-rtx")
     whole = BuildRequest(bindings, plugin_of(bindings), folder, part, plugin_operators(made.graph.nodes), ("8.6",))
     return dataclasses.replace(whole, **changes)  # type: ignore[arg-type]
+
+
+def set_attribute(path: Path, node: str, name: str, value: object) -> None:
+    """Give a node of a written graph another value of an attribute."""
+    model = onnx.load(path)
+    attributes = next(one for one in model.graph.node if one.name == node).attribute
+    kept = [one for one in attributes if one.name != name]
+    del attributes[:]
+    attributes.extend([*kept, helper.make_attribute(name, value)])
+    onnx.save(model, path)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from shadowc.emit.tensorrt.messages import explained, first_cause
+from shadowc.emit.tensorrt.messages import LESS_MEMORY, explained, first_cause
 from shadowc.runtime.tensorrt.bindings import Bindings, Messages
 from shadowc.spec.errors import InternalError, SetupError
 from shadowc.spec.manifest import PlanPart
@@ -47,7 +47,7 @@ class BuildRequest:
     capabilities: tuple[str, ...]
     """Such as "8.6"; empty: the builder's default."""
     memory_note: str = ""
-    """What to say if the builder is killed."""
+    """What to say if memory runs out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,19 +180,18 @@ def timing_cache(bindings: Bindings) -> Path | None:
 
 def _failure(request: BuildRequest, heard: _Heard, code: int, printed: str) -> SetupError:
     """One sentence for a build that gave no plan."""
-    where = f"{request.bindings.title} could not build {request.plan.file}"
-    if code < 0:
-        name = signal.Signals(-code).name
-        said = first_cause(heard.messages) or _last_line(printed)
-        if name == "SIGKILL":
-            note = f": {request.memory_note}" if request.memory_note else ""
-            return SetupError(
-                f"{where}: its process was killed, as the system does when memory runs out{note}",
-                hint="free memory, or compile with a smaller --max-batch and --max-context",
-            )
-        return SetupError(f"{where}: its process ended itself ({name}) after {said!r}", hint="shadowc doctor")
-    text, hint = explained(heard.messages, heard.refused, request.plugin)
-    return SetupError(f"{where}: {text or _last_line(printed)}", hint=hint)
+    messages = heard.messages
+    if not messages.errors and not heard.refused.get("reasons"):
+        messages.errors.append(_last_line(printed))
+    text, hint = explained(messages, heard.refused, request.plugin)
+    ended = signal.Signals(-code).name if code < 0 else ""
+    if ended == "SIGKILL":
+        text, hint = "its process was killed, as the system does when memory runs out", LESS_MEMORY
+    elif ended and hint != LESS_MEMORY:
+        text, hint = f"its process ended itself ({ended}) after {first_cause(messages)!r}", "shadowc doctor"
+    if hint == LESS_MEMORY and request.memory_note:
+        text += f": {request.memory_note}"
+    return SetupError(f"{request.bindings.title} could not build {request.plan.file}: {text}", hint=hint)
 
 
 def _last_line(printed: str) -> str:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from shadowc.emit.tensorrt.messages import NO_LAYERS
 from shadowc.runtime.tensorrt.bindings import Bindings, find_bindings
 from shadowc.spec.errors import ShadowcError
 from shadowc.spec.ops import DOMAIN
@@ -121,8 +122,8 @@ def _parse(trt: Any, builder: Any, logger: Any, onnx: str, registered: list[str]
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(onnx) or network.num_layers == 0:
         errors = [parser.get_error(index) for index in range(parser.num_errors)]
-        nodes = [f"{error.node_name()} ({error.node_operator()})" for error in errors]
-        reasons = [" ".join(error.desc().split()) for error in errors]
+        nodes = [f"{error.node_name()} ({error.node_operator()})" for error in errors if error.node_name()]
+        reasons = [" ".join(error.desc().split()) for error in errors] or [NO_LAYERS]
         raise RefusedError("parse", nodes=nodes, reasons=reasons, registered=registered)
     return network
 

@@ -10,6 +10,10 @@ from typing import Any
 from shadowc.runtime.tensorrt.bindings import Messages
 
 _NEEDS_GPU = "this step of the builder needs an NVIDIA GPU and its driver"
+NO_LAYERS = "the parser found no layers"
+"""What the builder's process says where TensorRT says nothing."""
+LESS_MEMORY = "free memory, or compile with a smaller --max-batch and --max-context"
+"""The next command wherever memory ran out."""
 _KNOWN = (
     ("FP32 GEMM is not supported", "compute capability 7.5 has no float32 products",
      "leave out --compute-capability 7.5, or compile with --weights fp16 and --predictor none"),
@@ -17,12 +21,19 @@ _KNOWN = (
     ("Invalid optimization profiles", "the profile is upside down or incomplete", "report this: it is a bug"),
     ("asked for [(", "the builder keeps another profile than it was given", "report this: it is a bug"),
     ("self-consistent", "the sizes that the profile allows cannot occur together", "report this: it is a bug"),
+    ("invalid shape profile", "the sizes that the profile allows cannot occur together", "report this: it is a bug"),
+    ("missing dimensions in profile", "an input of changing size has no profile", "report this: it is a bug"),
     ("no optimization profile", "an input of changing size has no profile", "report this: it is a bug"),
     ("dedicated kernel", "it has no fused attention for this head size and type", "--weights fp32"),
     ("CUDA_SUCCESS", _NEEDS_GPU, "build on a machine with a GPU"),
     ("Failed to open file", "a file of the graph is missing", "compile again"),
-    ("out of memory", "memory ran out", "compile with a smaller --max-batch and --max-context"),
-    ("OutOfMemory", "memory ran out", "compile with a smaller --max-batch and --max-context"),
+    ("MODEL_DESERIALIZE_FAILED", "the file of the graph is damaged", "compile again"),
+    (NO_LAYERS, "the file of the graph is empty", "compile again"),
+    ("out of memory", "memory ran out", LESS_MEMORY),
+    ("OutOfMemory", "memory ran out", LESS_MEMORY),
+    ("bad_alloc", "memory ran out", LESS_MEMORY),
+    ("annot allocate memory", "memory ran out", LESS_MEMORY),
+    ("MemoryError", "memory ran out", LESS_MEMORY),
 )  # fmt: skip
 """Part of a message -> what it means, and what to do."""
 _ECHOES = ("cudaError 35", "cudaError 100")
