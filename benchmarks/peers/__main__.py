@@ -19,6 +19,7 @@ from benchmarks.peers.race import Outcome, Plan, race
 from shadowc.checkpoint.resolve import read_config
 from shadowc.measure.bench import STREAM_BYTES, STREAM_REPEATS
 from shadowc.runtime.library import OpLibrary
+from shadowc.spec.errors import ShadowcError
 
 CONTESTANTS = (
     "shadowc:int8", "openvino:int8", "openvino:int4", "ctranslate2:int8", "ctranslate2:fp32", "transformers:bf16",
@@ -32,14 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     try:
-        field = entrants(options.contestants.split(","), options.engine, options.densities.split(","))
-    except ValueError as error:
+        field = entrants(_items(options.contestants), options.engine, _items(options.densities))
+        library = OpLibrary.installed()
+        options.cache = options.cache.resolve()
+        here = machine.here()
+        doubt = machine.noise(here.cores)
+        checkpoint = write_checkpoint(options.model, options.cache / "checkpoints")
+    except (ValueError, ShadowcError) as error:
         parser.error(str(error))
-    here = machine.here()
     threads = options.threads or here.cores
-    options.cache = options.cache.resolve()
-    doubt = machine.noise(here.cores)
-    checkpoint = write_checkpoint(options.model, options.cache / "checkpoints")
     launches, failures = {}, []
     for entrant in field:
         try:
@@ -56,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vocab=int(str(read_config(checkpoint)["vocab_size"])),
         memory=machine.available_memory() - int(options.reserve_gib * 2**30),
     )
-    library = OpLibrary.installed()
     settings = {entrant.label: entrant.settings for entrant in field}
     outcome = race(launches, settings, plan, lambda: library.stream_read(STREAM_BYTES, threads, STREAM_REPEATS), _note)
     outcome = _in_order(replace(outcome, results=(*outcome.results, *failures)), field)
@@ -84,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--model", default="opt-1.3b", help="short name whose shape the dummy checkpoint has, or a folder")
     add("--contestants", default=",".join(CONTESTANTS), help="RUNTIME:WEIGHTS, separated by commas (%(default)s)")
     add("--engine", action="append", default=[], metavar="LABEL=FOLDER", help="a compiled engine to run as well")
-    add("--densities", default=",".join(DENSITIES), help="HEADS/NEURONS kept, of shadowc's engines (%(default)s)")
+    add("--densities", default=",".join(DENSITIES), help="HEADS/NEURONS kept by shadowc's engines (%(default)s)")
     add("--base", default="openvino:int8", help="contestant that the ratios divide by (%(default)s)")
     add("--rounds", type=_positive, default=5, help="(%(default)s)")
     add("--tokens", type=_positive, default=32, help="timed after the first (%(default)s)")
@@ -95,6 +96,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--reserve-gib", type=float, default=3.0, help="memory that the loaded contestants leave free (%(default)s)")
     add("--out", type=Path, help="Markdown file; the JSON goes beside it. Default: CACHE/MODEL.md")
     return parser
+
+
+def _items(text: str) -> list[str]:
+    return [item for item in text.split(",") if item]
 
 
 def _positive(text: str) -> int:

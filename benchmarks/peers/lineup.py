@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,12 +31,15 @@ TITLES: Mapping[str, str] = MappingProxyType(
 WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         OURS: ("int8", "int4", "bf16", "fp16", "fp32"),
-        "openvino": ("int8", "int4"),
+        "openvino": ("int8", "int8-sym", "int4"),
         "ctranslate2": ("int8", "bf16", "fp32"),
         "transformers": ("bf16", "fp32"),
         "onnxruntime": ("int8", "fp32"),
     }
 )
+
+_SHARE = r"(0(\.\d+)?|1(\.0+)?)"
+_DENSITY = f"{_SHARE}/{_SHARE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +58,12 @@ def entrants(items: Sequence[str], engines: Sequence[str], densities: Sequence[s
     """Read RUNTIME:WEIGHTS and LABEL=FOLDER; shadowc's own have the dense twin and every density as settings.
 
     Raises:
-        ValueError: an item names no runtime, weights that the runtime does not have, or a label twice.
+        ValueError: an item names no runtime, weights that the runtime does not have, a label twice, or no density.
     """
     found = []
+    for density in densities:
+        if not re.fullmatch(_DENSITY, density):
+            raise ValueError(f"{density!r}: expected HEADS/NEURONS, two shares from 0 to 1, for example 0.5/0.2")
     settings = (DENSE, *densities)
     for item in items:
         runtime, _, weights = item.partition(":")

@@ -12,6 +12,9 @@ import openvino_genai  # type: ignore[import-not-found]
 
 from benchmarks.peers.contestants.protocol import Contestant, Generation, main, timed
 
+COMPRESSIONS = {"int8": (8, False), "int8-sym": (8, True), "int4": (4, False)}
+"""Weights -> bits, and whether the range is symmetric around zero; the exporter's default is that it is not."""
+
 
 class _Stamps(openvino_genai.StreamerBase):  # type: ignore[misc]
     """Tells the clock about every token."""
@@ -45,8 +48,8 @@ class OpenVino(Contestant):
             OVWeightQuantizationConfig,
         )
 
-        bits = {"int8": 8, "int4": 4}[weights]
-        compression = OVWeightQuantizationConfig(bits=bits, sym=bits == 8)
+        bits, symmetric = COMPRESSIONS[weights]
+        compression = OVWeightQuantizationConfig(bits=bits, sym=symmetric)
         model = OVModelForCausalLM.from_pretrained(
             checkpoint, export=True, compile=False, quantization_config=compression
         )

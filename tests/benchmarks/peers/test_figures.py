@@ -78,6 +78,12 @@ def test_the_lineup_refuses_what_it_does_not_have(item: str) -> None:
         entrants([item], [], ["0.5/0.5"])
 
 
+@pytest.mark.parametrize("density", ["dense", "0.5", "0.5/1.1", "0.5/0.2/0.1", "50/20", "0.5/"])
+def test_the_lineup_refuses_what_is_no_density(density: str) -> None:
+    with pytest.raises(ValueError, match="expected HEADS/NEURONS"):
+        entrants(["shadowc:int8"], [], ["0.5/0.5", density])
+
+
 def test_the_lineup_gives_densities_to_our_engines_only(tmp_path: Path) -> None:
     found = entrants(["openvino:int8", "shadowc:int8"], [f"tuned={tmp_path}"], ["0.5/0.2"])
     assert [(one.label, one.settings) for one in found] == [

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,7 +86,8 @@ def test_contestants_take_turns_and_the_stream_is_measured_before_each_round(tmp
     assert order == [name for turn in (1, 2, 3) for name in (f"round {turn} of 3", *one_round)]
 
 
-def test_all_but_the_one_that_runs_are_stopped(tmp_path: Path) -> None:
+def run_and_look(folder: Path, plan: Plan) -> tuple[Outcome, list[dict[str, str]]]:
+    """The outcome, and the states of all processes in front of each round."""
     people = {"steady": (DENSE,), "talks": (DENSE,)}
     seen: list[dict[str, str]] = []
 
@@ -93,17 +95,21 @@ def test_all_but_the_one_that_runs_are_stopped(tmp_path: Path) -> None:
         seen.append(states())
         return 10e9
 
-    race(launches(tmp_path, list(people)), people, PLAN, bandwidth, lambda _: None)
+    return race(launches(folder, list(people)), people, plan, bandwidth, lambda _: None), seen
+
+
+def test_all_but_the_one_that_runs_are_stopped(tmp_path: Path) -> None:
+    _, seen = run_and_look(tmp_path, PLAN)
     both = {"steady": "T", "talks": "T"}
     assert seen == [{"talks": "T"}, both, both]  # the last one that was rehearsed is still there
     assert states() == {}
 
 
 def test_what_does_not_fit_into_memory_is_loaded_anew(tmp_path: Path) -> None:
-    tight = Plan(rounds=2, tokens=4, short_prompt=5, long_prompt=9, vocab=100, memory=0)
-    outcome = run(tmp_path, {"steady": (DENSE,), "talks": (DENSE,)}, tight)
+    outcome, seen = run_and_look(tmp_path, replace(PLAN, memory=0))
     assert outcome.reloaded == ("steady", "talks")
-    assert [len(result.samples) for result in outcome.results] == [2, 2]
+    assert [len(result.samples) for result in outcome.results] == [PLAN.rounds] * 2
+    assert seen == [{}, {}, {}]
 
 
 def test_every_contestant_gets_the_same_prompt_and_every_round_another(tmp_path: Path) -> None:
