@@ -6,6 +6,9 @@ The cache stays in ONNX Runtime's own buffers: what one run returns is bound to 
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -42,14 +45,14 @@ class OnnxRuntime(Contestant):
     @staticmethod
     def prepare(checkpoint: Path, out: Path, weights: str) -> None:
         """Export in fp32, quantise the products if asked to."""
+        if weights == "int8":
+            _quantise(checkpoint, out)
+            return
         from optimum.exporters.onnx import main_export  # type: ignore[import-not-found]
 
-        plain = out if weights == "fp32" else out / "fp32"
         main_export(
-            str(checkpoint), plain, task="text-generation-with-past", dtype="fp32", do_validation=False, device="cpu"
+            str(checkpoint), out, task="text-generation-with-past", dtype="fp32", do_validation=False, device="cpu"
         )
-        if weights == "int8":
-            _quantise(plain, out)
 
     def generate(self, prompt: Sequence[int], new_tokens: int, setting: str) -> Generation:
         """See Contestant."""
@@ -87,12 +90,15 @@ class OnnxRuntime(Contestant):
         return results["logits"].numpy(), {name: results[name.replace("past_key_values", "present")] for name in cache}
 
 
-def _quantise(plain: Path, out: Path) -> None:
-    import shutil
-
+def _quantise(checkpoint: Path, out: Path) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
 
+    plain = out / "fp32"
+    plain.mkdir()
+    # In a process of its own, whose memory is free again before the weights are read.
+    export = [sys.executable, "-m", "benchmarks.peers.contestants.onnxruntime", "prepare", "--weights", "fp32"]
+    subprocess.run([*export, "--checkpoint", str(checkpoint), "--model", str(plain)], check=True)
     config = DefaultWeightOnlyQuantConfig(block_size=BLOCK, is_symmetric=True, accuracy_level=4, bits=8)
     quantizer = MatMulNBitsQuantizer(onnx.load(plain / "model.onnx"), algo_config=config)
     quantizer.process()
