@@ -6,14 +6,11 @@ if(NOT SHADOWC_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "SHADOWC_CUDA: expected AUTO, ON or OFF, found '${SHADOWC_CUDA}'")
 endif()
 
-# From Turing to Blackwell; code for the last one also goes in as PTX, which newer GPUs compile for themselves.
-set(cuda_architectures 75-real 80-real 86-real 89-real 90-real 100-real 120)
+set(asked "$ENV{CUDAARCHS}") # before CUDA is enabled, which sets CMAKE_CUDA_ARCHITECTURES itself
 if(CMAKE_CUDA_ARCHITECTURES)
-  set(cuda_architectures ${CMAKE_CUDA_ARCHITECTURES})
-elseif(DEFINED ENV{CUDAARCHS})
-  set(cuda_architectures $ENV{CUDAARCHS})
+  set(asked ${CMAKE_CUDA_ARCHITECTURES})
 endif()
-set(SHADOWC_CUDA_ARCHITECTURES "${cuda_architectures}" CACHE STRING "GPU architectures, as CUDA_ARCHITECTURES")
+set(SHADOWC_CUDA_ARCHITECTURES "${asked}" CACHE STRING "GPU architectures, as CUDA_ARCHITECTURES; empty: all")
 
 set(SHADOWC_GPU OFF)
 set(why_not "SHADOWC_CUDA=OFF")
@@ -46,6 +43,14 @@ if(NOT SHADOWC_CUDA STREQUAL "OFF")
 endif()
 
 if(SHADOWC_GPU)
+  if(NOT SHADOWC_CUDA_ARCHITECTURES)
+    # From Turing to Blackwell, Jetson Orin (87) and Thor (110) among them; code for the last one also goes in as PTX,
+    # which newer GPUs compile for themselves.
+    set(SHADOWC_CUDA_ARCHITECTURES 75-real 80-real 86-real 87-real 89-real 90-real 100-real 110-real 120)
+    if(CMAKE_CUDA_COMPILER_VERSION VERSION_LESS 13.0)
+      list(REMOVE_ITEM SHADOWC_CUDA_ARCHITECTURES 110-real) # CUDA 12 knows Thor by another number
+    endif()
+  endif()
   set(CMAKE_CUDA_STANDARD 20)
   set(CMAKE_CUDA_STANDARD_REQUIRED ON)
   set(CMAKE_CUDA_EXTENSIONS OFF)

@@ -12,7 +12,6 @@ from tests.tensorrt_plugin import toolchain
 
 EXPORTS = frozenset({"getCreators", "setLoggerFinder"})
 SYSTEM = re.compile(r"lib(c|m|stdc\+\+|gcc_s|dl|rt|pthread)\.so\.\d+|ld-linux.*\.so\.\d+")
-ARCHITECTURES = ("75", "80", "86", "89", "90", "100", "120")
 # All that a launch and its error take. Nothing here allocates, waits, or copies to the host.
 CUDA_CALLS = frozenset({
     "__cudaRegisterFatBinary", "__cudaRegisterFatBinaryEnd", "__cudaUnregisterFatBinary", "__cudaRegisterFunction",
@@ -43,8 +42,9 @@ def architectures(library: Path) -> list[str]:
     assert tool is not None
     code = set(re.findall(r"sm_(\d+)[a-z]?\.cubin", toolchain.run(tool, "--list-elf", library)))
     ptx = set(re.findall(r"sm_(\d+)[a-z]?\.ptx", toolchain.run(tool, "--list-ptx", library)))
-    missing = [f"no code for sm_{number}" for number in ARCHITECTURES if number not in code]
-    return missing + ([] if ptx == {ARCHITECTURES[-1]} else [f"PTX for {sorted(ptx)}, expected {ARCHITECTURES[-1]}"])
+    expected = toolchain.architectures()
+    missing = [f"no code for sm_{number}" for number in expected if number not in code]
+    return missing + ([] if ptx == {expected[-1]} else [f"PTX for {sorted(ptx)}, expected {expected[-1]}"])
 
 
 def cuda_calls(objects: list[Path]) -> list[str]:

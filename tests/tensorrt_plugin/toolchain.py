@@ -88,6 +88,14 @@ def nvcc_path() -> str | None:
     return shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
 
 
+def architectures() -> tuple[str, ...]:
+    """What a plugin holds code for, the last one as PTX too; CUDA 12 knows 110, Jetson Thor, by another number."""
+    nvcc = nvcc_path()
+    known = run(nvcc, "--list-gpu-arch").split() if nvcc else []
+    every = ("75", "80", "86", "87", "89", "90", "100", "110", "120")
+    return tuple(number for number in every if not known or f"compute_{number}" in known)
+
+
 def cuobjdump_path() -> str | None:
     """The tool that lists GPU code, of the CUDA toolkit or of the Python package nvidia-cuda-cuobjdump."""
     found = shutil.which("cuobjdump") or shutil.which("/usr/local/cuda/bin/cuobjdump")
