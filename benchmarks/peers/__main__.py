@@ -42,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, ShadowcError) as error:
         parser.error(str(error))
     threads = options.threads or here.cores
+    out = options.out or options.cache / f"{checkpoint.name}.md"
+    out.parent.mkdir(parents=True, exist_ok=True)
     launches, failures = {}, []
     for entrant in field:
         try:
@@ -62,7 +64,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     outcome = race(launches, settings, plan, lambda: library.stream_read(STREAM_BYTES, threads, STREAM_REPEATS), _note)
     outcome = _in_order(replace(outcome, results=(*outcome.results, *failures)), field)
     event = table.Event(checkpoint.name, here, threads, date.today().isoformat(), options.base, doubt)
-    out = options.out or options.cache / f"{checkpoint.name}.md"
     out.write_text(table.markdown(event, field, plan, outcome), "utf-8")
     out.with_suffix(".json").write_text(table.document(event, field, plan, outcome), "utf-8")
     sys.stdout.write(out.read_text("utf-8"))
