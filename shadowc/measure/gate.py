@@ -25,8 +25,10 @@ from shadowc.spec.manifest import MODEL_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
+    import onnx
 
     from shadowc.checkpoint.resolve import Checkpoint
+    from shadowc.measure.parity import ParityReport
     from shadowc.measure.twin import GraphRunner
     from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.manifest import EngineManifest, TensorRtPart
@@ -62,7 +64,9 @@ def check_engine(subject: Subject, manifest: EngineManifest, folder: Path, advan
     from shadowc.runtime.session import Session
 
     session = Session(folder / MODEL_FILE, usable_cores(), OpLibrary.installed().path)
-    return _parity(subject, "model", manifest, Engine(folder, manifest, session).prober(), advance)
+    report = _parity(subject, "model", manifest, Engine(folder, manifest, session).prober(), advance)
+    report.require()
+    return report.as_dict()
 
 
 def check_graphs(subject: Subject, manifest: EngineManifest, folder: Path, advance: Advance) -> dict[str, object]:
@@ -70,28 +74,40 @@ def check_graphs(subject: Subject, manifest: EngineManifest, folder: Path, advan
 
     Raises:
         VerificationError: the numbers are not torch's, or the two graphs disagree.
+        InputError: an activation is too large for the engine's type.
     """
+    from shadowc.measure.overflow import require_range
     from shadowc.measure.twin import DecodeProbe, mapped_weights
 
     part = _tensorrt(manifest)
     weights = mapped_weights(folder / WEIGHTS_FILE, part.weights)
     capacity = PREFILL_TOKENS + DECODE_TOKENS
-    decode = _twin(folder, part, "decode", weights)
-    found = _parity(
+    graph, decode = _twin(folder, part, "decode", weights)
+    report = _parity(
         subject, "decode", manifest, lambda: DecodeProbe(decode, manifest.model, capacity=capacity), advance
     )
-    prefill = check_prefill(_twin(folder, part, "prefill", weights), decode, manifest, subject.seed)
+    largest = require_range(graph, decode.largest, part.activations)
+    report.require()  # after the range: numbers that large may miss the tolerance too, and are the cause
+    graph, prefill = _twin(folder, part, "prefill", weights)
+    difference, where = prefill_difference(prefill, decode, manifest, subject.seed)
+    largest = max(largest, require_range(graph, prefill.largest, part.activations))
+    if not difference <= PREFILL_TOLERANCE:
+        raise VerificationError(
+            f"the prefill graph does not compute what the decode graph computes: {where} differs by {difference:.2e} "
+            f"(tolerance {PREFILL_TOLERANCE:.0e}); no engine was written",
+            hint="shadowc compile --dump-passes DIR writes the graphs after every pass",
+        )
     return {
-        **found, "on_device": False, "checked": CHECKED, "prefill": prefill, "prefill_tolerance": PREFILL_TOLERANCE,
+        **report.as_dict(), "on_device": False, "checked": CHECKED,
+        **({} if part.activations == "float32" else {"largest_activation": largest}),
+        "prefill": difference, "prefill_tolerance": PREFILL_TOLERANCE,
     }  # fmt: skip
 
 
-def check_prefill(prefill: GraphRunner, decode: GraphRunner, manifest: EngineManifest, seed: int) -> float:
-    """Largest relative difference between the two graphs on a left-padded batch: last logits and real K/V.
-
-    Raises:
-        VerificationError: it is above the tolerance.
-    """
+def prefill_difference(
+    prefill: GraphRunner, decode: GraphRunner, manifest: EngineManifest, seed: int
+) -> tuple[float, str]:
+    """Largest relative difference between the graphs on a left-padded batch, in last logits and real K/V; and where."""
     ids_BS, mask_BS = padded_batch(manifest, seed)
     ours = prefill.run({"input_ids": ids_BS, "attention_mask": mask_BS})
     theirs = _dense_decode(decode, manifest, ids_BS, mask_BS)
@@ -103,13 +119,7 @@ def check_prefill(prefill: GraphRunner, decode: GraphRunner, manifest: EngineMan
         difference = relative(_largest(mine - other), _largest(other))
         if worse(worst, difference) != worst:
             worst, where = difference, name
-    if not worst <= PREFILL_TOLERANCE:
-        raise VerificationError(
-            f"the prefill graph does not compute what the decode graph computes: {where} differs by {worst:.2e} "
-            f"(tolerance {PREFILL_TOLERANCE:.0e}); no engine was written",
-            hint="shadowc compile --dump-passes DIR writes the graphs after every pass",
-        )
-    return worst
+    return worst, where
 
 
 def padded_batch(manifest: EngineManifest, seed: int) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -145,12 +155,12 @@ def _dense_decode(
 
 def _parity(
     subject: Subject, graph: str, manifest: EngineManifest, new_probe: Callable[[], Any], advance: Advance
-) -> dict[str, object]:
+) -> ParityReport:
     from shadowc.measure.dequantised import truth_for_tensorrt
 
     checkpoint, predictor, program = subject.checkpoint, subject.predictor, subject.programs[graph]
     head_block = next((r.block for r in program.weights.values() if r.sources == ("lm_head.weight",)), 0)
-    report = check_parity(
+    return check_parity(
         new_probe,
         checkpoint.facts,
         checkpoint.weights,
@@ -165,18 +175,19 @@ def _parity(
         seed=subject.seed,
         advance=advance,
     )
-    report.require()
-    return report.as_dict()
 
 
-def _twin(folder: Path, part: TensorRtPart, name: Any, weights: Mapping[str, npt.NDArray[Any]]) -> GraphRunner:
+def _twin(
+    folder: Path, part: TensorRtPart, name: Any, weights: Mapping[str, npt.NDArray[Any]]
+) -> tuple[onnx.GraphProto, GraphRunner]:
+    """A graph as it was written, and its twin."""
     import onnx
 
     from shadowc.measure.twin import GraphRunner, float32_twin
     from shadowc.runtime.cores import usable_cores
 
     model = onnx.load(folder / part.plans[name].onnx)
-    return GraphRunner(float32_twin(model, weights), weights, usable_cores())
+    return model.graph, GraphRunner(float32_twin(model, weights), weights, usable_cores())
 
 
 def _tensorrt(manifest: EngineManifest) -> TensorRtPart:

@@ -18,6 +18,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from shadowc.measure.overflow import NARROW, narrow_activations
 from shadowc.spec.density import Density
 from shadowc.spec.oracle_tensorrt import attach_tensorrt
 
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     Ids = npt.NDArray[np.int64]
     Outputs = dict[str, npt.NDArray[Any]]
 
-_NARROW = (TensorProto.FLOAT16, TensorProto.BFLOAT16)
+_LARGEST = "largest."
 _INNER = ("residual.", "scores.", "threshold.")
 
 
@@ -46,6 +47,8 @@ def mapped_weights(path: Path, table: Iterable[WeightPart]) -> dict[str, npt.NDA
 def float32_twin(model: onnx.ModelProto, weights: Iterable[str]) -> onnx.ModelProto:
     """The graph with float32 activations, operators as functions, and inner tensors as outputs.
 
+    Of every activation that has 16 bits in the graph, the largest absolute value is an output too; see GraphRunner.
+
     Args:
         model: a graph that compile wrote for TensorRT; weights are inputs.
         weights: names of the weights, which keep their types.
@@ -53,12 +56,13 @@ def float32_twin(model: onnx.ModelProto, weights: Iterable[str]) -> onnx.ModelPr
     twin = onnx.ModelProto()
     twin.CopyFrom(model)
     graph, kept = twin.graph, set(weights)
+    narrowed = narrow_activations(graph, kept)
     for value in (*graph.input, *graph.output, *graph.value_info):
-        if value.name not in kept and value.type.tensor_type.elem_type in _NARROW:
+        if value.name not in kept and value.type.tensor_type.elem_type in NARROW:
             value.type.tensor_type.elem_type = TensorProto.FLOAT
     for node in graph.node:
         for attribute in node.attribute:
-            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in _NARROW:
+            if node.op_type == "Cast" and attribute.name == "to" and attribute.i in NARROW:
                 attribute.i = TensorProto.FLOAT
     _widen_weights(graph, kept)
     known = {output.name for output in graph.output}
@@ -66,6 +70,11 @@ def float32_twin(model: onnx.ModelProto, weights: Iterable[str]) -> onnx.ModelPr
     for name in sorted(shapes - known):
         if not name.endswith((".float32", ".float16", ".bfloat16")):
             graph.output.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, None))
+    for name in narrowed:
+        size, largest = f"{name}.size", f"{_LARGEST}{name}"
+        graph.node.append(helper.make_node("Abs", [name], [size], size))
+        graph.node.append(helper.make_node("ReduceMax", [size], [largest], largest, keepdims=0))
+        graph.output.append(helper.make_tensor_value_info(largest, TensorProto.FLOAT, []))
     return attach_tensorrt(twin)
 
 
@@ -75,7 +84,7 @@ def _widen_weights(graph: onnx.GraphProto, weights: set[str]) -> None:
     ONNX Runtime runs what depends on inputs alone whenever it likes; all layers' weights would be float32 at once.
     The functions of the operators do both by themselves.
     """
-    narrow = {value.name for value in graph.input if value.type.tensor_type.elem_type in _NARROW}
+    narrow = {value.name for value in graph.input if value.type.tensor_type.elem_type in NARROW}
     made: dict[str, str] = {}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -127,7 +136,10 @@ class GraphRunner:
         options = ort.SessionOptions()
         options.log_severity_level, options.intra_op_num_threads = 3, threads
         self._session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        self.outputs = tuple(value.name for value in self._session.get_outputs())
+        self._outputs = [value.name for value in self._session.get_outputs()]
+        self.outputs = tuple(name for name in self._outputs if not name.startswith(_LARGEST))
+        self.largest: dict[str, float] = {}
+        """Largest absolute value that a tensor had in any run, for those that the twin measures, in their order."""
         self._inputs = {value.name for value in self._session.get_inputs()}
         self._weights = {name: _value(array) for name, array in weights.items() if name in self._inputs}
         self._arrays = dict(weights)  # ONNX Runtime borrows their memory
@@ -135,8 +147,13 @@ class GraphRunner:
     def run(self, feeds: Mapping[str, npt.NDArray[Any]]) -> Outputs:
         """Run once; 16-bit results come as float32."""
         given = {name: _value(array) for name, array in feeds.items() if name in self._inputs}
-        found = self._session.run_with_ort_values(list(self.outputs), {**self._weights, **given})
-        return {name: value.numpy() for name, value in zip(self.outputs, found, strict=True)}
+        found = self._session.run_with_ort_values(self._outputs, {**self._weights, **given})
+        values = {name: value.numpy() for name, value in zip(self._outputs, found, strict=True)}
+        for name in self._outputs:
+            if name.startswith(_LARGEST):
+                tensor = name.removeprefix(_LARGEST)
+                self.largest[tensor] = float(np.maximum(self.largest.get(tensor, 0), values[name]))  # a NaN stays
+        return {name: values[name] for name in self.outputs}
 
 
 def _value(array: npt.NDArray[Any]) -> Any:
