@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import onnx
 import pytest
 
 from shadowc.runtime.load import load, read_manifest, verify
@@ -141,6 +142,20 @@ def test_the_engines_own_plugin_is_not_offered_where_the_engine_must_be_built_ag
     changed = replace(RTX, version="1.6"), Plugin(Path("/p.so"), "0" * 64)
     found = machine.problems(manifest, Machine(AMPERE, *changed))
     assert not any(machine.PLUGIN_VARIABLE in str(problem) for problem in found)
+
+
+def test_command_to_build_again_knows_from_the_graph_whether_zeros_are_skipped(
+    manifest: EngineManifest, folder: Path, tmp_path: Path
+) -> None:
+    turing = replace(fitting(manifest), gpu=Gpu("card", (7, 5)))
+    (problem,) = machine.problems(manifest, turing, folder)
+    assert "--no-skip-zeros" not in problem.hint
+    model = onnx.load(folder / "decode.onnx")
+    for attribute in (attribute for node in model.graph.node for attribute in node.attribute):
+        attribute.i = 0 if attribute.name == "skip_zeros" else attribute.i
+    onnx.save(model, tmp_path / "decode.onnx")
+    (problem,) = machine.problems(manifest, turing, tmp_path)
+    assert "--no-skip-zeros" in problem.hint
 
 
 @pytest.mark.skipif(HAS_DRIVER, reason="an NVIDIA driver is here; the sentence is for machines without one")

@@ -7,8 +7,10 @@ import shlex
 from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import typer.main
+from onnx import helper
 
 from shadowc.cli.app import app
 from shadowc.emit.tensorrt.checks import check_capabilities
@@ -33,7 +35,11 @@ def parsed(command: str) -> CompileOptions:
     program, name, *arguments = shlex.split(command)
     assert (program, name) == ("shadowc", "compile")
     group: Any = typer.main.get_command(app)
-    given = {key: value for key, value in group.commands[name].make_context(name, arguments).params.items() if value}
+    given = {
+        key: value
+        for key, value in group.commands[name].make_context(name, arguments).params.items()
+        if value is not None
+    }
     fields = {key: getattr(value, "value", value) for key, value in given.items() if key in CompileOptions.model_fields}
     return CompileOptions.model_validate({**fields, "compute_capability": tuple(given.get("compute_capability", ()))})
 
@@ -104,7 +110,7 @@ def test_cards_that_were_asked_for_are_kept_with_another_version_of_the_library(
 def test_defaults_are_not_spelled_out(manifest: EngineManifest) -> None:
     model = manifest.model.model_copy(update={"source": "sha256-1", "name": "my model"})
     assert manifest.sparsity is not None
-    usual = {"head_density": 0.5, "neuron_density": 0.5, "scope": "global"}
+    usual = {"head_density": 0.5, "neuron_density": 0.5, "scope": "global", "neuron_block": 16}
     engine = changed(
         manifest,
         weights="fp16",
@@ -118,7 +124,7 @@ def test_defaults_are_not_spelled_out(manifest: EngineManifest) -> None:
 def test_everything_else_that_engine_json_tells_is_carried(manifest: EngineManifest) -> None:
     model = manifest.model.model_copy(update={"source": "dummy-7-abcd"})
     assert manifest.sparsity is not None
-    dials = {"head_density": 0.25, "neuron_density": 0.75, "scope": "local"}
+    dials = {"head_density": 0.25, "neuron_density": 0.75, "scope": "local", "neuron_block": 8}
     engine = changed(
         manifest,
         weights="bf16",
@@ -126,7 +132,32 @@ def test_everything_else_that_engine_json_tells_is_carried(manifest: EngineManif
         sparsity=manifest.sparsity.model_copy(update=dials),
         part={"max_batch": 9, "max_context": 20},
     )
-    options = parsed(rebuild.command(engine, "rtx1", "8.6"))
+    command = rebuild.command(engine, "rtx1", "8.6")
+    assert "--neuron-block 8 " in command
+    options = parsed(command)
     assert (options.weights, options.max_batch, options.max_context) == ("bf16", 9, 20)
     assert (options.head_density, options.neuron_density, options.scope) == (0.25, 0.75, "local")
     assert (options.load_format, options.seed, options.predictor) == ("dummy", 7, "train")
+
+
+@pytest.mark.parametrize("target", ["rtx1", "trt11"])
+def test_an_engine_that_reads_every_neuron_is_made_so_again(manifest: EngineManifest, target: Any) -> None:
+    assert parsed(rebuild.command(manifest, target)).skip_zeros
+    command = rebuild.command(manifest, target, skip_zeros=False)
+    assert "--no-skip-zeros" in command
+    assert not parsed(command).skip_zeros
+
+
+@pytest.mark.parametrize(("values", "found"), [((1, 1), True), ((0, 0), False), ((), True)])
+def test_what_the_graph_says_about_zeros_is_found(tmp_path: Path, values: tuple[int, ...], found: bool) -> None:
+    nodes = [
+        helper.make_node("SparseFFN", ["x"], [f"y{n}"], domain="shadowc", skip_zeros=v) for n, v in enumerate(values)
+    ]
+    onnx.save(helper.make_model(helper.make_graph(nodes, "g", [], [])), tmp_path / "decode.onnx")
+    assert rebuild.skips_zeros(tmp_path / "decode.onnx") is found
+
+
+def test_a_graph_that_cannot_be_read_changes_nothing(tmp_path: Path) -> None:
+    assert rebuild.skips_zeros(tmp_path / "decode.onnx")
+    (tmp_path / "decode.onnx").write_bytes(b"no graph")
+    assert rebuild.skips_zeros(tmp_path / "decode.onnx")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowc.emit.tensorrt.interface import Sizes
-from shadowc.runtime.tensorrt.bindings import TARGETS, Bindings, installed_bindings
+from shadowc.runtime.tensorrt.bindings import EXTRAS, TARGETS, TITLES, Bindings, installed_bindings
 from shadowc.runtime.tensorrt.cuda import open_cuda
 from shadowc.runtime.tensorrt.machine import installed_plugin
 from shadowc.runtime.tensorrt.rebuild import RTX_CAPABILITIES, RTX_HALF_ONLY, RTX_PORTABLE, needs_float32
@@ -27,8 +27,6 @@ MOST_LAYERS = 64
 MOST_BATCH = 16
 LOWEST: dict[TrtFamily, tuple[int, ...]] = {"rtx1": (1, 7), "trt10": (10, 14), "trt11": (11,)}
 """Of each family, the first version that parses ONNX `Attention` (RTX: the one that was tested)."""
-_EXTRA = {"tensorrt-rtx": "rtx", "tensorrt": "tensorrt"}
-_TITLE = {"tensorrt-rtx": "TensorRT for RTX", "tensorrt": "TensorRT"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +48,8 @@ def builder_of(target: str) -> Bindings:
         SetupError: it is not installed; the message says what to install.
     """
     found, problems = installed_bindings()
+    family = next(family for family, name in TARGETS.items() if name == target)
+    install = f"'shadowc[{EXTRAS[family]}]'"
     for bindings in found:
         if TARGETS[bindings.family] == target:
             lowest = LOWEST[bindings.family]
@@ -57,13 +57,13 @@ def builder_of(target: str) -> Bindings:
                 raise SetupError(
                     f"{bindings.title} is too old: its parser knows no Attention; expected "
                     f"{'.'.join(map(str, lowest))} or newer",
-                    hint=f"pip install --upgrade 'shadowc[{_EXTRA[target]}]'",
+                    hint=f"pip install --upgrade {install}",
                 )
             return bindings
     others = f"; installed is {', '.join(one.title for one in found)}" if found else ""
     raise SetupError(
-        f"the builder of target {target}, {_TITLE[target]}, is not installed{others}",
-        hint=f"pip install 'shadowc[{_EXTRA[target]}]'",
+        f"the builder of target {target}, {TITLES[family]}, is not installed{others}",
+        hint=f"pip install {install}",
         problems=problems,
     )
 

@@ -20,6 +20,7 @@ from shadowc.runtime.tensorrt import layout
 from shadowc.runtime.tensorrt.decoder import DeviceDecoder
 from shadowc.runtime.tensorrt.device import Arena, Device, Plan, with_room
 from shadowc.runtime.tensorrt.layout import Run
+from shadowc.runtime.tensorrt.rebuild import skips_zeros
 from shadowc.runtime.tensorrt.weights import load_weights
 from shadowc.runtime.tensorrt.workspace import GRAPHS_VARIABLE, Prefill, Workspace, check_request
 from shadowc.spec.errors import InputError, InternalError, UnsupportedError
@@ -112,10 +113,7 @@ class TensorRtEngine(CausalEngine):
     @cached_property
     def skip_zeros(self) -> bool:
         """Whether the plan leaves out the second half of neurons whose ReLU is 0."""
-        import onnx
-
-        graph = onnx.load(self.folder / self._part.plans["decode"].onnx, load_external_data=False).graph
-        return any(attribute.i for node in graph.node for attribute in node.attribute if attribute.name == "skip_zeros")
+        return skips_zeros(self.folder / self._part.plans["decode"].onnx)
 
     def copy_bandwidth(self, size: int, repeats: int) -> float:
         """Best bytes per second, read and written together, of `repeats` copies of `size` bytes on the device."""

@@ -10,6 +10,7 @@ import os
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -101,7 +102,13 @@ def problems(manifest: EngineManifest, machine: Machine, folder: Path = Path("FO
         hint = machine.gpu.hint.replace("--model NAME", f"--model {shlex.quote(manifest.model.name)}")
         return [Problem(machine.gpu.message, hint, SetupError)]
     family = part.family if isinstance(machine.library, SetupError) else machine.library.family
-    again = rebuild.command(manifest, family, _capability(machine.gpu))
+    capability = _capability(machine.gpu)
+
+    @cache
+    def again() -> str:
+        skip_zeros = rebuild.skips_zeros(folder / part.plans["decode"].onnx)
+        return rebuild.command(manifest, family, capability, skip_zeros=skip_zeros)
+
     found = [*_library_problems(part, machine.library, again), *_gpu_problems(part, machine.gpu, again)]
     must_build = any(one.kind is IncompatibleEngineError for one in found)
     trusted = "" if must_build else trusting(folder, part)
@@ -131,26 +138,26 @@ def require_fit(folder: Path, found: Sequence[Problem]) -> None:
     )
 
 
-def _library_problems(part: TensorRtPart, library: Bindings | SetupError, again: str) -> list[Problem]:
+def _library_problems(part: TensorRtPart, library: Bindings | SetupError, again: Callable[[], str]) -> list[Problem]:
     built = f"{TITLES[part.family]} {part.library_version}"
     if isinstance(library, SetupError):
         hint = f"pip install 'shadowc[{EXTRAS[part.family]}]'"
         return [Problem(f"built with {built}, running without TensorRT", hint, SetupError)]
     if (library.family, library.version) == (part.family, part.library_version):
         return []
-    return [Problem(f"built with {built}, running {library.title}", again, IncompatibleEngineError)]
+    return [Problem(f"built with {built}, running {library.title}", again(), IncompatibleEngineError)]
 
 
-def _gpu_problems(part: TensorRtPart, gpu: Gpu, again: str) -> list[Problem]:
+def _gpu_problems(part: TensorRtPart, gpu: Gpu, again: Callable[[], str]) -> list[Problem]:
     if rebuild.covers(part.compute_capabilities, part.portable_above, _capability(gpu)):
         return []
     newer = f", and from {part.portable_above} on" if part.portable_above is not None else ""
     text = f"built for compute capability {', '.join(part.compute_capabilities)}{newer}, running {gpu}"
-    return [Problem(text, again, IncompatibleEngineError)]
+    return [Problem(text, again(), IncompatibleEngineError)]
 
 
 def _plugin_problems(
-    part: TensorRtPart, manifest: EngineManifest, plugin: Plugin | SetupError, again: str, trusted: str
+    part: TensorRtPart, manifest: EngineManifest, plugin: Plugin | SetupError, again: Callable[[], str], trusted: str
 ) -> list[Problem]:
     """Unless told otherwise, only the installed library is loaded: what to type to have that, or to tell otherwise.
 
@@ -158,14 +165,14 @@ def _plugin_problems(
     """
     name = next((one.file for one in part.plugins if not one.registers_itself), None)
     if name is None:
-        return [Problem("engine.json names no plugin library", again, IncompatibleEngineError)]
+        return [Problem("engine.json names no plugin library", again(), IncompatibleEngineError)]
     if isinstance(plugin, SetupError):
         return [Problem(plugin.message, "; or, ".join(filter(None, (plugin.hint, trusted))), SetupError)]
     built = manifest.files[name].sha256
     if built == plugin.sha256:
         return []
     text = f"built with plugin {name} ({built[:12]}), running {plugin.path} ({plugin.sha256[:12]}), another build"
-    return [Problem(text, "; or: ".join(filter(None, (trusted, again))), IncompatibleEngineError)]
+    return [Problem(text, "; or: ".join(filter(None, (trusted, again()))), IncompatibleEngineError)]
 
 
 def _capability(gpu: Gpu) -> str:

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 
 from shadowc.runtime.tensorrt.bindings import TARGETS
 from shadowc.spec.manifest import EngineManifest, SparsityPart, TensorRtPart, TrtFamily
-from shadowc.spec.options import WEIGHTS, CompileOptions
+from shadowc.spec.options import WEIGHTS, CompileOptions, TrainOptions
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT for RTX 1.7 can build for."""
@@ -26,13 +27,14 @@ def needs_float32(weights: str, predicted: bool) -> bool:
     return weights == "fp32" or predicted
 
 
-def command(manifest: EngineManifest, family: TrtFamily, capability: str = "") -> str:
+def command(manifest: EngineManifest, family: TrtFamily, capability: str = "", *, skip_zeros: bool = True) -> str:
     """What to type to have the engine again.
 
     Args:
         manifest: of the engine.
         family: the library to build with; where it cannot build for the card, another target is named.
         capability: the card that must run it, such as "8.6"; empty: those that it was built for.
+        skip_zeros: see `skips_zeros`.
     """
     target: str = TARGETS[family]
     cards: tuple[str, ...] = ()
@@ -47,9 +49,22 @@ def command(manifest: EngineManifest, family: TrtFamily, capability: str = "") -
     limits = {} if target == "cpu" else _limits(manifest)
     for flag, value in {**limits, **_sparsity(manifest.sparsity), **_origin(manifest)}.items():
         words += [flag, value]
+    words += [] if skip_zeros else ["--no-skip-zeros"]
     for card in cards:
         words += ["--compute-capability", card]
     return shlex.join([*words, "--out", "FOLDER"])
+
+
+def skips_zeros(graph: Path) -> bool:
+    """Whether a decode graph leaves out the second half of neurons whose ReLU is 0; also true if it cannot be read."""
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    try:
+        nodes = onnx.load(graph, load_external_data=False).graph.node
+    except (OSError, DecodeError):
+        return True
+    return all(attribute.i for node in nodes for attribute in node.attribute if attribute.name == "skip_zeros")
 
 
 def rtx_cards(manifest: EngineManifest, capability: str) -> tuple[str, ...] | None:
@@ -107,10 +122,11 @@ def _sparsity(part: SparsityPart | None) -> dict[str, str]:
     if part is None:
         return {"--predictor": "none"}
     names = ("head_density", "neuron_density", "scope")
+    usual = {**{name: _default(name) for name in names}, "neuron_block": TrainOptions().neuron_block}
     return {
         f"--{name.replace('_', '-')}": str(getattr(part, name))
-        for name in names
-        if getattr(part, name) != _default(name)
+        for name, value in usual.items()
+        if getattr(part, name) != value
     }
 
 
