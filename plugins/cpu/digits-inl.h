@@ -120,58 +120,96 @@ struct Activations<int8_t> {
   }
 };
 
-// Products of kRows rows with kWeights weight rows (1 or 4). The instruction takes unsigned by signed bytes:
-// the weights are shifted by 128, which adds 128 * sum(X) to every product.
-template <size_t kRows, size_t kWeights>
-HWY_INLINE void DotDigits(const Activations<int8_t>* const* rows, const int8_t* const* w, size_t n,
-                          const int8_t* const* later, float* out, size_t out_stride) {
-  static_assert((kRows == 1 || kRows == 2) && (kWeights == 1 || kWeights == 4));
-  const hn::ScalableTag<int8_t> d8;
+// The digits of a row from element i on, and the sums of their products with one weight row.
+struct DigitSums {
+  using V = hn::Vec<hn::ScalableTag<int32_t>>;
+  V top, upper, all;
+
+  HWY_INLINE DigitSums() { top = upper = all = hn::Zero(hn::ScalableTag<int32_t>()); }
+
+  HWY_INLINE void Add(hn::Vec<hn::ScalableTag<uint8_t>> weights, const int8_t* digits, size_t stride) {
+    const hn::ScalableTag<int8_t> d8;
+    const hn::ScalableTag<int32_t> d32;
+    top = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits), top);
+    upper = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + stride), upper);
+    all = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + 2 * stride), all);
+  }
+  HWY_INLINE void Add(const DigitSums& other) {
+    top = hn::Add(top, other.top), upper = hn::Add(upper, other.upper), all = hn::Add(all, other.all);
+  }
+  HWY_INLINE float Product(const Activations<int8_t>& row) const {
+    const hn::ScalableTag<int32_t> d32;
+    const double sum = 65536.0 * hn::ReduceSum(d32, top) + 256.0 * hn::ReduceSum(d32, upper) +
+                       static_cast<double>(hn::ReduceSum(d32, all)) - row.offset;
+    return static_cast<float>(sum * row.step);
+  }
+};
+
+// The instruction takes unsigned by signed bytes: weights are shifted by 128, which adds 128 * sum(X) to a
+// product.
+HWY_INLINE hn::Vec<hn::ScalableTag<uint8_t>> Shifted(hn::Vec<hn::ScalableTag<int8_t>> weights) {
   const hn::ScalableTag<uint8_t> du8;
-  const hn::ScalableTag<int32_t> d32;
-  const size_t lanes = hn::Lanes(d8);
-  const auto sign = hn::Set(du8, 0x80);
-  using V = hn::Vec<decltype(d32)>;
-  struct Sums {
-    V top, upper, all;
-  };
-  const V zero = hn::Zero(d32);
-  Sums s00{zero, zero, zero}, s01 = s00, s02 = s00, s03 = s00, s10 = s00, s11 = s00, s12 = s00, s13 = s00;
-  const auto add = [&](Sums& s, hn::Vec<decltype(du8)> weights, const Activations<int8_t>& row,
-                       size_t i) HWY_ATTR {
-    const int8_t* digit = row.digits + i;
-    s.top = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digit), s.top);
-    s.upper = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digit + row.stride), s.upper);
-    s.all = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digit + 2 * row.stride), s.all);
-  };
+  return hn::Xor(hn::BitCast(du8, weights), hn::Set(du8, 0x80));
+}
+HWY_INLINE hn::Vec<hn::ScalableTag<uint8_t>> LoadShifted(const int8_t* w) {
+  return Shifted(hn::LoadU(hn::ScalableTag<int8_t>(), w));
+}
+
+// One row with one weight row: two sets of sums, for as many independent chains as the instruction's latency
+// asks.
+HWY_INLINE float DotDigits(const Activations<int8_t>& row, const int8_t* HWY_RESTRICT w, size_t n,
+                           const int8_t* later) {
+  const hn::ScalableTag<int8_t> d8;
+  const size_t lanes = hn::Lanes(d8), stride = row.stride;
+  const int8_t* HWY_RESTRICT digits = row.digits;
+  DigitSums even, odd;
+  size_t i = 0;
+  for (; i + 2 * lanes <= n; i += 2 * lanes) {
+    if (later != nullptr) PrefetchStep(later + i, 2 * lanes);
+    even.Add(LoadShifted(w + i), digits + i, stride);
+    odd.Add(LoadShifted(w + i + lanes), digits + i + lanes, stride);
+  }
+  for (; i < n; i += lanes) {
+    const size_t m = HWY_MIN(lanes, n - i);
+    if (later != nullptr) PrefetchStep(later + i, m);
+    even.Add(Shifted(hn::LoadN(d8, w + i, m)), digits + i, stride);
+  }
+  even.Add(odd);
+  return even.Product(row);
+}
+
+// kRows rows with 4 weight rows; `later` as in DotTile.
+template <size_t kRows>
+HWY_INLINE void DotDigitsTile(const Activations<int8_t>* const* rows, const int8_t* const* w, size_t n,
+                              const int8_t* const* later, float* out, size_t out_stride) {
+  static_assert(kRows == 1 || kRows == 2);
+  const hn::ScalableTag<int8_t> d8;
+  const size_t lanes = hn::Lanes(d8), stride = rows[0]->stride;
+  const int8_t *HWY_RESTRICT x0 = rows[0]->digits, *HWY_RESTRICT x1 = rows[kRows - 1]->digits;
+  const int8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+  DigitSums s00, s01, s02, s03, s10, s11, s12, s13;
   const auto step = [&](size_t i, auto load) HWY_ATTR {
-    const auto column = [&](size_t c, Sums& s0, Sums& s1) HWY_ATTR {
-      const auto weights = hn::Xor(hn::BitCast(du8, load(w[c] + i)), sign);
-      add(s0, weights, *rows[0], i);
-      if constexpr (kRows == 2) add(s1, weights, *rows[1], i);
+    const auto column = [&](const int8_t* weights, DigitSums& s0, DigitSums& s1) HWY_ATTR {
+      const auto shifted = load(weights + i);
+      s0.Add(shifted, x0 + i, stride);
+      if constexpr (kRows == 2) s1.Add(shifted, x1 + i, stride);
     };
-    column(0, s00, s10);
-    if constexpr (kWeights == 4) column(1, s01, s11), column(2, s02, s12), column(3, s03, s13);
+    column(w0, s00, s10), column(w1, s01, s11), column(w2, s02, s12), column(w3, s03, s13);
   };
   size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
     if (later != nullptr) {
-      for (size_t c = 0; c < kWeights; ++c) PrefetchStep(later[c] + i, lanes);
+      for (size_t c = 0; c < 4; ++c) PrefetchStep(later[c] + i, lanes);
     }
-    step(i, [&](const int8_t* p) HWY_ATTR { return hn::LoadU(d8, p); });
+    step(i, [](const int8_t* p) HWY_ATTR { return LoadShifted(p); });
   }
-  if (i < n) step(i, [&](const int8_t* p) HWY_ATTR { return hn::LoadN(d8, p, n - i); });
-  const auto store = [&](const Sums& s, size_t r, size_t c) HWY_ATTR {
-    const double sum = 65536.0 * hn::ReduceSum(d32, s.top) + 256.0 * hn::ReduceSum(d32, s.upper) +
-                       static_cast<double>(hn::ReduceSum(d32, s.all)) - rows[r]->offset;
-    out[r * out_stride + c] = static_cast<float>(sum * rows[r]->step);
+  if (i < n) step(i, [&](const int8_t* p) HWY_ATTR { return Shifted(hn::LoadN(d8, p, n - i)); });
+  const auto store = [&](float* to, const Activations<int8_t>& row, const DigitSums& a, const DigitSums& b,
+                         const DigitSums& c, const DigitSums& d) HWY_ATTR {
+    to[0] = a.Product(row), to[1] = b.Product(row), to[2] = c.Product(row), to[3] = d.Product(row);
   };
-  store(s00, 0, 0);
-  if constexpr (kWeights == 4) store(s01, 0, 1), store(s02, 0, 2), store(s03, 0, 3);
-  if constexpr (kRows == 2) {
-    store(s10, 1, 0);
-    if constexpr (kWeights == 4) store(s11, 1, 1), store(s12, 1, 2), store(s13, 1, 3);
-  }
+  store(out, *rows[0], s00, s01, s02, s03);
+  if constexpr (kRows == 2) store(out + out_stride, *rows[1], s10, s11, s12, s13);
 }
 
 template <size_t kRows, size_t kWeights>
@@ -182,15 +220,15 @@ HWY_INLINE void DotRows(const Activations<int8_t>* const* rows, const int8_t* co
     DotRows<2, kWeights>(rows + 2, w, n, nullptr, out + 2 * out_stride, out_stride);
   } else if constexpr (kRows == 2) {
     if (rows[0]->Exact() && rows[1]->Exact()) {
-      DotDigits<2, kWeights>(rows, w, n, later, out, out_stride);
+      DotDigitsTile<2>(rows, w, n, later, out, out_stride);
     } else {
       DotRows<1, kWeights>(rows, w, n, later, out, out_stride);
       DotRows<1, kWeights>(rows + 1, w, n, nullptr, out + out_stride, out_stride);
     }
   } else if constexpr (kWeights == 1) {
-    DotDigits<1, 1>(rows, w, n, later, out, out_stride);
+    out[0] = DotDigits(*rows[0], w[0], n, later == nullptr ? nullptr : later[0]);
   } else if (rows[0]->Exact()) {
-    DotDigits<1, 4>(rows, w, n, later, out, out_stride);
+    DotDigitsTile<1>(rows, w, n, later, out, out_stride);
   } else {
     DotTile<1>(&rows[0]->x, w[0], w[1], w[2], w[3], n, later, out, out_stride);
   }

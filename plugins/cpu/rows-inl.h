@@ -58,6 +58,25 @@ HWY_INLINE void PrefetchStep(const W* later, size_t elements) {
   for (size_t e = 0; e < elements; e += kLine / sizeof(W)) PrefetchL2(later + e);
 }
 
+// y += h * w; one line of `later`, if not null, is prefetched per line read.
+template <class W>
+HWY_INLINE void Axpy(float h, const W* HWY_RESTRICT w, float* HWY_RESTRICT y, size_t n, const W* later) {
+  const DF df;
+  const size_t lanes = hn::Lanes(df), step = HWY_MAX(4 * lanes, kLine / sizeof(W));
+  const VF vh = hn::Set(df, h);
+  size_t i = 0;
+  for (; i + step <= n; i += step) {
+    if (later != nullptr) PrefetchStep(later + i, step);
+    for (size_t j = i; j < i + step; j += lanes) {
+      hn::StoreU(hn::MulAdd(LoadWide(df, w + j), vh, hn::LoadU(df, y + j)), df, y + j);
+    }
+  }
+  for (; i < n; i += lanes) {
+    const size_t m = HWY_MIN(lanes, n - i);
+    hn::StoreN(hn::MulAdd(LoadWideN(df, w + i, m), vh, hn::LoadN(df, y + i, m)), df, y + i, m);
+  }
+}
+
 // Where weight row k lies: at a fixed stride, or listed.
 template <class W>
 struct Strided {

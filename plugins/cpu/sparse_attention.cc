@@ -2,6 +2,7 @@
 #include "sparse_attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 
@@ -31,6 +32,9 @@ struct Head {
         w(static_cast<const W*>(a.w) + h * 4 * part_size),
         scales(a.scales + h * 4 * a.head_size),
         bias(a.bqkv + h * 3 * a.head_size) {}
+  // What is read after this record, to prefetch it as this one ends; the last row of this one if nothing is
+  // known.
+  const W* after = nullptr;
   size_t part_size;
   const W* w;
   const float* scales;
@@ -55,7 +59,10 @@ HWY_INLINE void ProjectColumns(const AttentionArgs& a, const Head<W>& head, Part
     const W *rows[kColumns], *ahead[kColumns];
     for (size_t c = 0; c < kColumns; ++c) {
       rows[c] = w + (d + std::min(c, here - 1)) * width;
-      ahead[c] = w + std::min(d + ahead_rows + c, last) * width;
+      const size_t row = d + ahead_rows + c;
+      ahead[c] = row <= last             ? w + row * width
+                 : head.after == nullptr ? w + last * width
+                                         : head.after + (row - last - 1) * width;
     }
     const W* const* later = ahead;
     float dots[kTileRows * kColumns];
@@ -94,8 +101,12 @@ HWY_INLINE void ProjectOut(const AttentionArgs& a, const Head<W>& head, const fl
   }
   for (size_t d = 0; d < a.head_size; d += kRowsAtOnce) {
     const size_t rows = std::min(kRowsAtOnce, a.head_size - d);
-    const Strided<W> here{w + d * a.width, a.width}, ahead{w + (d + kRowsAtOnce) * a.width, a.width};
-    size_t later = d + kRowsAtOnce < a.head_size ? std::min(kRowsAtOnce, a.head_size - d - kRowsAtOnce) : 0;
+    const bool last = d + kRowsAtOnce >= a.head_size;
+    const Strided<W> here{w + d * a.width, a.width};
+    const Strided<W> ahead{last ? head.after : w + (d + kRowsAtOnce) * a.width, a.width};
+    size_t later = !last                   ? std::min(kRowsAtOnce, a.head_size - d - kRowsAtOnce)
+                   : head.after == nullptr ? 0
+                                           : kRowsAtOnce;
     ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
       AxpyTile<group()>(y + r, here, rows, h + r * a.head_size + d, a.head_size, end - begin, later, ahead);
       later = 0;
@@ -155,9 +166,13 @@ void Attend(const AttentionArgs& a, size_t batch, size_t head, const uint32_t* t
 // ---- one row: each head is one task from its queries to its share of y
 
 template <class W>
-void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool active, float* y) {
+void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool active, const W* after,
+             float* y) {
   Arena& arena = ThreadArena();
-  const Head<W> head(a, h);
+  Head<W> head(a, h);
+  head.after = after;
+  PrefetchStep(head.scales, 4 * a.head_size);
+  PrefetchStep(head.bias, 3 * a.head_size);
   float* context = a.context + h * a.head_size;
   CopyPrefix(a, 0, h);
   if (!active) std::fill(context, context + a.head_size, 0.0f);
@@ -172,8 +187,10 @@ void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool act
   const uint32_t token = 0;
   Attend(a, 0, h, &token, 1, query, 0, context, &arena);
   const float* context_row = context;
-  std::fill(y, y + a.width, 0.0f);
-  ProjectOut(a, head, &context_row, 1, 0, a.width, &y, arena.Take<float>(a.head_size));
+  float* share = arena.Take<float>(a.width);  // not `y` itself, see OneRow of sparse_ffn.cc
+  std::fill(share, share + a.width, 0.0f);
+  ProjectOut(a, head, &context_row, 1, 0, a.width, &share, arena.Take<float>(a.head_size));
+  std::copy(share, share + a.width, y);
 }
 
 template <class W>
@@ -190,7 +207,17 @@ ReadCount OneRow(const AttentionArgs& a, const Activations<W>* x, CallArena* are
     read += CountHead<W>(a, masks[h] != 0, !a.kv_active_only);
   }
   float* partial = arena->Take<float>(active * a.width);
-  parallel.For(a.heads, [&](size_t h) { OneHead<W>(a, x, h, masks[h] != 0, partial + place[h] * a.width); });
+  std::atomic<size_t> running{0};
+  parallel.For(a.heads, [&](size_t h) {
+    const size_t next = h + 1 + running++;  // see OneRow of sparse_ffn.cc
+    const W* after = nullptr;
+    if (next < a.heads && (masks[next] != 0 || !a.kv_active_only)) {
+      const Head<W> head(a, next);
+      after = head.w + (masks[next] != 0 ? kQuery : kKey) * head.part_size;
+    }
+    OneHead<W>(a, x, h, masks[h] != 0, after, partial + place[h] * a.width);
+    --running;
+  });
   ReducePartials(partial, active, 1, a.width, a.bo, a.y, parallel);
   return read;
 }

@@ -2,6 +2,7 @@
 #include "sparse_ffn.h"
 
 #include <algorithm>
+#include <atomic>
 
 #include "arena.h"
 
@@ -29,16 +30,20 @@ ReadCount CountRead(size_t records, size_t second_halves, size_t width) {
 // ---- one row: the decode path, bound by memory bandwidth
 
 // How many list entries ahead to prefetch: 16 KiB of what is certain to be read, which covers the latency of
-// memory at a core's full bandwidth (measured flat from 12 to 24 KiB), but at least 2 and at most 8 entries.
+// memory at a core's full bandwidth (measured flat from 12 to 24 KiB), but at least 2 and at most kMostAhead
+// entries.
+inline constexpr size_t kMostAhead = 8;
 size_t Ahead(size_t bytes_per_entry) {
-  return std::clamp<size_t>((size_t{16} << 10) / bytes_per_entry, 2, 8);
+  return std::clamp<size_t>((size_t{16} << 10) / bytes_per_entry, 2, kMostAhead);
 }
 
-// The active neurons of one row within one piece.
+// The active neurons of one row within one piece, and after them the first ones of the piece that this thread
+// will probably take next: those are only prefetched.
 struct Neurons {
   const uint32_t* list;
-  size_t count;
-  uint32_t operator[](size_t k) const { return list[std::min(k, count - 1)]; }  // past the end: the last one
+  size_t count, with_next;
+  uint32_t operator[](size_t k) const { return list[std::min(k, with_next - 1)]; }
+  uint32_t Own(size_t k) const { return list[std::min(k, count - 1)]; }
   bool Contiguous() const { return count != 0 && list[count - 1] - list[0] + 1 == count; }
 };
 
@@ -46,9 +51,15 @@ struct Neurons {
 template <size_t kCount>
 HWY_INLINE void Activate(const FfnArgs& a, const Neurons& neurons, size_t k, float* h) {
   for (size_t c = 0; c < kCount; ++c) {
-    const size_t f = neurons[k + c];
+    const size_t f = neurons.Own(k + c);
     h[c] = Relu(h[c] * a.scales[2 * f] + a.b1[f]);
   }
+}
+
+// A miss of these few bytes would hold up as much as one of the weights.
+HWY_INLINE void PrefetchFactors(const FfnArgs& a, size_t neuron) {
+  __builtin_prefetch(a.scales + 2 * neuron);
+  __builtin_prefetch(a.b1 + neuron);
 }
 
 // Whole records, kCount at a time; while they are read, as many later ones are fetched into L2, line by line.
@@ -62,18 +73,23 @@ void WholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neur
   for (size_t k = 0; k < neurons.count; k += kCount) {
     const W *first[kCount], *second[kCount], *later_first[kCount], *later_second[kCount];
     for (size_t c = 0; c < kCount; ++c) {
-      first[c] = w + size_t{neurons[k + c]} * 2 * width;
+      first[c] = w + size_t{neurons.Own(k + c)} * 2 * width;
       second[c] = first[c] + width;
       later_first[c] = w + size_t{neurons[k + ahead + c]} * 2 * width;
       later_second[c] = later_first[c] + width;
     }
-    const bool more = k + ahead < neurons.count;
+    const bool more = k + ahead < neurons.with_next;
+    for (size_t c = 0; c < kCount; ++c) PrefetchFactors(a, neurons[k + ahead + c]);
     const size_t here = std::min(kCount, neurons.count - k);
     float h[kCount];
     DotRows<1, kCount>(&row, first, width, more ? later_first : nullptr, h, kCount);
     Activate<kCount>(a, neurons, k, h);
     for (size_t c = 0; c < here; ++c) h[c] *= a.scales[2 * neurons[k + c] + 1];
-    AxpyTile<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later_second});
+    if constexpr (kCount == 1) {
+      Axpy(h[0], second[0], y, width, more ? later_second[0] : nullptr);
+    } else {
+      AxpyTile<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later_second});
+    }
   }
 }
 
@@ -113,11 +129,12 @@ ReadCount RowSkippingZeros(const FfnArgs& a, const Activations<W>& x, const Neur
   for (size_t k = 0; k < neurons.count; k += 4) {
     const W *first[4], *later_first[4];
     for (size_t c = 0; c < 4; ++c) {
-      first[c] = w + size_t{neurons[k + c]} * 2 * width;
+      first[c] = w + size_t{neurons.Own(k + c)} * 2 * width;
       later_first[c] = w + size_t{neurons[k + ahead + c]} * 2 * width;
+      PrefetchFactors(a, neurons[k + ahead + c]);
     }
     float h[4];
-    DotRows<1, 4>(&row, first, width, k + ahead < neurons.count ? later_first : nullptr, h, 4);
+    DotRows<1, 4>(&row, first, width, k + ahead < neurons.with_next ? later_first : nullptr, h, 4);
     Activate<4>(a, neurons, k, h);
     for (size_t c = 0; c < std::min<size_t>(4, neurons.count - k); ++c) {
       if (h[c] == 0.0f) continue;
@@ -331,6 +348,13 @@ size_t ExpandBlocks(const FfnArgs& a, uint32_t* list, size_t count) {
   return neurons;
 }
 
+// The active neurons of one row from unit `begin` to `end`. `list` has room for all and one vector more.
+size_t ActiveNeurons(const FfnArgs& a, const RowSelection& selection, size_t begin, size_t end,
+                     uint32_t* list) {
+  const size_t count = ActiveUnitsOf(selection, begin, end, list);
+  return a.block == 1 ? count : ExpandBlocks(a, list, count);
+}
+
 template <class W>
 ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, const Parallel& parallel) {
   const size_t pieces = PiecesOf(a, 2 * a.width * sizeof(W));
@@ -338,14 +362,28 @@ ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, co
   const auto row = a.skip_zeros ? &RowSkippingZeros<W> : &RowWholeRecords<W>;
   float* partial = arena->Take<float>(pieces * a.width);
   ReadCount read[kMostPieces];
+  std::atomic<size_t> running{0};
   parallel.For(pieces, [&](size_t p) {
+    // Pieces are handed out in order: those after p are the other running threads'.
+    const size_t next = p + 1 + running++;
     const size_t begin = PieceBegin(a, pieces, p), end = PieceBegin(a, pieces, p + 1);
-    uint32_t* list = ThreadArena().Take<uint32_t>((end - begin) * a.block + hn::MaxLanes(DF()));
-    size_t count = ActiveUnitsOf(selection, begin, end, list);
-    if (a.block != 1) count = ExpandBlocks(a, list, count);
-    float* mine = partial + p * a.width;
+    const size_t most = (a.selection.units / pieces + 1) * a.block + hn::MaxLanes(DF());
+    Arena& memory = ThreadArena();
+    uint32_t* list = memory.Take<uint32_t>(2 * most);
+    Neurons neurons{list, ActiveNeurons(a, selection, begin, end, list), 0};
+    neurons.with_next = neurons.count;
+    if (next < pieces) {
+      neurons.with_next +=
+          std::min<size_t>(kMostAhead, ActiveNeurons(a, selection, PieceBegin(a, pieces, next),
+                                                     PieceBegin(a, pieces, next + 1), list + neurons.count));
+    }
+    // Not straight into `partial`: the next piece's sums lie behind it, and the prefetchers of one core would
+    // keep taking their first lines away from the other (measured: a fifth of the bandwidth).
+    float* mine = memory.Take<float>(a.width);
     std::fill(mine, mine + a.width, 0.0f);
-    read[p] = row(a, x, Neurons{list, count}, mine);
+    if (neurons.count != 0) read[p] = row(a, x, neurons, mine);
+    std::copy(mine, mine + a.width, partial + p * a.width);
+    --running;
   });
   ReducePartials(partial, pieces, 1, a.width, a.b2, a.y, parallel);
   ReadCount total;
