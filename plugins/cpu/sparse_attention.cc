@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "arena.h"
+#include "sum_tree.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "sparse_attention.cc"
@@ -197,16 +198,11 @@ template <class W>
 ReadCount OneRow(const AttentionArgs& a, const Activations<W>* x, CallArena* arena,
                  const Parallel& parallel) {
   uint32_t* masks = arena->Take<uint32_t>(a.heads);
-  size_t* place = arena->Take<size_t>(a.heads);  // of an active head among the partial sums
   TileMasks(a.selection, a.tokens, 0, 1, masks);
-  size_t active = 0;
   ReadCount read;
-  for (size_t h = 0; h < a.heads; ++h) {
-    place[h] = active;
-    active += masks[h];
-    read += CountHead<W>(a, masks[h] != 0, !a.kv_active_only);
-  }
-  float* partial = arena->Take<float>(active * a.width);
+  for (size_t h = 0; h < a.heads; ++h) read += CountHead<W>(a, masks[h] != 0, !a.kv_active_only);
+  float* partial = arena->Take<float>(a.heads * a.width);
+  SumTree sums(partial, a.heads, a.width, arena);
   std::atomic<size_t> running{0};
   parallel.For(a.heads, [&](size_t h) {
     const size_t next = h + 1 + running++;  // see OneRow of sparse_ffn.cc
@@ -215,10 +211,13 @@ ReadCount OneRow(const AttentionArgs& a, const Activations<W>* x, CallArena* are
       const Head<W> head(a, next);
       after = head.w + (masks[next] != 0 ? kQuery : kKey) * head.part_size;
     }
-    OneHead<W>(a, x, h, masks[h] != 0, after, partial + place[h] * a.width);
+    float* y = partial + h * a.width;
+    if (masks[h] == 0) std::fill(y, y + a.width, 0.0f);
+    OneHead<W>(a, x, h, masks[h] != 0, after, y);
+    sums.Finish(h);
     --running;
   });
-  ReducePartials(partial, active, 1, a.width, a.bo, a.y, parallel);
+  WithBias(a.bo, partial, 1, a.width, a.y);
   return read;
 }
 
@@ -290,31 +289,23 @@ void AttendTokens(const AttentionArgs& a, const Tiling& tiling, size_t batch, si
   Attend(a, batch, h, token, count, query + origin, a.width, a.context + origin, &ThreadArena());
 }
 
-// Adds the head's share of these columns to the rows of the tile that use it. `share` holds kTileRows *
-// (columns + head_size) floats.
+// Sets y [rows of the tile, end - begin] to the head's share of these columns.
 template <class W>
 void ProjectOutHead(const AttentionArgs& a, const Tiling& tiling, size_t t, size_t h, size_t begin,
-                    size_t end, float* y, size_t y_stride, float* share) {
+                    size_t end, float* y, float* scratch) {
   uint32_t list[kTileRows];
   const float* context[kTileRows];
   float* out[kTileRows];
   const size_t count = RowsOf(tiling.masks[t * a.heads + h], list), columns = end - begin;
-  if (count == 0) return;
+  std::fill(y, y + tiling.Count(t) * columns, 0.0f);
   for (size_t i = 0; i < count; ++i) {
     context[i] = a.context + (tiling.First(t) + list[i]) * a.width + h * a.head_size;
-    out[i] = share + i * columns;
-    std::fill(out[i], out[i] + columns, 0.0f);
+    out[i] = y + list[i] * columns;
   }
-  float* scratch = share + kTileRows * columns;
-  ProjectOut(a, Head<W>(a, h), context, count, begin, end, out, scratch);
-  for (size_t i = 0; i < count; ++i) {
-    float* to = y + list[i] * y_stride;
-    for (size_t e = 0; e < columns; ++e) to[e] += out[i][e];
-  }
+  if (count != 0) ProjectOut(a, Head<W>(a, h), context, count, begin, end, out, scratch);
 }
 
-// y = bo + the shares of the heads, in their order, as for one row. A task is one tile and a range of
-// columns.
+// y = bo + the shares of the heads, added up as for one row. A task is one tile and a range of columns.
 template <class W>
 void ProjectOutRows(const AttentionArgs& a, const Tiling& tiling, const Parallel& parallel) {
   constexpr size_t kColumns = 512;
@@ -322,10 +313,15 @@ void ProjectOutRows(const AttentionArgs& a, const Tiling& tiling, const Parallel
   parallel.For(tiling.tiles * ranges, [&](size_t task) {
     const size_t t = task / ranges, begin = task % ranges * kColumns,
                  end = std::min(a.width, begin + kColumns);
-    float* y = a.y + tiling.First(t) * a.width + begin;
-    for (size_t r = 0; r < tiling.Count(t); ++r) std::copy(a.bo + begin, a.bo + end, y + r * a.width);
-    float* share = ThreadArena().Take<float>(kTileRows * (end - begin + a.head_size));
-    for (size_t h = 0; h < a.heads; ++h) ProjectOutHead<W>(a, tiling, t, h, begin, end, y, a.width, share);
+    const size_t columns = end - begin, size = tiling.Count(t) * columns;
+    Arena& memory = ThreadArena();
+    float* sum = memory.Take<float>(SumDepth(a.heads) * size);
+    float* scratch = memory.Take<float>(kTileRows * a.head_size);
+    SumInOrder(0, TreeWidth(a.heads), a.heads, size, sum,
+               [&](size_t h, float* y) { ProjectOutHead<W>(a, tiling, t, h, begin, end, y, scratch); });
+    for (size_t r = 0; r < tiling.Count(t); ++r) {
+      WithBias(a.bo + begin, sum + r * columns, 1, columns, a.y + (tiling.First(t) + r) * a.width + begin);
+    }
   });
 }
 

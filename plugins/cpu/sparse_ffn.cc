@@ -5,6 +5,7 @@
 #include <atomic>
 
 #include "arena.h"
+#include "sum_tree.h"
 
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "sparse_ffn.cc"
@@ -361,6 +362,7 @@ ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, co
   const RowSelection selection = SelectionOf(a.selection, a.tokens, 0);
   const auto row = a.skip_zeros ? &RowSkippingZeros<W> : &RowWholeRecords<W>;
   float* partial = arena->Take<float>(pieces * a.width);
+  SumTree sums(partial, pieces, a.width, arena);
   ReadCount read[kMostPieces];
   std::atomic<size_t> running{0};
   parallel.For(pieces, [&](size_t p) {
@@ -383,9 +385,10 @@ ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, co
     std::fill(mine, mine + a.width, 0.0f);
     if (neurons.count != 0) read[p] = row(a, x, neurons, mine);
     std::copy(mine, mine + a.width, partial + p * a.width);
+    sums.Finish(p);
     --running;
   });
-  ReducePartials(partial, pieces, 1, a.width, a.b2, a.y, parallel);
+  WithBias(a.b2, partial, 1, a.width, a.y);
   ReadCount total;
   for (size_t p = 0; p < pieces; ++p) total += read[p];
   return total;
@@ -417,12 +420,7 @@ class ManyRows {
     const size_t each = tiles_ < kManyTiles ? pieces_ : 1;
     ReadCount* read = arena->Take<ReadCount>(tiles_ * each);
     if (tiles_ < kManyTiles) {
-      float* partial = arena->Take<float>(pieces_ * rows_ * a_.width);
-      parallel.For(tiles_ * pieces_, [&](size_t task) {
-        const size_t t = task / pieces_, p = task % pieces_;
-        read[task] = Piece(t, p, partial + (p * rows_ + t * kTileRows) * a_.width);
-      });
-      ReducePartials(partial, pieces_, rows_, a_.width, a_.b2, a_.y, parallel);
+      ByPieces(read, arena, parallel);
     } else {
       parallel.For(tiles_, [&](size_t t) { read[t] = WholeTile(t); });
     }
@@ -433,6 +431,7 @@ class ManyRows {
 
  private:
   size_t Count(size_t t) const { return std::min(kTileRows, rows_ - t * kTileRows); }
+  float* Output(size_t t) const { return a_.y + t * kTileRows * a_.width; }
 
   // Sets y [rows of the tile, E] to what the piece adds.
   ReadCount Piece(size_t t, size_t p, float* y) const {
@@ -446,15 +445,27 @@ class ManyRows {
     return Tile<W>(a_, masks_ + t * units_, list + begin, end - begin, x_ + t * kTileRows, y);
   }
 
+  void ByPieces(ReadCount* read, CallArena* arena, const Parallel& parallel) const {
+    float* partial = arena->Take<float>(pieces_ * rows_ * a_.width);
+    const auto leaves = [&](size_t t) { return partial + t * kTileRows * pieces_ * a_.width; };
+    SumTree* sums = arena->Take<SumTree>(tiles_);
+    for (size_t t = 0; t < tiles_; ++t)
+      new (sums + t) SumTree(leaves(t), pieces_, Count(t) * a_.width, arena);
+    parallel.For(tiles_ * pieces_, [&](size_t task) {
+      const size_t t = task / pieces_, p = task % pieces_;
+      read[task] = Piece(t, p, leaves(t) + p * Count(t) * a_.width);
+      sums[t].Finish(p);
+    });
+    parallel.For(tiles_, [&](size_t t) { WithBias(a_.b2, leaves(t), Count(t), a_.width, Output(t)); });
+  }
+
   ReadCount WholeTile(size_t t) const {
     const size_t size = Count(t) * a_.width;
-    float *y = a_.y + t * kTileRows * a_.width, *piece = ThreadArena().Take<float>(size);
-    for (size_t r = 0; r < Count(t); ++r) std::copy(a_.b2, a_.b2 + a_.width, y + r * a_.width);
+    float* sum = ThreadArena().Take<float>(SumDepth(pieces_) * size);
     ReadCount read;
-    for (size_t p = 0; p < pieces_; ++p) {
-      read += Piece(t, p, piece);
-      for (size_t i = 0; i < size; ++i) y[i] += piece[i];
-    }
+    SumInOrder(0, TreeWidth(pieces_), pieces_, size, sum,
+               [&](size_t p, float* y) { read += Piece(t, p, y); });
+    WithBias(a_.b2, sum, Count(t), a_.width, Output(t));
     return read;
   }
 

@@ -3,7 +3,7 @@
 
 #include <algorithm>
 
-#include "parallel.h"
+#include "sum_tree.h"
 
 namespace shadowc {
 
@@ -52,26 +52,14 @@ size_t PiecesOf(size_t bytes, size_t most) {
   return pieces;
 }
 
-void ReducePartials(const float* partial, size_t pieces, size_t rows, size_t width, const float* bias,
-                    float* y, const Parallel& parallel) {
-  const size_t total = rows * width;
-  const auto reduce = [=](size_t begin, size_t end) {
-    for (size_t r = begin / width; r * width < end; ++r) {
-      const size_t from = std::max(begin, r * width), to = std::min(end, (r + 1) * width);
-      std::copy(bias + (from - r * width), bias + (to - r * width), y + from);
-      for (size_t p = 0; p < pieces; ++p) {
-        const float* add = partial + p * total;
-        for (size_t i = from; i < to; ++i) y[i] += add[i];
-      }
-    }
-  };
-  // Below a megabyte of partial sums, starting a second parallel section costs more than it saves.
-  const size_t chunks = std::min<size_t>(64, pieces * total / (size_t{256} << 10) + 1);
-  const size_t step = (total + chunks - 1) / chunks;
-  parallel.For(chunks, [&](size_t c) {
-    const size_t begin = std::min(total, c * step);
-    reduce(begin, std::min(total, begin + step));
-  });
+void WithBias(const float* bias, const float* sum, size_t rows, size_t width, float* y) {
+  for (size_t r = 0; r < rows; ++r) {
+    for (size_t e = 0; e < width; ++e) y[r * width + e] = bias[e] + sum[r * width + e];
+  }
+}
+
+void AddTo(float* to, const float* add, size_t n) {
+  for (size_t i = 0; i < n; ++i) to[i] += add[i];
 }
 
 }  // namespace shadowc

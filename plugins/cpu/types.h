@@ -78,9 +78,7 @@ size_t ActiveUnits(const uint32_t* masks, size_t units, uint32_t* list);
 // dense FFN some 5 % faster on 2 cores, and leave larger machines idle.
 size_t PiecesOf(size_t bytes, size_t most);
 
-// y[r, :] = bias + sum over p of partial[p][r, :], in the order of p. partial [pieces, rows, width].
-class Parallel;
-void ReducePartials(const float* partial, size_t pieces, size_t rows, size_t width, const float* bias,
-                    float* y, const Parallel& parallel);
+// y[r, :] = bias + sum[r, :], [rows, width].
+void WithBias(const float* bias, const float* sum, size_t rows, size_t width, float* y);
 
 }  // namespace shadowc
