@@ -26,6 +26,7 @@ constexpr Level kLevels[] = {
 #elif HWY_ARCH_ARM
     {"neon_without_aes", HWY_NEON_WITHOUT_AES},
     {"neon", HWY_NEON},
+    {"neon_bf16", HWY_NEON_BF16},
     {"sve", HWY_SVE},
     {"sve2", HWY_SVE2},
     {"sve_256", HWY_SVE_256},

@@ -1,0 +1,58 @@
+// SPDX-License-Identifier: Apache-2.0
+// kernel_driver: says on which SIMD level the kernels run, then answers calls (wire.h) on standard input
+// until it ends. Attributes beyond the operator's own:
+//   threads  of each caller's pool (2)
+//   callers  that make this call at the same time, all on the same inputs; they have to agree to the bit (1)
+//   twice    1: the pool runs every index on two threads, a planted race (0)
+#include <cstdio>
+#include <exception>
+#include <iostream>
+#include <stdexcept>
+
+#include "isa.h"
+#include "operators.h"
+#include "pool.h"
+
+namespace {
+
+Tensors RunAtOnce(const Call& call) {
+  const size_t callers = static_cast<size_t>(call.Int("callers", 1));
+  std::vector<Tensors> outputs(callers);
+  std::vector<std::exception_ptr> problems(callers);
+  std::vector<std::thread> threads;
+  for (size_t c = 0; c < callers; ++c) {
+    threads.emplace_back([&, c] {
+      try {
+        Pool pool(static_cast<size_t>(call.Int("threads", 2)), call.Int("twice", 0) != 0);
+        outputs[c] = Run(call, pool.Handle());
+      } catch (...) {
+        problems[c] = std::current_exception();
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  for (const std::exception_ptr& problem : problems) {
+    if (problem) std::rethrow_exception(problem);
+  }
+  for (const Tensors& others : outputs) {
+    for (const auto& [name, tensor] : others) {
+      if (tensor.bytes != outputs[0][name].bytes)
+        throw std::runtime_error("callers disagree on '" + name + "'");
+    }
+  }
+  return outputs[0];
+}
+
+}  // namespace
+
+int main() {
+  std::ios::sync_with_stdio(false);
+  try {
+    if (!shadowc::ApplyIsaLimit().empty()) throw std::runtime_error(shadowc::ApplyIsaLimit());
+    std::cout << shadowc::ChosenIsa() << std::endl;
+    for (Call call; ReadCall(std::cin, &call);) WriteTensors(std::cout, RunAtOnce(call));
+  } catch (const std::exception& problem) {
+    std::fprintf(stderr, "kernel_driver: %s\n", problem.what());
+    return 1;
+  }
+}
