@@ -29,7 +29,8 @@ demo: $(READY) ## compile the OPT that the repository carries, generate text, sh
 test: $(READY) ## run the tests
 	@$(PYTEST) -m "$(FAST)"
 
-test-all: $(READY) ## run all tests, the slow ones and those that need the network or a GPU too
+test-all: $(READY) ## run all tests, the slow ones and those that need the network, a GPU or an Arm cross compiler too
+	@bash scripts/aarch64.sh
 	@$(PYTEST)
 
 # Fails too if a part was not run or a goal is missed: make gpu-test ALLOW_SKIPS=1 ALLOW_MISSED=1

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""ThreadSanitizer sees a race in every operator if there is one: the pool then runs every index on two threads."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from shadowc.spec.ops import SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
+from tests.plugins import test_sparse_attention, test_sparse_ffn
+from tests.plugins.native import build, process
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
+
+def scores_of(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    shape = (2, 9, 3, 1500)
+    return {"scores": rng.standard_normal(shape, dtype=np.float32), "density": np.array([0.5], np.float32)}
+
+
+CASES = {
+    "select_threshold.cc": (SELECT_THRESHOLD, scores_of),
+    "sparse_ffn.cc": (SPARSE_FFN, lambda rng: test_sparse_ffn.operands(rng, F=4000, E=256)),
+    "sparse_ffn.cc, many rows": (SPARSE_FFN, lambda rng: test_sparse_ffn.operands(rng, B=50, F=900, E=256)),
+    "sparse_attention.cc": (SPARSE_ATTENTION, lambda rng: test_sparse_attention.operands(rng, H=8, D=64)),
+    "sparse_attention.cc, many rows": (
+        SPARSE_ATTENTION,
+        lambda rng: test_sparse_attention.operands(rng, B=2, S=40, Z=40, H=8, D=64, T=80),
+    ),
+}
+
+
+@pytest.fixture
+def driver():
+    try:
+        start = process.under_tsan()
+    except build.UnavailableError as reason:
+        pytest.skip(str(reason))
+    with start as driver:
+        yield driver
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_planted_race_ends_the_run_and_is_reported_in_the_kernel(driver, case):
+    spec, operands = CASES[case]
+    arrays = operands(np.random.default_rng(40))
+    assert driver.run(spec, arrays)  # nothing is reported without it
+    with pytest.raises(process.DriverError, match="WARNING: ThreadSanitizer: data race") as raised:
+        driver.run(spec, arrays, twice=1)
+    assert f"plugins/cpu/{case.split(',')[0]}" in str(raised.value)
