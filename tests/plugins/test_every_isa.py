@@ -21,7 +21,7 @@ from tests.plugins.native import build, process
 pytestmark = pytest.mark.timeout(1200)  # the first on Arm waits for the compiler
 
 HERE = {
-    "x86_64": ("sse2", "ssse3", "sse4", "avx2", "avx512", "avx512_zen4"),
+    "x86_64": ("sse2", "ssse3", "sse4", "avx2", "avx512", "avx512_icelake", "avx512_zen4", "avx512_amx"),
     "aarch64": ("neon_without_aes", "neon", "neon_bf16", "sve", "sve2", "sve_256", "sve2_128"),
 }.get(kernels.MACHINE, ())
 ON_ARM = {

@@ -1,0 +1,143 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "measure.h"
+
+#include <atomic>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <new>
+#include <random>
+#include <thread>
+
+#include "stream.h"
+
+namespace bench {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// Threads that spin between sections, as those of ONNX Runtime do while a token is computed.
+class Pool {
+ public:
+  explicit Pool(int threads) {
+    for (int t = 1; t < threads; ++t) workers_.emplace_back([this] { Work(); });
+  }
+  ~Pool() {
+    stop_ = true;
+    for (std::thread& worker : workers_) worker.join();
+  }
+
+  void Run(size_t total, shadowc::Parallel::Body body, void* closure) {
+    body_ = body, closure_ = closure, total_ = total;
+    done_ = 0;
+    next_ = 0;
+    ++section_;
+    Drain();
+    while (done_ != workers_.size()) std::this_thread::yield();
+  }
+
+ private:
+  void Drain() {
+    for (size_t i = next_++; i < total_; i = next_++) body_(closure_, i);
+  }
+  void Work() {
+    for (size_t seen = 0; !stop_;) {
+      if (section_ == seen) continue;
+      ++seen;
+      Drain();
+      ++done_;
+    }
+  }
+
+  shadowc::Parallel::Body body_ = nullptr;
+  void* closure_ = nullptr;
+  size_t total_ = 0;
+  std::atomic<size_t> next_{0}, done_{0}, section_{0};
+  std::atomic<bool> stop_{false};
+  std::vector<std::thread> workers_;
+};
+
+double Seconds(const Operator& op, size_t layer, double* bytes) {
+  const Clock::time_point begin = Clock::now();
+  *bytes = op(layer);
+  return std::chrono::duration<double>(Clock::now() - begin).count();
+}
+
+size_t SizeOf(shadowc::WeightType type) {
+  size_t size = 0;
+  shadowc::DispatchWeights(type, [&](auto pointer) { size = sizeof(*pointer); });
+  return size;
+}
+
+constexpr size_t kBuffer = size_t{1} << 30;
+
+struct Free {
+  void operator()(std::byte* memory) const { std::free(memory); }
+};
+
+std::unique_ptr<std::byte, Free> RandomWeights(shadowc::WeightType type) {
+  std::unique_ptr<std::byte, Free> buffer(static_cast<std::byte*>(std::aligned_alloc(4096, kBuffer)));
+  if (buffer == nullptr) throw std::bad_alloc();
+  constexpr size_t kPiece = size_t{1} << 24;
+  if (type == shadowc::WeightType::kFloat32) {
+    const std::vector<float> values = Uniform(kPiece / sizeof(float), -0.1f, 0.1f);
+    std::memcpy(buffer.get(), values.data(), kPiece);
+  } else {
+    std::mt19937 random_bits(7);
+    for (size_t i = 0; i < kPiece; ++i) buffer.get()[i] = static_cast<std::byte>(random_bits() >> 24);
+  }
+  for (size_t at = kPiece; at < kBuffer; at += kPiece) std::memcpy(buffer.get() + at, buffer.get(), kPiece);
+  return buffer;
+}
+
+}  // namespace
+
+int threads = 1;
+
+const shadowc::Parallel& ThePool() {
+  static Pool pool(threads);
+  static const shadowc::Parallel parallel(
+      [](void* self, size_t total, shadowc::Parallel::Body body, void* closure) {
+        static_cast<Pool*>(self)->Run(total, body, closure);
+      },
+      &pool);
+  return parallel;
+}
+
+const void* LayerOf(shadowc::WeightType type, size_t elements, size_t layer) {
+  static std::map<shadowc::WeightType, std::unique_ptr<std::byte, Free>> buffers;
+  std::unique_ptr<std::byte, Free>& buffer = buffers[type];
+  if (buffer == nullptr) buffer = RandomWeights(type);
+  const size_t bytes = elements * SizeOf(type);
+  return buffer.get() + layer % (kBuffer / bytes) * bytes;
+}
+
+std::vector<float> Uniform(size_t count, float low, float high) {
+  static std::mt19937 random_bits(7);
+  std::uniform_real_distribution<float> uniform(low, high);
+  std::vector<float> values(count);
+  for (float& value : values) value = uniform(random_bits);
+  return values;
+}
+
+void Compare(benchmark::State& state, const Operator& op, const Operator& dense) {
+  const double bandwidth = shadowc::StreamRead(size_t{128} << 20, threads, 20);
+  double bytes = 0, unused = 0, all_bytes = 0, time = 0, dense_time = 0;
+  size_t layer = 0;
+  Seconds(op, layer, &bytes);
+  for (auto _ : state) {
+    dense_time += Seconds(dense, layer++, &unused);
+    const double seconds = Seconds(op, layer++, &bytes);
+    state.SetIterationTime(seconds);
+    time += seconds;
+    all_bytes += bytes;
+  }
+  state.SetBytesProcessed(static_cast<int64_t>(all_bytes));
+  state.counters["floor"] = bytes / bandwidth;
+  state.counters["of_floor"] = time * bandwidth / all_bytes;
+  state.counters["of_dense"] = time / dense_time;
+}
+
+}  // namespace bench
