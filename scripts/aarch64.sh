@@ -8,34 +8,24 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(pwd)/build/aarch64
 log=$folder/packages.log
-mkdir -p "$folder"
-note() { printf 'aarch64: %s\n' "$*"; }
 
 missing=()
 command -v aarch64-linux-gnu-g++ >/dev/null || missing+=(g++-aarch64-linux-gnu)
 command -v qemu-aarch64 >/dev/null || missing+=(qemu-user)
-if [ ${#missing[@]} -gt 0 ]; then
-  as_root=(sudo -n)
-  [ "$(id -u)" != 0 ] || as_root=()
-  if ! command -v apt-get >/dev/null; then
-    note "not installed: ${missing[*]} (names of Debian's packages)"
-  elif ! { "${as_root[@]}" apt-get update && "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
-    apt-get install -y --no-install-recommends "${missing[@]}"; } </dev/null >"$log" 2>&1; then
-    note "not installed; to type: sudo apt-get install ${missing[*]} (why: $log)"
-  fi
-fi
+[ ${#missing[@]} -eq 0 ] || bash scripts/apt_install.sh "${missing[@]}"
 
-if [ ! -e "$folder/root" ] && [ "$(dpkg --print-architecture 2>/dev/null)" != arm64 ] && command -v apt-get >/dev/null; then
-  mkdir -p "$folder/apt/lists/partial" "$folder/apt/archives/partial"
-  options=(-o APT::Architecture=arm64 -o APT::Architectures=arm64 -o Dir::State="$folder/apt" -o Dir::Cache="$folder/apt"
-    -o Dir::State::status=/dev/null)
-  if (cd "$folder/apt" && apt-get "${options[@]}" update &&
-    apt-get "${options[@]}" download libhwy-dev libhwy1t64 libonnxruntime-dev) </dev/null >>"$log" 2>&1; then
-    rm -rf "$folder/part"
-    for package in "$folder"/apt/*.deb; do dpkg -x "$package" "$folder/part"; done
-    mv "$folder/part" "$folder/root"
-  else
-    note "no arm64 packages from apt ($log): CMake fetches Highway and ONNX Runtime's headers"
-  fi
-  rm -rf "$folder/apt"
+if [ -e "$folder/root" ] || ! command -v apt-get >/dev/null || [ "$(dpkg --print-architecture)" = arm64 ]; then
+  exit 0
 fi
+rm -rf "$folder"
+mkdir -p "$folder/apt/lists/partial" "$folder/apt/archives/partial"
+options=(-o APT::Architecture=arm64 -o APT::Architectures=arm64 -o Dir::State="$folder/apt" -o Dir::Cache="$folder/apt"
+  -o Dir::State::status=/dev/null)
+if (cd "$folder/apt" && apt-get "${options[@]}" update &&
+  apt-get "${options[@]}" download libhwy-dev libhwy1t64 libonnxruntime-dev) </dev/null >"$log" 2>&1; then
+  for package in "$folder"/apt/*.deb; do dpkg -x "$package" "$folder/part"; done
+  mv "$folder/part" "$folder/root"
+else
+  printf 'no arm64 packages from apt (why: %s): CMake fetches Highway and ONNX Runtime headers\n' "$log"
+fi
+rm -rf "$folder/apt"
