@@ -38,7 +38,7 @@ using Operator = std::function<double(size_t layer)>;
 
 // Times `op`, and in turn with it `dense`, both over all layers. Counters of one call of op:
 //   bytes_per_second
-//   floor     seconds its bytes take at the bandwidth measured just before (StreamRead)
+//   floor_ms  what its bytes take at the bandwidth measured just before (StreamRead)
 //   of_floor  its time, as a multiple of that
 //   of_dense  its time, as a share of that of `dense`
 void Compare(benchmark::State& state, const Operator& op, const Operator& dense);

@@ -140,3 +140,17 @@ test_selection_equals_its_definition = FEW(given(selections())(check_selection))
 test_ffn_equals_its_definition_often = pytest.mark.slow(MANY(given(ffns())(check_ffn)))
 test_attention_equals_its_definition_often = pytest.mark.slow(MANY(given(attentions())(check_attention)))
 test_selection_equals_its_definition_often = pytest.mark.slow(MANY(given(selections())(check_selection)))
+
+
+def test_one_wrong_value_of_the_level_is_found():
+    level = kernels.run
+
+    def spoiled(*arguments, **named):
+        found = level(*arguments, **named)
+        found["y"] = found["y"] + np.eye(1, 48, 3, dtype=np.float32) * 1e-3
+        return found
+
+    arrays = test_sparse_ffn.operands(np.random.default_rng(0))
+    test_sparse_ffn.assert_as_defined(arrays)
+    with elsewhere.kernels_run_by(spoiled), pytest.raises(AssertionError, match="Mismatched elements: 1 / 48"):
+        test_sparse_ffn.assert_as_defined(arrays)
