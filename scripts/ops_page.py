@@ -5,7 +5,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from shadowc.spec.ops import ACTIVATION_TYPES, DOMAIN, OPS, VERSION, Attribute, Operand, OpSpec, tensorrt_inputs
+from shadowc.spec.ops import (
+    ACTIVATION_TYPES,
+    DOMAIN,
+    INT4_GROUP,
+    OPS,
+    VERSION,
+    Attribute,
+    Operand,
+    OpSpec,
+    tensorrt_inputs,
+)
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "ops.md"
 
@@ -17,6 +27,10 @@ Letters: B batch, S new tokens, Z sparse tail (the last Z of the S tokens are ma
 E hidden, H heads, D head size, F neurons, N units of a kind per layer (H, or F / block rounded up), L predicted
 layers. `B|1` broadcasts over the batch. What each operator computes is defined by its ONNX function in
 `shadowc/spec/oracle.py`; outputs marked *kernel only* exist in the compiled operators, not in the function.
+
+uint8 weights are pairs of int4: a value q in -7..7 is stored as q + 8, groups of {INT4_GROUP} values along E share a
+scale, and byte j of the {INT4_GROUP // 2} of a group holds value j in its low half and value j + {INT4_GROUP // 2} in its
+high half; E is then a multiple of {INT4_GROUP}. A float16 cache is what attention stores and reads; it computes in float32.
 """
 
 
@@ -54,8 +68,9 @@ def _tensorrt(op: OpSpec) -> list[str]:
 
 def _operand(kind: str, operand: Operand) -> str:
     shape = ", ".join(operand.shape).replace("|", "\\|")
+    packed = f"; int4: [{', '.join(operand.packed)}]" if operand.packed else ""
     only = " (*kernel only*)" if operand.role == "kernel" else ""
-    return f"| {kind} | `{operand.name}` | [{shape}] | {' or '.join(operand.types)} | {operand.meaning}{only} |"
+    return f"| {kind} | `{operand.name}` | [{shape}]{packed} | {' or '.join(operand.types)} | {operand.meaning}{only} |"
 
 
 def _attribute(attribute: Attribute) -> str:

@@ -50,20 +50,35 @@ HWY_INLINE void Softmax(float* HWY_RESTRICT p, size_t n) {
   if (i < n) hn::StoreN(hn::Mul(hn::LoadN(df, p + i, n - i), inverse), df, p + i, n - i);
 }
 
+// to = from, in the type of the cache.
+HWY_INLINE void StoreNarrow(const float* from, float* to, size_t n) { std::copy(from, from + n, to); }
+HWY_INLINE void StoreNarrow(const float* from, hwy::float16_t* to, size_t n) {
+  const DF df;
+  const hn::Rebind<hwy::float16_t, DF> narrow;
+  const hn::Rebind<uint16_t, DF> bits;
+  uint16_t* out = reinterpret_cast<uint16_t*>(to);
+  const size_t lanes = hn::Lanes(df);
+  for (size_t i = 0; i < n; i += lanes) {
+    const size_t m = HWY_MIN(lanes, n - i);
+    hn::StoreN(hn::BitCast(bits, hn::DemoteTo(narrow, hn::LoadN(df, from + i, m))), bits, out + i, m);
+  }
+}
+
 // Query i (scaled, at query[i]) sees keys 0 ... sees[i] - 1 of `key` and `value` [.., head_size]; sees
 // ascends and is at least 1. context[i] receives the result. `logits` holds count * stride floats, stride >=
 // the largest `sees` rounded up to 4.
-HWY_INLINE void AttendTile(const float* const* query, const size_t* sees, size_t count, const float* key,
-                           const float* value, size_t head_size, float* const* context, float* logits,
+template <class C>
+HWY_INLINE void AttendTile(const float* const* query, const size_t* sees, size_t count, const C* key,
+                           const C* value, size_t head_size, float* const* context, float* logits,
                            size_t stride) {
   const size_t most = sees[count - 1], all = sees[0];
   for (size_t k = 0; k < most; k += 4) {
-    const float* rows[4];
+    const C* rows[4];
     for (size_t c = 0; c < 4; ++c) rows[c] = key + std::min(k + c, most - 1) * head_size;
     ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
       if (sees[r + group() - 1] <= k) return;  // all of them before these keys
       DotTile<group()>(query + r, rows[0], rows[1], rows[2], rows[3], head_size,
-                       static_cast<const float* const*>(nullptr), logits + r * stride + k, stride);
+                       static_cast<const C* const*>(nullptr), logits + r * stride + k, stride);
     });
   }
   for (size_t r = 0; r < count; ++r) {
@@ -72,12 +87,12 @@ HWY_INLINE void AttendTile(const float* const* query, const size_t* sees, size_t
   }
   // The keys that all queries see together, then each query's own rest: no 0 * value of a token it must not
   // see.
-  const Strided<float> values{value, head_size};
+  const Strided<C> values{value, head_size};
   ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
     AxpyTile<group()>(context + r, values, all, logits + r * stride, stride, head_size, 0, values);
   });
   for (size_t r = 0; r < count; ++r) {
-    const Strided<float> rest{value + all * head_size, head_size};
+    const Strided<C> rest{value + all * head_size, head_size};
     AxpyTile<1>(context + r, rest, sees[r] - all, logits + r * stride + all, stride, head_size, 0, rest);
   }
 }

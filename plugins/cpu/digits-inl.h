@@ -51,8 +51,8 @@ struct Activations {
 
 // out[r * out_stride + c] = row r . w[c] for kRows rows and kWeights weight rows; `later` as in DotTile.
 template <size_t kRows, size_t kWeights, class W>
-HWY_INLINE void DotRows(const Activations<W>* const* rows, const W* const* w, size_t n, const W* const* later,
-                        float* out, size_t out_stride) {
+HWY_INLINE void DotRows(const Activations<W>* const* rows, const Pointer<W>* w, size_t n,
+                        const Pointer<W>* later, float* out, size_t out_stride) {
   static_assert(kWeights == 4);
   const float* x[kRows];
   for (size_t r = 0; r < kRows; ++r) x[r] = rows[r]->x;

@@ -41,6 +41,12 @@ bool WeightTypeOf(ONNXTensorElementDataType type, WeightType* out) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
       *out = WeightType::kFloat32;
       return true;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
+      *out = WeightType::kBFloat16;
+      return true;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
+      *out = WeightType::kInt4;
+      return true;
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
       *out = WeightType::kInt8;
       return true;
@@ -61,7 +67,8 @@ const char* TypeName(ONNXTensorElementDataType type) {
 }
 
 void ExpectWeightType(ONNXTensorElementDataType type, WeightType* out, Problems* problems) {
-  problems->Expect(WeightTypeOf(type, out), "the element type of w", "float32 or int8", TypeName(type));
+  problems->Expect(WeightTypeOf(type, out), "the element type of w",
+                   "float32, bfloat16, int8, or uint8 (pairs of int4)", TypeName(type));
 }
 
 }  // namespace
@@ -74,6 +81,25 @@ Weights ReadWeights(const Ort::KernelContext& context, size_t index, Problems* p
   weights.data = value.GetTensorRawData();
   weights.shape = info.GetShape();
   return weights;
+}
+
+void ExpectWeights(const Weights& w, const Shape& scales, Shape rows, int64_t width,
+                   const std::string& letters, Problems* problems) {
+  const std::string open = "[" + letters + ", ";
+  if (w.type != WeightType::kInt4) {
+    problems->ExpectShape("scales", scales, rows, ("[" + letters + "]").c_str());
+    rows.push_back(width);
+    problems->ExpectShape("w", w.shape, rows, (open + "E]").c_str());
+    return;
+  }
+  constexpr int64_t kGroup = static_cast<int64_t>(kInt4Group);
+  problems->Expect(width % kGroup == 0, "E (axis 2 of x)",
+                   "a multiple of " + std::to_string(kGroup) + ", the group of int4 weights",
+                   std::to_string(width));
+  rows.push_back(width / kGroup);
+  problems->ExpectShape("scales", scales, rows, (open + "E / " + std::to_string(kGroup) + "]").c_str());
+  rows.back() = width / 2;
+  problems->ExpectShape("w", w.shape, rows, (open + "E / 2]").c_str());
 }
 
 void CheckWeightType(const Ort::ConstKernelInfo& info, size_t index, Problems* problems) {

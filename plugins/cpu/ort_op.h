@@ -60,6 +60,10 @@ struct Weights {
 };
 Weights ReadWeights(const Ort::KernelContext& context, size_t index, Problems* problems);
 
+// Checks w and scales against their rows ([F, 2] or [H, 4, D], which `letters` name) of `width` weights.
+void ExpectWeights(const Weights& w, const Shape& scales, Shape rows, int64_t width,
+                   const std::string& letters, Problems* problems);
+
 // Reports an unsupported element type as soon as a session is made, if the type is known by then.
 void CheckWeightType(const Ort::ConstKernelInfo& info, size_t index, Problems* problems);
 
@@ -114,7 +118,8 @@ struct OpBase : Ort::CustomOpBase<Op, Kernel, true> {
 
 // The operators, one per ort_*.cc; they live as long as the library.
 const OrtCustomOp* SelectThresholdOp();
-const OrtCustomOp* SparseAttentionOp();
+const OrtCustomOp* SparseAttentionOp();         // cache of float32
+const OrtCustomOp* SparseAttentionFloat16Op();  // the same operator, cache of float16
 const OrtCustomOp* SparseFfnOp();
 
 }  // namespace shadowc

@@ -48,17 +48,21 @@ void CheckPositions(const Input<int64_t>& start, const Input<int64_t>& past, int
 }
 
 // One buffer for both, or two that have nothing in common.
-void CheckDistinct(const float* past, const float* present, const Shape& shape, const char* name,
-                   Problems* problems) {
+void CheckDistinct(const void* past, const void* present, const Shape& shape, CacheType type,
+                   const char* name, Problems* problems) {
   size_t count = 1;
   for (const int64_t size : shape) count *= static_cast<size_t>(size);
   const auto from = reinterpret_cast<uintptr_t>(past), to = reinterpret_cast<uintptr_t>(present);
   const size_t distance = from < to ? to - from : from - to;
-  if (distance == 0 || distance >= count * sizeof(float)) return;
+  if (distance == 0 || distance >= count * BytesOf(type)) return;
   problems->Expect(false, name, "the memory of its past or memory of its own",
                    "memory that overlaps it in part");
 }
 
+template <CacheType kCache>
+using CacheElement = std::conditional_t<kCache == CacheType::kFloat16, Ort::Float16_t, float>;
+
+template <CacheType kCache>
 class SparseAttentionKernel {
  public:
   explicit SparseAttentionKernel(const Ort::ConstKernelInfo& info)
@@ -81,8 +85,8 @@ class SparseAttentionKernel {
     Problems problems(kName, node_);
     const Input<float> x = ReadInput<float>(context, kX), scales = ReadInput<float>(context, kScales);
     const Input<float> bqkv = ReadInput<float>(context, kBqkv), bo = ReadInput<float>(context, kBo);
-    const Input<float> key = ReadInput<float>(context, kPastKey),
-                       value = ReadInput<float>(context, kPastValue);
+    using C = CacheElement<kCache>;
+    const Input<C> key = ReadInput<C>(context, kPastKey), value = ReadInput<C>(context, kPastValue);
     const Input<int64_t> start = ReadInput<int64_t>(context, kStart),
                          past = ReadInput<int64_t>(context, kPast);
     const Weights w = ReadWeights(context, kW, &problems);
@@ -93,10 +97,9 @@ class SparseAttentionKernel {
     const int64_t batch = x.shape[0], tokens = x.shape[1], width = x.shape[2];
     const int64_t heads = w.shape[0], size = w.shape[2], capacity = key.shape[2];
     problems.Expect(width >= 1, "E (axis 2 of x)", "at least 1", "0");
-    problems.ExpectShape("w", w.shape, {heads, 4, size, width}, "[H, 4, D, E]");
     problems.Expect(heads * size == width, "H * D (axes 0 and 2 of w)", "E = " + std::to_string(width),
                     std::to_string(heads) + " * " + std::to_string(size));
-    problems.ExpectShape("scales", scales.shape, {heads, 4, size}, "[H, 4, D]");
+    ExpectWeights(w, scales.shape, {heads, 4, size}, width, "H, 4, D", &problems);
     problems.ExpectShape("bqkv", bqkv.shape, {heads, 3, size}, "[H, 3, D]");
     problems.ExpectShape("bo", bo.shape, {width}, "[E]");
     problems.ExpectShape("past_key", key.shape, {batch, heads, capacity, size}, "[B, H, T, D]");
@@ -118,16 +121,17 @@ class SparseAttentionKernel {
     a.heads = static_cast<size_t>(heads);
     a.head_size = static_cast<size_t>(size);
     a.capacity = static_cast<size_t>(capacity);
+    a.cache = kCache;
     a.past_key = key.data;
     a.past_value = value.data;
     a.start = start.data;
     a.past = past.data;
     a.kv_active_only = kv_active_only_;
     a.y = Output<float>(context, kY, x.shape);
-    a.present_key = Output<float>(context, kPresentKey, key.shape);
-    a.present_value = Output<float>(context, kPresentValue, value.shape);
-    CheckDistinct(a.past_key, a.present_key, key.shape, "present_key", &problems);
-    CheckDistinct(a.past_value, a.present_value, value.shape, "present_value", &problems);
+    a.present_key = Output<C>(context, kPresentKey, key.shape);
+    a.present_value = Output<C>(context, kPresentValue, value.shape);
+    CheckDistinct(a.past_key, a.present_key, key.shape, kCache, "present_key", &problems);
+    CheckDistinct(a.past_value, a.present_value, value.shape, kCache, "present_value", &problems);
     problems.ThrowIfAny();
     a.context = Output<float>(context, kContext, x.shape);
     CallArena arena;
@@ -140,16 +144,21 @@ class SparseAttentionKernel {
   bool kv_active_only_ = false;
 };
 
-struct SparseAttentionOpType : OpBase<SparseAttentionOpType, SparseAttentionKernel> {
+// ONNX Runtime takes two operators of one name as one that has both signatures: an output's type cannot be
+// left open as that of w is.
+template <CacheType kCache>
+struct SparseAttentionOpType : OpBase<SparseAttentionOpType<kCache>, SparseAttentionKernel<kCache>> {
   static constexpr size_t kRequiredOutputs = 3;
   const char* GetName() const { return kName; }
   size_t GetInputTypeCount() const { return kInputs; }
   size_t GetOutputTypeCount() const { return kOutputs; }
   ONNXTensorElementDataType GetInputType(size_t index) const {
     if (index == kW) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    if (index == kPastKey || index == kPastValue) return Ort::TypeToTensorType<CacheElement<kCache>>::type;
     return index >= kStart ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
   ONNXTensorElementDataType GetOutputType(size_t index) const {
+    if (index == kPresentKey || index == kPresentValue) return GetInputType(kPastKey);
     return index == kRead ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
 };
@@ -157,7 +166,12 @@ struct SparseAttentionOpType : OpBase<SparseAttentionOpType, SparseAttentionKern
 }  // namespace
 
 const OrtCustomOp* SparseAttentionOp() {
-  static const SparseAttentionOpType op;
+  static const SparseAttentionOpType<CacheType::kFloat32> op;
+  return &op;
+}
+
+const OrtCustomOp* SparseAttentionFloat16Op() {
+  static const SparseAttentionOpType<CacheType::kFloat16> op;
   return &op;
 }
 

@@ -39,8 +39,7 @@ class SparseFfnKernel {
     problems.ThrowIfAny();
     const int64_t width = x.shape[2], neurons = w.shape[0];
     problems.Expect(width >= 1, "E (axis 2 of x)", "at least 1", "0");
-    problems.ExpectShape("w", w.shape, {neurons, 2, width}, "[F, 2, E]");
-    problems.ExpectShape("scales", scales.shape, {neurons, 2}, "[F, 2]");
+    ExpectWeights(w, scales.shape, {neurons, 2}, width, "F, 2", &problems);
     problems.ExpectShape("b1", b1.shape, {neurons}, "[F]");
     problems.ExpectShape("b2", b2.shape, {width}, "[E]");
     FfnArgs a{};

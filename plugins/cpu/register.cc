@@ -26,6 +26,7 @@ SHADOWC_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const Or
       Ort::CustomOpDomain made("shadowc");
       made.Add(shadowc::SelectThresholdOp());
       made.Add(shadowc::SparseAttentionOp());
+      made.Add(shadowc::SparseAttentionFloat16Op());
       made.Add(shadowc::SparseFfnOp());
       return made;
     }();

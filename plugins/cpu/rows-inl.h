@@ -18,13 +18,15 @@
 #include <cstdint>
 
 #include "hwy/highway.h"
+#include "types.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-using DF = hn::ScalableTag<float>;
+// At most as wide as half a group of int4, which a vector must not leave; no machine has wider ones.
+using DF = hn::CappedTag<float, kInt4Group / 2>;
 using VF = hn::Vec<DF>;
 
 // Rows of x (or y) handled together: rows x 4 accumulators, 4 weight vectors and one more must fit the
@@ -38,6 +40,19 @@ inline constexpr size_t kLine = 64;
 
 HWY_INLINE VF LoadWide(DF df, const float* p) { return hn::LoadU(df, p); }
 HWY_INLINE VF LoadWideN(DF df, const float* p, size_t n) { return hn::LoadN(df, p, n); }
+// 16-bit floats: weights in bfloat16, a cache in float16.
+template <class T, HWY_IF_SPECIAL_FLOAT(T)>
+HWY_INLINE VF LoadWide(DF df, const T* p) {
+  const hn::Rebind<uint16_t, DF> d16;
+  const hn::Rebind<T, DF> narrow;
+  return hn::PromoteTo(df, hn::BitCast(narrow, hn::LoadU(d16, reinterpret_cast<const uint16_t*>(p))));
+}
+template <class T, HWY_IF_SPECIAL_FLOAT(T)>
+HWY_INLINE VF LoadWideN(DF df, const T* p, size_t n) {
+  const hn::Rebind<uint16_t, DF> d16;
+  const hn::Rebind<T, DF> narrow;
+  return hn::PromoteTo(df, hn::BitCast(narrow, hn::LoadN(d16, reinterpret_cast<const uint16_t*>(p), n)));
+}
 HWY_INLINE VF LoadWide(DF df, const int8_t* p) {
   const hn::Rebind<int8_t, DF> d8;
   const hn::Rebind<int32_t, DF> d32;
@@ -77,17 +92,68 @@ HWY_INLINE void Axpy(float h, const W* HWY_RESTRICT w, float* HWY_RESTRICT y, si
   }
 }
 
+// A position in int4 weights, for all that takes a pointer to other weights; what is loaded has its scale.
+// Offsets are counted from the beginning of a group.
+struct Int4Pointer {
+  const Int4Pair* pairs = nullptr;
+  const float* scales = nullptr;
+  int shift = 0;  // 4: these are the high halves of the pairs
+
+  HWY_INLINE bool operator==(std::nullptr_t) const { return pairs == nullptr; }
+  HWY_INLINE Int4Pointer operator+(size_t n) const {
+    constexpr size_t kHalf = kInt4Group / 2;
+    return {pairs + n / kInt4Group * kHalf + n % kHalf, scales + n / kInt4Group, n / kHalf % 2 == 0 ? 0 : 4};
+  }
+};
+HWY_INLINE VF LoadWide(DF df, Int4Pointer p) {
+  const hn::Rebind<uint8_t, DF> d8;
+  const hn::Rebind<int32_t, DF> d32;
+  const auto pairs = hn::PromoteTo(d32, hn::LoadU(d8, &p.pairs->both));
+  const auto stored = hn::And(hn::ShiftRightSame(pairs, p.shift), hn::Set(d32, 15));
+  return hn::Mul(hn::ConvertTo(df, hn::Sub(stored, hn::Set(d32, 8))), hn::Set(df, *p.scales));
+}
+// Rows are whole groups: there is no rest.
+HWY_INLINE VF LoadWideN(DF df, Int4Pointer p, size_t) { return LoadWide(df, p); }
+HWY_INLINE void PrefetchStep(Int4Pointer later, size_t elements) {
+  for (size_t e = 0; e < elements; e += 2 * kLine) PrefetchL2((later + e).pairs);
+  PrefetchL2(later.scales);
+}
+
+// How weights of type W are pointed to, and how many of them lie in a line.
+template <class W>
+using Pointer = std::conditional_t<kIsInt4<W>, Int4Pointer, const W*>;
+template <class W>
+constexpr size_t LineElements(const W*) {
+  return kLine / sizeof(W);
+}
+constexpr size_t LineElements(Int4Pointer) { return 2 * kLine; }
+
+template <class W>
+HWY_INLINE Pointer<W> PointerOf(const void* w, const float* scales) {
+  if constexpr (kIsInt4<W>) {
+    return {static_cast<const Int4Pair*>(w), scales, 0};
+  } else {
+    return static_cast<const W*>(w);
+  }
+}
+
+// The factor that products with record row `row` still lack.
+template <class W>
+HWY_INLINE float RowScale(const float* scales, size_t row) {
+  return kIsInt4<W> ? 1.0f : scales[row];
+}
+
 // Where weight row k lies: at a fixed stride, or listed.
 template <class W>
 struct Strided {
-  const W* base;
+  Pointer<W> base;
   size_t stride;
-  HWY_INLINE const W* operator()(size_t k) const { return base + k * stride; }
+  HWY_INLINE Pointer<W> operator()(size_t k) const { return base + k * stride; }
 };
 template <class W>
 struct Listed {
-  const W* const* rows;
-  HWY_INLINE const W* operator()(size_t k) const { return rows[k]; }
+  const Pointer<W>* rows;
+  HWY_INLINE Pointer<W> operator()(size_t k) const { return rows[k]; }
 };
 
 HWY_INLINE void Store4(float* out, VF a, VF b, VF c, VF d) {
@@ -100,12 +166,12 @@ HWY_INLINE void Store4(float* out, VF a, VF b, VF c, VF d) {
 
 // Dot products of kRows rows of x with 4 weight rows: out[r * out_stride + c]. `later`, if not null, points
 // to 4 further weight rows to prefetch.
-template <size_t kRows, class W>
-HWY_INLINE void DotTile(const float* const* x, const W* w0, const W* w1, const W* w2, const W* w3, size_t n,
-                        const W* const* later, float* out, size_t out_stride) {
+template <size_t kRows, class P>
+HWY_INLINE void DotTile(const float* const* x, P w0, P w1, P w2, P w3, size_t n, const P* later, float* out,
+                        size_t out_stride) {
   static_assert(kRows == 1 || kRows == 2 || kRows == 4);
   const DF df;
-  const size_t lanes = hn::Lanes(df), line = HWY_MAX(lanes, kLine / sizeof(W));
+  const size_t lanes = hn::Lanes(df), line = HWY_MAX(lanes, LineElements(w0));
   const float *x0 = x[0], *x1 = x[kRows > 1 ? 1 : 0], *x2 = x[kRows > 2 ? 2 : 0], *x3 = x[kRows > 2 ? 3 : 0];
   const VF zero = hn::Zero(df);
   VF a00 = zero, a01 = zero, a02 = zero, a03 = zero, a10 = zero, a11 = zero, a12 = zero, a13 = zero;
@@ -175,7 +241,7 @@ HWY_INLINE void AxpyTile(float* const* y, Row row, size_t count, const float* h,
     VF a30 = hn::LoadU(df, y3 + i), a31 = hn::LoadU(df, y3 + i1);
     VF a32 = hn::LoadU(df, y3 + i2), a33 = hn::LoadU(df, y3 + i3);
     for (size_t k = 0; k < count; ++k) {
-      const auto* w = row(k);
+      const auto w = row(k);
       const VF b0 = LoadWide(df, w + i), b1 = LoadWide(df, w + i1);
       const VF b2 = LoadWide(df, w + i2), b3 = LoadWide(df, w + i3);
       VF v = hn::Set(df, h0[k]);

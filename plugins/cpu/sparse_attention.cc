@@ -30,15 +30,15 @@ template <class W>
 struct Head {
   Head(const AttentionArgs& a, size_t h)
       : part_size(a.head_size * a.width),
-        w(static_cast<const W*>(a.w) + h * 4 * part_size),
+        w(PointerOf<W>(a.w, a.scales) + h * 4 * part_size),
         scales(a.scales + h * 4 * a.head_size),
         bias(a.bqkv + h * 3 * a.head_size) {}
   // What is read after this record, to prefetch it as this one ends; the last row of this one if nothing is
   // known.
-  const W* after = nullptr;
+  Pointer<W> after{};
   size_t part_size;
-  const W* w;
-  const float* scales;
+  Pointer<W> w;
+  const float* scales;  // of the record rows; not for int4, whose pointers have them
   const float* bias;
 };
 
@@ -51,13 +51,13 @@ HWY_INLINE void ProjectColumns(const AttentionArgs& a, const Head<W>& head, Part
                                float* const* out) {
   constexpr size_t kAhead = size_t{16} << 10;
   const size_t d_end = a.head_size, width = a.width;
-  const size_t ahead_rows = std::max(kColumns, kAhead / (width * sizeof(W)));
-  const W* w = head.w + part * head.part_size;
+  const size_t ahead_rows = std::max(kColumns, kAhead / (RowElements<W>(width) * sizeof(W)));
+  const Pointer<W> w = head.w + part * head.part_size;
   const size_t last = (following + 1) * d_end - 1;  // row of the last part that will be read
   const float *scales = head.scales + part * d_end, *bias = head.bias + part * d_end;
   for (size_t d = 0; d < d_end; d += kColumns) {
     const size_t here = std::min(kColumns, d_end - d);
-    const W *rows[kColumns], *ahead[kColumns];
+    Pointer<W> rows[kColumns], ahead[kColumns];
     for (size_t c = 0; c < kColumns; ++c) {
       rows[c] = w + (d + std::min(c, here - 1)) * width;
       const size_t row = d + ahead_rows + c;
@@ -65,7 +65,7 @@ HWY_INLINE void ProjectColumns(const AttentionArgs& a, const Head<W>& head, Part
                  : head.after == nullptr ? w + last * width
                                          : head.after + (row - last - 1) * width;
     }
-    const W* const* later = ahead;
+    const Pointer<W>* later = ahead;
     float dots[kTileRows * kColumns];
     ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
       DotRows<group(), kColumns>(x + r, rows, width, later, dots + r * kColumns, kColumns);
@@ -73,7 +73,7 @@ HWY_INLINE void ProjectColumns(const AttentionArgs& a, const Head<W>& head, Part
     });
     for (size_t r = 0; r < count; ++r) {
       for (size_t c = 0; c < here; ++c)
-        out[r][d + c] = (dots[r * kColumns + c] * scales[d + c] + bias[d + c]) * factor;
+        out[r][d + c] = (dots[r * kColumns + c] * RowScale<W>(scales, d + c) + bias[d + c]) * factor;
     }
   }
 }
@@ -95,10 +95,10 @@ template <class W>
 HWY_INLINE void ProjectOut(const AttentionArgs& a, const Head<W>& head, const float* const* context,
                            size_t count, size_t begin, size_t end, float* const* y, float* h) {
   constexpr size_t kRowsAtOnce = 8;
-  const W* w = head.w + kOut * head.part_size + begin;
+  const Pointer<W> w = head.w + kOut * head.part_size + begin;
   const float* scales = head.scales + kOut * a.head_size;
   for (size_t r = 0; r < count; ++r) {
-    for (size_t d = 0; d < a.head_size; ++d) h[r * a.head_size + d] = context[r][d] * scales[d];
+    for (size_t d = 0; d < a.head_size; ++d) h[r * a.head_size + d] = context[r][d] * RowScale<W>(scales, d);
   }
   for (size_t d = 0; d < a.head_size; d += kRowsAtOnce) {
     const size_t rows = std::min(kRowsAtOnce, a.head_size - d);
@@ -119,24 +119,47 @@ template <class W>
 ReadCount CountHead(const AttentionArgs& a, bool active, bool key_value) {
   if (!active && !key_value) return {};
   const size_t parts = active ? 4 : 2;
-  return {1, static_cast<int64_t>(parts * a.head_size * (a.width * sizeof(W) + sizeof(float)))};
+  return {1, static_cast<int64_t>(parts * a.head_size * RowBytes<W>(a.width))};
 }
 
 HWY_INLINE float QueryFactor(const AttentionArgs& a) {
   return 1.0f / std::sqrt(static_cast<float>(a.head_size));
 }
 
+// Of a slot of one (row, head), in elements of the cache.
 HWY_INLINE size_t SlotOffset(const AttentionArgs& a, size_t batch, size_t head, size_t slot) {
   return ((batch * a.heads + head) * a.capacity + slot) * a.head_size;
+}
+
+// Calls f with a null pointer of the cache's element type.
+template <class F>
+HWY_INLINE void DispatchCache(const AttentionArgs& a, F&& f) {
+  if (a.cache == CacheType::kFloat16) {
+    f(static_cast<hwy::float16_t*>(nullptr));
+  } else {
+    f(static_cast<float*>(nullptr));
+  }
+}
+
+// Writes the key or value of one token to its slot.
+HWY_INLINE void StoreSlot(const AttentionArgs& a, const float* from, void* cache, size_t offset) {
+  DispatchCache(a, [&](auto* type) HWY_ATTR {
+    StoreNarrow(from, static_cast<decltype(type)>(cache) + offset, a.head_size);
+  });
 }
 
 // Copies the filled prefix of one (row, head) when the caller did not bind one buffer as past and present.
 void CopyPrefix(const AttentionArgs& a, size_t batch, size_t head) {
   const size_t slots = static_cast<size_t>(a.past[batch]) + (a.kv_active_only ? a.tokens : 0);
-  const size_t offset = SlotOffset(a, batch, head, 0), bytes = slots * a.head_size * sizeof(float);
+  const size_t element = BytesOf(a.cache), offset = SlotOffset(a, batch, head, 0) * element;
+  const size_t bytes = slots * a.head_size * element;
   if (bytes == 0) return;
-  if (a.present_key != a.past_key) std::memcpy(a.present_key + offset, a.past_key + offset, bytes);
-  if (a.present_value != a.past_value) std::memcpy(a.present_value + offset, a.past_value + offset, bytes);
+  const auto copy = [=](void* to, const void* from) {
+    if (to != from)
+      std::memcpy(static_cast<char*>(to) + offset, static_cast<const char*>(from) + offset, bytes);
+  };
+  copy(a.present_key, a.past_key);
+  copy(a.present_value, a.past_value);
 }
 
 // Attention of the rows `token[0 ... count)` (ascending, at most kTileRows) of one (batch, head). query and
@@ -160,14 +183,17 @@ void Attend(const AttentionArgs& a, size_t batch, size_t head, const uint32_t* t
   if (seeing == 0) return;
   const size_t stride = (sees[seeing - 1] + 3) / 4 * 4;
   const size_t offset = SlotOffset(a, batch, head, start);
-  AttendTile(queries, sees, seeing, a.present_key + offset, a.present_value + offset, a.head_size, contexts,
-             arena->Take<float>(seeing * stride), stride);
+  float* logits = arena->Take<float>(seeing * stride);
+  DispatchCache(a, [&](const auto* type) HWY_ATTR {
+    AttendTile(queries, sees, seeing, static_cast<decltype(type)>(a.present_key) + offset,
+               static_cast<decltype(type)>(a.present_value) + offset, a.head_size, contexts, logits, stride);
+  });
 }
 
 // ---- one row: each head is one task from its queries to its share of y
 
 template <class W>
-void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool active, const W* after,
+void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool active, Pointer<W> after,
              float* y) {
   Arena& arena = ThreadArena();
   Head<W> head(a, h);
@@ -178,12 +204,13 @@ void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool act
   CopyPrefix(a, 0, h);
   if (!active) std::fill(context, context + a.head_size, 0.0f);
   if (!active && a.kv_active_only) return;
-  float* query = arena.Take<float>(a.head_size);
+  float *query = arena.Take<float>(a.head_size), *fresh = arena.Take<float>(a.head_size);
   const size_t slot = SlotOffset(a, 0, h, static_cast<size_t>(a.past[0]));
-  float *key = a.present_key + slot, *value = a.present_value + slot;
   if (active) Project(a, head, kQuery, 3, QueryFactor(a), &x, 1, &query);
-  Project(a, head, kKey, active ? 2 : 1, 1.0f, &x, 1, &key);
-  Project(a, head, kValue, active ? 1 : 0, 1.0f, &x, 1, &value);
+  Project(a, head, kKey, active ? 2 : 1, 1.0f, &x, 1, &fresh);
+  StoreSlot(a, fresh, a.present_key, slot);
+  Project(a, head, kValue, active ? 1 : 0, 1.0f, &x, 1, &fresh);
+  StoreSlot(a, fresh, a.present_value, slot);
   if (!active) return;
   const uint32_t token = 0;
   Attend(a, 0, h, &token, 1, query, 0, context, &arena);
@@ -206,7 +233,7 @@ ReadCount OneRow(const AttentionArgs& a, const Activations<W>* x, CallArena* are
   std::atomic<size_t> running{0};
   parallel.For(a.heads, [&](size_t h) {
     const size_t next = h + 1 + running++;  // see OneRow of sparse_ffn.cc
-    const W* after = nullptr;
+    Pointer<W> after{};
     if (next < a.heads && (masks[next] != 0 || !a.kv_active_only)) {
       const Head<W> head(a, next);
       after = head.w + (masks[next] != 0 ? kQuery : kKey) * head.part_size;
@@ -247,6 +274,9 @@ void ProjectTile(const AttentionArgs& a, const Activations<W>* rows, const Tilin
   const uint32_t active = tiling.masks[t * a.heads + h];
   const size_t all_rows = tiling.Count(t);
   const uint32_t all = all_rows == 32 ? ~0u : (1u << all_rows) - 1;
+  float* fresh =
+      ThreadArena().Take<float>(kTileRows * a.head_size);  // keys or values, before they are stored
+  // target(row, i): where the result of the i-th row in hand goes.
   const auto project = [&](Part part, uint32_t bits, size_t following, float factor, auto target) HWY_ATTR {
     uint32_t list[kTileRows];
     const Activations<W>* x[kTileRows];
@@ -255,19 +285,25 @@ void ProjectTile(const AttentionArgs& a, const Activations<W>* rows, const Tilin
     for (size_t i = 0; i < count; ++i) {
       const size_t row = tiling.First(t) + list[i];
       x[i] = rows + row;
-      out[i] = target(row);
+      out[i] = target(row, i);
     }
     if (count != 0) Project(a, head, part, following, factor, x, count, out);
   };
-  const auto slot = [&](size_t row) {
-    const size_t batch = row / a.tokens;
-    return SlotOffset(a, batch, h, static_cast<size_t>(a.past[batch]) + row % a.tokens);
-  };
   const uint32_t key_value = a.kv_active_only ? active : all;
+  const auto project_to = [&](void* cache, Part part, size_t following) HWY_ATTR {
+    project(part, key_value, following, 1.0f, [&](size_t, size_t i) { return fresh + i * a.head_size; });
+    uint32_t list[kTileRows];
+    const size_t count = RowsOf(key_value, list);
+    for (size_t i = 0; i < count; ++i) {
+      const size_t row = tiling.First(t) + list[i], batch = row / a.tokens;
+      const size_t slot = static_cast<size_t>(a.past[batch]) + row % a.tokens;
+      StoreSlot(a, fresh + i * a.head_size, cache, SlotOffset(a, batch, h, slot));
+    }
+  };
   project(kQuery, active, 2, QueryFactor(a),
-          [&](size_t row) { return query + row * a.width + h * a.head_size; });
-  project(kKey, key_value, 1, 1.0f, [&](size_t row) { return a.present_key + slot(row); });
-  project(kValue, key_value, 0, 1.0f, [&](size_t row) { return a.present_value + slot(row); });
+          [&](size_t row, size_t) { return query + row * a.width + h * a.head_size; });
+  project_to(a.present_key, kKey, 1);
+  project_to(a.present_value, kValue, 0);
 }
 
 // One batch entry, head and run of kTileRows tokens.

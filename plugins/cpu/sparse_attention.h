@@ -3,8 +3,9 @@
 // active heads of each row.
 //
 // Shapes: x [B, S, E], w [H, 4, D, E] (query, key, value rows, then the out_proj columns: one head is one
-// contiguous record), scales [H, 4, D], bqkv [H, 3, D], bo [E], past_* and present_* [B, H, T, D],
-// start, past [B], y and context [B, S, E]. H * D == E. Queries are scaled by 1/sqrt(D) after their bias.
+// contiguous record), scales [H, 4, D] (int4, packed to [H, 4, D, E / 2]: [H, 4, D, E / 64]), bqkv [H, 3, D],
+// bo [E], past_* and present_* [B, H, T, D], start, past [B], y and context [B, S, E]. H * D == E. Queries
+// are scaled by 1/sqrt(D) after their bias.
 //
 // Token s of row b has slot past[b] + s and sees slots start[b] ... past[b] + s; with none to see its context
 // is 0. An inactive head gets no query, no attention and no output rows, and context 0. Its key and value are
@@ -13,17 +14,22 @@
 //
 // The cache: present may be the same memory as past. If it is not, slots 0 ... past[b] - 1 are copied first
 // (with kv_active_only up to past[b] + S - 1, because some of the new ones may not be written); later slots
-// of present keep whatever the memory held.
+// of present keep whatever the memory held. It is float32 or float16: attention reads what it has stored,
+// and computes in float32.
 //
 // read.records: heads of which any part was read, per tile of rows (types.h). read.bytes: for each of the 4
-// parts (query, key, value, output) that was read, D * E weights and D scales. So an inactive head costs half
-// a record.
+// parts (query, key, value, output) that was read, D * E weights and their scales. So an inactive head costs
+// half a record.
 #pragma once
 
 #include "parallel.h"
 #include "types.h"
 
 namespace shadowc {
+
+enum class CacheType { kFloat32, kFloat16 };
+
+constexpr size_t BytesOf(CacheType type) { return type == CacheType::kFloat16 ? 2 : 4; }
 
 struct AttentionArgs {
   const float* x;
@@ -35,14 +41,15 @@ struct AttentionArgs {
   const float* bqkv;
   const float* bo;
   size_t heads, head_size, capacity;
-  const float* past_key;
-  const float* past_value;
+  CacheType cache;
+  const void* past_key;
+  const void* past_value;
   const int64_t* start;
   const int64_t* past;
   bool kv_active_only;
   float* y;
-  float* present_key;
-  float* present_value;
+  void* present_key;
+  void* present_value;
   float* context;
 };
 

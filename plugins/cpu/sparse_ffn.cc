@@ -24,8 +24,8 @@ HWY_INLINE float Relu(float u) { return u < 0.0f ? 0.0f : u; }  // NaN stays
 
 template <class W>
 ReadCount CountRead(size_t records, size_t second_halves, size_t width) {
-  const size_t half = width * sizeof(W) + sizeof(float);
-  return {static_cast<int64_t>(records), static_cast<int64_t>((records + second_halves) * half)};
+  const size_t bytes = (records + second_halves) * RowBytes<W>(width);
+  return {static_cast<int64_t>(records), static_cast<int64_t>(bytes)};
 }
 
 // ---- one row: the decode path, bound by memory bandwidth
@@ -49,11 +49,11 @@ struct Neurons {
 };
 
 // h of kCount neurons from their dot products with x.
-template <size_t kCount>
+template <size_t kCount, class W>
 HWY_INLINE void Activate(const FfnArgs& a, const Neurons& neurons, size_t k, float* h) {
   for (size_t c = 0; c < kCount; ++c) {
     const size_t f = neurons.Own(k + c);
-    h[c] = Relu(h[c] * a.scales[2 * f] + a.b1[f]);
+    h[c] = Relu(h[c] * RowScale<W>(a.scales, 2 * f) + a.b1[f]);
   }
 }
 
@@ -66,13 +66,13 @@ HWY_INLINE void PrefetchFactors(const FfnArgs& a, size_t neuron) {
 // Whole records, kCount at a time; while they are read, as many later ones are fetched into L2, line by line.
 template <size_t kCount, class W>
 void WholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
-  const W* w = static_cast<const W*>(a.w);
-  const size_t width = a.width, ahead = std::max(kCount, Ahead(2 * width * sizeof(W)));
+  const Pointer<W> w = PointerOf<W>(a.w, a.scales);
+  const size_t width = a.width, ahead = std::max(kCount, Ahead(2 * RowElements<W>(width) * sizeof(W)));
   const Activations<W>* row = &x;
   for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, 2 * width);
   for (size_t k = 0; k < neurons.count; k += kCount) {
-    const W *first[kCount], *second[kCount], *later_first[kCount], *later_second[kCount];
+    Pointer<W> first[kCount], second[kCount], later_first[kCount], later_second[kCount];
     for (size_t c = 0; c < kCount; ++c) {
       first[c] = w + size_t{neurons.Own(k + c)} * 2 * width;
       second[c] = first[c] + width;
@@ -84,8 +84,8 @@ void WholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neur
     const size_t here = std::min(kCount, neurons.count - k);
     float h[kCount];
     DotRows<1, kCount>(&row, first, width, more ? later_first : nullptr, h, kCount);
-    Activate<kCount>(a, neurons, k, h);
-    for (size_t c = 0; c < here; ++c) h[c] *= a.scales[2 * neurons[k + c] + 1];
+    Activate<kCount, W>(a, neurons, k, h);
+    for (size_t c = 0; c < here; ++c) h[c] *= RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
     if constexpr (kCount == 1) {
       Axpy(h[0], second[0], y, width, more ? later_second[0] : nullptr);
     } else {
@@ -112,12 +112,12 @@ ReadCount RowWholeRecords(const FfnArgs& a, const Activations<W>& x, const Neuro
 // a time, while the next four are fetched.
 template <class W>
 ReadCount RowSkippingZeros(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
-  const W* w = static_cast<const W*>(a.w);
-  const size_t width = a.width, ahead = std::max<size_t>(4, Ahead(width * sizeof(W)));
+  const Pointer<W> w = PointerOf<W>(a.w, a.scales);
+  const size_t width = a.width, ahead = std::max<size_t>(4, Ahead(RowElements<W>(width) * sizeof(W)));
   const Activations<W>* row = &x;
   for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, width);
-  const W* half[12];
+  Pointer<W> half[12];
   float factor[12];
   size_t queued = 0, added = 0;
   const auto add = [&](size_t count, size_t later) HWY_ATTR {
@@ -128,7 +128,7 @@ ReadCount RowSkippingZeros(const FfnArgs& a, const Activations<W>& x, const Neur
     std::copy(factor + count, factor + count + queued, factor);
   };
   for (size_t k = 0; k < neurons.count; k += 4) {
-    const W *first[4], *later_first[4];
+    Pointer<W> first[4], later_first[4];
     for (size_t c = 0; c < 4; ++c) {
       first[c] = w + size_t{neurons.Own(k + c)} * 2 * width;
       later_first[c] = w + size_t{neurons[k + ahead + c]} * 2 * width;
@@ -136,11 +136,11 @@ ReadCount RowSkippingZeros(const FfnArgs& a, const Activations<W>& x, const Neur
     }
     float h[4];
     DotRows<1, 4>(&row, first, width, k + ahead < neurons.with_next ? later_first : nullptr, h, 4);
-    Activate<4>(a, neurons, k, h);
+    Activate<4, W>(a, neurons, k, h);
     for (size_t c = 0; c < std::min<size_t>(4, neurons.count - k); ++c) {
       if (h[c] == 0.0f) continue;
       half[queued] = first[c] + width;
-      factor[queued++] = h[c] * a.scales[2 * neurons[k + c] + 1];
+      factor[queued++] = h[c] * RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
       if (added == 0 && queued <= 4) PrefetchStep(first[c] + width, width);
     }
     if (queued >= 8) add(4, 4);
@@ -158,8 +158,8 @@ template <class W>
 struct Group {
   size_t count = 0;
   uint32_t neuron[kGroup];
-  uint32_t rows[kGroup];     // bit r: row r of the tile computes the neuron
-  const W* half[2][kGroup];  // fc1 and fc2 halves; padded to a multiple of 4 with the last one
+  uint32_t rows[kGroup];       // bit r: row r of the tile computes the neuron
+  Pointer<W> half[2][kGroup];  // fc1 and fc2 halves; padded to a multiple of 4 with the last one
 };
 
 // Walks the neurons of the active units, a group at a time.
@@ -170,7 +170,7 @@ class Groups {
       : a_(a), masks_(masks), units_(units), count_(count) {}
 
   void Next(Group<W>* g) {
-    const W* w = static_cast<const W*>(a_.w);
+    const Pointer<W> w = PointerOf<W>(a_.w, a_.scales);
     g->count = 0;
     while (g->count < kGroup && unit_ < count_) {
       const size_t u = units_[unit_], f = u * a_.block + offset_;
@@ -222,7 +222,7 @@ HWY_INLINE void CollectRows(uint32_t bits, const Activations<W>* x, float* y, si
 template <class W>
 HWY_INLINE void FirstLayer(const FfnArgs& a, const Group<W>& g, const Group<W>& next, TileRows<W>* t) {
   for (size_t c = 0; c < g.count; c += 4) {
-    const W* const* later = c < next.count ? next.half[0] + c : nullptr;
+    const Pointer<W>* later = c < next.count ? next.half[0] + c : nullptr;
     ForRowGroups(t->count, [&](auto rows, size_t r) HWY_ATTR {
       DotRows<rows(), 4>(t->x + r, g.half[0] + c, a.width, later, t->h + r * kGroup + c, kGroup);
       later = nullptr;
@@ -233,7 +233,7 @@ HWY_INLINE void FirstLayer(const FfnArgs& a, const Group<W>& g, const Group<W>& 
     for (size_t c = 0; c < g.count; ++c) {
       const size_t f = g.neuron[c];
       const bool active = (g.rows[c] >> t->row[r] & 1) != 0;
-      h[c] = active ? Relu(h[c] * a.scales[2 * f] + a.b1[f]) : 0.0f;
+      h[c] = active ? Relu(h[c] * RowScale<W>(a.scales, 2 * f) + a.b1[f]) : 0.0f;
     }
   }
 }
@@ -267,7 +267,7 @@ HWY_INLINE void DropZeros(Group<W>* g, TileRows<W>* t) {
 template <class W>
 HWY_INLINE void SecondLayer(const FfnArgs& a, const Group<W>& g, const Group<W>& next, TileRows<W>* t) {
   for (size_t r = 0; r < t->count; ++r) {
-    for (size_t c = 0; c < g.count; ++c) t->h[r * kGroup + c] *= a.scales[2 * g.neuron[c] + 1];
+    for (size_t c = 0; c < g.count; ++c) t->h[r * kGroup + c] *= RowScale<W>(a.scales, 2 * g.neuron[c] + 1);
   }
   size_t later = a.skip_zeros ? 0 : next.count;
   ForRowGroups(t->count, [&](auto rows, size_t r) HWY_ATTR {
@@ -358,7 +358,7 @@ size_t ActiveNeurons(const FfnArgs& a, const RowSelection& selection, size_t beg
 
 template <class W>
 ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, const Parallel& parallel) {
-  const size_t pieces = PiecesOf(a, 2 * a.width * sizeof(W));
+  const size_t pieces = PiecesOf(a, 2 * RowElements<W>(a.width) * sizeof(W));
   const RowSelection selection = SelectionOf(a.selection, a.tokens, 0);
   const auto row = a.skip_zeros ? &RowSkippingZeros<W> : &RowWholeRecords<W>;
   float* partial = arena->Take<float>(pieces * a.width);
@@ -406,7 +406,7 @@ class ManyRows {
         rows_(a.batch * a.tokens),
         tiles_((rows_ + kTileRows - 1) / kTileRows),
         units_(a.selection.units),
-        pieces_(PiecesOf(a, 2 * a.width * sizeof(W))),
+        pieces_(PiecesOf(a, 2 * RowElements<W>(a.width) * sizeof(W))),
         masks_(arena->Take<uint32_t>(tiles_ * units_)),
         lists_(arena->Take<uint32_t>(tiles_ * units_)),
         counts_(arena->Take<size_t>(tiles_)) {

@@ -5,12 +5,40 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
+
+#include "hwy/base.h"
 
 namespace shadowc {
 
 // Element type of the packed weights. A further type needs: a name here, a LoadWide in rows-inl.h, one line
 // in DispatchWeights below and one in WeightTypeOf (ort_op.h).
-enum class WeightType { kFloat32, kInt8 };
+enum class WeightType { kFloat32, kBFloat16, kInt8, kInt4 };
+
+// Two weights of type int4, each stored as its value (-7 ... 7) plus 8. A row is cut into groups of
+// kInt4Group values that share a scale; byte j of a group holds value j in its low half and value
+// j + kInt4Group / 2 in its high half, so that a shift and an AND unpack whole registers.
+struct Int4Pair {
+  uint8_t both;
+};
+inline constexpr size_t kInt4Group = 64;
+
+template <class W>
+inline constexpr bool kIsInt4 = std::is_same_v<W, Int4Pair>;
+
+// What one record row of `width` weights is made of.
+template <class W>
+constexpr size_t RowElements(size_t width) {
+  return kIsInt4<W> ? width / 2 : width;
+}
+template <class W>
+constexpr size_t RowScales(size_t width) {
+  return kIsInt4<W> ? width / kInt4Group : 1;
+}
+template <class W>
+constexpr size_t RowBytes(size_t width) {
+  return RowElements<W>(width) * sizeof(W) + RowScales<W>(width) * sizeof(float);
+}
 
 // Calls f with a null pointer of the element type.
 template <class F>
@@ -19,8 +47,14 @@ void DispatchWeights(WeightType type, F&& f) {
     case WeightType::kFloat32:
       f(static_cast<const float*>(nullptr));
       return;
+    case WeightType::kBFloat16:
+      f(static_cast<const hwy::bfloat16_t*>(nullptr));
+      return;
     case WeightType::kInt8:
       f(static_cast<const int8_t*>(nullptr));
+      return;
+    case WeightType::kInt4:
+      f(static_cast<const Int4Pair*>(nullptr));
       return;
   }
 }

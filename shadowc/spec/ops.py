@@ -30,6 +30,8 @@ class Operand:
     meaning: str
     role: Role = "always"
     """"kernel": only machine code produces it, the ONNX function does not."""
+    packed: tuple[str, ...] = ()
+    """Shape where weights are int4; empty: the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,13 +59,18 @@ class OpSpec:
 _F32 = ("float32",)
 _I32 = ("int32",)
 _I64 = ("int64",)
-_CACHE = ("float32",)
-WEIGHT_TYPES = ("float32", "int8")
+_CACHE = ("float32", "float16")
+WEIGHT_TYPES = ("float32", "bfloat16", "int8", "uint8")
+"""Types of records on the CPU; uint8 holds pairs of int4."""
+INT4_GROUP = 64
+"""Values of a row that share a scale. A value q in -7..7 is stored as q + 8; byte j of the 32 of a group holds value j
+in its low half and value j + 32 in its high half."""
 
 _SCORES = Operand(
     "scores", ("B|1", "Z", "L", "N"), _F32, "score of every unit of every predicted layer, for the last Z tokens"
 )
 _THRESHOLD = Operand("threshold", ("B|1", "Z", "L"), _F32, "a unit is active unless score < threshold")
+_SCALES = "factor per record row, of int4 per group; ones for float weights"
 _LAYER = Attribute("layer", "int", 0, "which of the L rows of scores and threshold belongs to this node")
 _READ = Operand("read", ("2",), _I64, "records and bytes of w and scales really read", role="kernel")
 
@@ -99,9 +106,13 @@ SPARSE_ATTENTION = OpSpec(
         _SCORES,
         _THRESHOLD,
         Operand(
-            "w", ("H", "4", "D", "E"), WEIGHT_TYPES, "head records: q, k, v rows, then out_proj columns transposed"
+            "w",
+            ("H", "4", "D", "E"),
+            WEIGHT_TYPES,
+            "head records: q, k, v rows, then out_proj columns transposed",
+            packed=("H", "4", "D", "E/2"),
         ),
-        Operand("scales", ("H", "4", "D"), _F32, "factor per record row; ones for float weights"),
+        Operand("scales", ("H", "4", "D"), _F32, _SCALES, packed=("H", "4", "D", f"E/{INT4_GROUP}")),
         Operand("bqkv", ("H", "3", "D"), _F32, "biases of q, k, v"),
         Operand("bo", ("E",), _F32, "bias of out_proj; stays even if no head is active"),
         Operand("past_key", ("B", "H", "T", "D"), _CACHE, "cache before this call"),
@@ -137,8 +148,10 @@ SPARSE_FFN = OpSpec(
         Operand("x", ("B", "S", "E"), _F32, "normalised hidden states"),
         _SCORES,
         _THRESHOLD,
-        Operand("w", ("F", "2", "E"), WEIGHT_TYPES, "neuron records: fc1 row, then fc2 column"),
-        Operand("scales", ("F", "2"), _F32, "factor per record row; ones for float weights"),
+        Operand(
+            "w", ("F", "2", "E"), WEIGHT_TYPES, "neuron records: fc1 row, then fc2 column", packed=("F", "2", "E/2")
+        ),
+        Operand("scales", ("F", "2"), _F32, _SCALES, packed=("F", "2", f"E/{INT4_GROUP}")),
         Operand("b1", ("F",), _F32, "bias of fc1"),
         Operand("b2", ("E",), _F32, "bias of fc2; with nothing active it is the result"),
     ),
@@ -179,5 +192,6 @@ def tensorrt_inputs(spec: OpSpec) -> tuple[Operand, ...]:
         if operand.name == "w":
             inputs += _SPLIT[spec.name]
         else:
-            inputs.append(replace(operand, types=ACTIVATION_TYPES) if operand.name in _NARROW else operand)
+            types = ACTIVATION_TYPES if operand.name in _NARROW else operand.types
+            inputs.append(replace(operand, types=types, packed=()))
     return tuple(inputs)

@@ -22,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from shadowc.spec.errors import InternalError
-from shadowc.spec.ops import DOMAIN, OPS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, VERSION, OpSpec
+from shadowc.spec.ops import DOMAIN, INT4_GROUP, OPS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, VERSION, OpSpec
 
 OPSET = 20
 
@@ -39,11 +39,13 @@ _ATTRIBUTE_TYPES = {
 class Nodes:
     """Collects nodes in order: `nodes.MatMul(a, b)` adds one named node and returns the name of its result.
 
-    `out` names the result, and with it the node; without it, both are numbered.
+    `out` names the result, and with it the node; without it, both are numbered. `prefix` starts all names: of the
+    nodes of a branch.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, prefix: str = "") -> None:
         self.protos: list[onnx.NodeProto] = []
+        self._prefix = prefix
         self._known: dict[str, str] = {}
 
     def __getattr__(self, op_type: str) -> Callable[..., str]:
@@ -53,7 +55,7 @@ class Nodes:
 
     def add(self, op_type: str, *inputs: str, out: str = "", ignored: int = 0, **attributes: object) -> str:
         """Append a node; `ignored` counts further outputs that nobody reads."""
-        out = out or f"{op_type.lower()}_{len(self.protos)}"
+        out = self._prefix + (out or f"{op_type.lower()}_{len(self.protos)}")
         outputs = [out, *(f"{out}.ignored_{i}" for i in range(ignored))]
         node = helper.make_node(op_type, list(inputs), outputs, name=f"node.{out}")
         node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
@@ -233,18 +235,43 @@ def _unit_mask(n: Nodes) -> str:
     return n.Concat(dense, tail_BZN, axis=1, out="unit_mask")
 
 
-def _records(n: Nodes) -> str:
-    """`w` as float32, times the scale of each record row."""
-    return n.Mul(n.Cast("w", to=TensorProto.FLOAT), n.Unsqueeze("scales", n.ints(-1)), out="records")
+def _records(n: Nodes, *, int4: bool) -> str:
+    """`w` as float32, times the scale of each record row, or of each group if scales have an axis for groups."""
+    if not int4:
+        return n.Mul(n.Cast("w", to=TensorProto.FLOAT), n.Unsqueeze("scales", n.ints(-1)), out="records")
+    grouped = n.Equal(n.Size(n.Shape("scales")), n.Size(n.Shape("w")), out="grouped")
+    packed, plain = Nodes("int4."), Nodes("plain.")
+    _unpacked(packed)
+    _records(plain, int4=False)
+    return n.If(grouped, then_branch=_branch(packed), else_branch=_branch(plain), out="records")
+
+
+def _unpacked(n: Nodes) -> None:
+    """Records of int4: arithmetic instead of shifts, which w's other types do not have; shapes go through x, so that
+    no runtime tries the branch on other weights at the start."""
+    nothing = n.Mul(n.sizes("x", 0, 1), n.ints(0))
+    half = n.Concat(n.Add(n.Shape("scales"), nothing), n.ints(INT4_GROUP // 2), axis=0)
+    bytes_ = n.Cast(n.Reshape("w", half), to=TensorProto.FLOAT)
+    high = n.Floor(n.Div(bytes_, n.float32(16.0)))
+    low = n.Sub(bytes_, n.Mul(high, n.float32(16.0)))
+    values = n.Sub(n.Concat(low, high, axis=-1), n.float32(8.0))
+    rows = n.Concat(n.Shape("w", start=0, end=-1), n.ints(-1), axis=0)
+    n.Reshape(n.Mul(values, n.Unsqueeze("scales", n.ints(-1))), rows, out="records")
+
+
+def _branch(nodes: Nodes) -> onnx.GraphProto:
+    """The nodes as the body of an If; the last one's result is its value."""
+    name = nodes.protos[-1].output[0]
+    return helper.make_graph(nodes.protos, name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)])
 
 
 # --- SparseFFN ---------------------------------------------------------------------------------------------
 
 
-def sparse_ffn_body(n: Nodes) -> None:
-    """Write SparseFFN over the record tensor `w`."""
+def sparse_ffn_body(n: Nodes, *, int4: bool = True) -> None:
+    """Write SparseFFN over the record tensor `w`, which may be packed int4 unless the caller knows better."""
     mask_BSF = _neuron_mask(n, _unit_mask(n))
-    records = _records(n)
+    records = _records(n, int4=int4)
     fc1_EF = n.Transpose(n.row(records, 0), perm=[1, 0])
     fired_BSF = n.Relu(n.Add(n.MatMul("x", fc1_EF), "b1"), out="fired")
     kept_BSF = n.Where(mask_BSF, fired_BSF, n.float32(0.0), out="kept")
@@ -263,11 +290,11 @@ def _neuron_mask(n: Nodes, mask_BSN: str) -> str:
 # --- SparseAttention ---------------------------------------------------------------------------------------
 
 
-def sparse_attention_body(n: Nodes) -> None:
-    """Write SparseAttention over the record tensor `w`."""
+def sparse_attention_body(n: Nodes, *, int4: bool = True) -> None:
+    """Write SparseAttention over the record tensor `w`, which may be packed int4 unless the caller knows better."""
     mask_BHS = n.Transpose(_unit_mask(n), perm=[0, 2, 1], out="head_mask")
     mask_BHS1 = n.Unsqueeze(mask_BHS, n.ints(3))
-    records = _records(n)
+    records = _records(n, int4=int4)
     query, key, value = (_projection(n, records, row, out) for row, out in enumerate(("query", "key", "value")))
     slot_T = n.Range(n.integer(0), n.Squeeze(n.sizes("past_key", 2, 3)), n.integer(1), out="slot")
     past_B1, start_B1 = n.Unsqueeze("past", n.ints(1)), n.Unsqueeze("start", n.ints(1))
@@ -293,7 +320,7 @@ def sparse_attention_body(n: Nodes) -> None:
 
     flat = n.Concat(n.sizes("x", 0, 2), n.ints(-1), axis=0)
     n.Reshape(n.Transpose(context_BHSD, perm=[0, 2, 1, 3]), flat, out="context")
-    rows = n.Concat(n.ints(-1), n.sizes("w", 3, 4), axis=0)
+    rows = n.Concat(n.ints(-1), n.sizes("x", 2, 3), axis=0)
     n.Add(n.MatMul("context", n.Reshape(n.row(records, 3), rows)), "bo", out="y")
 
 

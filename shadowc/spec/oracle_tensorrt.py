@@ -40,7 +40,7 @@ def _ffn() -> onnx.FunctionProto:
     n.Cast(_GIVEN, to=TensorProto.FLOAT, out="x")
     halves = (n.Unsqueeze(_weight(n, name), n.ints(1)) for name in ("w1", "w2t"))
     n.Concat(*halves, axis=1, out="w")
-    sparse_ffn_body(n)
+    sparse_ffn_body(n, int4=False)
     n.CastLike("y", _GIVEN, out="result.y")
     return _function(SPARSE_FFN, n, ["result.y"])
 
@@ -52,7 +52,7 @@ def _attention() -> onnx.FunctionProto:
     shape = n.Concat(heads, n.ints(1), size, n.ints(-1), axis=0)
     parts = (n.Reshape(_weight(n, name), shape) for name in ("wq", "wk", "wv", "wot"))
     n.Concat(*parts, axis=1, out="w")
-    sparse_attention_body(n)
+    sparse_attention_body(n, int4=False)
     n.CastLike("y", _GIVEN, out="result.y")
     n.CastLike("context", _GIVEN, out="result.context")
     return _function(SPARSE_ATTENTION, n, ["result.y", "present_key", "present_value", "result.context"])

@@ -78,7 +78,9 @@ def build(*, asan: bool = False, kernels: Path = KERNELS) -> Path:
     """
     cxx, headers, flags = compiler(), cuda_headers(), _flags(asan=asan)
     # By name: the library must not depend on where the folders lie.
-    files = sorted((f for folder in (kernels, SHIM) for f in folder.iterdir() if f.suffix in _SUFFIXES), key=attrgetter("name"))
+    files = sorted(
+        (f for folder in (kernels, SHIM) for f in folder.iterdir() if f.suffix in _SUFFIXES), key=attrgetter("name")
+    )
     included = [file for file in files if file.suffix in {".cuh", ".h"}]
     shared = _digest(included, cxx, str(headers), *flags, _processor())
     command = [cxx, *flags, "-isystem", str(headers), f"-I{SHIM}", f"-I{kernels}"]

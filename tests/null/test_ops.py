@@ -5,11 +5,11 @@ from __future__ import annotations
 
 import pytest
 
-from shadowc.spec.ops import DOMAIN, OPS, VERSION, WEIGHT_TYPES, OpSpec
+from shadowc.spec.ops import DOMAIN, INT4_GROUP, OPS, VERSION, WEIGHT_TYPES, OpSpec
 
 EACH_OP = pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
 LETTERS = set("BSZTEHDFNL")
-ELEMENT_TYPES = {"float32", "float16", "int8", "int32", "int64"}
+ELEMENT_TYPES = {"float32", "float16", "bfloat16", "int8", "uint8", "int32", "int64"}
 PYTHON_TYPES = {"int": int, "ints": tuple, "string": str}
 
 
@@ -66,3 +66,12 @@ def test_weights_come_with_one_scale_per_record_row() -> None:
         operands = {operand.name: operand for operand in spec.inputs}
         assert operands["w"].types == WEIGHT_TYPES
         assert operands["scales"].shape == operands["w"].shape[:-1]
+
+
+def test_int4_comes_in_pairs_with_one_scale_per_group() -> None:
+    for spec in OPS[1:]:
+        operands = {operand.name: operand for operand in spec.inputs}
+        *rows, width = operands["w"].shape
+        assert operands["w"].packed == (*rows, f"{width}/2")
+        assert operands["scales"].packed == (*rows, f"{width}/{INT4_GROUP}")
+        assert [name for name, operand in operands.items() if operand.packed] == ["w", "scales"]

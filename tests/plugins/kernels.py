@@ -8,6 +8,7 @@ import os
 import pathlib
 import platform
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnxruntime
@@ -20,12 +21,19 @@ MACHINE = platform.machine()
 TYPES = {
     np.dtype(np.float32): TensorProto.FLOAT,
     np.dtype(np.float16): TensorProto.FLOAT16,
+    np.dtype(ml_dtypes.bfloat16): TensorProto.BFLOAT16,
     np.dtype(np.int8): TensorProto.INT8,
+    np.dtype(np.uint8): TensorProto.UINT8,
     np.dtype(np.int32): TensorProto.INT32,
     np.dtype(np.int64): TensorProto.INT64,
 }
 TOLERANCE = 2e-5
-"""float32 sums of up to a few thousand products, relative to the largest value (or 1 if that is smaller)."""
+"""float32 sums of up to a few thousand products, relative to the largest value (or 1 if that is smaller). It holds for
+every type of weights: each is exactly what it is, and sums are float32."""
+CACHE_TOLERANCE = {"float32": TOLERANCE, "float16": 2.0**-10}
+"""Between caches that two implementations filled, and what attention makes of them: float32 sums that differ in their
+last bits can round to neighbours in float16, which are 2^-10 apart."""
+WEIGHTS = ("float32", "bfloat16", "int8", "int4")
 
 
 def library() -> pathlib.Path:
@@ -46,7 +54,10 @@ def model(spec: ops.OpSpec, types: dict[str, np.dtype], ranks: dict[str, int], a
     )
     inputs = [helper.make_tensor_value_info(name, TYPES[types[name]], [None] * ranks[name]) for name in types]
     outputs = [
-        helper.make_tensor_value_info(operand.name, TYPES[np.dtype(operand.types[0])], None) for operand in spec.outputs
+        helper.make_tensor_value_info(
+            operand.name, TYPES[types.get(operand.name.replace("present", "past"), np.dtype(operand.types[0]))], None
+        )
+        for operand in spec.outputs
     ]
     opsets = [helper.make_opsetid("", oracle.OPSET), helper.make_opsetid(ops.DOMAIN, ops.VERSION)]
     graph = helper.make_graph([node], "one_node", inputs, outputs)
@@ -91,7 +102,21 @@ def run(
         threads,
         kernel,
     )
-    return dict(zip((output.name for output in made.get_outputs()), made.run(None, arrays), strict=True))
+    return dict(zip((output.name for output in made.get_outputs()), _results(made, arrays), strict=True))
+
+
+def _results(made: onnxruntime.InferenceSession, arrays: dict[str, np.ndarray]) -> list[np.ndarray]:
+    if all(array.dtype != ml_dtypes.bfloat16 for array in arrays.values()):
+        return list(made.run(None, arrays))
+    values = {name: ort_value(np.ascontiguousarray(array)) for name, array in arrays.items()}
+    return [value.numpy() for value in made.run_with_ort_values(None, values)]
+
+
+def ort_value(array: np.ndarray) -> onnxruntime.OrtValue:
+    """The array as ONNX Runtime takes it; its own numpy knows no bfloat16. It borrows the memory."""
+    if array.dtype != ml_dtypes.bfloat16:
+        return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+    return onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array.view(np.uint16), TensorProto.BFLOAT16)
 
 
 def oracle_run(spec: ops.OpSpec, arrays: dict[str, np.ndarray], **attributes: object) -> dict[str, np.ndarray]:
@@ -110,7 +135,19 @@ def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = TOL
 
 def weights(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """Random records and scales; the products have a standard deviation of about 0.1."""
+    if dtype == "int4":
+        groups = (*shape[:-1], shape[-1] // ops.INT4_GROUP)
+        low, high = rng.integers(1, 16, (2, *shape[:-1], shape[-1] // 2))
+        return (low + 16 * high).astype(np.uint8), rng.uniform(0.5, 1.5, groups).astype(np.float32) * np.float32(
+            0.1 / 4.3
+        )
     scales = rng.uniform(0.5, 1.5, shape[:-1]).astype(np.float32)
     if dtype == "int8":
         return rng.integers(-127, 128, shape, dtype=np.int8), scales * np.float32(0.1 / 73)
-    return rng.standard_normal(shape, dtype=np.float32) * np.float32(0.1), scales
+    values = rng.standard_normal(shape, dtype=np.float32) * np.float32(0.1)
+    return values.astype(ml_dtypes.bfloat16) if dtype == "bfloat16" else values, scales
+
+
+def width_for(dtype: str, width: int) -> int:
+    """The width, or for int4 the next one that its groups divide."""
+    return -(-width // ops.INT4_GROUP) * ops.INT4_GROUP if dtype == "int4" else width

@@ -23,6 +23,20 @@ class Read:
     bytes: int
 
 
+def real(w, scales):
+    """Records as float64: each row times its scale; int4 (uint8, low half first) by groups of twice 32 values."""
+    if w.dtype != np.uint8:
+        return w.astype(np.float64) * scales[..., None]
+    bytes_ = w.reshape(*scales.shape, 32).astype(np.int64)
+    values = np.concatenate([bytes_ % 16, bytes_ // 16], axis=-1) - 8
+    return (values * scales[..., None].astype(np.float64)).reshape(*w.shape[:-1], -1)
+
+
+def row_bytes(w, scales):
+    """Bytes of one record row and its scales."""
+    return (w.nbytes + scales.nbytes) // w[..., 0].size
+
+
 def unit_mask(x, scores, threshold, layer):
     """[B,S,N] bool: dense before the last Z tokens, then not(score < threshold)."""
     (B, S, _), Z, N = x.shape, scores.shape[1], scores.shape[3]
@@ -54,9 +68,9 @@ def select_threshold(scores, density, scope="local", exempt=(-1,), min_active=0)
 
 
 def sparse_ffn(x, scores, threshold, w, scales, b1, b2, layer=0, block=1, skip_zeros=0):
-    F, E = w.shape[0], x.shape[2]
+    F = w.shape[0]
     mask = np.repeat(unit_mask(x, scores, threshold, layer), block, axis=2)[:, :, :F]
-    records = w.astype(np.float64) * scales[..., None]
+    records = real(w, scales)
     hidden = x.astype(np.float64) @ records[:, 0].T + b1
     hidden = np.where(mask, np.where(hidden < 0, 0, hidden), 0)  # NaN stays
     y = hidden @ records[:, 1] + b2
@@ -67,16 +81,23 @@ def sparse_ffn(x, scores, threshold, w, scales, b1, b2, layer=0, block=1, skip_z
         needed = rows[first : first + TILE].any(0)
         touched += needed.sum()
         halves += needed.sum() + (fired[first : first + TILE].any(0) if skip_zeros else needed).sum()
-    return y, Read(int(touched), int(halves) * (E * w.itemsize + 4))
+    return y, Read(int(touched), int(halves) * row_bytes(w, scales))
 
 
-def sparse_attention(x, scores, threshold, w, scales, bqkv, bo, past_key, past_value, start, past, layer=0, kv="all"):
-    """Y, present_key, present_value, context and Read; slots that no new token took keep what past held."""
+def sparse_attention(
+    x, scores, threshold, w, scales, bqkv, bo, past_key, past_value, start, past, layer=0, kv="all", stored=None
+):
+    """Y, present_key, present_value, context and Read; slots that no new token took keep what past held.
+
+    `stored`: keys and values to attend to in place of those computed here, as a narrow cache has rounded them.
+    """
     B, S, E = x.shape
     H, _, D, _ = w.shape
     mask = unit_mask(x, scores, threshold, layer)
-    records = w.astype(np.float64) * scales[..., None]
+    records = real(w, scales)
     key, value = past_key.astype(np.float64), past_value.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # slots that nobody wrote may hold signalling NaN
+        kept_key, kept_value = (array.astype(np.float64) for array in stored or (key, value))
     context = np.zeros((B, S, H, D))
     for b, h in np.ndindex(B, H):
         q, k, v = (x[b].astype(np.float64) @ records[h, part].T + bqkv[h, part] for part in range(3))
@@ -86,9 +107,9 @@ def sparse_attention(x, scores, threshold, w, scales, bqkv, bo, past_key, past_v
         for s in range(S):
             seen = slice(start[b], past[b] + s + 1)
             if mask[b, s, h] and seen.start < seen.stop:
-                logits = key[b, h, seen] @ q[s] / np.sqrt(D)
+                logits = kept_key[b, h, seen] @ q[s] / np.sqrt(D)
                 share = np.exp(logits - logits.max())
-                context[b, s, h] = share / share.sum() @ value[b, h, seen]
+                context[b, s, h] = share / share.sum() @ kept_value[b, h, seen]
     context = context.reshape(B, S, E)
     y = context @ records[:, 3].reshape(E, E) + bo
 
@@ -97,4 +118,4 @@ def sparse_attention(x, scores, threshold, w, scales, bqkv, bo, past_key, past_v
         needed = rows[first : first + TILE].any(0)
         touched += H if kv == "all" else needed.sum()
         parts += 4 * needed.sum() + (2 * (~needed).sum() if kv == "all" else 0)
-    return y, key, value, context, Read(int(touched), int(parts) * D * (E * w.itemsize + 4))
+    return y, key, value, context, Read(int(touched), int(parts) * D * row_bytes(w, scales))

@@ -14,20 +14,27 @@ from hypothesis import strategies as st
 from shadowc.spec.ops import SPARSE_ATTENTION
 from tests.plugins import kernels, numpy_reference
 
-WEIGHTS = ("float32", "int8")
+WEIGHTS = kernels.WEIGHTS
+CACHES = tuple(kernels.CACHE_TOLERANCE)
 
 
-def operands(rng, *, B=1, S=1, Z=1, L=2, H=3, D=16, T=12, dtype="float32", shared=False, fixed_mask=False):
-    """Random operands; cache slots outside start .. past are NaN. `fixed_mask`: all tokens have the first one's."""
+def operands(
+    rng, *, B=1, S=1, Z=1, L=2, H=3, D=16, T=12, dtype="float32", cache="float32", shared=False, fixed_mask=False
+):
+    """Random operands; cache slots outside start .. past are NaN. `fixed_mask`: all tokens have the first one's.
+
+    int4 heads are as large as the groups ask for.
+    """
+    D = D if H * D == kernels.width_for(dtype, H * D) else kernels.width_for(dtype, D)
     E, W = H * D, 1 if shared else B
     w, scales = kernels.weights(rng, (H, 4, D, E), dtype)
     past = rng.integers(0, T - S + 1, B)
     start = np.minimum(rng.integers(0, 4, B) * rng.integers(0, 2, B), past + S)
-    key, value = (rng.standard_normal((B, H, T, D), dtype=np.float32) for _ in range(2))
+    key, value = (rng.standard_normal((B, H, T, D), dtype=np.float32).astype(cache) for _ in range(2))
     for b in range(B):
-        for cache in (key, value):
-            cache[b, :, : start[b]] = np.nan
-            cache[b, :, past[b] :] = np.nan
+        for kept in (key, value):
+            kept[b, :, : start[b]] = np.nan
+            kept[b, :, past[b] :] = np.nan
     scores = rng.standard_normal((W, Z, L, H), dtype=np.float32)
     threshold = rng.standard_normal((W, Z, L), dtype=np.float32) * np.float32(0.5)
     if fixed_mask:
@@ -60,14 +67,17 @@ def live(cache, arrays):
 
 def assert_as_defined(arrays, **attributes):
     found, read = attend(arrays, **attributes)
-    y, key, value, context, expected_read = numpy_reference.sparse_attention(**arrays, **attributes)
+    stored = found["present_key"], found["present_value"]
+    y, key, value, context, expected_read = numpy_reference.sparse_attention(**arrays, **attributes, stored=stored)
     oracle = kernels.oracle_run(SPARSE_ATTENTION, arrays, **attributes)
+    tolerance = kernels.CACHE_TOLERANCE[str(stored[0].dtype)]
     for name, expected in (("y", y), ("context", context)):
         kernels.assert_close(found[name], expected)
-        kernels.assert_close(found[name], oracle[name])
+        kernels.assert_close(found[name], oracle[name], tolerance)
     for name, expected in (("present_key", key), ("present_value", value)):
-        kernels.assert_close(live(found[name], arrays), live(expected, arrays))
-        kernels.assert_close(live(found[name], arrays), live(oracle[name], arrays))
+        assert found[name].dtype == arrays["past_key"].dtype
+        kernels.assert_close(live(found[name], arrays), live(expected, arrays), tolerance)
+        kernels.assert_close(live(found[name], arrays), live(oracle[name], arrays), tolerance)
     assert read == expected_read
 
 
@@ -82,29 +92,64 @@ def assert_as_defined(arrays, **attributes):
     room=st.integers(0, 20),
     layer=st.integers(0, 2),
     dtype=st.sampled_from(WEIGHTS),
+    cache=st.sampled_from(CACHES),
     shared=st.booleans(),
 )
-def test_attention_equals_its_definition(seed, B, S, tail, H, D, room, layer, dtype, shared):
-    rng = np.random.default_rng(seed)
-    arrays = operands(rng, B=B, S=S, Z=round(tail * S), L=3, H=H, D=D, T=S + room, dtype=dtype, shared=shared)
+def test_attention_equals_its_definition(seed, B, S, tail, H, D, room, layer, dtype, cache, shared):
+    rng, sizes = np.random.default_rng(seed), {"L": 3, "H": H, "D": D, "T": S + room}
+    arrays = operands(rng, B=B, S=S, Z=round(tail * S), **sizes, dtype=dtype, cache=cache, shared=shared)
     assert_as_defined(arrays, layer=layer)
 
 
-@pytest.mark.parametrize("dtype", WEIGHTS)
+@pytest.mark.parametrize(("dtype", "cache"), [*((dtype, "float32") for dtype in WEIGHTS), ("float32", "float16")])
 @pytest.mark.parametrize(("B", "S"), [(1, 1), (2, 1), (1, 6), (3, 4)])
-def test_attention_equals_its_definition_when_only_active_heads_keep_a_cache(B, S, dtype):
+def test_attention_equals_its_definition_when_only_active_heads_keep_a_cache(B, S, dtype, cache):
     rng = np.random.default_rng(20)
     for _ in range(4):
-        assert_as_defined(operands(rng, B=B, S=S, Z=S, H=4, dtype=dtype, fixed_mask=True), layer=1, kv="active")
+        arrays = operands(rng, B=B, S=S, Z=S, H=4, dtype=dtype, cache=cache, fixed_mask=True)
+        assert_as_defined(arrays, layer=1, kv="active")
 
 
-@pytest.mark.parametrize("dtype", WEIGHTS)
+@pytest.mark.parametrize(("dtype", "cache"), [*((dtype, "float32") for dtype in WEIGHTS), ("float32", "float16")])
 @pytest.mark.parametrize(
     ("B", "S", "H", "D", "T"),
     [(1, 1, 12, 64, 300), (40, 1, 2, 32, 9), (1, 100, 2, 128, 128), (3, 45, 4, 80, 64), (1, 70, 3, 24, 200)],
 )
-def test_attention_equals_its_definition_when_work_is_cut_into_tiles(B, S, H, D, T, dtype):
-    assert_as_defined(operands(np.random.default_rng(21), B=B, S=S, Z=S, H=H, D=D, T=T, dtype=dtype), layer=1)
+def test_attention_equals_its_definition_when_work_is_cut_into_tiles(B, S, H, D, T, dtype, cache):
+    arrays = operands(np.random.default_rng(21), B=B, S=S, Z=S, H=H, D=D, T=T, dtype=dtype, cache=cache)
+    assert_as_defined(arrays, layer=1)
+
+
+@pytest.mark.parametrize("D", [1, 3, 16, 33])
+@pytest.mark.parametrize("S", [1, 3])
+def test_attention_rounds_to_a_float16_cache_as_ieee_does_and_attends_to_what_it_stored(S, D):
+    """Biases alone make the keys and values, so that float16 numpy gives the same bits: ties, subnormals, infinity."""
+    arrays = operands(np.random.default_rng(34), S=S, Z=0, D=D, cache="float16")
+    arrays["w"][:, 1:3] = 0
+    special = np.array([1 + 2**-11, 1 + 3 * 2**-11, 6e-8, 2.0**-26, 65519, 65520, -0.1], np.float32)
+    arrays["bqkv"][:, 1:] = np.resize(special, arrays["bqkv"][:, 1:].shape)
+    found, _ = attend(arrays)
+    at = arrays["past"][0]
+    with np.errstate(over="ignore"):
+        for row, name in enumerate(("present_key", "present_value"), start=1):
+            expected = np.broadcast_to(arrays["bqkv"][:, row].astype(np.float16)[:, None], (3, S, D))
+            np.testing.assert_array_equal(found[name][0, :, at : at + S], expected)
+
+
+def test_a_kernel_that_attends_to_unrounded_keys_would_be_found():
+    arrays = operands(np.random.default_rng(35), S=4, Z=0, H=4, D=64, cache="float16")
+    arrays["past"][:] = arrays["start"][:] = 0
+    rounded, _ = attend(arrays)
+    float32 = {name: arrays[name].astype(np.float32) for name in ("past_key", "past_value")}
+    with pytest.raises(AssertionError):
+        kernels.assert_close(rounded["context"], attend(arrays | float32)[0]["context"])
+
+
+def test_attention_refuses_a_cache_of_two_types():
+    arrays = operands(np.random.default_rng(36))
+    arrays["past_value"] = arrays["past_value"].astype(np.float16)
+    with pytest.raises(Exception, match="SparseAttention"):
+        attend(arrays)
 
 
 def test_attention_continues_what_a_prefill_began():
@@ -127,8 +172,9 @@ def test_attention_continues_what_a_prefill_began():
 
 @pytest.mark.parametrize(("B", "S"), [(1, 1), (2, 7)])
 @pytest.mark.parametrize("kv", ["all", "active"])
-def test_attention_updates_the_cache_in_place_when_one_buffer_is_bound_twice(B, S, kv):
-    arrays = operands(np.random.default_rng(23), B=B, S=S, Z=S, H=4, fixed_mask=True)
+@pytest.mark.parametrize("cache", CACHES)
+def test_attention_updates_the_cache_in_place_when_one_buffer_is_bound_twice(B, S, kv, cache):
+    arrays = operands(np.random.default_rng(23), B=B, S=S, Z=S, H=4, cache=cache, fixed_mask=True)
     separate, _ = attend(arrays, kv=kv)
     types = {name: array.dtype for name, array in arrays.items()}
     ranks = {name: array.ndim for name, array in arrays.items()}
@@ -278,5 +324,7 @@ def test_attention_refuses_attributes_and_types_when_the_session_is_made():
     with pytest.raises(Exception, match="attribute kv must be 'all' or 'active', found 'some'"):
         attend(arrays, kv="some")
     arrays["w"] = arrays["w"].astype(np.int32)
-    with pytest.raises(Exception, match="the element type of w must be float32 or int8, found int32"):
+    with pytest.raises(
+        Exception, match="the element type of w must be float32, bfloat16, int8, or uint8 .*, found int32"
+    ):
         attend(arrays)

@@ -13,12 +13,13 @@ from hypothesis import strategies as st
 from shadowc.spec.ops import SPARSE_FFN
 from tests.plugins import kernels, numpy_reference
 
-WEIGHTS = ("float32", "int8")
+WEIGHTS = kernels.WEIGHTS
 
 
 def operands(rng, *, B=1, S=1, Z=1, L=2, F=40, E=48, block=1, dtype="float32", shared=False):
     """Random operands; `shared`: one mask row set for all of the batch. About half of the units are active."""
     N, W = -(-F // block), 1 if shared else B
+    E = kernels.width_for(dtype, E)
     w, scales = kernels.weights(rng, (F, 2, E), dtype)
     return {
         "x": rng.standard_normal((B, S, E), dtype=np.float32),
@@ -80,10 +81,10 @@ def test_ffn_reads_nothing_beyond_its_rows_when_width_leaves_a_remainder(E, dtyp
     arrays["threshold"][:] = 0
     arrays["scores"][:] = -1
     arrays["scores"][:, :, :, 4] = 1
-    if dtype == "float32":
-        arrays["w"][[0, 1, 2, 3, 5, 6, 7, 8]] = np.nan
+    clean = {name: array.copy() for name, array in arrays.items()}
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    arrays["scales" if dtype.startswith("int") else "w"][others] = np.nan
     y, _ = ffn(arrays, layer=0, block=1, skip_zeros=0)
-    clean = dict(arrays, w=np.nan_to_num(arrays["w"]))
     kernels.assert_close(y, numpy_reference.sparse_ffn(**clean)[0])
 
 
@@ -220,6 +221,22 @@ def test_ffn_says_what_it_expected_when_shapes_disagree(change, says):
         ffn(arrays)
 
 
+@pytest.mark.parametrize(
+    ("width", "change", "says"),
+    [
+        (96, {}, r"E \(axis 2 of x\) must be a multiple of 64, the group of int4 weights, found 96"),
+        (128, {"w": (40, 2, 128)}, r"w must be \[F, 2, E / 2\] = \[40, 2, 64\], found \[40, 2, 128\]"),
+        (128, {"scales": (40, 2)}, r"scales must be \[F, 2, E / 64\] = \[40, 2, 2\], found \[40, 2\]"),
+    ],
+)
+def test_ffn_says_what_it_expected_when_int4_operands_do_not_fit(width, change, says):
+    arrays = operands(np.random.default_rng(15), E=width, dtype="bfloat16")
+    arrays |= {"w": np.ones((40, 2, width // 2), np.uint8), "scales": np.ones((40, 2, width // 64), np.float32)}
+    arrays |= {name: np.ones(shape, arrays[name].dtype) for name, shape in change.items()}
+    with pytest.raises(Exception, match=says):
+        ffn(arrays)
+
+
 def test_ffn_reports_all_problems_at_once():
     arrays = operands(np.random.default_rng(12))
     arrays |= {"b1": np.zeros(1, np.float32), "b2": np.zeros(2, np.float32)}
@@ -243,5 +260,7 @@ def test_ffn_says_what_it_expected_when_attributes_are_out_of_range(attributes, 
 def test_ffn_names_the_types_it_takes_when_the_session_is_made():
     arrays = operands(np.random.default_rng(14))
     arrays["w"] = arrays["w"].astype(np.float16)
-    with pytest.raises(Exception, match="the element type of w must be float32 or int8, found float16"):
+    with pytest.raises(
+        Exception, match="the element type of w must be float32, bfloat16, int8, or uint8 .*, found float16"
+    ):
         ffn(arrays)
