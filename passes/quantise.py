@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Turns weights into 8-bit integers.
+"""Turns weights into narrower types.
 
 Legal cases:
-1. Records of attention and FFN become int8, their scales max|w| / 127 of each record row.
-2. A MatMul with a weight (LM head, predictor) becomes ONNX Runtime's MatMulNBits at 8 bits in symmetric blocks along
-   the inner dimension: uint8 around the implicit zero point 128, one scale a block.
+1. Records of attention and FFN become bfloat16, whose scales stay ones; or int8, their scales max|w| / 127 of each
+   record row; or pairs of int4, their scales max|w| / 7 of each group of a row.
+2. Whichever it is, a MatMul with a weight (LM head, predictor) becomes ONNX Runtime's MatMulNBits at 8 bits in
+   symmetric blocks along the inner dimension: uint8 around the implicit zero point 128, one scale a block.
 
 Refused: a matrix whose inner dimension is not a multiple of the smallest block. Norms, biases and embeddings are read
 by the row or are tiny, and stay float32.
@@ -14,16 +15,23 @@ Letters: K inner dimension, N columns.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
+from typing import Literal
 
+import ml_dtypes  # noqa: F401 (makes "bfloat16" a numpy type)
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from shadowc.passes.surgery import Builder, tidy
 from shadowc.spec.errors import InternalError
+from shadowc.spec.ops import INT4_GROUP
 from shadowc.spec.program import PassReport, Program, WeightRecipe
 
 NAME = "quantise"
+WEIGHTS = ("bf16", "int8", "int4")
+"""What records can become."""
 DOMAIN = "com.microsoft"
 BITS = 8
 BLOCKS = (128, 64, 32)
@@ -31,21 +39,24 @@ BLOCKS = (128, 64, 32)
 2.6 and 2.1 ms, and rounding the activations costs 0.52, 0.59, 0.67 and 0.72 % of the product (root mean square)."""
 ACCURACY_LEVEL = 4
 """Products in int8, activations quantised per block on the fly; the float path is over 100 times slower at 8 bits."""
+RecordType = Literal["bfloat16", "int8", "uint8"]
 _RECORDS = ("attention_records", "ffn_records")
 _SCALES = ("attention_scales", "ffn_scales")
+_TYPES: Mapping[str, RecordType] = MappingProxyType({"bf16": "bfloat16", "int8": "int8", "int4": "uint8"})
 
 
-def apply(program: Program, *, products: bool = True) -> PassReport:
+def apply(program: Program, *, weights: str, products: bool = True) -> PassReport:
     """Change recipes and replace products, in place.
 
     Args:
         program: changed.
+        weights: one of WEIGHTS, the type of the records.
         products: also what ONNX Runtime multiplies; False: records only, for targets without MatMulNBits.
     """
     requires(program)
     builder = Builder(program)
     refusals: list[str] = []
-    counts = {"records": _quantise_records(program, builder), "products": 0}
+    counts = {"records": _narrow_records(program, builder, weights), "products": 0}
     for node in [node for node in program.graph.nodes if products and node.op == "MatMul"]:
         recipe = program.weights.get(node.inputs[1].name)
         if recipe is None or recipe.kind != "transpose":
@@ -72,27 +83,39 @@ def requires(program: Program) -> None:
 
 
 def ensures(program: Program) -> None:
-    """Records and scales agree, and graph and recipes agree on the element type."""
+    """Records are narrow, their scales agree, and graph and recipes agree on shape and element type."""
     tensors = {value.name: value for value in program.graph.inputs}
     for name, recipe in program.weights.items():
-        if recipe.kind in (*_RECORDS, *_SCALES) and not recipe.quantised:
-            raise InternalError(f"{NAME}: {name} is not quantised")
         if tensors[name].dtype != np.dtype(recipe.dtype) or tuple(tensors[name].shape) != recipe.shape:
             raise InternalError(f"{NAME}: {name} is {tensors[name].dtype}{list(tensors[name].shape)}, its recipe says "
                                 f"{recipe.dtype}{list(recipe.shape)}")  # fmt: skip
+        if recipe.kind not in _RECORDS:
+            continue
+        scales = program.weights[f"{name.removesuffix('.w')}.scales"]
+        if recipe.dtype == "float32" or (recipe.quantised, recipe.block) != (scales.quantised, scales.block):
+            raise InternalError(f"{NAME}: {name} ({recipe.dtype}) and its scales are not narrowed alike")
 
 
-def _quantise_records(program: Program, builder: Builder) -> int:
+def _narrow_records(program: Program, builder: Builder, weights: str) -> int:
+    """Change the recipes of records and scales; returns how many records were changed."""
+    block = INT4_GROUP if weights == "int4" else 0
+    if block and program.facts.hidden % block:
+        raise InternalError(f"{NAME}: {program.facts.hidden} weights of a row do not fill groups of {block}")
     count = 0
     for name, recipe in program.weights.items():
-        if recipe.quantised:
+        done = recipe.quantised or recipe.dtype != "float32"
+        if done or recipe.kind not in (*_RECORDS, *_SCALES):
             continue
+        changed = replace(recipe, quantised=weights != "bf16", block=block)
         if recipe.kind in _RECORDS:
-            program.weights[name] = replace(recipe, dtype="int8", quantised=True)
-            builder.tensor(name, "sparsify").dtype = np.dtype(np.int8)
+            rows, width = recipe.shape[:-1], recipe.shape[-1]
+            changed = replace(changed, dtype=_TYPES[weights], shape=(*rows, width // 2) if block else recipe.shape)
             count += 1
-        elif recipe.kind in _SCALES:
-            program.weights[name] = replace(recipe, quantised=True)
+        elif block:
+            changed = replace(changed, shape=(*recipe.shape, program.facts.hidden // block))
+        program.weights[name] = changed
+        tensor = builder.tensor(name, "sparsify")
+        tensor.dtype, tensor.shape = np.dtype(changed.dtype), changed.shape
     return count
 
 

@@ -29,8 +29,9 @@ layers. `B|1` broadcasts over the batch. What each operator computes is defined 
 `shadowc/spec/oracle.py`; outputs marked *kernel only* exist in the compiled operators, not in the function.
 
 uint8 weights are pairs of int4: a value q in -7..7 is stored as q + 8, groups of {INT4_GROUP} values along E share a
-scale, and byte j of the {INT4_GROUP // 2} of a group holds value j in its low half and value j + {INT4_GROUP // 2} in its
-high half; E is then a multiple of {INT4_GROUP}. A float16 cache is what attention stores and reads; it computes in float32.
+scale, and byte j of the {INT4_GROUP // 2} of a group holds value j in its low half and value j + {INT4_GROUP // 2} in
+its high half; E is then a multiple of {INT4_GROUP}. Attention attends to what it has stored, so a float16 cache rounds
+keys and values; sums are float32.
 """
 
 

@@ -65,21 +65,24 @@ def schedule(*, target: str, weights: str, skip_zeros: bool, sparse: bool, prefi
         cluster_neurons,
         finalise,
         insert_predictor,
+        narrow_cache,
         quantise,
         sparsify_attention,
         sparsify_ffn,
     )
 
-    records = partial(quantise.apply, products=target == "cpu")
+    cpu = target == "cpu"
+    narrow = weights in (quantise.WEIGHTS if cpu else ("int8",))
     steps: list[Pass | None] = [
         Pass(canonicalise.NAME, canonicalise.apply),
         Pass(insert_predictor.NAME, insert_predictor.apply) if sparse else None,
         Pass(sparsify_attention.NAME, sparsify_attention.apply),
         Pass(sparsify_ffn.NAME, partial(sparsify_ffn.apply, skip_zeros=skip_zeros)),
         Pass(cluster_neurons.NAME, cluster_neurons.apply) if sparse else None,
-        Pass(quantise.NAME, records) if weights == "int8" else None,
+        Pass(quantise.NAME, partial(quantise.apply, weights=weights, products=cpu)) if narrow else None,
     ]
-    if target == "cpu":  # no keep_fp32_islands: activations are float32 everywhere
+    if cpu:  # no keep_fp32_islands: activations are float32 everywhere
+        steps.append(Pass(narrow_cache.NAME, narrow_cache.apply) if weights != "fp32" else None)
         steps.append(Pass(finalise.NAME, finalise.apply))
     else:
         steps += _tensorrt(ACTIVATIONS[weights], prefill=prefill)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shadowc.spec.density import Density
     from shadowc.spec.manifest import SparsityPart
 
-Weights = Literal["fp32", "fp16", "bf16", "int8"]
+Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Scope = Literal["local", "global"]
 Mask = Literal["token"]
 LoadFormat = Literal["auto", "dummy"]

@@ -33,8 +33,8 @@ _Message = TypeVar("_Message")
 AUTOMATIC_TAIL = -1
 """Default of sparse_tail: one masked token when one token comes in, none in a prefill."""
 _RECORD_KINDS = ("attention_records", "attention_scales", "ffn_records", "ffn_scales")
-_ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3}
-"""TensorProto.FLOAT, UINT8, INT8."""
+_ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "bfloat16": 16}
+"""TensorProto.FLOAT, UINT8, INT8, BFLOAT16."""
 
 
 def emit_cpu(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+import ml_dtypes  # noqa: F401 (makes "bfloat16" a numpy type)
 import numpy as np
 import numpy.typing as npt
 
@@ -24,6 +25,8 @@ Array = npt.NDArray[np.generic]
 Floats = npt.NDArray[np.float32]
 
 INT8_LIMIT = 127
+INT4_LIMIT = 7
+INT4_ZERO_POINT = 8
 NBITS_ZERO_POINT = 128
 _CHUNK_ROWS = 64
 """Rows handled at once: few enough that the temporaries of a 4096-wide model stay in the second-level cache."""
@@ -114,6 +117,14 @@ def quantise_rows(rows_RE: Floats, *, where: str = "weights") -> tuple[npt.NDArr
     return out_RE, scales_R
 
 
+def quantise_groups(rows_RE: Floats, group: int, *, where: str = "weights") -> tuple[npt.NDArray[np.uint8], Floats]:
+    """Symmetric int4 in groups along E: pairs [R, E/2] as docs/ops.md has them, scales [R, E/group]."""
+    R, E = rows_RE.shape
+    pairs, scales = np.empty((R, E // 2), np.uint8), np.empty((R, E // group), np.float32)
+    _fill(pairs, scales, rows_RE, where=where)
+    return pairs, scales
+
+
 def quantise_nbits(weight_NK: Floats, block: int, *, where: str = "weight") -> tuple[npt.NDArray[np.uint8], Floats]:
     """MatMulNBits operands at 8 bits: values [N, ceil(K/block), block] around 128, scales [N * ceil(K/block)].
 
@@ -141,8 +152,7 @@ def _attention(recipes: Mapping[str, WeightRecipe], source: TensorSource, names:
     recipe = recipes[names[0]]
     H, _, D = recipe.shape[:3]
     E = H * D
-    records = np.empty((H, 4, D, E), np.int8 if recipe.quantised else np.float32)
-    scales = np.ones((H, 4, D), np.float32)
+    records, scales = _room(recipes, names, (H, 4, D), E)
     for part, name in enumerate(recipe.sources):
         weight_EE = _matrix(source, name, (E, E))
         rows_EE = weight_EE.T if part == 3 else weight_EE
@@ -157,8 +167,7 @@ def _ffn(recipes: Mapping[str, WeightRecipe], source: TensorSource, names: Seque
     F = recipe.shape[0]
     fc1_FE = source.tensor(recipe.sources[0])
     E = fc1_FE.shape[-1]
-    records = np.empty((F, 2, E), np.int8 if recipe.quantised else np.float32)
-    scales = np.ones((F, 2), np.float32)
+    records, scales = _room(recipes, names, (F, 2), E)
     order = neuron_order(source, recipe, F)
     for part, name in enumerate(recipe.sources):
         rows_FE = _matrix(source, name, (F, E)) if part == 0 else _matrix(source, name, (E, F)).T
@@ -166,6 +175,16 @@ def _ffn(recipes: Mapping[str, WeightRecipe], source: TensorSource, names: Seque
             rows_FE = transposed(rows_FE.T)
         _fill(records[:, part], scales[:, part] if recipe.quantised else None, rows_FE, order=order, where=name)
     return records, scales
+
+
+def _room(
+    recipes: Mapping[str, WeightRecipe], names: Sequence[str], rows: tuple[int, ...], E: int
+) -> tuple[Array, Floats]:
+    """Records to be filled, and scales that are ones."""
+    block = recipes[names[0]].block
+    dtype = next((recipes[name].dtype for name in names if recipes[name].kind.endswith("records")), "float32")
+    records = np.empty((*rows, E // 2 if block else E), np.dtype(dtype))
+    return records, np.ones((*rows, E // block) if block else rows, np.float32)
 
 
 def _single(recipe: WeightRecipe, source: TensorSource) -> Array:
@@ -216,29 +235,42 @@ def _chunks(length: int) -> Iterator[slice]:
 
 
 def _fill(
-    out_RE: Array,
-    scales_R: Floats | None,
+    out: Array,
+    scales: Floats | None,
     rows_RE: Floats,
     *,
     order: npt.NDArray[np.int32] | None = None,
     where: str,
 ) -> None:
-    """Write rows (permuted by `order`) to `out`; quantised if there is room for scales."""
-    for rows in _chunks(len(out_RE)):
+    """Write rows (permuted by `order`) to `out`; quantised if there is room for scales, in groups if for several."""
+    for rows in _chunks(len(out)):
         values = rows_RE[rows] if order is None else rows_RE[order[rows]]
-        if scales_R is None:
-            out_RE[rows] = values
-            continue
-        values = np.array(values, order="C")
-        peak = np.maximum(values.max(axis=1), -values.min(axis=1))
-        if not np.isfinite(peak).all():
-            raise InputError(
-                f"{where} holds NaN or infinite values and cannot be quantised", hint="check the checkpoint"
-            )
-        scale = peak / np.float32(INT8_LIMIT)
-        scale[scale == 0] = 1
-        np.divide(values, scale[:, None], out=values)
-        np.rint(values, out=values)
-        np.clip(values, -INT8_LIMIT, INT8_LIMIT, out=values)
-        out_RE[rows] = values
-        scales_R[rows] = scale
+        if scales is None:
+            out[rows] = values
+        elif scales.ndim == 1:
+            out[rows], scales[rows] = _rounded(values, INT8_LIMIT, where)
+        else:
+            grouped = values.reshape(*scales[rows].shape, -1)
+            steps, scales[rows] = _rounded(grouped, INT4_LIMIT, where)
+            out[rows] = _paired(steps).reshape(out[rows].shape)
+
+
+def _rounded(values: Floats, limit: int, where: str) -> tuple[Floats, Floats]:
+    """Whole steps within the limit, and the step along the last axis: max|w| / limit, 1 where all are zero."""
+    steps = np.array(values, order="C")
+    peak = np.maximum(steps.max(axis=-1), -steps.min(axis=-1))
+    if not np.isfinite(peak).all():
+        raise InputError(f"{where} holds NaN or infinite values and cannot be quantised", hint="check the checkpoint")
+    scale = peak / np.float32(limit)
+    scale[scale == 0] = 1
+    np.divide(steps, scale[..., None], out=steps)
+    np.rint(steps, out=steps)
+    np.clip(steps, -limit, limit, out=steps)
+    return steps, scale
+
+
+def _paired(steps: Floats) -> npt.NDArray[np.uint8]:
+    """Groups of int4, two to a byte: the first half of a group in the low halves."""
+    low, high = np.split((steps + INT4_ZERO_POINT).astype(np.uint8), 2, axis=-1)
+    paired: npt.NDArray[np.uint8] = low | high << 4
+    return paired

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from shadowc.spec.errors import InputError, UnsupportedError
+from shadowc.spec.ops import INT4_GROUP
 from shadowc.spec.progress import Progress
 
 if TYPE_CHECKING:
@@ -104,7 +105,13 @@ class CpuTarget:
         return OpLibrary.installed, limits
 
     def check_model(self, options: CompileOptions, facts: OptFacts) -> None:
-        """See Target.check_model: every OPT runs."""
+        """See Target.check_model: every OPT runs, in int4 every one whose hidden size fills groups."""
+        if options.weights == "int4" and facts.hidden % INT4_GROUP:
+            raise UnsupportedError(
+                f"int4 weights share a scale in groups of {INT4_GROUP} along the hidden size, which is {facts.hidden} "
+                f"in {facts.name}: no multiple of {INT4_GROUP}",
+                hint="--weights int8",
+            )
 
     def libraries(self, options: CompileOptions) -> Mapping[str, str]:
         """See Target.libraries: the op library."""

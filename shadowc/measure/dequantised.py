@@ -18,12 +18,17 @@ import numpy as np
 from shadowc.sparsity.predictor import minmax_scaled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     import numpy.typing as npt
 
     from shadowc.sparsity.predictor import Network, Predictor
     from shadowc.spec.program import TensorSource
 
 INT8_LIMIT = 127.0
+INT4_LIMIT = 7.0
+INT4_GROUP = 64
+"""Values of a record row that share a scale in int4."""
 PRODUCT_BLOCKS = (128, 64, 32)
 """Lengths of the pieces of K that share a scale in a product of 8-bit integers; the first that divides K is used."""
 _PER_ROW = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight")
@@ -33,36 +38,65 @@ _LOOKED_UP = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")
 
 def round_to_int8(matrix: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
     """Symmetric int8 rounding and back, one scale max|w| / 127 per slice along `axis`; same shape, float32."""
-    scale = np.abs(matrix).max(axis=axis, keepdims=True) / np.float32(INT8_LIMIT)
+    return _in_steps(matrix, axis, INT8_LIMIT)
+
+
+def round_to_int4(matrix: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
+    """Symmetric int4 rounding and back, one scale max|w| / 7 per group of 64 values along `axis`; same shape, float32.
+
+    Args:
+        matrix: [rows, columns].
+        axis: 0 or 1; 64 divides its length.
+    """
+    groups = (-1, INT4_GROUP, matrix.shape[1]) if axis == 0 else (matrix.shape[0], -1, INT4_GROUP)
+    return _in_steps(matrix.reshape(groups), axis + 1, INT4_LIMIT).reshape(matrix.shape)
+
+
+def round_to(dtype: str, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Rounding to a 16-bit type and back; same shape, float32."""
+    return matrix.astype(np.dtype(dtype)).astype(np.float32)
+
+
+def _in_steps(values: npt.NDArray[np.float32], axis: int, limit: float) -> npt.NDArray[np.float32]:
+    scale = np.abs(values).max(axis=axis, keepdims=True) / np.float32(limit)
     scale[scale == 0] = 1
-    steps = np.rint(matrix / scale)
-    np.clip(steps, -INT8_LIMIT, INT8_LIMIT, out=steps)
+    steps = np.rint(values / scale)
+    np.clip(steps, -limit, limit, out=steps)
     return np.asarray(steps * scale, dtype=np.float32)
+
+
+_ROUNDINGS: dict[str, Callable[[npt.NDArray[np.float32], int], npt.NDArray[np.float32]]] = {
+    "int8": round_to_int8,
+    "int4": round_to_int4,
+    "bf16": lambda matrix, _: round_to("bfloat16", matrix),
+}
 
 
 @dataclass(frozen=True, slots=True)
 class DequantisedSource:
-    """A TensorSource whose matrices carry the rounding of int8 weights.
+    """A TensorSource whose matrices carry the rounding of an engine's weights.
 
     Args:
         source: the checkpoint's tensors.
-        head_block: quantisation block of the LM head along its input; 0: the head is not quantised.
+        head_block: quantisation block of the LM head (always int8) along its input; 0: the head is not quantised.
+        weights: "bf16", "int8" or "int4", the type of the matrices of attention and FFN.
     """
 
     source: TensorSource
     head_block: int
+    weights: str = "int8"
 
     def names(self) -> tuple[str, ...]:
         """The names of the checkpoint."""
         return self.source.names()
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
-        """One float32 tensor after rounding to int8 and back; tensors that stay float pass through."""
+        """One float32 tensor after rounding and back; tensors that stay float32 pass through."""
         value = self.source.tensor(name)
         if name.endswith(_PER_ROW):
-            return round_to_int8(value, axis=1)
+            return _ROUNDINGS[self.weights](value, 1)
         if name.endswith(_PER_COLUMN):
-            return round_to_int8(value, axis=0)
+            return _ROUNDINGS[self.weights](value, 0)
         if name == "lm_head.weight" and self.head_block:
             rows, width = value.shape
             blocks = value.reshape(rows, width // self.head_block, self.head_block)
@@ -92,7 +126,7 @@ class NarrowSource:
         """One float32 tensor after rounding and back; tensors that stay float32 pass through."""
         value = self.source.tensor(name)
         if name.endswith(_LOOKED_UP) or (self.matrices and name.endswith((*_PER_ROW, *_PER_COLUMN))):
-            return value.astype(np.dtype(self.dtype)).astype(np.float32)
+            return round_to(self.dtype, value)
         return value
 
 
@@ -107,7 +141,7 @@ def truth_for_tensorrt(source: TensorSource, weights: str) -> TensorSource:
 
 @dataclass(frozen=True, slots=True)
 class RoundedPredictor:
-    """A predictor whose products round both factors to 8 bits, as those of an int8 engine do."""
+    """A predictor whose products round both factors to 8 bits, as those of every engine but fp32 do."""
 
     predictor: Predictor
 

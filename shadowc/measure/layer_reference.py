@@ -6,11 +6,14 @@ Letters: B batch, S tokens, E hidden, H heads, D head size, F neurons.
 
 from __future__ import annotations
 
+from functools import partial
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from shadowc.checkpoint.opt import OptFacts, config_dict
+from shadowc.measure.masks import relative, worse
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -39,11 +42,20 @@ class LayerReference:
         prefix = f"model.decoder.layers.{layer}."
         state = {name: torch.from_numpy(source.tensor(prefix + name)) for name in self._module.state_dict()}
         self._module.load_state_dict(state, assign=True)
+        self.stored_difference = 0.0
+        """The most that stored keys and values were off beyond the rounding of their type, of the largest of them."""
 
-    def run(self, x_BSE: Tensor, head_mask_BSH: Tensor, neuron_mask_BSF: Tensor) -> Tensor:
+    def run(
+        self,
+        x_BSE: Tensor,
+        head_mask_BSH: Tensor,
+        neuron_mask_BSF: Tensor,
+        stored: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Tensor:
         """Output [B,S,E] for residual input x, with inactive units set to zero.
 
-        Masks are bool in checkpoint order; all true means dense.
+        Masks are bool in checkpoint order; all true means dense. `stored` ("key", "value" [B,S,H,D]) is what a cache
+        holds: attention attends to it in place of its own, and `stored_difference` says how far it is off.
         """
 
         def drop_heads(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
@@ -53,19 +65,27 @@ class LayerReference:
         def drop_neurons(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             return (torch.where(neuron_mask_BSF.reshape(args[0].shape), args[0], 0.0),)
 
-        return self._forward(x_BSE, {self._module.self_attn.out_proj: drop_heads, self._module.fc2: drop_neurons})
+        return self._forward(
+            x_BSE, {self._module.self_attn.out_proj: drop_heads, self._module.fc2: drop_neurons}, stored
+        )
 
-    def context(self, x_BSE: Tensor) -> Tensor:
+    def context(self, x_BSE: Tensor, stored: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         """Attention context [B,S,E] before out_proj, all heads computed: the predictor's input if this is layer 0."""
         seen: list[Tensor] = []
-        self._forward(x_BSE, {self._module.self_attn.out_proj: lambda _, args: seen.append(args[0])})
+        self._forward(x_BSE, {self._module.self_attn.out_proj: lambda _, args: seen.append(args[0])}, stored)
         return seen[0].reshape(x_BSE.shape)
 
-    def _forward(self, x_BSE: Tensor, before: Mapping[torch.nn.Module, Callable[..., Any]]) -> Tensor:
+    def _forward(
+        self, x_BSE: Tensor, before: Mapping[torch.nn.Module, Callable[..., Any]], stored: Mapping[str, Tensor]
+    ) -> Tensor:
         """Runs the layer, with a function called before each of the given parts."""
         tokens = x_BSE.shape[1]
         causal_11SS = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1)[None, None]
         hooks = [part.register_forward_pre_hook(act) for part, act in before.items()]
+        hooks += [
+            getattr(self._module.self_attn, f"{kind[0]}_proj").register_forward_hook(partial(self._attend_to, array))
+            for kind, array in stored.items()
+        ]
         try:
             with torch.no_grad():
                 result: Tensor = self._module(x_BSE, attention_mask=causal_11SS)
@@ -73,3 +93,14 @@ class LayerReference:
             for hook in hooks:
                 hook.remove()
         return result
+
+    def _attend_to(
+        self, stored_BSHD: Tensor, _: torch.nn.Module, __: tuple[Tensor, ...], projected_BSE: Tensor
+    ) -> Tensor:
+        """Puts what a cache holds in the place of keys or values, and notes how far it is from their rounding."""
+        stored_BSE = stored_BSHD.reshape(projected_BSE.shape)
+        grid = torch.finfo(stored_BSE.dtype)
+        rounding = projected_BSE.abs() * (grid.eps / 2) + grid.smallest_normal * grid.eps / 2
+        beyond = ((stored_BSE - projected_BSE).abs() - rounding).clamp(min=0).max().item()
+        self.stored_difference = worse(self.stored_difference, relative(beyond, projected_BSE.abs().max().item()))
+        return stored_BSE.to(projected_BSE.dtype)

@@ -6,7 +6,7 @@ Letters: B batch, H heads, T capacity in slots, D head size.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,15 +20,15 @@ STEP_SLOTS = 256
 _ALIGNMENT = 64
 """A cache line, so that a vector load never straddles two."""
 
-Floats = npt.NDArray[np.float32]
+Floats = npt.NDArray[np.floating[Any]]
 
 
-def aligned_zeros(shape: tuple[int, ...]) -> Floats:
+def aligned_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Floats:
     """Zeros that start at a cache line; the system commits their memory only when it is written."""
-    size = int(np.prod(shape)) * 4
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     raw = np.zeros(size + _ALIGNMENT, np.uint8)
     skip = -raw.ctypes.data % _ALIGNMENT
-    return raw[skip : skip + size].view(np.float32).reshape(shape)
+    return raw[skip : skip + size].view(dtype).reshape(shape)
 
 
 class KvCache:
@@ -38,16 +38,26 @@ class KvCache:
         layers: number of layers.
         shape: (B, H, D).
         limit: the largest capacity in slots.
+        dtype: float32 or float16, as the graph has it.
         in_place: one buffer is both past and present, which the kernels allow. False: two buffers take turns, for
             graphs of standard operators.
     """
 
-    def __init__(self, layers: int, shape: tuple[int, int, int], limit: int, *, in_place: bool = True) -> None:
+    def __init__(
+        self,
+        layers: int,
+        shape: tuple[int, int, int],
+        limit: int,
+        *,
+        dtype: npt.DTypeLike = np.float32,
+        in_place: bool = True,
+    ) -> None:
         self.capacity = 0
         self.filled = 0
         self._names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
         self._shape = shape
         self._limit = limit
+        self._dtype = np.dtype(dtype)
         self._in_place = in_place
         self._past: dict[str, Floats] = {}
         self._present: dict[str, Floats] = {}
@@ -66,13 +76,17 @@ class KvCache:
         capacity = min(-(-slots // STEP_SLOTS) * STEP_SLOTS, self._limit)
         for name in self._names:
             old = self._past.get(name)
-            new = aligned_zeros((B, H, capacity, D))
+            new = aligned_zeros((B, H, capacity, D), self._dtype)
             if old is not None:
                 new[:, :, : self.filled] = old[:, :, : self.filled]
             self._past[name] = new
-            self._present[name] = new if self._in_place else aligned_zeros(new.shape)
+            self._present[name] = new if self._in_place else aligned_zeros(new.shape, self._dtype)
         self.capacity = capacity
         return True
+
+    def slots(self, start: int) -> dict[str, Floats]:
+        """A copy of what is filled from slot `start` on, `{layer}.key` and `{layer}.value` [B,slots,H,D]."""
+        return {name: past[:, :, start : self.filled].swapaxes(1, 2).copy() for name, past in self._past.items()}
 
     def bind(self, binding: Binding) -> None:
         """Bind all buffers as past inputs and present outputs."""

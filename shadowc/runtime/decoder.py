@@ -2,7 +2,7 @@
 """One batch of sequences moving through a session: cache, masks, bound buffers.
 
 Letters: B rows, S new tokens, Z masked tokens of them, P slots of the mask, V vocabulary, L predicted layers,
-H heads, N units of neurons.
+H heads, D head size, N units of neurons.
 """
 
 from __future__ import annotations
@@ -76,7 +76,11 @@ class Decoder:
         self._model = model
         self._scores = scores
         self._cache = KvCache(
-            model.layers, (batch.rows, model.heads, model.head_size), model.positions, in_place=in_place
+            model.layers,
+            (batch.rows, model.heads, model.head_size),
+            model.positions,
+            dtype=session.cache_type,
+            in_place=in_place,
         )
         self._density = {name: np.ones(batch.rows, np.float32) for name in ("density_heads", "density_neurons")}
         self._whole_mask: Ids = np.zeros((batch.rows, 0), np.int64)
@@ -88,6 +92,10 @@ class Decoder:
     def filled(self) -> int:
         """Slots in the cache."""
         return self._cache.filled
+
+    def cached(self, start: int) -> Outputs:
+        """A copy of keys and values from slot `start` on, `{layer}.key` and `{layer}.value` [B,slots,H,D]."""
+        return self._cache.slots(start)
 
     def set_density(self, heads: float | Floats, neurons: float | Floats) -> None:
         """Set the density of all rows (a number) or of each row ([B]); it holds from the next run on."""

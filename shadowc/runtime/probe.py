@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs an engine step by step with its inner tensors as outputs: what parity looks at.
 
-Letters: B batch, S new tokens.
+Letters: B batch, S new tokens, H heads, D head size.
 """
 
 from __future__ import annotations
@@ -30,10 +30,15 @@ class Probe:
         self._decoder: Decoder | None = None
 
     def step(self, ids_BS: npt.NDArray[np.int64], *, density: Density, sparse_tail: int) -> Outputs:
-        """Run the next tokens and return every output but the cache, by name."""
+        """Run the next tokens; returns every output but the cache by name, and the tokens' part of the cache.
+
+        That is `cached.{layer}.key` and `.value` [B,S,H,D], copied.
+        """
         if self._decoder is None:
             batch = Batch(ids_BS, np.zeros(len(ids_BS), np.int64))
             self._decoder = Decoder(self._session, self._model, batch, in_place=self._in_place)
         self._decoder.set_density(density.heads, density.neurons)
         ids = np.ascontiguousarray(ids_BS, np.int64)
-        return self._decoder.feed(ids, sparse_tail=sparse_tail, outputs=self._session.outputs)
+        before = self._decoder.filled
+        outputs = self._decoder.feed(ids, sparse_tail=sparse_tail, outputs=self._session.outputs)
+        return outputs | {f"cached.{name}": slots for name, slots in self._decoder.cached(before).items()}

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from shadowc.runtime.library import REINSTALL
 from shadowc.spec.errors import IncompatibleEngineError, InternalError, SetupError
 
@@ -139,6 +141,12 @@ class Session:
         """Names of the graph inputs, those with defaults included."""
         session = self.ort
         return frozenset(value.name for value in (*session.get_inputs(), *session.get_overridable_initializers()))
+
+    @cached_property
+    def cache_type(self) -> np.dtype[Any]:
+        """Element type of keys and values."""
+        kind = next(value.type for value in self.ort.get_inputs() if value.name.startswith("past_key_values."))
+        return np.dtype({"tensor(float)": np.float32, "tensor(float16)": np.float16}[kind])
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ REFERENCE_FILE = "reference.onnx"
 WEIGHTS_FILE = "weights.bin"
 
 TargetName = Literal["cpu", "tensorrt", "tensorrt-rtx"]
-WeightsName = Literal["fp32", "fp16", "bf16", "int8"]
+WeightsName = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 TrtFamily = Literal["rtx1", "trt10", "trt11"]
 """Libraries that share an ABI and a plugin: TensorRT for RTX 1.x, TensorRT 10.x and 11.x."""
 

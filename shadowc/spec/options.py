@@ -16,7 +16,7 @@ Criterion = str
 Scope = Literal["local", "global"]
 WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        "cpu": ("fp32", "int8"),
+        "cpu": ("fp32", "bf16", "int8", "int4"),
         "tensorrt-rtx": ("fp16", "bf16", "fp32", "int8"),
         "tensorrt": ("fp16", "bf16", "fp32", "int8"),
     }
@@ -61,7 +61,7 @@ class CompileOptions(_Frozen):
     out: Path | None = None
     """None: ./<name of the model>.engine"""
     target: str = "cpu"
-    weights: Literal["fp32", "fp16", "bf16", "int8"] = "fp32"
+    weights: Literal["fp32", "fp16", "bf16", "int8", "int4"] = "fp32"
     """Which a target has, and its default: WEIGHTS."""
     predictor: str = "train"
     """"train", "none" (a dense engine), or the folder of a trained predictor."""

@@ -22,7 +22,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from shadowc.spec.errors import InternalError
-from shadowc.spec.ops import DOMAIN, INT4_GROUP, OPS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, VERSION, OpSpec
+from shadowc.spec.ops import DOMAIN, OPS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, VERSION, OpSpec
 
 OPSET = 20
 
@@ -39,13 +39,11 @@ _ATTRIBUTE_TYPES = {
 class Nodes:
     """Collects nodes in order: `nodes.MatMul(a, b)` adds one named node and returns the name of its result.
 
-    `out` names the result, and with it the node; without it, both are numbered. `prefix` starts all names: of the
-    nodes of a branch.
+    `out` names the result, and with it the node; without it, both are numbered.
     """
 
-    def __init__(self, prefix: str = "") -> None:
+    def __init__(self) -> None:
         self.protos: list[onnx.NodeProto] = []
-        self._prefix = prefix
         self._known: dict[str, str] = {}
 
     def __getattr__(self, op_type: str) -> Callable[..., str]:
@@ -55,7 +53,7 @@ class Nodes:
 
     def add(self, op_type: str, *inputs: str, out: str = "", ignored: int = 0, **attributes: object) -> str:
         """Append a node; `ignored` counts further outputs that nobody reads."""
-        out = self._prefix + (out or f"{op_type.lower()}_{len(self.protos)}")
+        out = out or f"{op_type.lower()}_{len(self.protos)}"
         outputs = [out, *(f"{out}.ignored_{i}" for i in range(ignored))]
         node = helper.make_node(op_type, list(inputs), outputs, name=f"node.{out}")
         node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
@@ -236,33 +234,23 @@ def _unit_mask(n: Nodes) -> str:
 
 
 def _records(n: Nodes, *, int4: bool) -> str:
-    """`w` as float32, times the scale of each record row, or of each group if scales have an axis for groups."""
+    """`w` as float32, times the scale of each record row or group: [..,E]."""
     if not int4:
         return n.Mul(n.Cast("w", to=TensorProto.FLOAT), n.Unsqueeze("scales", n.ints(-1)), out="records")
-    grouped = n.Equal(n.Size(n.Shape("scales")), n.Size(n.Shape("w")), out="grouped")
-    packed, plain = Nodes("int4."), Nodes("plain.")
-    _unpacked(packed)
-    _records(plain, int4=False)
-    return n.If(grouped, then_branch=_branch(packed), else_branch=_branch(plain), out="records")
-
-
-def _unpacked(n: Nodes) -> None:
-    """Records of int4: arithmetic instead of shifts, which w's other types do not have; shapes go through x, so that
-    no runtime tries the branch on other weights at the start."""
-    nothing = n.Mul(n.sizes("x", 0, 1), n.ints(0))
-    half = n.Concat(n.Add(n.Shape("scales"), nothing), n.ints(INT4_GROUP // 2), axis=0)
-    bytes_ = n.Cast(n.Reshape("w", half), to=TensorProto.FLOAT)
-    high = n.Floor(n.Div(bytes_, n.float32(16.0)))
-    low = n.Sub(bytes_, n.Mul(high, n.float32(16.0)))
-    values = n.Sub(n.Concat(low, high, axis=-1), n.float32(8.0))
+    # [.., groups, stored values]: a row of any other type is one group, and stores each of its values
     rows = n.Concat(n.Shape("w", start=0, end=-1), n.ints(-1), axis=0)
-    n.Reshape(n.Mul(values, n.Unsqueeze("scales", n.ints(-1))), rows, out="records")
-
-
-def _branch(nodes: Nodes) -> onnx.GraphProto:
-    """The nodes as the body of an If; the last one's result is its value."""
-    name = nodes.protos[-1].output[0]
-    return helper.make_graph(nodes.protos, name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)])
+    scales = n.Reshape("scales", rows)
+    stored = n.Reshape("w", n.Concat(n.Shape(scales), n.ints(-1), axis=0))
+    share = n.Div(n.sizes("x", 2, 3), n.Shape("w", start=-1), out="values_in_one")  # 2: pairs of int4, else 1
+    pairs = n.Equal(share, n.ints(2), out="pairs")
+    # arithmetic in place of shifts, which the other types do not have
+    both = n.Cast(stored, to=TensorProto.FLOAT)
+    high = n.Where(pairs, n.Floor(n.Div(both, n.float32(16.0))), n.float32(0.0))
+    low = n.Sub(both, n.Mul(high, n.float32(16.0)))
+    end = n.Mul(share, n.Shape(stored, start=-1))
+    values = n.Slice(n.Concat(low, high, axis=-1), n.ints(0), end, n.ints(-1))
+    signed = n.Sub(values, n.Where(pairs, n.float32(8.0), n.float32(0.0)))
+    return n.Reshape(n.Mul(signed, n.Unsqueeze(scales, n.ints(-1))), rows, out="records")
 
 
 # --- SparseFFN ---------------------------------------------------------------------------------------------

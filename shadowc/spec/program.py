@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 RecipeKind = Literal[
     "copy",  # sources[0] as it is
     "transpose",  # sources[0] [a, b] -> [b, a]
-    "ffn_records",  # (fc1.weight [F,E], fc2.weight [E,F]) -> [F,2,E]
-    "ffn_scales",  # the same sources -> [F,2]
+    "ffn_records",  # (fc1.weight [F,E], fc2.weight [E,F]) -> [F,2,E], int4: [F,2,E/2]
+    "ffn_scales",  # the same sources -> [F,2], int4: [F,2,E/block]
     "ffn_bias",  # fc1.bias [F], in neuron order
-    "attention_records",  # (q,k,v,out_proj weights [E,E]) -> [H,4,D,E]
-    "attention_scales",  # the same sources -> [H,4,D]
+    "attention_records",  # (q,k,v,out_proj weights [E,E]) -> [H,4,D,E], int4: [H,4,D,E/2]
+    "attention_scales",  # the same sources -> [H,4,D], int4: [H,4,D,E/block]
     "ffn_rows",  # the same sources as the records; part 0: fc1 [F,E], part 1: fc2 transposed [F,E]
     "attention_rows",  # the same; parts 0 to 2: q, k, v [H*D,E], part 3: out_proj transposed [H*D,E]
     "qkv_bias",  # (q,k,v biases [E]) -> [H,3,D]
@@ -44,11 +44,11 @@ class WeightRecipe:
     shape: tuple[int, ...]
     dtype: Literal["float32", "float16", "bfloat16", "int8", "uint8"] = "float32"
     quantised: bool = False
-    """True: scales are per record row max|w| / 127; False: scales are ones."""
+    """True: scales are max|w| / 127 of each record row, or max|w| / 7 of each group of `block` values; False: ones."""
     order: str = ""
     """Name of the int32 [F] tensor that permutes the neurons; empty: as in the checkpoint."""
     block: int = 0
-    """Quantisation block along k (nbits recipes)."""
+    """Quantisation block along k (nbits recipes), or along E (records and scales of int4; 0: not int4)."""
     part: int = 0
     """Which of the matrices of a record (rows recipes)."""
 

@@ -14,7 +14,7 @@ from shadowc.emit import folder as engine_folder
 from shadowc.emit.target import target
 from shadowc.spec.density import Density
 from shadowc.spec.manifest import EngineManifest, SparsityPart
-from shadowc.spec.options import CompileOptions
+from shadowc.spec.options import WEIGHTS, CompileOptions
 from tests.conftest import TINY
 from tests.emit import handmade
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 BLOCK = 16
 DENSITY = Density(0.5, 0.5)
+KINDS = WEIGHTS["cpu"]
 
 
 def tiny_facts() -> OptFacts:
@@ -36,10 +37,10 @@ def tensors(model: OPTForCausalLM, block: int = BLOCK) -> handmade.Tensors:
 
 
 def write_kinds(parent: Path, model: OPTForCausalLM, tokenizer: Path) -> dict[str, Path]:
-    """Engine folders in `parent` by kind: fp32, int8 and dense."""
-    made = {name: parent / f"{name}.engine" for name in ("fp32", "int8", "dense")}
-    write_engine(made["fp32"], model, tokenizer=tokenizer)
-    write_engine(made["int8"], model, tokenizer=tokenizer, weights="int8")
+    """Engine folders in `parent` by kind: one of every type of weights, and dense."""
+    made = {name: parent / f"{name}.engine" for name in (*KINDS, "dense")}
+    for weights in KINDS:
+        write_engine(made[weights], model, tokenizer=tokenizer, weights=weights)
     write_engine(made["dense"], model, tokenizer=tokenizer, sparse=False)
     return made
 
@@ -56,7 +57,7 @@ def write_engine(
 ) -> EngineManifest:
     """A complete engine folder at `out`; `eos` replaces the end token so that rows can end early."""
     facts = tiny_facts() if eos is None else replace(tiny_facts(), eos=eos)
-    program = handmade.build(facts, block=BLOCK, quantised=weights == "int8", sparse=sparse, skip_zeros=skip_zeros)
+    program = handmade.build(facts, block=BLOCK, weights=weights, sparse=sparse, skip_zeros=skip_zeros)
     with engine_folder.staged(out) as staging:
         options = CompileOptions(model="tiny", head_density=DENSITY.heads, neuron_density=DENSITY.neurons)
         emitted = target("cpu").emit({"model": program}, tensors(model), staging, options=options)
@@ -70,7 +71,7 @@ def write_engine(
         manifest = EngineManifest(
             producer={"shadowc": "test"},
             target="cpu",
-            weights="int8" if weights == "int8" else "fp32",
+            weights=weights,  # type: ignore[arg-type]  # one of KINDS
             ops=emitted.ops,
             model=part,
             sparsity=SparsityPart(

@@ -15,11 +15,12 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 
 from shadowc.checkpoint.opt import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, OptFacts, layer_names
-from shadowc.spec.ops import DOMAIN
+from shadowc.spec.ops import DOMAIN, INT4_GROUP
 from shadowc.spec.program import Program, SparsityPlan, WeightRecipe
 
 WIDTH = 24
 NBITS_BLOCK = 32
+RECORDS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "uint8"}
 
 
 class Tensors:
@@ -56,14 +57,8 @@ def predictor_tensors(facts: OptFacts, block: int, seed: int = 1) -> dict[str, n
 class Builder:
     """Collects nodes, inputs, recipes; `program` makes the final Program."""
 
-    def __init__(self, facts: OptFacts, *, block: int, quantised: bool, sparse: bool, skip_zeros: bool) -> None:
-        self.facts, self.block, self.quantised, self.sparse, self.skip_zeros = (
-            facts,
-            block,
-            quantised,
-            sparse,
-            skip_zeros,
-        )
+    def __init__(self, facts: OptFacts, *, block: int, kind: str, sparse: bool, skip_zeros: bool) -> None:
+        self.facts, self.block, self.kind, self.sparse, self.skip_zeros = facts, block, kind, sparse, skip_zeros
         self.nodes: list[onnx.NodeProto] = []
         self.inputs: list[onnx.ValueInfoProto] = []
         self.outputs: list[onnx.ValueInfoProto] = []
@@ -81,9 +76,24 @@ class Builder:
 
     def weight(self, name: str, kind: Any, sources: tuple[str, ...], shape: tuple[int, ...], **more: Any) -> str:
         self.weights[name] = WeightRecipe(kind, sources, shape, **more)
-        types = {"float32": TensorProto.FLOAT, "int8": TensorProto.INT8, "uint8": TensorProto.UINT8}
-        self.inputs.append(helper.make_tensor_value_info(name, types[self.weights[name].dtype], shape))
+        dtype = helper.np_dtype_to_tensor_dtype(np.dtype(self.weights[name].dtype))
+        self.inputs.append(helper.make_tensor_value_info(name, dtype, shape))
         return name
+
+    def records(
+        self, part: str, family: str, sources: tuple[str, ...], shape: tuple[int, ...], order: str = ""
+    ) -> list[str]:
+        """Records and scales of one operator, in the type that is built."""
+        more: dict[str, Any] = {"order": order, "quantised": self.kind in ("int8", "int4")}
+        rows, width = shape[:-1], shape[-1]
+        scales = rows
+        if self.kind == "int4":
+            more["block"] = INT4_GROUP
+            shape, scales = (*rows, width // 2), (*rows, width // INT4_GROUP)
+        return [
+            self.weight(f"{part}.w", f"{family}_records", sources, shape, dtype=RECORDS[self.kind], **more),
+            self.weight(f"{part}.scales", f"{family}_scales", sources, scales, **more),
+        ]
 
     def copy(self, name: str, *shape: int) -> str:
         return self.weight(name, "copy", (name,), shape)
@@ -109,8 +119,9 @@ class Builder:
         for layer in range(facts.layers):
             for part in ("key", "value"):
                 cache = ["B", H, "T", D]
+                dtype = TensorProto.FLOAT if self.kind == "fp32" else TensorProto.FLOAT16
                 for end, where in (("past_key_values", self.inputs), ("present", self.outputs)):
-                    where.append(helper.make_tensor_value_info(f"{end}.{layer}.{part}", TensorProto.FLOAT, cache))
+                    where.append(helper.make_tensor_value_info(f"{end}.{layer}.{part}", dtype, cache))
             residual = self._layer(layer, residual, reads)
             if layer == 0 and self.sparse:
                 self._predictor(units)
@@ -154,7 +165,6 @@ class Builder:
     def _layer(self, layer: int, residual: str, reads: list[str]) -> str:
         facts, names = self.facts, layer_names(layer)
         E, H, D, F = facts.hidden, facts.heads, facts.head_size, facts.ffn
-        dtype: dict[str, Any] = {"dtype": "int8" if self.quantised else "float32", "quantised": self.quantised}
         scored = layer > 0 and self.sparse
         at, ffn = f"layers.{layer}.attention", f"layers.{layer}.ffn"
         projections = tuple(names_.weight for names_ in (names.q, names.k, names.v, names.out))
@@ -165,8 +175,7 @@ class Builder:
             [
                 f"{at}.x",
                 *(("scores.heads", "threshold.heads") if scored else ("dense.scores.heads", "dense.threshold")),
-                self.weight(f"{at}.w", "attention_records", projections, (H, 4, D, E), **dtype),
-                self.weight(f"{at}.scales", "attention_scales", projections, (H, 4, D), quantised=self.quantised),
+                *self.records(at, "attention", projections, (H, 4, D, E)),
                 self.weight(f"{at}.bqkv", "qkv_bias", biases, (H, 3, D)),
                 self.weight(f"{at}.bo", "copy", (names.out.bias,), (E,)),
                 f"past_key_values.{layer}.key",
@@ -188,8 +197,7 @@ class Builder:
             [
                 f"{ffn}.x",
                 *(("scores.neurons", "threshold.neurons") if scored else ("dense.scores.neurons", "dense.threshold")),
-                self.weight(f"{ffn}.w", "ffn_records", both, (F, 2, E), order=order, **dtype),
-                self.weight(f"{ffn}.scales", "ffn_scales", both, (F, 2), order=order, quantised=self.quantised),
+                *self.records(ffn, "ffn", both, (F, 2, E), order),
                 self.weight(f"{ffn}.b1", "ffn_bias", (names.fc1.bias,), (F,), order=order),
                 self.weight(f"{ffn}.b2", "copy", (names.fc2.bias,), (E,)),
             ],
@@ -265,7 +273,7 @@ class Builder:
 
     def _head(self) -> None:
         E, V = self.facts.hidden, self.facts.vocab
-        if not self.quantised:
+        if self.kind == "fp32":
             self.node("MatMul", ["final", self.weight("lm_head", "transpose", (HEAD,), (E, V))], "logits")
             return
         blocks = E // NBITS_BLOCK
@@ -286,7 +294,7 @@ class Builder:
 
 
 def build(
-    facts: OptFacts, *, block: int = 16, quantised: bool = False, sparse: bool = True, skip_zeros: bool = True
+    facts: OptFacts, *, block: int = 16, weights: str = "fp32", sparse: bool = True, skip_zeros: bool = True
 ) -> Program:
     """The final graph of a model."""
-    return Builder(facts, block=block, quantised=quantised, sparse=sparse, skip_zeros=skip_zeros).program()
+    return Builder(facts, block=block, kind=weights, sparse=sparse, skip_zeros=skip_zeros).program()

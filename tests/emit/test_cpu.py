@@ -33,7 +33,7 @@ def external(tensor: onnx.TensorProto) -> dict[str, str]:
     return {entry.key: entry.value for entry in tensor.external_data}
 
 
-@pytest.mark.parametrize("weights", ["fp32", "int8"])
+@pytest.mark.parametrize("weights", engines.KINDS)
 def test_two_compiles_give_the_same_bytes(
     tiny_model: OPTForCausalLM, tiny_checkpoint: Path, tmp_path: Path, weights: str
 ) -> None:

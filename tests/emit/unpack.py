@@ -9,12 +9,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from shadowc.emit.records import NBITS_ZERO_POINT, Array, Floats, quantise_rows
+from shadowc.emit.records import INT4_ZERO_POINT, NBITS_ZERO_POINT, Array, Floats, quantise_rows
 
 
 def dequantise(records: Array, scales: Floats) -> Floats:
-    """Records times their row scales, float32; exact for float records, whose scales are ones."""
-    return np.multiply(records, scales[..., None], dtype=np.float32)
+    """Records times the scales of their rows or groups, float32; exact for float records, whose scales are ones."""
+    if records.dtype != np.uint8:
+        return np.multiply(records.astype(np.float32), scales[..., None])
+    pairs = records.reshape(*scales.shape, -1)
+    values = np.concatenate([pairs & 15, pairs >> 4], axis=-1).astype(np.float32) - INT4_ZERO_POINT
+    return (values * scales[..., None]).reshape(*records.shape[:-1], -1)
 
 
 def round_trip(weight_NK: Floats, *, axis: int = -1) -> Floats:
@@ -38,8 +42,8 @@ def dequantise_nbits(values: npt.NDArray[np.uint8], scales: Floats, columns: int
 
 def unpack_attention(records_HDE: Array, scales: Floats) -> tuple[Floats, Floats, Floats, Floats]:
     """The four projection matrices [E, E] of attention records [H, 4, D, E] (q, k, v, out_proj)."""
-    H, _, D, E = records_HDE.shape
     real = dequantise(records_HDE, scales)
+    H, _, D, E = real.shape
     query, key, value, out = (np.ascontiguousarray(real[:, part]).reshape(H * D, E) for part in range(4))
     return query, key, value, np.ascontiguousarray(out.T)
 

@@ -52,7 +52,7 @@ def flags_of(density: tuple[float, float] | None) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("kind", ["fp32", "int8"])
+@pytest.mark.parametrize("kind", engines.KINDS)
 def test_tokens_equal_those_of_python_at_every_density(
     cpp_host: Path, folders: dict[str, Path], kind: str, density: tuple[float, float] | None
 ) -> None:
@@ -166,7 +166,7 @@ def test_an_old_runtime_is_refused(cpp_host: Path, folders: dict[str, Path]) -> 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the compiles count for the first
-@pytest.mark.parametrize("kind", ["fp32", "int8"])
+@pytest.mark.parametrize("kind", ["fp32", "int4"])
 def test_opt_mini_gives_the_tokens_of_python(cpp_host: Path, mini: dict[str, Path], kind: str) -> None:
     prompt = [2, *np.random.default_rng(3).integers(4, 8000, 300).tolist()]  # in more than one chunk
     for density in DENSITIES:

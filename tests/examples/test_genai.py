@@ -48,7 +48,7 @@ def flags_of(density: tuple[float, float] | None) -> tuple[object, ...]:
 
 
 @pytest.mark.parametrize("density", DENSITIES)
-@pytest.mark.parametrize("kind", ["fp32", "int8"])
+@pytest.mark.parametrize("kind", engines.KINDS)
 def test_tokens_equal_those_of_python_single_and_batched(
     genai: Path, folders: dict[str, Path], kind: str, density: tuple[float, float] | None
 ) -> None:

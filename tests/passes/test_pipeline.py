@@ -21,9 +21,9 @@ DENSE = ["canonicalise", "sparsify_attention", "sparsify_ffn"]
     ("weights", "sparse", "expected"),
     [
         ("fp32", True, [*SPARSE, "finalise"]),
-        ("int8", True, [*SPARSE, "quantise", "finalise"]),
+        *((weights, True, [*SPARSE, "quantise", "narrow_cache", "finalise"]) for weights in ("bf16", "int8", "int4")),
         ("fp32", False, [*DENSE, "finalise"]),
-        ("int8", False, [*DENSE, "quantise", "finalise"]),
+        ("int8", False, [*DENSE, "quantise", "narrow_cache", "finalise"]),
     ],
 )
 def test_schedule_lists_the_passes_of_an_engine(weights: str, sparse: bool, expected: list[str]) -> None:
@@ -31,7 +31,7 @@ def test_schedule_lists_the_passes_of_an_engine(weights: str, sparse: bool, expe
     assert [step.name for step in steps] == expected
 
 
-@pytest.mark.parametrize(("target", "weights"), [("tpu", "fp32"), ("cpu", "int3")])
+@pytest.mark.parametrize(("target", "weights"), [("tpu", "fp32"), ("cpu", "int3"), ("tensorrt", "int4")])
 def test_schedule_refuses_what_it_does_not_know_with_a_hint(target: str, weights: str) -> None:
     with pytest.raises(UnsupportedError, match="expected one of") as caught:
         schedule(target=target, weights=weights, skip_zeros=False, sparse=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -15,6 +16,7 @@ from shadowc.passes import (
     cluster_neurons,
     finalise,
     insert_predictor,
+    narrow_cache,
     quantise,
     sparsify_attention,
     sparsify_ffn,
@@ -145,10 +147,19 @@ def test_dense_program_has_no_predictor_to_insert() -> None:
         (sparsify_attention.apply, "canonicalise has to run first"),
         (sparsify_ffn.apply, "insert_predictor has to run first"),
         (cluster_neurons.apply, r"layer 1 .*sparsify_ffn has to run first"),
-        (quantise.apply, r"layer 0 .*sparsify_attention has to run first"),
+        (partial(quantise.apply, weights="int8"), r"layer 0 .*sparsify_attention has to run first"),
+        (narrow_cache.apply, r"layer 0 .*sparsify_attention has to run first"),
         (finalise.apply, r"layer 0 .*sparsify_attention has to run first"),
     ],
-    ids=["insert_predictor", "sparsify_attention", "sparsify_ffn", "cluster_neurons", "quantise", "finalise"],
+    ids=[
+        "insert_predictor",
+        "sparsify_attention",
+        "sparsify_ffn",
+        "cluster_neurons",
+        "quantise",
+        "narrow_cache",
+        "finalise",
+    ],
 )
 def test_pass_names_the_pass_that_has_to_run_first(apply: Callable[[Program], object], message: str) -> None:
     with pytest.raises(InternalError, match=message):
@@ -161,6 +172,28 @@ def test_order_on_a_dense_layer_is_refused() -> None:
     program.weights["layers.0.ffn.w"] = dataclasses.replace(recipe, order="predictor.order.1")
     with pytest.raises(InternalError, match=r"layers\.0\.ffn\.w is in order 'predictor\.order\.1', expected ''"):
         cluster_neurons.apply(program)
+
+
+def test_scales_that_are_not_those_of_their_records_are_refused() -> None:
+    program = deep.compiled(deep.plan(), weights="int4", until="quantise")
+    recipe = program.weights["layers.7.ffn.scales"]
+    program.weights["layers.7.ffn.scales"] = dataclasses.replace(recipe, block=32)
+    with pytest.raises(InternalError, match=r"layers\.7\.ffn\.w \(uint8\) and its scales are not narrowed alike"):
+        quantise.ensures(program)
+
+
+def test_int4_is_refused_when_rows_do_not_fill_groups() -> None:
+    program = deep.compiled(deep.plan(), until="cluster_neurons")
+    program.facts = dataclasses.replace(program.facts, hidden=96)
+    with pytest.raises(InternalError, match="96 weights of a row do not fill groups of 64"):
+        quantise.apply(program, weights="int4")
+
+
+def test_cache_that_stayed_wide_is_refused() -> None:
+    program = deep.compiled(deep.plan(), weights="int8", until="narrow_cache")
+    program.graph.tensors()["present.10.value"].dtype = np.dtype(np.float32)
+    with pytest.raises(InternalError, match=r"present\.10\.value is float32"):
+        narrow_cache.ensures(program)
 
 
 def test_recipe_that_disagrees_with_its_tensor_is_refused() -> None:

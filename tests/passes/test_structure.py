@@ -13,6 +13,7 @@ from shadowc.passes import finalise
 from shadowc.passes.surgery import Scopes, scope_of
 from shadowc.pipeline import schedule
 from shadowc.spec.ops import OPS
+from shadowc.spec.options import WEIGHTS
 from shadowc.spec.program import Program
 from shadowc.trace.program_io import to_model
 from tests.trace import deep
@@ -151,20 +152,23 @@ def test_predictor_reads_the_context_of_layer_0() -> None:
     assert [reader.name for reader in program.graph.tensors()["context.0"].outputs] == ["predictor.context"]
 
 
-def test_operators_match_their_specification() -> None:
+@pytest.mark.parametrize("weights", WEIGHTS["cpu"])
+def test_operators_match_their_specification(weights: str) -> None:
     specs = {spec.name: spec for spec in OPS}
-    for found in (node for node in deep.compiled(deep.plan()).graph.nodes if node.domain == "shadowc"):
+    nodes = deep.compiled(deep.plan(), weights=weights).graph.nodes
+    for found in (node for node in nodes if node.domain == "shadowc"):
         spec = specs[found.op]
         assert len(found.inputs) == len(spec.inputs)
         assert len(found.outputs) == len(spec.outputs)
         assert set(found.attrs) == {attribute.name for attribute in spec.attributes}
         for value, operand in zip((*found.inputs, *found.outputs), (*spec.inputs, *spec.outputs), strict=True):
             assert value.dtype.name in operand.types
-            assert len(value.shape) == len(operand.shape)
+            packed = weights == "int4" and operand.packed
+            assert len(value.shape) == len(operand.packed if packed else operand.shape)
 
 
 def test_weights_are_inputs_with_recipes_of_the_same_shape_and_type() -> None:
-    for weights in ("fp32", "int8"):
+    for weights in WEIGHTS["cpu"]:
         program = deep.compiled(deep.plan(), weights=weights)
         inputs = {value.name: value for value in program.graph.inputs}
         for name, recipe in program.weights.items():
@@ -193,13 +197,22 @@ def test_neuron_orders_are_set_for_predicted_layers_only_when_blocks_have_severa
     assert {recipe.order for recipe in single.weights.values()} == {""}
 
 
-def test_int8_quantises_records_and_products_and_nothing_else() -> None:
-    program = deep.compiled(deep.plan(), weights="int8")
+@pytest.mark.parametrize(
+    ("weights", "records", "scales"),
+    [
+        ("bf16", ("bfloat16", False, 0), ("float32", False, 0)),
+        ("int8", ("int8", True, 0), ("float32", True, 0)),
+        ("int4", ("uint8", True, 64), ("float32", True, 64)),
+    ],
+)
+def test_records_and_products_become_narrow_and_nothing_else(
+    weights: str, records: tuple[str, bool, int], scales: tuple[str, bool, int]
+) -> None:
+    program = deep.compiled(deep.plan(), weights=weights)
     kinds = {recipe.kind: (recipe.dtype, recipe.quantised, recipe.block) for recipe in program.weights.values()}
     assert kinds.pop("copy") == ("float32", False, 0)
     assert kinds == {
-        "attention_records": ("int8", True, 0), "attention_scales": ("float32", True, 0),
-        "ffn_records": ("int8", True, 0), "ffn_scales": ("float32", True, 0),
+        "attention_records": records, "attention_scales": scales, "ffn_records": records, "ffn_scales": scales,
         "ffn_bias": ("float32", False, 0), "qkv_bias": ("float32", False, 0),
         "nbits_weights": ("uint8", True, kinds["nbits_weights"][2]),
         "nbits_scales": ("float32", True, kinds["nbits_scales"][2]),

@@ -25,7 +25,7 @@ def operands(
 
     int4 heads are as large as the groups ask for.
     """
-    D = D if H * D == kernels.width_for(dtype, H * D) else kernels.width_for(dtype, D)
+    D = D if kernels.width_for(dtype, H * D) == H * D else kernels.width_for(dtype, D)
     E, W = H * D, 1 if shared else B
     w, scales = kernels.weights(rng, (H, 4, D, E), dtype)
     past = rng.integers(0, T - S + 1, B)
@@ -325,6 +325,6 @@ def test_attention_refuses_attributes_and_types_when_the_session_is_made():
         attend(arrays, kv="some")
     arrays["w"] = arrays["w"].astype(np.int32)
     with pytest.raises(
-        Exception, match="the element type of w must be float32, bfloat16, int8, or uint8 .*, found int32"
+        Exception, match=r"the element type of w must be float32, bfloat16, int8, or uint8 .*, found int32"
     ):
         attend(arrays)

@@ -261,6 +261,6 @@ def test_ffn_names_the_types_it_takes_when_the_session_is_made():
     arrays = operands(np.random.default_rng(14))
     arrays["w"] = arrays["w"].astype(np.float16)
     with pytest.raises(
-        Exception, match="the element type of w must be float32, bfloat16, int8, or uint8 .*, found float16"
+        Exception, match=r"the element type of w must be float32, bfloat16, int8, or uint8 .*, found float16"
     ):
         ffn(arrays)

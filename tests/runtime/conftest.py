@@ -34,7 +34,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def folders(
     tiny_model: OPTForCausalLM, tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, Path]:
-    """fp32, int8 and dense. Read only."""
+    """One of every type of weights, and dense. Read only."""
     return engines.write_kinds(tmp_path_factory.mktemp("engines"), tiny_model, tiny_checkpoint)
 
 

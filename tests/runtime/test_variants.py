@@ -18,6 +18,7 @@ from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
 from shadowc.spec.manifest import MODEL_FILE
 from tests.conftest import TINY
+from tests.emit.engines import KINDS
 
 TOLERANCE = 2e-5
 """Largest |difference| over the largest |logit|: float32, another order of additions."""
@@ -58,7 +59,7 @@ def test_an_unknown_tensor_is_refused_by_name(folders: dict[str, Path]) -> None:
         variants.with_outputs(graph_of(folders["fp32"]), ["residual.0", "residual.99"])
 
 
-@pytest.mark.parametrize("name", ["fp32", "int8", "dense"])
+@pytest.mark.parametrize("name", [*KINDS, "dense"])
 def test_skipping_zeros_is_exact_and_reads_less(folders: dict[str, Path], name: str) -> None:
     density = None if name == "dense" else 0.5
     kept, skipping = (load(folders[name], skip_zeros=flag) for flag in (False, True))
@@ -112,7 +113,7 @@ def test_variants_leave_the_graph_they_are_given(folders: dict[str, Path]) -> No
     assert model.SerializeToString(deterministic=True) == before
 
 
-@pytest.mark.parametrize("name", ["fp32", "int8"])
+@pytest.mark.parametrize("name", KINDS)
 def test_inspect_foretells_the_bytes_that_the_kernels_count(folders: dict[str, Path], name: str) -> None:
     """Global ranks move a share from layer to layer and blocks round it, so the forecast is near, not equal."""
     engine = load(folders[name], skip_zeros=False)

@@ -129,13 +129,14 @@ class Decoder:
             graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
         self.outputs = [value.name for value in self.session.get_outputs()]
-        self.inputs = {value.name for value in self.session.get_inputs()}
+        self.inputs = {value.name: value.type for value in self.session.get_inputs()}
         self.reset(batch, capacity)
 
     def reset(self, batch: int, capacity: int = 16) -> None:
         shape = (batch, FACTS.heads, capacity, FACTS.head_size)
-        caches = [name for name in self.inputs if name.startswith("past_key_values.")]
-        self.cache = {name: np.full(shape, np.nan, np.float32) for name in caches}
+        types = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+        caches = {name: types[kind] for name, kind in self.inputs.items() if name.startswith("past_key_values.")}
+        self.cache = {name: np.full(shape, np.nan, dtype) for name, dtype in caches.items()}
 
     def __call__(self, ids_BS: np.ndarray, mask_BP: np.ndarray, **dials: np.ndarray) -> dict[str, np.ndarray]:
         feeds = {"input_ids": ids_BS, "attention_mask": mask_BP, **self.cache, **dials}
