@@ -114,7 +114,7 @@ class Decoder {
   Decoder(const Options& options, const Ort::Env& env)
       : session_(env, (options.engine / "model.onnx").c_str(), SessionOptions(options)), binding_(session_) {
     for (size_t i = 0; i < session_.GetInputCount(); ++i)
-      inputs_[session_.GetInputNameAllocated(i, allocator_).get()] = Shape(session_.GetInputTypeInfo(i));
+      inputs_[session_.GetInputNameAllocated(i, allocator_).get()] = i;
     for (size_t i = 0; i < session_.GetOverridableInitializerCount(); ++i)  // the inputs that have defaults
       dials_.insert(session_.GetOverridableInitializerNameAllocated(i, allocator_).get());
     for (size_t i = 0; i < session_.GetOutputCount(); ++i)
@@ -128,10 +128,13 @@ class Decoder {
   // Makes room for so many tokens.
   void Reserve(int64_t slots) {
     ones_.assign(slots, 1);
-    for (const auto& [name, shape] : inputs_) {
+    for (const auto& [name, index] : inputs_) {
       if (name.rfind("past_key_values.", 0) != 0) continue;
-      const int64_t sizes[] = {1, shape[1], slots, shape[3]};
-      auto buffer = Ort::Value::CreateTensor<float>(allocator_, sizes, 4);  // the binding keeps it alive
+      const Ort::TypeInfo type = session_.GetInputTypeInfo(index);
+      const auto info = type.GetTensorTypeAndShapeInfo();  // [rows, heads, slots, head size]
+      const int64_t sizes[] = {1, info.GetShape()[1], slots, info.GetShape()[3]};
+      // float16 or float32; the binding keeps it alive
+      auto buffer = Ort::Value::CreateTensor(allocator_, sizes, 4, info.GetElementType());
       binding_.BindInput(name.c_str(), buffer);
       binding_.BindOutput(("present." + name.substr(sizeof("past_key_values.") - 1)).c_str(), buffer);
     }
@@ -207,7 +210,8 @@ class Decoder {
   Ort::AllocatorWithDefaultOptions allocator_;
   Ort::Session session_;
   Ort::IoBinding binding_;
-  std::map<std::string, std::vector<int64_t>> inputs_, outputs_;  // name -> shape
+  std::map<std::string, size_t> inputs_;                 // name -> index
+  std::map<std::string, std::vector<int64_t>> outputs_;  // name -> shape
   std::set<std::string> dials_;
   Ids ones_, read_;
   std::vector<float> logits_;

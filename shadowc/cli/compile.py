@@ -30,7 +30,10 @@ def compile_model(
     weights: Annotated[
         flags.Weights | None,
         typer.Option(
-            "--weights", help="Type of the weights; default: fp32 on cpu, fp16 on TensorRT.", show_default=False
+            "--weights",
+            help="Type of the weights. cpu: fp32 (default), bf16, int8, int4; "
+            "TensorRT: fp16 (default), bf16, fp32, int8.",
+            show_default=False,
         ),
     ] = None,
     predictor: Annotated[

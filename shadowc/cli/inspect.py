@@ -137,6 +137,7 @@ def bytes_rows(manifest: EngineManifest) -> list[tuple[str, str, str]]:
     records = attention, ffn = record_bytes(manifest)
     heads, neurons = (plan.head_density, plan.neuron_density) if plan else (1.0, 1.0)
     first = 1 / model.layers  # layer 0 stays dense
+    reads = first + (1 - first) * heads  # of the cache: active heads attend
     heads = KV_SHARE + (1 - KV_SHARE) * heads  # a later token may need the K/V of a head that this one skips
     kept = (attention * (first + (1 - first) * heads), ffn * (first + (1 - first) * neurons))
     other = part.lm_head + part.other
@@ -148,6 +149,8 @@ def bytes_rows(manifest: EngineManifest) -> list[tuple[str, str, str]]:
         ("norms, biases, embedding rows", *[render.size(part.other)] * 2),
         ("all", render.size(sum(records) + other), render.size(sum(kept) + other + part.predictor)),
     ]
+    if part.cache:
+        rows.append(("K/V, of each token before", render.size(part.cache), render.size(part.cache * reads)))
     return [(name, dense, sparse) for name, dense, sparse in rows]
 
 

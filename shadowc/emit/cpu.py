@@ -35,6 +35,8 @@ AUTOMATIC_TAIL = -1
 _RECORD_KINDS = ("attention_records", "attention_scales", "ffn_records", "ffn_scales")
 _ONNX_TYPES = {"float32": 1, "uint8": 2, "int8": 3, "bfloat16": 16}
 """TensorProto.FLOAT, UINT8, INT8, BFLOAT16."""
+_CACHE_BYTES = {1: 4, 10: 2}
+"""TensorProto.FLOAT, FLOAT16."""
 
 
 def emit_cpu(
@@ -82,7 +84,18 @@ def bytes_per_token(model: onnx.ModelProto, recipes: Mapping[str, WeightRecipe])
             parts["predictor"] += size
         else:
             parts["other"] += size // recipe.shape[0] if name in rows else size
-    return BytesPart(**parts)
+    return BytesPart(**parts, cache=_cache_bytes(model))
+
+
+def _cache_bytes(model: onnx.ModelProto) -> int:
+    """What one token adds to the cache."""
+    total = 0
+    for value in model.graph.input:
+        if value.name.startswith("past_key_values."):
+            tensor = value.type.tensor_type
+            _, heads, _, size = (dim.dim_value for dim in tensor.shape.dim)
+            total += heads * size * _CACHE_BYTES[tensor.elem_type]
+    return total
 
 
 def _bind_weights(model: onnx.ModelProto, recipes: Mapping[str, WeightRecipe], places: Mapping[str, Placement]) -> None:

@@ -272,5 +272,5 @@ def _rounded(values: Floats, limit: int, where: str) -> tuple[Floats, Floats]:
 def _paired(steps: Floats) -> npt.NDArray[np.uint8]:
     """Groups of int4, two to a byte: the first half of a group in the low halves."""
     low, high = np.split((steps + INT4_ZERO_POINT).astype(np.uint8), 2, axis=-1)
-    paired: npt.NDArray[np.uint8] = low | high << 4
+    paired: npt.NDArray[np.uint8] = low | high << np.uint8(4)
     return paired

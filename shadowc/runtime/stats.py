@@ -54,6 +54,9 @@ class RunStats:
     """What one token of one row reads when nothing is skipped."""
     active_neurons: float
     """Mean active neurons per model layer: `neurons` in single neurons."""
+    cache_bytes: int = 0
+    """What one token of one row adds to the cache: keys and values of all layers as they are stored. Attention reads so
+    much of every token before, of its active heads; 0: not recorded."""
     finish: tuple[str, ...] = ()
     """Why each row ended: "eos", "length" or "context"; empty for logits."""
 
@@ -131,6 +134,7 @@ class Meter:
             bytes_read_kernels=kernels,
             dense_bytes=fixed.records + fixed.lm_head + fixed.other,
             active_neurons=min(float(layers["neurons"].mean()) * block, float(model.ffn)),
+            cache_bytes=fixed.cache,
             finish=finish,
         )
 

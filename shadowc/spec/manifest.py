@@ -71,6 +71,8 @@ class BytesPart(_Part):
     """Norms, biases, one row of each embedding."""
     records: int
     """Weights and scales of all attention and FFN records: the dense cost per token."""
+    cache: int = 0
+    """Keys and values that every token adds to the cache, all layers together; 0: not recorded."""
 
 
 class PlanTensor(_Part):

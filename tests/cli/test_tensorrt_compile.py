@@ -21,7 +21,11 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (("--max-batch", "8"), "--max-batch has no effect with --target cpu"),
         (("--max-context", "8", "--compute-capability", "8.6"), "--max-context, --compute-capability have no effect"),
-        (("--weights", "fp16"), "target cpu has no weights 'fp16', expected one of fp32, int8"),
+        (("--weights", "fp16"), "target cpu has no weights 'fp16', expected one of fp32, bf16, int8, int4"),
+        (
+            ("--target", "tensorrt-rtx", "--weights", "int4"),
+            "tensorrt-rtx has no weights 'int4', expected",
+        ),
         (("--target", "tpu"), "expected one of cpu, tensorrt-rtx, tensorrt"),
         (("--target", "tensorrt-rtx", "--compute-capability", "x"), "--compute-capability"),
     ],

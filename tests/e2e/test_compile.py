@@ -122,6 +122,31 @@ def test_dense_engine_has_no_dials_when_compiled_without_predictor(tiny_checkpoi
         engine.generate(PROMPT, max_new_tokens=4, density=0.5)
 
 
+@pytest.mark.parametrize("weights", ["int4", pytest.param("bf16", marks=pytest.mark.slow)])
+def test_narrow_weights_and_cache_are_modelled_exactly_by_the_gate(
+    tiny_checkpoint: Path, tmp_path: Path, weights: str
+) -> None:
+    engine = shadowc.load(shadowc.compile(compiled.options(tiny_checkpoint, tmp_path / "e", weights=weights)))
+    layers = engine.manifest.parity["layers"]
+    assert isinstance(layers, list)
+    assert max(layers) < 1e-5, "rounding must be modelled, not tolerated"
+    engine.generate(PROMPT, max_new_tokens=4, min_new_tokens=4)
+    model = engine.manifest.model
+    assert engine.last_stats.cache_bytes == 2 * 2 * model.layers * model.hidden  # float16
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("weights", ["bf16", "int8", "int4"])
+def test_opt_mini_passes_the_gate_in_every_narrow_type(tmp_path: Path, weights: str) -> None:
+    folder = shadowc.compile(
+        compiled.options("opt-mini", tmp_path / "e", weights=weights, predictor="none", offline=True)
+    )
+    layers = shadowc.load(folder).manifest.parity["layers"]
+    assert isinstance(layers, list)
+    assert max(layers) < 1e-5
+
+
 def test_passes_are_dumped_when_asked_for(tiny_checkpoint: Path, tmp_path: Path) -> None:
     out = tmp_path / "tiny.engine"
     shadowc.compile(compiled.options(tiny_checkpoint, out, weights="int8", dump_passes=tmp_path / "dump"))
@@ -134,6 +159,7 @@ def test_passes_are_dumped_when_asked_for(tiny_checkpoint: Path, tmp_path: Path)
         "sparsify_ffn.onnx",
         "cluster_neurons.onnx",
         "quantise.onnx",
+        "narrow_cache.onnx",
         "finalise.onnx",
     ]
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ from shadowc.emit.weights import RECORD_ALIGNMENT
 from shadowc.runtime.library import library_path
 from shadowc.spec.errors import InternalError, UnsupportedError
 from shadowc.spec.manifest import MANIFEST_FILE, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE
-from shadowc.spec.options import WEIGHTS
+from shadowc.spec.options import WEIGHTS, CompileOptions
 from shadowc.spec.program import WeightRecipe
 from tests.emit import engines, handmade
 
@@ -90,6 +91,29 @@ def test_bytes_per_token_count_one_row_of_each_embedding(tiny_model: OPTForCausa
     assert emitted.bytes_per_token.records == 4 * n * per_layer
     assert emitted.bytes_per_token.lm_head == 4 * E * facts.vocab
     assert emitted.bytes_per_token.other == 4 * (n * biases_and_norms + 2 * E + 2 * E)
+
+
+@pytest.mark.parametrize(("weights", "bits"), [("bf16", 16), ("int8", 8), ("int4", 4)])
+def test_bytes_per_token_count_narrow_records_scales_and_cache(
+    tiny_model: OPTForCausalLM, tmp_path: Path, weights: str, bits: int
+) -> None:
+    facts = engines.tiny_facts()
+    emitted = emit_cpu(handmade.build(facts, weights=weights), engines.tensors(tiny_model), tmp_path)
+    E, F, n = facts.hidden, facts.ffn, facts.layers
+    rows = 4 * E + 2 * F
+    scales = rows * (E // 64 if weights == "int4" else 1)
+    assert emitted.bytes_per_token.records == n * (rows * E * bits // 8 + 4 * scales)
+    assert emitted.bytes_per_token.cache == n * 2 * E * 2
+
+
+def test_int4_is_refused_when_the_hidden_size_does_not_fill_groups() -> None:
+    facts = replace(engines.tiny_facts(), hidden=96)
+    options = CompileOptions(model="tiny", weights="int4")
+    with pytest.raises(UnsupportedError, match=r"groups of 64 .* which is 96 in opt-tiny") as caught:
+        target("cpu").check_model(options, facts)
+    assert caught.value.hint == "--weights int8"
+    target("cpu").check_model(options, engines.tiny_facts())
+    target("cpu").check_model(CompileOptions(model="tiny", weights="int8"), facts)
 
 
 def test_a_recipe_without_a_graph_input_is_an_internal_error(tiny_model: OPTForCausalLM, tmp_path: Path) -> None:

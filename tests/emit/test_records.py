@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,11 +13,13 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from shadowc.emit import records
+from shadowc.measure.dequantised import round_to, round_to_int4
 from shadowc.spec.errors import InputError, InternalError
+from shadowc.spec.ops import INT4_GROUP
 from shadowc.spec.program import WeightRecipe
 from tests.emit import unpack
 
-E, H, D, F = 12, 3, 4, 70
+E, H, D, F = 128, 4, 32, 70
 HALF_STEP = 0.5 + 1e-3
 """A rounded value is at most half a step away; the excess covers float32 division."""
 NBITS_TOLERANCE = 2e-2
@@ -38,14 +43,23 @@ class Tensors:
         return self.values[name]
 
 
-def recipes(*, quantised: bool, order: str = "") -> dict[str, WeightRecipe]:
-    dtype = "int8" if quantised else "float32"
+def recipes(
+    *, quantised: bool, order: str = "", dtype: Literal["bfloat16", "uint8"] | None = None
+) -> dict[str, WeightRecipe]:
+    """`dtype`: of the records, if they are not float32 or int8."""
+    block = INT4_GROUP if dtype == "uint8" else 0
+    width, per_row = (E // 2, (E // block,)) if block else (E, ())
+    kind = dtype or ("int8" if quantised else "float32")
+    how, scaled = (kind, quantised, order, block), ("float32", quantised, order, block)
+    heads, heads_scaled = (kind, quantised, "", block), ("float32", quantised, "", block)
     return {
-        "layers.10.ffn.w": WeightRecipe("ffn_records", ("fc1", "fc2"), (F, 2, E), dtype, quantised, order),
-        "layers.10.ffn.scales": WeightRecipe("ffn_scales", ("fc1", "fc2"), (F, 2), "float32", quantised, order),
+        "layers.10.ffn.w": WeightRecipe("ffn_records", ("fc1", "fc2"), (F, 2, width), *how),
+        "layers.10.ffn.scales": WeightRecipe("ffn_scales", ("fc1", "fc2"), (F, 2, *per_row), *scaled),
         "layers.10.ffn.b1": WeightRecipe("ffn_bias", ("b1",), (F,), order=order),
-        "layers.2.attention.w": WeightRecipe("attention_records", tuple("qkvo"), (H, 4, D, E), dtype, quantised),
-        "layers.2.attention.scales": WeightRecipe("attention_scales", tuple("qkvo"), (H, 4, D), "float32", quantised),
+        "layers.2.attention.w": WeightRecipe("attention_records", tuple("qkvo"), (H, 4, D, width), *heads),
+        "layers.2.attention.scales": WeightRecipe(
+            "attention_scales", tuple("qkvo"), (H, 4, D, *per_row), *heads_scaled
+        ),
         "layers.2.attention.bqkv": WeightRecipe("qkv_bias", ("bq", "bk", "bv"), (H, 3, D)),
         "wte": WeightRecipe("copy", ("lm",), (50, 20)),
         "lm_head": WeightRecipe("transpose", ("lm",), (20, 50)),
@@ -112,6 +126,49 @@ def test_int8_packing_equals_rounding_in_the_checkpoints_layout() -> None:
     unpacked = unpack.unpack_ffn(packed["layers.10.ffn.w"], packed["layers.10.ffn.scales"], source.tensor("order"))
     np.testing.assert_array_equal(unpacked[0], unpack.round_trip(source.tensor("fc1")))
     np.testing.assert_array_equal(unpacked[1], unpack.round_trip(source.tensor("fc2"), axis=0))
+
+
+ROUNDINGS: dict[str, Callable[[np.ndarray, int], np.ndarray]] = {
+    "uint8": round_to_int4,
+    "bfloat16": lambda weight, _: round_to("bfloat16", weight),
+}
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "uint8"])
+def test_narrow_packing_equals_rounding_in_the_checkpoints_layout(dtype: Literal["bfloat16", "uint8"]) -> None:
+    source, rounded = Tensors(), ROUNDINGS[dtype]
+    packed = pack(source, recipes(quantised=dtype == "uint8", order="order", dtype=dtype))
+    attention = unpack.unpack_attention(packed["layers.2.attention.w"], packed["layers.2.attention.scales"])
+    for name, weight in zip("qkvo", attention, strict=True):
+        np.testing.assert_array_equal(weight, rounded(source.tensor(name), 0 if name == "o" else 1))
+    unpacked = unpack.unpack_ffn(packed["layers.10.ffn.w"], packed["layers.10.ffn.scales"], source.tensor("order"))
+    np.testing.assert_array_equal(unpacked[0], rounded(source.tensor("fc1"), 1))
+    np.testing.assert_array_equal(unpacked[1], rounded(source.tensor("fc2"), 0))
+
+
+def test_int4_puts_the_first_half_of_a_group_into_the_low_halves_of_its_bytes() -> None:
+    row = np.zeros((1, 2 * INT4_GROUP), np.float32)
+    row[0, :3], row[0, 32:35] = (7, -7, 1), (-1, 2, 0)
+    row[0, 64], row[0, 127] = 14, -14
+    pairs, scales = records.quantise_groups(row, INT4_GROUP)
+    assert scales.tolist() == [[1, 2]]
+    assert pairs[0, :4].tolist() == [0x7F, 0xA1, 0x89, 0x88]
+    assert (pairs[0, 32], pairs[0, 63]) == (0x8F, 0x18)
+
+
+def test_a_group_of_zeros_gets_scale_one_in_int4() -> None:
+    pairs, scales = records.quantise_groups(np.zeros((2, INT4_GROUP), np.float32), INT4_GROUP)
+    assert (scales == 1).all()
+    assert (pairs == 0x88).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(hnp.arrays(np.float32, (3, 2 * INT4_GROUP), elements=st.floats(-(2.0**40), 2.0**40, width=32)))
+def test_int4_rounding_stays_within_half_a_step_and_never_uses_minus_eight(weight: np.ndarray) -> None:
+    pairs, scales = records.quantise_groups(weight, INT4_GROUP)
+    assert min((pairs & 15).min(), (pairs >> 4).min()) >= 1
+    error = np.abs(unpack.dequantise(pairs, scales).astype(np.float64) - weight)
+    assert (error <= HALF_STEP * scales.astype(np.float64).repeat(INT4_GROUP, axis=1)).all()
 
 
 def test_a_head_swapped_in_the_packing_is_caught_by_the_round_trip() -> None:

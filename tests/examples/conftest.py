@@ -34,11 +34,11 @@ def folders(
 
 @pytest.fixture(scope="session")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """opt-mini with a predictor trained in seconds: fp32 and int8. For slow tests. Read only."""
+    """opt-mini with a predictor trained in seconds: fp32, int8 and int4. For slow tests. Read only."""
     import shadowc
 
     parent = tmp_path_factory.mktemp("mini")
-    kinds = ("fp32", "int8")
+    kinds = ("fp32", "int8", "int4")
     return {kind: shadowc.compile(options("opt-mini", parent / f"{kind}.engine", weights=kind)) for kind in kinds}
 
 

@@ -192,6 +192,37 @@ def test_parity_names_the_embedding_when_positions_are_off_by_one(sparse_engine:
     assert any(problem.startswith("embedding") for problem in caught.value.problems)
 
 
+@pytest.mark.parametrize(("steps", "fails"), [(0, False), (2, True)])
+def test_parity_names_the_layer_whose_float16_cache_is_not_the_rounding_of_its_keys(
+    int8_engine: Path, tiny_checkpoint: Path, steps: int, fails: bool
+) -> None:
+    """Shown in the cache alone, as keys of slightly wrong weights would be; half a step is what float16 may be off."""
+    new_probe = shadowc.load(int8_engine).prober()
+
+    class Shifted:
+        def __init__(self) -> None:
+            self._probe = new_probe()
+
+        def step(self, ids_BS: npt.NDArray[np.int64], **how: object) -> Mapping[str, npt.NDArray[np.float32]]:
+            outputs = dict(self._probe.step(ids_BS, **how))  # type: ignore[arg-type]
+            keys = outputs[f"cached.{LAYER}.key"]
+            assert keys.dtype == np.float16
+            largest = np.unravel_index(np.abs(keys).argmax(), keys.shape)
+            keys[largest] *= 1 + steps * 2.0**-10
+            return outputs
+
+    report = parity_of(shadowc.load(int8_engine), tiny_checkpoint, Shifted, weights="int8")
+    assert failing(report) == ([LAYER] if fails else [])
+
+
+@pytest.mark.parametrize("weights", ["bf16", "int4"])
+def test_parity_fails_when_weights_are_compared_in_another_rounding(
+    int8_engine: Path, tiny_checkpoint: Path, weights: str
+) -> None:
+    report = parity_of(shadowc.load(int8_engine), tiny_checkpoint, weights=weights)
+    assert len(failing(report)) == len(report.layers)
+
+
 def test_parity_fails_when_a_cache_entry_is_stale(sparse_engine: Path, tiny_checkpoint: Path) -> None:
     engine = shadowc.load(sparse_engine)
     new_probe = engine.prober()
