@@ -274,8 +274,8 @@ void ProjectTile(const AttentionArgs& a, const Activations<W>* rows, const Tilin
   const uint32_t active = tiling.masks[t * a.heads + h];
   const size_t all_rows = tiling.Count(t);
   const uint32_t all = all_rows == 32 ? ~0u : (1u << all_rows) - 1;
-  float* fresh =
-      ThreadArena().Take<float>(kTileRows * a.head_size);  // keys or values, before they are stored
+  // Keys, then values, of the rows in hand, before they are stored.
+  float* fresh = ThreadArena().Take<float>(kTileRows * a.head_size);
   // target(row, i): where the result of the i-th row in hand goes.
   const auto project = [&](Part part, uint32_t bits, size_t following, float factor, auto target) HWY_ATTR {
     uint32_t list[kTileRows];
