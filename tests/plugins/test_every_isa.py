@@ -92,6 +92,7 @@ def attentions(draw):
     B, S, tail, shared = draw(BATCHES)
     shape = {"B": B, "S": S, "Z": round(tail * S), "H": draw(st.integers(1, 4)), "T": S + draw(st.integers(0, 70))}
     kind = {"dtype": draw(st.sampled_from(test_sparse_attention.WEIGHTS)), "shared": shared}
+    kind["cache"] = draw(st.sampled_from(test_sparse_attention.CACHES))
     D = draw(st.sampled_from([1, 3, 16, 20, 33, 64, 80]))
     arrays = test_sparse_attention.operands(np.random.default_rng(draw(SEEDS)), **shape, D=D, **kind)
     return with_masks(draw, arrays), {"layer": draw(st.integers(0, 1))}

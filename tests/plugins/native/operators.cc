@@ -11,7 +11,9 @@ namespace {
 
 shadowc::WeightType WeightTypeOf(const Tensor& w) {
   if (w.type == "float32") return shadowc::WeightType::kFloat32;
+  if (w.type == "bfloat16") return shadowc::WeightType::kBFloat16;
   if (w.type == "int8") return shadowc::WeightType::kInt8;
+  if (w.type == "uint8") return shadowc::WeightType::kInt4;
   throw std::runtime_error("no weights of type '" + w.type + "'");
 }
 
@@ -97,10 +99,11 @@ Tensors SparseAttention(const Call& call, const shadowc::Parallel& parallel) {
   a.bqkv = call.Input("bqkv").As<float>();
   a.bo = call.Input("bo").As<float>();
   a.heads = w.shape[0], a.head_size = w.shape[2], a.capacity = past_key.shape[2];
-  a.present_key = outputs["present_key"].As<float>();
-  a.present_value = outputs["present_value"].As<float>();
-  a.past_key = in_place ? a.present_key : past_key.As<float>();
-  a.past_value = in_place ? a.present_value : past_value.As<float>();
+  a.cache = past_key.type == "float16" ? shadowc::CacheType::kFloat16 : shadowc::CacheType::kFloat32;
+  a.present_key = outputs["present_key"].bytes.data();
+  a.present_value = outputs["present_value"].bytes.data();
+  a.past_key = in_place ? a.present_key : past_key.bytes.data();
+  a.past_value = in_place ? a.present_value : past_value.bytes.data();
   a.start = call.Input("start").As<int64_t>();
   a.past = call.Input("past").As<int64_t>();
   a.kv_active_only = call.Text("kv", "all") == "active";
