@@ -5,8 +5,17 @@
 
 #include "hwy/highway.h"
 
+#if HWY_ARCH_X86_64 && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace shadowc {
 namespace {
+
+// AMX is no target of Highway, which numbers better targets lower: as a level, it is better than all of them.
+constexpr int64_t kAmx = 1;
 
 struct Level {
   const char* name;
@@ -23,6 +32,7 @@ constexpr Level kLevels[] = {
     {"avx512", HWY_AVX3},
     {"avx512_icelake", HWY_AVX3_DL},
     {"avx512_zen4", HWY_AVX3_ZEN4},
+    {"avx512_amx", kAmx},
 #elif HWY_ARCH_ARM
     {"neon_without_aes", HWY_NEON_WITHOUT_AES},
     {"neon", HWY_NEON},
@@ -36,7 +46,30 @@ constexpr Level kLevels[] = {
 #endif
 };
 
-bool Compiled(const Level& level) { return (level.target & HWY_TARGETS) != 0; }
+#if HWY_ARCH_X86_64 && defined(__linux__) && (HWY_TARGETS & HWY_AVX3_DL)
+constexpr int64_t kCompiled = HWY_TARGETS | kAmx;
+
+// Linux gives a process the tiles' 8 KiB of registers only if it asks; threads that it has already may use
+// them too.
+bool AmxWorks() {
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // of edx
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kTile) != 0 && (edx & kInt8) != 0 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+int64_t Usable() {
+  const int64_t usable = hwy::SupportedTargets() & HWY_TARGETS;
+  return (usable & HWY_AVX3_DL) != 0 && AmxWorks() ? usable | kAmx : usable;
+}
+#else
+constexpr int64_t kCompiled = HWY_TARGETS;
+
+int64_t Usable() { return hwy::SupportedTargets() & HWY_TARGETS; }
+#endif
+
+bool Compiled(const Level& level) { return (level.target & kCompiled) != 0; }
 
 std::string Names() {
   std::string names;
@@ -49,6 +82,7 @@ std::string Names() {
 struct Choice {
   std::string problem;
   const char* isa = "";
+  int64_t target = 0;
 };
 
 const char* NameOf(int64_t target) {
@@ -62,11 +96,12 @@ const char* NameOf(int64_t target) {
 // SupportedTargets() also resets the dispatch to all that the CPU has, so DisableTargets() must come last,
 // and nothing may ask again.
 Choice Choose() {
-  const int64_t usable = hwy::SupportedTargets() & HWY_TARGETS;
-  const char* best = NameOf(usable & -usable);
+  const int64_t usable = Usable();
+  const int64_t best_target = usable & -usable;
+  const char* best = NameOf(best_target);
   const char* variable = std::getenv("SHADOWC_ISA");
   const std::string asked = variable == nullptr ? "" : variable;
-  if (asked.empty() || asked == "native") return {"", best};
+  if (asked.empty() || asked == "native") return {"", best, best_target};
   for (const Level& level : kLevels) {
     if (asked != level.name || !Compiled(level)) continue;
     if ((usable & level.target) == 0) {
@@ -74,7 +109,7 @@ Choice Choose() {
               "'. Unset SHADOWC_ISA or name a lower level."};
     }
     hwy::DisableTargets(level.target - 1);
-    return {"", level.name};
+    return {"", level.name, level.target};
   }
   return {"SHADOWC_ISA is '" + asked + "'; expected one of " + Names() + "."};
 }
@@ -87,6 +122,16 @@ const Choice& TheChoice() {
 }  // namespace
 
 const std::string& ApplyIsaLimit() { return TheChoice().problem; }
+
+bool HasVnni() {
+#if HWY_ARCH_X86
+  return TheChoice().target != 0 && TheChoice().target <= HWY_AVX3_DL;
+#else
+  return false;
+#endif
+}
+
+bool HasAmx() { return TheChoice().target == kAmx; }
 
 const char* ChosenIsa() { return TheChoice().isa; }
 

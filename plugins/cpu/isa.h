@@ -10,6 +10,12 @@ namespace shadowc {
 // Reads SHADOWC_ISA once, on the first call. Returns an empty string, or a sentence that says what is wrong.
 const std::string& ApplyIsaLimit();
 
+// Whether the chosen level includes the 8-bit dot products of AVX-512 (VNNI; VBMI comes with them).
+bool HasVnni();
+
+// Whether the chosen level is that of AMX's int8 tiles.
+bool HasAmx();
+
 // The name of the target that kernels run on; empty if there is a problem.
 const char* ChosenIsa();
 

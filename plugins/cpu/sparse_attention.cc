@@ -7,6 +7,8 @@
 #include <cstring>
 
 #include "arena.h"
+#include "attention_panels.h"
+#include "panel_rows.h"
 #include "sum_tree.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -362,8 +364,7 @@ void ProjectOutRows(const AttentionArgs& a, const Tiling& tiling, const Parallel
 }
 
 template <class W>
-ReadCount ManyRows(const AttentionArgs& a, const Activations<W>* x, CallArena* arena,
-                   const Parallel& parallel) {
+ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& parallel) {
   const size_t rows = a.batch * a.tokens, tiles = (rows + kTileRows - 1) / kTileRows;
   uint32_t* masks = arena->Take<uint32_t>(tiles * a.heads);
   const Tiling tiling{rows, tiles, a.heads, masks};
@@ -373,18 +374,39 @@ ReadCount ManyRows(const AttentionArgs& a, const Activations<W>* x, CallArena* a
     TileMasks(a.selection, a.tokens, tiling.First(t), tiling.Count(t), mine);
     for (size_t h = 0; h < a.heads; ++h) read += CountHead<W>(a, mine[h] != 0, !a.kv_active_only);
   }
+  const PanelKernels* kernels = std::is_same_v<W, int8_t> ? KernelsFor(rows, 4 * a.width * a.width) : nullptr;
   float* query = arena->Take<float>(rows * a.width);
   if (a.present_key != a.past_key || a.present_value != a.past_value) {
     parallel.For(a.batch * a.heads, [&](size_t i) { CopyPrefix(a, i / a.heads, i % a.heads); });
   }
-  parallel.For(tiles * a.heads, [&](size_t i) { ProjectTile<W>(a, x, tiling, i % tiles, i / tiles, query); });
+  // First all rows in the general way if any row needs it, then in panels those that do not.
+  uint8_t* left = arena->Take<uint8_t>(rows + kPanelRows);
+  Panels panels{};
+  if (kernels != nullptr) panels = TakePanels(arena, PanelsOf(rows), a.width);
+  if (kernels == nullptr || SplitForProjection(*kernels, a, panels, left, parallel)) {
+    const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, arena, parallel);
+    parallel.For(tiles * a.heads,
+                 [&](size_t i) { ProjectTile<W>(a, x, tiling, i % tiles, i / tiles, query); });
+  }
+  if (kernels != nullptr) {
+    ProjectPanels(*kernels, a, masks, panels, left, QueryFactor(a), query, parallel);
+  }
   const size_t runs = (a.tokens + kTileRows - 1) / kTileRows;
   parallel.For(a.batch * a.heads * runs, [&](size_t i) {
     // Late tokens see most: they go first, so that no long task is left for the end.
     const size_t run = runs - 1 - i / (a.batch * a.heads), pair = i % (a.batch * a.heads);
     AttendTokens(a, tiling, pair / a.heads, pair % a.heads, run * kTileRows, query);
   });
-  ProjectOutRows<W>(a, tiling, parallel);
+  if (kernels == nullptr) {
+    ProjectOutRows<W>(a, tiling, parallel);
+  } else if (!ProjectOutPanels(*kernels, a, masks, arena, left, parallel)) {
+    AttentionArgs again = a;
+    again.y = arena->Take<float>(rows * a.width);
+    ProjectOutRows<W>(again, tiling, parallel);
+    for (size_t r = 0; r < rows; ++r) {
+      if (left[r] != 0) std::copy(again.y + r * a.width, again.y + (r + 1) * a.width, a.y + r * a.width);
+    }
+  }
   return read;
 }
 
@@ -396,8 +418,8 @@ ReadCount Run(const AttentionArgs& a, const Parallel& parallel) {
     return {};
   }
   CallArena arena;
-  const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, &arena, parallel);
-  return rows == 1 ? OneRow<W>(a, x, &arena, parallel) : ManyRows<W>(a, x, &arena, parallel);
+  if (rows > 1) return ManyRows<W>(a, &arena, parallel);
+  return OneRow<W>(a, PrepareRows<W>(a.x, rows, a.width, &arena, parallel), &arena, parallel);
 }
 
 }  // namespace

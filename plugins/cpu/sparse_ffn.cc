@@ -5,6 +5,8 @@
 #include <atomic>
 
 #include "arena.h"
+#include "ffn_panels.h"
+#include "panel_rows.h"
 #include "sum_tree.h"
 
 #undef HWY_TARGET_INCLUDE
@@ -477,13 +479,31 @@ class ManyRows {
 };
 
 template <class W>
+ReadCount RunRows(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
+  const size_t rows = a.batch * a.tokens;
+  const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, arena, parallel);
+  if (rows == 1) return OneRow<W>(a, *x, arena, parallel);
+  return ManyRows<W>(a, x, arena, parallel).Run(arena, parallel);
+}
+
+template <class W>
 ReadCount Run(const FfnArgs& a, const Parallel& parallel) {
   const size_t rows = a.batch * a.tokens;
   if (rows == 0) return {};
   CallArena arena;
-  const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, &arena, parallel);
-  if (rows == 1) return OneRow<W>(a, *x, &arena, parallel);
-  return ManyRows<W>(a, x, &arena, parallel).Run(&arena, parallel);
+  const PanelKernels* kernels =
+      std::is_same_v<W, int8_t> ? KernelsFor(rows, a.neurons * 2 * a.width) : nullptr;
+  if (kernels == nullptr) return RunRows<W>(a, &arena, parallel);
+  uint8_t* left = arena.Take<uint8_t>(rows + kPanelRows);
+  ReadCount read;
+  if (FfnPanels(*kernels, a, &arena, parallel, left, &read)) return read;
+  FfnArgs again = a;
+  again.y = arena.Take<float>(rows * a.width);
+  read = RunRows<W>(again, &arena, parallel);
+  for (size_t r = 0; r < rows; ++r) {
+    if (left[r] != 0) std::copy(again.y + r * a.width, again.y + (r + 1) * a.width, a.y + r * a.width);
+  }
+  return read;
 }
 
 }  // namespace

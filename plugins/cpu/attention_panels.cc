@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "attention_panels.h"
+
+#include "panel_rows.h"
+
+namespace shadowc {
+namespace {
+
+constexpr size_t kPanelsAtOnce = 8;
+constexpr size_t kDepthAtOnce = 1024;  // of out_proj: two woven columns of tiles fill 32 KiB of L1
+
+struct Projection {
+  const PanelKernels& kernels;
+  const AttentionArgs& a;
+  const uint32_t* masks;
+  const Panels& x;
+  const uint8_t* left;
+  float query_factor;
+  float* query;
+
+  bool Wants(size_t part, size_t row, size_t h) const {
+    const bool active = (masks[row / kTileRows * a.heads + h] >> row % kTileRows & 1) != 0;
+    return left[row] == 0 && (active || (part != 0 && !a.kv_active_only));
+  }
+  float* Target(size_t part, size_t row, size_t h) const {
+    if (part == 0) return query + row * a.width + h * a.head_size;
+    const size_t batch = row / a.tokens, slot = static_cast<size_t>(a.past[batch]) + row % a.tokens;
+    float* cache = part == 1 ? a.present_key : a.present_value;
+    return cache + ((batch * a.heads + h) * a.capacity + slot) * a.head_size;
+  }
+};
+
+// Rows d0 ... d0 + count - 1 of one part of one head, for the panels in which any row has a use for it.
+void Project32(const Projection& projection, size_t h, size_t part, size_t d0, size_t count, size_t p0,
+               size_t p1, int8_t* room, PanelSums* sums) {
+  const AttentionArgs& a = projection.a;
+  const int8_t* rows[32];
+  const size_t first = (h * 4 + part) * a.head_size + d0;
+  for (size_t i = 0; i < count; ++i) rows[i] = static_cast<const int8_t*>(a.w) + (first + i) * a.width;
+  const WeightRows weights = RowsForDots(rows, count, a.width, room);
+  const int8_t* next[32];
+  const size_t next_count = std::min<size_t>(32, a.head_size - d0 - count);
+  for (size_t i = 0; i < next_count; ++i) next[i] = rows[0] + (count + i) * a.width;
+  const float *scale = a.scales + first, *bias = a.bqkv + (h * 3 + part) * a.head_size + d0;
+  for (size_t p = p0; p < p1; ++p) {
+    float* out[kPanelRows];
+    bool any = false;
+    for (size_t r = 0; r < kPanelRows; ++r) {
+      const size_t row = p * kPanelRows + r;
+      const bool wanted = row < a.batch * a.tokens && projection.Wants(part, row, h);
+      out[r] = wanted ? projection.Target(part, row, h) + d0 : nullptr;
+      any |= wanted;
+    }
+    if (!any) continue;
+    projection.kernels.dots(weights, projection.x, p, LaterOf(next, next_count, p - p0, p1 - p0), sums);
+    for (size_t half = 0; half < weights.halves; ++half) {
+      const size_t i = 16 * half;
+      projection.kernels.finish_dots(sums[half], projection.x.step + p * kPanelRows,
+                                     {scale + i, bias + i, part == 0 ? projection.query_factor : 1.0f, false,
+                                      nullptr, out, std::min<size_t>(16, count - i), nullptr});
+      for (float*& to : out) to = to == nullptr ? nullptr : to + 16;
+    }
+  }
+}
+
+}  // namespace
+
+bool SplitForProjection(const PanelKernels& kernels, const AttentionArgs& a, const Panels& x, uint8_t* left,
+                        const Parallel& parallel) {
+  const size_t rows = a.batch * a.tokens, room = PanelsOf(rows) * kPanelRows;
+  std::fill(left, left + room, uint8_t{0});
+  SplitRows(kernels, a.x, a.width, nullptr, rows, a.width, true, x, left, parallel);
+  return std::any_of(left, left + rows, [](uint8_t row) { return row != 0; });
+}
+
+void ProjectPanels(const PanelKernels& kernels, const AttentionArgs& a, const uint32_t* masks,
+                   const Panels& x, const uint8_t* left, float query_factor, float* query,
+                   const Parallel& parallel) {
+  const Projection projection{kernels, a, masks, x, left, query_factor, query};
+  const size_t panels = PanelsOf(a.batch * a.tokens), groups = (panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
+  const size_t parts = a.heads * 3;
+  parallel.For(parts * groups, [&](size_t task) {
+    const size_t h = task % parts / 3, part = task % 3;
+    const size_t p0 = task / parts * kPanelsAtOnce, p1 = std::min(panels, p0 + kPanelsAtOnce);
+    Arena& arena = ThreadArena();
+    int8_t* room = arena.Take<int8_t>(32 * x.steps * kPanelStep);
+    PanelSums* sums = arena.Take<PanelSums>(2);
+    const PanelScope scope(kernels);
+    for (size_t d = 0; d < a.head_size; d += 32) {
+      Project32(projection, h, part, d, std::min<size_t>(32, a.head_size - d), p0, p1, room, sums);
+    }
+  });
+}
+
+bool ProjectOutPanels(const PanelKernels& kernels, const AttentionArgs& a, const uint32_t* masks,
+                      CallArena* arena, uint8_t* left, const Parallel& parallel) {
+  const size_t rows = a.batch * a.tokens, panels = PanelsOf(rows), tiles = (rows + kTileRows - 1) / kTileRows;
+  const size_t depth = std::min(a.width, kDepthAtOnce);
+  Panels context = TakePanels(arena, panels, depth);
+  float* scale = arena->Take<float>(a.width);
+  const int8_t** records = arena->Take<const int8_t*>(a.width);
+  for (size_t h = 0; h < a.heads; ++h) {
+    bool any = false;
+    for (size_t t = 0; t < tiles; ++t) any |= masks[t * a.heads + h] != 0;
+    for (size_t d = 0; d < a.head_size; ++d) {
+      const size_t k = h * a.head_size + d, row = (h * 4 + 3) * a.head_size + d;
+      scale[k] = a.scales[row];
+      records[k] = any ? static_cast<const int8_t*>(a.w) + row * a.width : nullptr;
+    }
+  }
+  std::fill(left, left + panels * kPanelRows, uint8_t{0});
+  for (size_t k = 0; k < a.width; k += depth) {
+    const size_t here = std::min(depth, a.width - k);
+    context.steps = (here + kPanelStep - 1) / kPanelStep;
+    SplitRows(kernels, a.context + k, a.width, scale + k, rows, here, false, context, left, parallel);
+    AddWeightRows(kernels, context, records + k, here, k == 0 ? a.bo : nullptr, rows, a.width, left, a.y,
+                  parallel);
+  }
+  return std::all_of(left, left + rows, [](uint8_t row) { return row == 0; });
+}
+
+}  // namespace shadowc

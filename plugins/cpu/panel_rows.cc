@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "panel_rows.h"
+
+#include <cstring>
+
+namespace shadowc {
+
+const PanelKernels* KernelsFor(size_t rows, size_t weights) {
+  // A call has some ten parallel sections more than with floats: small matrices are done before those start.
+  constexpr size_t kLeastWeights = size_t{1} << 16;
+  const PanelKernels* kernels = ChosenPanelKernels();
+  return kernels != nullptr && rows >= kernels->least_rows && weights >= kLeastWeights ? kernels : nullptr;
+}
+
+void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const float* factor, size_t rows,
+               size_t width, bool by_quad, const Panels& panels, uint8_t* left, const Parallel& parallel) {
+  parallel.For(PanelsOf(rows), [&](size_t p) {
+    for (size_t r = 0; r < kPanelRows; ++r) {
+      const size_t row = p * kPanelRows + r;
+      const bool has_digits =
+          kernels.split(row < rows ? x + row * stride : nullptr, factor, width, panels, p, r);
+      if (!has_digits) left[row] = 1;
+    }
+    if (by_quad) kernels.turn(panels, p);
+  });
+}
+
+WeightRows RowsForDots(const int8_t* const* rows, size_t count, size_t width, int8_t* room) {
+  const size_t padded = (width + kPanelStep - 1) / kPanelStep * kPanelStep, halves = (count + 15) / 16;
+  bool as_they_lie = width == padded && count == halves * 16;
+  for (size_t n = 2; as_they_lie && n < count; ++n) as_they_lie = rows[n] - rows[n - 1] == rows[1] - rows[0];
+  if (as_they_lie && rows[1] > rows[0]) return {rows[0], static_cast<size_t>(rows[1] - rows[0]), halves};
+  for (size_t n = 0; n < halves * 16; ++n) {
+    int8_t* to = room + n * padded;
+    const size_t bytes = n < count ? width : 0;
+    if (bytes != 0) std::memcpy(to, rows[n], bytes);
+    std::fill(to + bytes, to + padded, int8_t{0});
+  }
+  return {room, padded, halves};
+}
+
+void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const int8_t* const* rows, size_t count,
+                   const float* bias, size_t y_rows, size_t width, const uint8_t* left, float* y,
+                   const Parallel& parallel) {
+  // Two whole cache lines of each weight row: they and the panels fill half of a 2 MiB L2.
+  constexpr size_t kColumns = 128, kPanelsAtOnce = 16;
+  const size_t depth = panels.steps * kPanelStep;
+  const size_t slabs = (width + kColumns - 1) / kColumns;
+  const size_t all_panels = PanelsOf(y_rows), groups = (all_panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
+  parallel.For(slabs * groups, [&](size_t task) {
+    const size_t first = task % slabs * kColumns, here = std::min(kColumns, width - first);
+    const size_t p0 = task / slabs * kPanelsAtOnce, p1 = std::min(all_panels, p0 + kPanelsAtOnce);
+    Arena& arena = ThreadArena();
+    int8_t* woven = arena.Take<int8_t>(kColumns * depth);
+    const int8_t** from = arena.Take<const int8_t*>(depth);
+    for (size_t k = 0; k < depth; ++k) from[k] = k < count && rows[k] != nullptr ? rows[k] + first : nullptr;
+    kernels.weave(from, panels.steps, here, woven);
+    PanelSums* sums = arena.Take<PanelSums>(2);
+    const PanelScope scope(kernels);
+    for (size_t c = 0; c < here; c += 32) {  // two columns of tiles stay in L1, the panels pass by
+      for (size_t p = p0; p < p1; ++p) {
+        kernels.mix(panels, p, woven + c * depth, sums);
+        for (size_t half = 0; half < 2 && c + 16 * half < here; ++half) {
+          const size_t column = first + c + 16 * half;
+          float* to[kPanelRows];
+          for (size_t r = 0; r < kPanelRows; ++r) {
+            const size_t row = p * kPanelRows + r;
+            to[r] = row < y_rows && left[row] == 0 ? y + row * width + column : nullptr;
+          }
+          kernels.finish_mix(sums[half], panels.step + p * kPanelRows,
+                             bias == nullptr ? nullptr : bias + column,
+                             std::min<size_t>(16, here - c - 16 * half), to);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace shadowc

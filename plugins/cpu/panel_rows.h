@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// What SparseFFN and SparseAttention share when many rows meet int8 weights: splitting rows into panels, dot
+// products with weight rows, and sums of weight rows (panels.h).
+#pragma once
+
+#include <algorithm>
+
+#include "arena.h"
+#include "panels.h"
+#include "parallel.h"
+
+namespace shadowc {
+
+// The kernels if panels pay for `rows` rows and `weights` int8 weights, else null.
+const PanelKernels* KernelsFor(size_t rows, size_t weights);
+
+inline size_t PanelsOf(size_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
+
+inline Panels TakePanels(CallArena* arena, size_t panels, size_t width) {
+  const size_t steps = (width + kPanelStep - 1) / kPanelStep;
+  return {steps, arena->Take<int8_t>(panels * steps * kPanelDigits * kPanelBlock),
+          arena->Take<int32_t>(panels * kPanelDigits * kPanelRows), arena->Take<float>(panels * kPanelRows)};
+}
+
+// Rows x[r * stride ... + width), times `factor` if not null, as panels; left[r] is set if row r has no
+// digits.
+void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const float* factor, size_t rows,
+               size_t width, bool by_quad, const Panels& panels, uint8_t* left, const Parallel& parallel);
+
+// At most 32 weight rows as `dots` takes them: where they lie if it can, else gathered into `room`
+// [32, steps * kPanelStep].
+WeightRows RowsForDots(const int8_t* const* rows, size_t count, size_t width, int8_t* room);
+
+// y[r] = (bias, or y[r] if null) + sum over k < count of row r of `panels` (by row) times weight row rows[k],
+// for rows r of y (stride `width`) that are not left[r]. Null rows count as zeros and are not read; `rows`
+// has room for panels.steps * kPanelStep, null from count on.
+void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const int8_t* const* rows, size_t count,
+                   const float* bias, size_t y_rows, size_t width, const uint8_t* left, float* y,
+                   const Parallel& parallel);
+
+// The rows that panel i of `panels` (all of which meet the same weight rows) fetches of the `count` next
+// ones.
+inline LaterRows LaterOf(const int8_t* const* next, size_t count, size_t i, size_t panels) {
+  const size_t from = count * i / panels;
+  return {next + from, count * (i + 1) / panels - from};
+}
+
+// Between begin and end on this thread.
+class PanelScope {
+ public:
+  explicit PanelScope(const PanelKernels& kernels) : kernels_(kernels) { kernels_.begin(); }
+  ~PanelScope() { kernels_.end(); }
+  PanelScope(const PanelScope&) = delete;
+  PanelScope& operator=(const PanelScope&) = delete;
+
+ private:
+  const PanelKernels& kernels_;
+};
+
+}  // namespace shadowc
