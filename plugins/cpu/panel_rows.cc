@@ -30,12 +30,8 @@ WeightRows RowsForDots(const int8_t* const* rows, size_t count, size_t width, in
   bool as_they_lie = width == padded && count == halves * 16;
   for (size_t n = 2; as_they_lie && n < count; ++n) as_they_lie = rows[n] - rows[n - 1] == rows[1] - rows[0];
   if (as_they_lie && rows[1] > rows[0]) return {rows[0], static_cast<size_t>(rows[1] - rows[0]), halves};
-  for (size_t n = 0; n < halves * 16; ++n) {
-    int8_t* to = room + n * padded;
-    const size_t bytes = n < count ? width : 0;
-    if (bytes != 0) std::memcpy(to, rows[n], bytes);
-    std::fill(to + bytes, to + padded, int8_t{0});
-  }
+  // What lies between the rows meets digits that are zero.
+  for (size_t n = 0; n < count; ++n) std::memcpy(room + n * padded, rows[n], width);
   return {room, padded, halves};
 }
 

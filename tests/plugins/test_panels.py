@@ -153,6 +153,8 @@ def test_ffn_gives_a_row_the_same_bits_whatever_its_neighbours_are_and_leave_out
     arrays["x"][5, 0, 0] = np.nan
     arrays["threshold"][:3] = np.inf
     np.testing.assert_array_equal(kernels.run(SPARSE_FFN, arrays, block=4)["y"][3], first)
+    arrays["threshold"][np.arange(40) != 3] = np.inf
+    np.testing.assert_array_equal(kernels.run(SPARSE_FFN, arrays, block=4)["y"][3], first)
     fewer = {name: arrays[name][:17] if name in ("x", "scores", "threshold") else arrays[name] for name in arrays}
     np.testing.assert_array_equal(kernels.run(SPARSE_FFN, fewer, block=4)["y"][3], first)
 
