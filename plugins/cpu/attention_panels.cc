@@ -22,11 +22,13 @@ struct Projection {
     const bool active = (masks[row / kTileRows * a.heads + h] >> row % kTileRows & 1) != 0;
     return left[row] == 0 && (active || (part != 0 && !a.kv_active_only));
   }
-  float* Target(size_t part, size_t row, size_t h) const {
-    if (part == 0) return query + row * a.width + h * a.head_size;
+  bool Float16(size_t part) const { return part != 0 && a.cache == CacheType::kFloat16; }
+  // Where value d of a row's query, key or value goes.
+  void* Target(size_t part, size_t row, size_t h, size_t d) const {
+    if (part == 0) return query + row * a.width + h * a.head_size + d;
     const size_t batch = row / a.tokens, slot = static_cast<size_t>(a.past[batch]) + row % a.tokens;
-    float* cache = part == 1 ? a.present_key : a.present_value;
-    return cache + ((batch * a.heads + h) * a.capacity + slot) * a.head_size;
+    const size_t place = ((batch * a.heads + h) * a.capacity + slot) * a.head_size + d;
+    return static_cast<std::byte*>(part == 1 ? a.present_key : a.present_value) + place * BytesOf(a.cache);
   }
 };
 
@@ -43,22 +45,23 @@ void Project32(const Projection& projection, size_t h, size_t part, size_t d0, s
   for (size_t i = 0; i < next_count; ++i) next[i] = rows[0] + (count + i) * a.width;
   const float *scale = a.scales + first, *bias = a.bqkv + (h * 3 + part) * a.head_size + d0;
   for (size_t p = p0; p < p1; ++p) {
-    float* out[kPanelRows];
-    bool any = false;
+    bool wanted[kPanelRows], any = false;
     for (size_t r = 0; r < kPanelRows; ++r) {
       const size_t row = p * kPanelRows + r;
-      const bool wanted = row < a.batch * a.tokens && projection.Wants(part, row, h);
-      out[r] = wanted ? projection.Target(part, row, h) + d0 : nullptr;
-      any |= wanted;
+      wanted[r] = row < a.batch * a.tokens && projection.Wants(part, row, h);
+      any |= wanted[r];
     }
     if (!any) continue;
     projection.kernels.dots(weights, projection.x, p, LaterOf(next, next_count, p - p0, p1 - p0), sums);
-    for (size_t half = 0; half < weights.halves; ++half) {
-      const size_t i = 16 * half;
-      projection.kernels.finish_dots(sums[half], projection.x.step + p * kPanelRows,
-                                     {scale + i, bias + i, part == 0 ? projection.query_factor : 1.0f, false,
-                                      nullptr, out, std::min<size_t>(16, count - i), nullptr});
-      for (float*& to : out) to = to == nullptr ? nullptr : to + 16;
+    for (size_t i = 0; i < count; i += 16) {
+      void* out[kPanelRows];
+      for (size_t r = 0; r < kPanelRows; ++r) {
+        out[r] = wanted[r] ? projection.Target(part, p * kPanelRows + r, h, d0 + i) : nullptr;
+      }
+      projection.kernels.finish_dots(
+          sums[i / 16], projection.x.step + p * kPanelRows,
+          {scale + i, bias + i, part == 0 ? projection.query_factor : 1.0f, false, nullptr, out,
+           projection.Float16(part), std::min<size_t>(16, count - i), nullptr});
     }
   }
 }

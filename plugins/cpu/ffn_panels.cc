@@ -76,13 +76,13 @@ void Hidden32(const Work& work, const Block& block, const Panels& x, size_t p0, 
     for (size_t half = 0; half < rows.halves; ++half) {
       const size_t i0 = 16 * half;
       uint16_t mask[16];
-      float* out[kPanelRows];
+      void* out[kPanelRows];
       for (size_t i = i0; i < std::min(count, i0 + 16); ++i) mask[i - i0] = work.MaskOf(p, list[i]);
       for (size_t r = 0; r < kPanelRows; ++r) {
         out[r] = block.hidden + (p * kPanelRows + r) * block.stride + n + i0;
       }
       work.kernels.finish_dots(sums[half], x.step + p * kPanelRows,
-                               {scale + i0, bias + i0, 1.0f, true, mask, out,
+                               {scale + i0, bias + i0, 1.0f, true, mask, out, false,
                                 std::min<size_t>(16, count - i0), block.fired + p * kBlock + n + i0});
     }
   }

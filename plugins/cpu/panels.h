@@ -40,7 +40,8 @@ struct DotsTarget {
   float factor;          // after the bias
   bool relu;             // lets NaN through
   const uint16_t* mask;  // [count] bit r: row r gets the value, else 0; null: all rows
-  float* const* out;     // [kPanelRows] where each row's values go; null: nowhere
+  void* const* out;      // [kPanelRows] where each row's values go; null: nowhere
+  bool float16;          // what they are stored as; else float32
   size_t count;
   uint16_t* fired;  // [count] bit r: the value of row r is not 0; null: not wanted
 };

@@ -339,7 +339,14 @@ void FinishDots(const PanelSums& sums, const float* step, const DotsTarget& targ
   Transpose(values);
   const __mmask16 some = First(target.count);
   for (size_t r = 0; r < kPanelRows; ++r) {
-    if (target.out[r] != nullptr) _mm512_mask_storeu_ps(target.out[r], some, _mm512_castsi512_ps(values[r]));
+    if (target.out[r] == nullptr) continue;
+    const __m512 v = _mm512_castsi512_ps(values[r]);
+    if (target.float16) {
+      _mm256_mask_storeu_epi16(target.out[r], some,
+                               _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    } else {
+      _mm512_mask_storeu_ps(target.out[r], some, v);
+    }
   }
 }
 

@@ -103,8 +103,9 @@ def test_ffn_of_many_rows_equals_its_definition(B, S, Z, E, F, block):
 
 @pytest.mark.parametrize(("H", "D"), [(3, 64), (3, 80), (2, 96), (2, 128), (5, 37)])
 @pytest.mark.parametrize(("B", "S", "Z"), [(1, 35, 0), (2, 17, 9), (20, 1, 1)])
-def test_attention_of_many_rows_equals_its_definition(B, S, Z, H, D):
-    arrays = attention_operands(B + D, B=B, S=S, Z=Z, H=H, D=D, T=40)
+@pytest.mark.parametrize("cache", test_sparse_attention.CACHES)
+def test_attention_of_many_rows_equals_its_definition(B, S, Z, H, D, cache):
+    arrays = attention_operands(B + D, B=B, S=S, Z=Z, H=H, D=D, T=40, cache=cache)
     test_sparse_attention.assert_as_defined(arrays, layer=1)
 
 
