@@ -86,19 +86,30 @@ def check_interface(program: Program, inputs: list[str], outputs: list[str]) -> 
 
 def input_names(program: Program) -> list[str]:
     """Run-time inputs in graph order."""
-    dials = ["density_heads", "density_neurons", "sparse_tail"] if program.plan else []
+    dials: list[str] = []
+    if program.plan:
+        last = mask_inputs(program) or ["sparse_tail"]
+        dials = ["density_heads", "density_neurons", *last]
     return ["input_ids", "attention_mask", *cache_names(program, "past_key_values"), *dials]
 
 
 def output_names(program: Program) -> list[str]:
     """Graph outputs in order."""
-    masks = ("mask_scores", "scores", "threshold", "active") if program.plan else ()
+    masks: tuple[str, ...] = ()
+    if program.plan:
+        masks = ("threshold", "active") if mask_inputs(program) else ("mask_scores", "scores", "threshold", "active")
     return [
         "logits",
         *cache_names(program, "present"),
         *(f"{part}.{kind}" for part in masks for kind in _KINDS),
         "read",
     ]
+
+
+def mask_inputs(program: Program) -> list[str]:
+    """Inputs that hold a fixed mask; empty where a predictor makes the masks."""
+    inputs = {value.name for value in program.graph.inputs}
+    return [name for kind in _KINDS if (name := f"mask_scores.{kind}") in inputs]
 
 
 def cache_names(program: Program, side: str) -> list[str]:

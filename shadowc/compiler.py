@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shadowc.measure.resources import StageCost
-from shadowc.spec.errors import InputError, ShadowcError
+from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
 from shadowc.spec.manifest import MANIFEST_FILE, WEIGHTS_FILE, EngineManifest, SparsityPart
 from shadowc.spec.progress import NullProgress, Progress
 from shadowc.stages import Stages, content_hash, data_hash, source_hash, tool_versions
@@ -150,6 +150,7 @@ class _Compile:
             lambda: check_replaceable(self.out),
             self._check_writable,
             self._check_dump,
+            self._check_mask,
             check_ort,
             *(TARGETS[options.target].checks(options) if options.target in TARGETS else ()),
         ]
@@ -174,6 +175,19 @@ class _Compile:
         above = next(path for path in self.out.absolute().parents if path.exists())
         if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
             raise InputError(f"cannot write to {above}; nothing was written", hint="choose another folder with --out")
+
+    def _check_mask(self) -> None:
+        options = self.options
+        if options.refresh and options.mask == "token":
+            raise InputError(
+                f"--refresh {options.refresh} has no effect with --mask token: every token makes its own mask",
+                hint="--mask sequence, or leave --refresh out",
+            )
+        if options.mask == "sequence" and options.target != "cpu":
+            raise UnsupportedError(
+                f"target {options.target} makes a mask for every token, a mask per sequence is for target cpu",
+                hint="--mask token, or --target cpu",
+            )
 
     def _check_dump(self) -> None:
         dump = self.options.dump_passes
@@ -307,6 +321,7 @@ class _Compile:
         widths = {"heads": predictor.heads.width, "neurons": predictor.neurons.width}
         return SparsityPart(
             mask=options.mask,
+            refresh=options.refresh,
             scope=options.scope,
             head_density=options.head_density,
             neuron_density=options.neuron_density,

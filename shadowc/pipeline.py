@@ -46,7 +46,15 @@ def check_choice(target: str, weights: str) -> None:
         )
 
 
-def schedule(*, target: str, weights: str, skip_zeros: bool, sparse: bool, prefill: bool = False) -> tuple[Pass, ...]:
+def schedule(
+    *,
+    target: str,
+    weights: str,
+    skip_zeros: bool,
+    sparse: bool,
+    prefill: bool = False,
+    fixed: Literal["active", "all"] | None = None,
+) -> tuple[Pass, ...]:
     """The passes that turn a trace into the graph that a target's emit takes.
 
     Args:
@@ -55,6 +63,7 @@ def schedule(*, target: str, weights: str, skip_zeros: bool, sparse: bool, prefi
         skip_zeros: kernels skip the fc2 half of neurons whose ReLU output is 0.
         sparse: with a predictor; False for a dense engine.
         prefill: the graph that reads prompts, of a target that has one of its own.
+        fixed: for target cpu, the graph whose masks are inputs, and whose K/V it writes; None: the one that predicts.
 
     Raises:
         UnsupportedError: a target or weight type that is not known.
@@ -64,6 +73,7 @@ def schedule(*, target: str, weights: str, skip_zeros: bool, sparse: bool, prefi
         canonicalise,
         cluster_neurons,
         finalise,
+        fix_mask,
         insert_predictor,
         narrow_cache,
         quantise,
@@ -80,6 +90,7 @@ def schedule(*, target: str, weights: str, skip_zeros: bool, sparse: bool, prefi
         Pass(sparsify_ffn.NAME, partial(sparsify_ffn.apply, skip_zeros=skip_zeros)),
         Pass(cluster_neurons.NAME, cluster_neurons.apply) if sparse else None,
         Pass(quantise.NAME, partial(quantise.apply, weights=weights, products=cpu)) if narrow else None,
+        Pass(fix_mask.NAME, partial(fix_mask.apply, kv=fixed)) if fixed is not None else None,
     ]
     if cpu:  # no keep_fp32_islands: activations are float32 everywhere
         steps.append(Pass(narrow_cache.NAME, narrow_cache.apply) if weights != "fp32" else None)

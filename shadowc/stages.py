@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowc._version import __version__
+from shadowc.emit.target import FIXED
 from shadowc.measure.resources import StageMeter
 from shadowc.spec.manifest import MODEL_FILE
 from shadowc.spec.progress import Progress
@@ -143,7 +144,7 @@ class Stages:
         with self.measured("passes"):
             return {
                 name: self._program(name, folder / MODEL_FILE, checkpoint, predictor)
-                for name in target(options.target).graphs
+                for name in target(options.target).graphs(options)
             }
 
     def _program(self, name: str, traced: Path, checkpoint: Checkpoint, predictor: Predictor | None) -> Program:
@@ -159,6 +160,7 @@ class Stages:
             skip_zeros=options.skip_zeros,
             sparse=predictor is not None,
             prefill=name == "prefill",
+            fixed=("all" if options.refresh else "active") if name == FIXED else None,
         )
         dump = options.dump_passes
         run_passes(program, passes, dump=dump / name if dump is not None and name != "model" else dump)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Target cpu: weights.bin, model.onnx for ONNX Runtime with the op library, reference.onnx for stock ONNX Runtime.
 
+Where a mask holds for a sequence, decode_fixed.onnx lies over the same weights.
 Only here do the run-time dials get their defaults: GraphSurgeon would turn an initialiser that is also a graph
 input into a constant, and other targets do not know defaults.
 """
@@ -19,7 +20,7 @@ from shadowc.emit.target import EmitResult
 from shadowc.emit.weights import Placement, nbytes, write_weights
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InternalError
-from shadowc.spec.manifest import MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, BytesPart, FileEntry
+from shadowc.spec.manifest import FIXED_FILE, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, BytesPart, FileEntry
 from shadowc.spec.program import WeightRecipe
 from shadowc.spec.progress import Progress
 
@@ -44,15 +45,17 @@ def emit_cpu(
     source: TensorSource,
     staging: Path,
     *,
+    fixed: Program | None = None,
     density: Density = Density(),  # noqa: B008 (frozen)
     progress: Progress | None = None,
 ) -> EmitResult:
-    """Write the three files; repeated with the same arguments they are the same bytes.
+    """Write the files; repeated with the same arguments they are the same bytes.
 
     Args:
         program: the final graph; its weights are graph inputs with recipes.
         source: every tensor that the recipes name.
         staging: an existing folder.
+        fixed: the same model with masks as inputs; its weights are among the program's.
         density: default of the density inputs, if the graph has them.
         progress: told how many bytes of weights are written.
     """
@@ -63,11 +66,28 @@ def emit_cpu(
     places, weights_entry = write_weights(staging / WEIGHTS_FILE, program.weights, source, progress)
     _bind_weights(model, program.weights, places)
     _give_defaults(model, density)
+    graphs = {MODEL_FILE: model, REFERENCE_FILE: oracle.attach(model)}
+    if fixed is not None:
+        graphs[FIXED_FILE] = _over_the_same_weights(fixed, program, places, density)
     files = {WEIGHTS_FILE: weights_entry}
-    for name, proto in ((MODEL_FILE, model), (REFERENCE_FILE, oracle.attach(model))):
+    for name, proto in graphs.items():
         files[name] = _write_model(staging / name, proto)
     ops = {opset.domain: opset.version for opset in model.opset_import if opset.domain not in ("", "com.microsoft")}
     return EmitResult(files=files, bytes_per_token=bytes_per_token(model, program.weights), ops=ops)
+
+
+def _over_the_same_weights(
+    fixed: Program, program: Program, places: Mapping[str, Placement], density: Density
+) -> onnx.ModelProto:
+    from shadowc.trace.program_io import to_model
+
+    others = sorted(name for name, recipe in fixed.weights.items() if program.weights.get(name) != recipe)
+    if others:
+        raise InternalError(f"decode_fixed has weights of its own: {', '.join(others[:5])} ({len(others)} in all)")
+    model = to_model(fixed)
+    _bind_weights(model, fixed.weights, places)
+    _give_defaults(model, density)
+    return model
 
 
 def bytes_per_token(model: onnx.ModelProto, recipes: Mapping[str, WeightRecipe]) -> BytesPart:

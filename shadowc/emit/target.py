@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from shadowc.spec.program import Program, TensorSource
 
 
+FIXED = "decode_fixed"
+"""What the program is called whose masks are inputs."""
+
+
 @dataclass(frozen=True, slots=True)
 class EmitResult:
     """What a target wrote."""
@@ -41,8 +45,7 @@ class Target(Protocol):
     def name(self) -> str:
         """The word after --target."""
 
-    @property
-    def graphs(self) -> tuple[str, ...]:
+    def graphs(self, options: CompileOptions) -> tuple[str, ...]:
         """What the programs are called that `emit` takes."""
 
     def checks(self, options: CompileOptions) -> Sequence[Callable[[], object]]:
@@ -83,7 +86,10 @@ class CpuTarget:
     """ONNX Runtime with shadowc's operator library."""
 
     name = "cpu"
-    graphs = ("model",)
+
+    def graphs(self, options: CompileOptions) -> tuple[str, ...]:
+        """See Target.graphs."""
+        return ("model", FIXED) if options.mask == "sequence" and options.predictor != "none" else ("model",)
 
     def checks(self, options: CompileOptions) -> Sequence[Callable[[], object]]:
         """See Target.checks."""
@@ -129,10 +135,12 @@ class CpuTarget:
         options: CompileOptions,
         progress: Progress | None = None,
     ) -> EmitResult:
-        """See Target.emit: writes weights.bin, model.onnx and reference.onnx; repeated, the same bytes."""
+        """See Target.emit: writes weights.bin and the graphs over it; repeated, the same bytes."""
         from shadowc.emit.cpu import emit_cpu
 
-        return emit_cpu(programs["model"], source, folder, density=options.density, progress=progress)
+        return emit_cpu(
+            programs["model"], source, folder, fixed=programs.get(FIXED), density=options.density, progress=progress
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,7 +148,10 @@ class TensorRtTarget:
     """TensorRT for RTX, or TensorRT, with shadowc's plugin."""
 
     name: str
-    graphs: tuple[str, ...] = ("decode", "prefill")
+
+    def graphs(self, options: CompileOptions) -> tuple[str, ...]:
+        """See Target.graphs."""
+        return "decode", "prefill"
 
     def checks(self, options: CompileOptions) -> Sequence[Callable[[], object]]:
         """See Target.checks: builder, plugin, compute capabilities, limits."""

@@ -88,9 +88,9 @@ class KvCache:
         """A copy of what is filled from slot `start` on, `{layer}.key` and `{layer}.value` [B,slots,H,D]."""
         return {name: past[:, :, start : self.filled].swapaxes(1, 2).copy() for name, past in self._past.items()}
 
-    def bind(self, binding: Binding) -> None:
-        """Bind all buffers as past inputs and present outputs."""
-        for name in self._names:
+    def bind(self, binding: Binding, layers: int | None = None) -> None:
+        """Bind the buffers of the first `layers` layers (None: of all) as past inputs and present outputs."""
+        for name in self._names[: None if layers is None else 2 * layers]:
             binding.give(f"past_key_values.{name}", self._past[name])
             binding.take(f"present.{name}", self._present[name])
 

@@ -26,13 +26,17 @@ from shadowc.spec.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     from shadowc.runtime.decoder import Outputs, ScoreSource
-    from shadowc.spec.manifest import EngineManifest, ModelPart
+    from shadowc.spec.manifest import EngineManifest, ModelPart, SparsityPart
 
 Floats = npt.NDArray[np.float32]
 Stream = Callable[[Any], object]
 EvaluationProtocol = Literal["decode", "dense", "prompt"]
 COUNTED = ("active.heads", "active.neurons", "read")
 """Graph outputs that the statistics are made of."""
+
+
+SEQUENCE_FLAGS = "--target cpu --mask sequence"
+"""Flags of an engine whose masks hold for a sequence."""
 
 
 class CausalEngine(ABC):
@@ -67,9 +71,9 @@ class CausalEngine(ABC):
         Args:
             ids: token ids [B,S].
             density: as in `generate`.
-            protocol: "decode": the first `prompt_tokens` are dense, each later token has its own mask, as in
-                generation; "dense": no masks.
-            prompt_tokens: real tokens of each row that stay dense under "decode"; None: 1.
+            protocol: "decode": the first `prompt_tokens` are dense, each later token has its own mask; "prompt": the
+                last of them makes the mask of all later ones; "dense": no masks.
+            prompt_tokens: real tokens of each row that stay dense under "decode" and "prompt"; None: 1.
             attention_mask: as in `generate`.
             scores: replaces the predictor: called with a number of masked tokens Z, returns scores of heads
                 [1,Z,L,H] and of neuron units [1,Z,L,N] (or with B rows).
@@ -244,10 +248,10 @@ class CausalEngine(ABC):
         if protocol == "prompt":
             raise UnsupportedError(
                 "protocol 'prompt' fixes one mask for the whole sequence; this engine makes a mask for every token",
-                hint="use protocol='decode'",
+                hint=f"use protocol='decode', or compile with {SEQUENCE_FLAGS}",
             )
         if protocol not in ("decode", "dense"):
-            raise InputError(f"unknown protocol {protocol!r}", hint="use 'decode' or 'dense'")
+            raise InputError(f"unknown protocol {protocol!r}", hint="use 'decode', 'prompt' or 'dense'")
         if prompt_tokens is not None and prompt_tokens < 0:
             raise InputError(f"prompt_tokens is {prompt_tokens}, expected at least 0", hint="use prompt_tokens=1")
         if protocol == "dense" or self.manifest.sparsity is None:
@@ -262,11 +266,12 @@ class CausalEngine(ABC):
             self._require_sparse()
         return chosen
 
-    def _require_sparse(self) -> None:
+    def _require_sparse(self) -> SparsityPart:
         if self.manifest.sparsity is None:
             raise InputError(
                 "this engine is dense: it has no predictor and no masks", hint="compile without --predictor none"
             )
+        return self.manifest.sparsity
 
 
 def _only_row(stream: Stream) -> Stream:

@@ -7,7 +7,7 @@ H heads, D head size, N units of neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -75,6 +75,8 @@ class Decoder:
         self._batch = batch
         self._model = model
         self._scores = scores
+        self._inputs: Mapping[str, Floats] = {}
+        """Further inputs of the graph; a step reads what the arrays hold when it runs."""
         self._cache = KvCache(
             model.layers,
             (batch.rows, model.heads, model.head_size),
@@ -87,6 +89,9 @@ class Decoder:
         self._step: Binding | None = None
         self._step_ids: Ids = np.zeros((batch.rows, 1), np.int64)
         self._step_outputs: Outputs = {}
+
+    predicts = True
+    """Whether the last run asked the predictor."""
 
     @property
     def filled(self) -> int:
@@ -118,7 +123,7 @@ class Decoder:
     def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str]) -> Outputs:
         """Run any number of tokens and return the named outputs."""
         S = ids_BS.shape[1]
-        self._cache.reserve(self.filled + S)
+        self._reserve(S)
         binding = self._bind(ids_BS, sparse_tail)
         for name in outputs:
             binding.take(name)
@@ -130,8 +135,7 @@ class Decoder:
 
     def step(self, ids_B: Ids) -> Outputs:
         """Run one masked token per row; the arrays returned are overwritten by the next step."""
-        if self._cache.reserve(self.filled + 1):
-            self._step = None
+        self._reserve(1)
         self._step_ids[:, 0] = ids_B
         if self._step is None:
             self._step = self._bind_step()
@@ -142,6 +146,11 @@ class Decoder:
         if self._cache.advance(1):
             self._cache.bind(self._step)
         return self._step_outputs
+
+    def _reserve(self, tokens: int) -> None:
+        """Make room in the cache for so many more tokens."""
+        if self._cache.reserve(self.filled + tokens):
+            self._step = None
 
     def _mask(self, slots: int) -> Ids:
         """The attention mask of so many slots, cut from one that covers the whole cache."""
@@ -158,6 +167,8 @@ class Decoder:
         for name, value in dials.items():
             if name in self._session.inputs:
                 binding.give(name, value)
+        for name, array in self._inputs.items():
+            binding.give(name, array)
         automatic = 1 if S == 1 else 0
         self._bind_scores(binding, min(sparse_tail, S) if sparse_tail >= 0 else automatic)
         return binding

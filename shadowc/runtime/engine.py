@@ -177,8 +177,12 @@ class Engine(CausalEngine):
 
     @cached_property
     def _scored_session(self) -> Session:
-        return self._variant(variants.with_scores_as_inputs)._session
+        return rewritten(self._session, variants.with_scores_as_inputs)
 
     def _variant(self, rewrite: Callable[[Any], Any]) -> Engine:
-        model = rewrite(self._session.load_model())
-        return Engine(self.folder, self.manifest, replace(self._session, model=model), in_place=self._in_place)
+        return Engine(self.folder, self.manifest, rewritten(self._session, rewrite), in_place=self._in_place)
+
+
+def rewritten(session: Session, rewrite: Callable[[Any], Any]) -> Session:
+    """The session of a graph that was changed."""
+    return replace(session, model=rewrite(session.load_model()))

@@ -24,6 +24,10 @@ from shadowc.spec.manifest import ModelPart
 class TokenDecoder(Protocol):
     """Feeds the tokens of one batch, in order; what runs the graph stands behind it."""
 
+    @property
+    def predicts(self) -> bool:
+        """Whether the last run asked the predictor."""
+
     def set_density(self, heads: float | Floats, neurons: float | Floats) -> None:
         """Set the density of all rows (a number) or of each row ([B]); it holds from the next run on."""
 
@@ -83,7 +87,7 @@ def greedy(
         going_on = count < room and bool(live_B.any())
         if going_on:
             outputs = decoder.step(ids_B)
-            meter.add(outputs, live_B[:, None])
+            meter.add(outputs, live_B[:, None], predicted=decoder.predicts)
             logits_BV = outputs["logits"][:, 0]
             meter.seconds += perf_counter() - began
         if stream is not None:
@@ -119,7 +123,7 @@ def teacher_forced(
             result = decoder.feed(batch.ids[:, start:stop], sparse_tail=tail, outputs=outputs)
             if tail:
                 meter.seconds += perf_counter() - began
-                meter.add(result, np.repeat(masked_B[:, None], tail, axis=1))
+                meter.add(result, np.repeat(masked_B[:, None], tail, axis=1), predicted=decoder.predicts)
             else:
                 meter.prefill_seconds += perf_counter() - began
             yield start, tail, result

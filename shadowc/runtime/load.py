@@ -3,18 +3,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-from shadowc.runtime.causal import CausalEngine
+from shadowc.runtime.causal import SEQUENCE_FLAGS, CausalEngine
 from shadowc.runtime.cores import usable_cores
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.session import Session, check_ort
 from shadowc.runtime.verification import RECOMPILE, file_problems, read_manifest
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError, VerificationError
-from shadowc.spec.manifest import MANIFEST_FILE, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, EngineManifest
+from shadowc.spec.manifest import FIXED_FILE, MANIFEST_FILE, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, EngineManifest
+from shadowc.spec.options import Mask
 
 __all__ = ["VerifyReport", "load", "load_cpu", "read_manifest", "verify"]
 
@@ -55,19 +56,23 @@ def load(
     verify: bool = True,
     reference: bool = False,
     skip_zeros: bool | None = None,
+    mask: Mask | None = None,
+    refresh: int | None = None,
 ) -> CausalEngine:
     """Load an engine folder of any target.
 
     Args:
         folder: what `shadowc compile` wrote.
-        threads: threads of the operators; None: one per usable core. For target cpu, as the next two.
+        threads: threads of the operators; None: one per usable core. For target cpu, as all but `verify`.
         verify: compare all files with the hashes in engine.json first (False: only their sizes).
         reference: run reference.onnx in stock ONNX Runtime, without the op library: slow, the judge.
         skip_zeros: override the compiled setting; None keeps it.
+        mask: "token" runs an engine with a mask per sequence as one with a mask per token; None: as it was compiled.
+        refresh: override after how many tokens a mask of a sequence is made anew, 0 for never; None keeps it.
 
     Raises:
         InputError: no engine is there, or an argument is out of range.
-        UnsupportedError: an argument that the engine's target does not have.
+        UnsupportedError: an argument that the engine's target does not have, or a mask that it was not compiled for.
         IncompatibleEngineError: another version of shadowc wrote it, or it was built for another library or GPU.
         VerificationError: a file is missing or has changed.
         SetupError: what runs it is missing here or too old: ONNX Runtime, the op library, TensorRT, a GPU.
@@ -75,8 +80,16 @@ def load(
     path = Path(folder)
     manifest = read_manifest(path)
     if manifest.tensorrt is None:
-        return load_cpu(path, threads=threads, verify=verify, reference=reference, skip_zeros=skip_zeros)
-    arguments = (("threads", threads is not None), ("reference", reference), ("skip_zeros", skip_zeros is not None))
+        return load_cpu(
+            path, threads=threads, verify=verify, reference=reference, skip_zeros=skip_zeros, mask=mask, refresh=refresh
+        )
+    arguments = (
+        ("threads", threads is not None),
+        ("reference", reference),
+        ("skip_zeros", skip_zeros is not None),
+        ("mask", mask is not None),
+        ("refresh", refresh is not None),
+    )
     given = [name for name, there in arguments if there]
     if given:
         raise UnsupportedError(
@@ -96,6 +109,8 @@ def load_cpu(
     verify: bool = True,
     reference: bool = False,
     skip_zeros: bool | None = None,
+    mask: Mask | None = None,
+    refresh: int | None = None,
 ) -> Engine:
     """As `load`, for what works on the graph of a cpu engine only.
 
@@ -111,6 +126,7 @@ def load_cpu(
             f"this works on engines of target cpu; {path} is for {manifest.target}",
             hint=f"shadowc compile --model {manifest.model.name} --target cpu",
         )
+    per_sequence = _per_sequence(path, manifest, mask, refresh)
     _require_files(path, manifest, verify)
     check_ort()
     session = Session(
@@ -119,10 +135,45 @@ def load_cpu(
         library=None if reference else OpLibrary.installed().path,
     )
     engine = Engine(path, manifest, session, in_place=not reference)
+    if per_sequence:
+        engine = _with_fixed_masks(engine, session, refresh)
     if skip_zeros is not None and not reference:
         engine = engine.with_skip_zeros(skip_zeros)
     engine.prepare()
     return engine
+
+
+def _per_sequence(path: Path, manifest: EngineManifest, mask: Mask | None, refresh: int | None) -> bool:
+    """Whether masks are to hold for a sequence."""
+    compiled = "token" if manifest.sparsity is None else manifest.sparsity.mask
+    if compiled == "token" and (mask == "sequence" or refresh):
+        how = "with --mask token" if manifest.sparsity else "without a predictor"
+        raise UnsupportedError(
+            f"{path} was compiled {how}; a mask that holds for a sequence needs another graph",
+            hint=f"shadowc compile --model {manifest.model.name} {SEQUENCE_FLAGS} --out FOLDER",
+        )
+    if mask == "token" and refresh:
+        raise InputError(
+            f"refresh is {refresh}, but with a mask per token every token makes its own", hint="leave refresh out"
+        )
+    return compiled == "sequence" and mask != "token"
+
+
+def _with_fixed_masks(engine: Engine, session: Session, refresh: int | None) -> Engine:
+    import onnx
+
+    from shadowc.runtime.sequence_engine import SequenceEngine
+    from shadowc.spec import oracle
+
+    sparsity, path = engine.manifest.sparsity, session.path.parent / FIXED_FILE
+    compiled = 0 if sparsity is None else sparsity.refresh
+    reference = session.library is None
+    graph = oracle.attach(onnx.load(path, load_external_data=False)) if reference else None
+    made = SequenceEngine(
+        engine.folder, engine.manifest, session, replace(session, path=path, model=graph),
+        refresh=compiled, in_place=not reference,
+    )  # fmt: skip
+    return made if refresh in (None, compiled) else made.with_refresh(refresh)
 
 
 def verify(folder: str | PathLike[str], *, deep: bool = True) -> VerifyReport:

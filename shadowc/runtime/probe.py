@@ -15,8 +15,12 @@ from shadowc.runtime.prompts import Batch
 from shadowc.spec.density import Density
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import numpy.typing as npt
 
+    from shadowc.runtime.prompts import Ids
+    from shadowc.runtime.sequence import SequenceDecoder
     from shadowc.runtime.session import Session
 
 
@@ -42,3 +46,33 @@ class Probe:
         before = self._decoder.filled
         outputs = self._decoder.feed(ids, sparse_tail=sparse_tail, outputs=self._session.outputs)
         return outputs | {f"cached.{name}": slots for name, slots in self._decoder.cached(before).items()}
+
+
+class SequenceProbe:
+    """As Probe, under one mask: the last dense token of the first step makes it, and later steps are all masked.
+
+    Args:
+        decoder_of: a decoder for a batch and the slots of the tokens that make its masks.
+        outputs: outputs of its graph, inner tensors included.
+    """
+
+    def __init__(self, decoder_of: Callable[[Batch, Ids], SequenceDecoder], outputs: Sequence[str]) -> None:
+        self._decoder_of = decoder_of
+        self._outputs = [name for name in outputs if name != "read"]  # it has no axis of tokens
+        self._decoder: SequenceDecoder | None = None
+
+    def step(self, ids_BS: npt.NDArray[np.int64], *, density: Density, sparse_tail: int) -> Outputs:
+        """Run the next tokens; returns every output with an axis of tokens, and the scores of the masked ones."""
+        ids = np.ascontiguousarray(ids_BS, np.int64)
+        parts: list[Outputs] = []
+        if self._decoder is None:
+            dense, rows = ids.shape[1] - sparse_tail, len(ids)
+            self._decoder = self._decoder_of(Batch(ids, np.zeros(rows, np.int64)), np.full(rows, dense - 1))
+            parts.append(self._decoder.feed(ids[:, :dense], sparse_tail=0, outputs=self._outputs))
+            ids = np.ascontiguousarray(ids[:, dense:])
+        self._decoder.set_density(density.heads, density.neurons)
+        parts.append(self._decoder.feed(ids, sparse_tail=ids.shape[1], outputs=self._outputs))
+        joined = {name: np.concatenate([part[name] for part in parts], axis=1) for name in self._outputs}
+        for kind, mask_B1LN in self._decoder.mask.items():
+            joined[f"scores.{kind}"] = np.repeat(mask_B1LN, ids.shape[1], axis=1)
+        return joined

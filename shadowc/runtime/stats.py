@@ -85,19 +85,24 @@ class Meter:
     prefill_seconds: float = 0.0
     tokens: int = 0
     calls: int = 0
+    predictions: int = 0
     kernel_bytes: int = 0
     counted: bool = False
     _sums: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
 
-    def add(self, outputs: Mapping[str, npt.NDArray[Any]], live_BZ: npt.NDArray[np.bool_]) -> None:
+    def add(
+        self, outputs: Mapping[str, npt.NDArray[Any]], live_BZ: npt.NDArray[np.bool_], *, predicted: bool = True
+    ) -> None:
         """Count one run.
 
         Args:
             outputs: graph outputs by name; `active.*` [B,Z,L] and `read` [n,2,2] count, others do not matter.
             live_BZ: which rows and masked tokens are real.
+            predicted: the run asked the predictor.
         """
         self.tokens += int(live_BZ.sum())
         self.calls += 1
+        self.predictions += predicted
         for kind in ("heads", "neurons"):
             active_BZL = outputs.get(f"active.{kind}")
             if active_BZL is not None:
@@ -117,7 +122,8 @@ class Meter:
         kernels, every = float("nan"), float("nan")
         if self.counted and self.tokens:
             kernels = self.kernel_bytes / self.tokens
-            every = kernels + (fixed.lm_head + fixed.predictor + fixed.other) * self.calls / self.tokens
+            besides = (fixed.lm_head + fixed.other) * self.calls + fixed.predictor * self.predictions
+            every = kernels + besides / self.tokens
         return RunStats(
             heads=float(layers["heads"].mean()),
             neurons=float(layers["neurons"].mean()),

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 KINDS = ("heads", "neurons")
 _SCORES, _THRESHOLD = 1, 2
 """Positions of these operands in both sparse operators."""
-_DIALS = ("density_heads", "density_neurons", "sparse_tail")
+CONTEXT_READ = "layers.0.attention.read"
+"""What layer 0's attention read, records and bytes [2]."""
 _OPERATOR = {"heads": SPARSE_ATTENTION.name, "neurons": SPARSE_FFN.name}
 
 _Item = TypeVar("_Item")
@@ -92,6 +93,33 @@ def with_scores_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def predicting(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph up to its scores: embedding, layer 0's attention and the predictor, without a selection.
+
+    Its outputs are the cache of layer 0, `scores.*` and, where kernels count, CONTEXT_READ.
+    """
+    copy = _copy(model)
+    made = {name for node in copy.graph.node for name in node.output}
+    wanted = {*(f"scores.{kind}" for kind in KINDS), "present.0.key", "present.0.value"}
+    _keep(copy.graph.output, lambda value: value.name in wanted)
+    if CONTEXT_READ in made:
+        copy.graph.output.add(name=CONTEXT_READ)
+    _prune(copy.graph)
+    return copy
+
+
+def with_kv(model: onnx.ModelProto, kv: str) -> onnx.ModelProto:
+    """The graph that writes K/V of "all" heads, or of "active" ones only."""
+    import onnx
+
+    copy = _copy(model)
+    for node in copy.graph.node:
+        if node.domain == DOMAIN and node.op_type == SPARSE_ATTENTION.name:
+            _keep(node.attribute, lambda attribute: attribute.name != "kv")
+            node.attribute.append(onnx.helper.make_attribute("kv", kv))
+    return copy
+
+
 def dense(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph without predictor and masks, every layer as layer 0 is: the twin that speed is held against."""
     copy = _copy(model)
@@ -120,14 +148,14 @@ def _set_int(node: onnx.NodeProto, name: str, value: int) -> None:
 
 
 def _prune(graph: onnx.GraphProto) -> None:
-    """Drop nodes, initialisers and dials that no output depends on."""
+    """Drop nodes, initialisers and inputs that no output depends on."""
     needed = {value.name for value in graph.output}
     for node in reversed(graph.node):
         if needed.intersection(node.output):
             needed.update(_inputs(node))
     _keep(graph.node, lambda node: bool(needed.intersection(node.output)))
     _keep(graph.initializer, lambda tensor: tensor.name in needed)
-    _keep(graph.input, lambda value: value.name in needed or value.name not in _DIALS)
+    _keep(graph.input, lambda value: value.name in needed)
     _keep(graph.value_info, lambda value: value.name in needed)
 
 

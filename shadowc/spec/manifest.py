@@ -11,6 +11,8 @@ SCHEMA = 1
 MANIFEST_FILE = "engine.json"
 MODEL_FILE = "model.onnx"
 REFERENCE_FILE = "reference.onnx"
+FIXED_FILE = "decode_fixed.onnx"
+"""Of engines whose mask holds for a sequence: the graph without predictor, whose scores are inputs."""
 WEIGHTS_FILE = "weights.bin"
 
 TargetName = Literal["cpu", "tensorrt", "tensorrt-rtx"]
@@ -53,6 +55,8 @@ class SparsityPart(_Part):
     """How masks are made, and what the predictor was worth when it was trained."""
 
     mask: Literal["token", "sequence"]
+    refresh: int = 0
+    """Tokens for which a mask of "sequence" holds; 0: until the end."""
     scope: Literal["local", "global"]
     head_density: float
     neuron_density: float
@@ -173,6 +177,7 @@ def needed_files(manifest: EngineManifest) -> tuple[str, ...]:
     """The files that an engine of this target cannot do without."""
     part = manifest.tensorrt
     if part is None:
-        return MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE
+        fixed = (FIXED_FILE,) if manifest.sparsity is not None and manifest.sparsity.mask == "sequence" else ()
+        return MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, *fixed
     plans = [name for plan in part.plans.values() for name in (plan.file, plan.onnx)]
     return WEIGHTS_FILE, *plans, *(plugin.file for plugin in part.plugins)

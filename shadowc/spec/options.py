@@ -14,6 +14,7 @@ from shadowc.spec.density import Density
 
 Criterion = str
 Scope = Literal["local", "global"]
+Mask = Literal["token", "sequence"]
 WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "cpu": ("fp32", "bf16", "int8", "int4"),
@@ -68,7 +69,10 @@ class CompileOptions(_Frozen):
     head_density: float = 0.5
     neuron_density: float = 0.5
     scope: Scope = "global"
-    mask: Literal["token"] = "token"
+    mask: Mask = "token"
+    """"token": every token has its own mask; "sequence": the last token of the prompt decides for all that follow."""
+    refresh: int = Field(default=0, ge=0)
+    """With mask "sequence": every so many tokens the mask is made anew; 0: never."""
     skip_zeros: bool = True
     load_format: Literal["auto", "dummy"] = "auto"
     offline: bool = False

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from shadowc.checkpoint.opt import EMBEDDING, HEAD, OptFacts
 from shadowc.emit import folder as engine_folder
-from shadowc.emit.target import target
+from shadowc.emit.target import FIXED, target
+from shadowc.passes import fix_mask
 from shadowc.spec.density import Density
 from shadowc.spec.manifest import EngineManifest, SparsityPart
 from shadowc.spec.options import WEIGHTS, CompileOptions
@@ -37,11 +38,12 @@ def tensors(model: OPTForCausalLM, block: int = BLOCK) -> handmade.Tensors:
 
 
 def write_kinds(parent: Path, model: OPTForCausalLM, tokenizer: Path) -> dict[str, Path]:
-    """Engine folders in `parent` by kind: one of every type of weights, and dense."""
-    made = {name: parent / f"{name}.engine" for name in (*KINDS, "dense")}
+    """Engine folders in `parent` by kind: one of every type of weights, dense, and sequence (fp32)."""
+    made = {name: parent / f"{name}.engine" for name in (*KINDS, "dense", "sequence")}
     for weights in KINDS:
         write_engine(made[weights], model, tokenizer=tokenizer, weights=weights)
     write_engine(made["dense"], model, tokenizer=tokenizer, sparse=False)
+    write_engine(made["sequence"], model, tokenizer=tokenizer, mask="sequence")
     return made
 
 
@@ -53,14 +55,21 @@ def write_engine(
     weights: str = "fp32",
     sparse: bool = True,
     skip_zeros: bool = True,
+    mask: Literal["token", "sequence"] = "token",
     eos: int | None = None,
 ) -> EngineManifest:
     """A complete engine folder at `out`; `eos` replaces the end token so that rows can end early."""
     facts = tiny_facts() if eos is None else replace(tiny_facts(), eos=eos)
-    program = handmade.build(facts, block=BLOCK, weights=weights, sparse=sparse, skip_zeros=skip_zeros)
+    names = ("model", FIXED) if mask == "sequence" else ("model",)
+    programs = {
+        name: handmade.build(facts, block=BLOCK, weights=weights, sparse=sparse, skip_zeros=skip_zeros)
+        for name in names
+    }
+    if mask == "sequence":
+        fix_mask.apply(programs[FIXED])
     with engine_folder.staged(out) as staging:
-        options = CompileOptions(model="tiny", head_density=DENSITY.heads, neuron_density=DENSITY.neurons)
-        emitted = target("cpu").emit({"model": program}, tensors(model), staging, options=options)
+        options = CompileOptions(model="tiny", head_density=DENSITY.heads, neuron_density=DENSITY.neurons, mask=mask)
+        emitted = target("cpu").emit(programs, tensors(model), staging, options=options)
         part = engine_folder.model_part(facts, "tiny")
         engine_folder.add_companions(staging, part, tokenizer)
         if sparse:
@@ -75,7 +84,7 @@ def write_engine(
             ops=emitted.ops,
             model=part,
             sparsity=SparsityPart(
-                mask="token",
+                mask=mask,
                 scope="global",
                 head_density=DENSITY.heads,
                 neuron_density=DENSITY.neurons,

@@ -36,6 +36,9 @@ class DeviceDecoder:
         make_room: frees memory of other batch sizes; False: there is none.
     """
 
+    predicts = True
+    """Every run asks the predictor."""
+
     def __init__(
         self, space: Workspace, prefill: Prefill, batch: Batch, chunk: int, make_room: Callable[[], bool]
     ) -> None:

@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A mask that holds for a sequence: the last token of the prompt makes it, all later tokens are computed under it.
+
+Scores depend on layer 0's attention context alone, and layer 0 is dense. So a small graph makes them (embedding, layer
+0's attention, predictor), over the cache that the other graph fills, and everything else is one graph without a
+predictor: each weight is read through one of the two, layer 0's attention and the embedding through both.
+
+Letters: B rows, S new tokens, L predicted layers, N units of a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+
+from shadowc.runtime.decoder import Decoder
+from shadowc.runtime.variants import CONTEXT_READ, KINDS
+
+if TYPE_CHECKING:
+    from shadowc.runtime.cache import KvCache
+    from shadowc.runtime.decoder import Floats, ModelSizes, Outputs, ScoreSource
+    from shadowc.runtime.prompts import Batch, Ids
+    from shadowc.runtime.session import Session
+
+Read = npt.NDArray[np.int64]
+
+
+class ScoreMaker:
+    """Scores of all units for tokens of one batch.
+
+    Args:
+        session: the graph `variants.predicting`.
+        batch: where each row starts.
+        cache: of the batch; the slots before the tokens are filled in layer 0.
+        control: replaces the predictor.
+    """
+
+    def __init__(self, session: Session, batch: Batch, cache: KvCache, control: ScoreSource | None = None) -> None:
+        self._session = session
+        self._batch = batch
+        self._cache = cache
+        self._control = control
+        self.predicts = control is None
+
+    def scores(self, ids_BS: Ids, past: int) -> tuple[tuple[Floats, ...], Read]:
+        """Scores of heads and of neuron units [B,S,L,N] for the tokens in slots `past` on, and what was read [2]."""
+        B, S = ids_BS.shape
+        if self._control is not None:
+            given = tuple(np.broadcast_to(scores, (B, *scores.shape[1:])) for scores in self._control(S))
+            return given, np.zeros(2, np.int64)
+        names = [f"scores.{kind}" for kind in KINDS]
+        names += [CONTEXT_READ] if CONTEXT_READ in self._session.outputs else []
+        binding = self._session.bind()
+        binding.give("input_ids", np.ascontiguousarray(ids_BS))
+        binding.give("attention_mask", self._batch.mask(past + S))
+        binding.give("sparse_tail", np.array([S], np.int64))
+        for name in names:
+            binding.take(name)
+        self._cache.bind(binding, layers=1)  # writes again what the other graph writes, the same numbers
+        values = [value.numpy() for value in binding.run()[: len(names)]]
+        return (values[0], values[1]), values[2] if len(values) > 2 else np.zeros(2, np.int64)
+
+
+class SequenceDecoder(Decoder):
+    """Feeds tokens of one batch, in order.
+
+    Args:
+        fixed: the graph whose `mask_scores.*` are inputs.
+        predicting: the graph that makes them.
+        model: its sizes.
+        batch: where each row starts.
+        units: units of a layer, "heads" and "neurons".
+        origins_B: slot of the token of each row that makes its mask, the last one of its prompt.
+        refresh: later tokens make the mask anew, each so many after the one before, for itself and those that follow;
+            0: none does.
+        in_place: see KvCache.
+        control: replaces the predictor.
+    """
+
+    def __init__(
+        self,
+        fixed: Session,
+        predicting: Session,
+        model: ModelSizes,
+        batch: Batch,
+        *,
+        units: dict[str, int],
+        origins_B: Ids,
+        refresh: int = 0,
+        in_place: bool = True,
+        control: ScoreSource | None = None,
+    ) -> None:
+        super().__init__(fixed, model, batch, in_place=in_place)
+        L = model.layers - 1
+        self._held = {f"mask_scores.{kind}": np.zeros((batch.rows, 1, L, units[kind]), np.float32) for kind in KINDS}
+        self._none = {name: mask_B1LN[:, :0] for name, mask_B1LN in self._held.items()}
+        self._inputs = self._held
+        self._maker = ScoreMaker(predicting, batch, self._cache, control)
+        self._origins_B = origins_B
+        self._refresh = refresh
+        self.predicts = False
+
+    @property
+    def mask(self) -> dict[str, Floats]:
+        """What the masks are made of now: scores of "heads" and "neurons" [B,1,L,N]."""
+        return {kind: self._held[f"mask_scores.{kind}"] for kind in KINDS}
+
+    def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str]) -> Outputs:
+        """See Decoder.feed; `sparse_tail` is 0, or all of the tokens, where rows at density 1 are dense."""
+        self.predicts, read = False, None
+        if sparse_tail:
+            self._inputs, read = self._masks(ids_BS)
+        else:
+            self._inputs = self._none
+        result = super().feed(ids_BS, sparse_tail=sparse_tail, outputs=outputs)
+        self._inputs = self._held
+        ending_B = self._origins_B == self.filled - 1
+        if not sparse_tail and ending_B.any():
+            self._make(ids_BS[:, -1:], self.filled - 1, ending_B)
+        return _with_read(result, read)
+
+    def step(self, ids_B: Ids) -> Outputs:
+        """See Decoder.step."""
+        self.predicts, read = False, None
+        if self._refresh:
+            making_B = (self.filled - self._origins_B) % self._refresh == 0
+            if making_B.any():
+                self._reserve(1)
+                read = self._make(ids_B[:, None], self.filled, making_B)
+        return _with_read(super().step(ids_B), read)
+
+    def _make(self, ids_B1: Ids, past: int, rows_B: npt.NDArray[np.bool_]) -> Read:
+        """Let the tokens in slot `past` make the masks of some rows."""
+        scores, read = self._maker.scores(ids_B1, past)
+        self.predicts = self._maker.predicts
+        for mask_B1LN, new_B1LN in zip(self._held.values(), scores, strict=True):
+            mask_B1LN[rows_B] = new_B1LN[rows_B]
+        return read
+
+    def _masks(self, ids_BS: Ids) -> tuple[dict[str, Floats], Read | None]:
+        """The masks [B,S,L,N] of the next tokens; rows whose prompt goes on get any, since they are dense."""
+        B, S = ids_BS.shape
+        past = self.filled
+        since_BS = np.arange(past, past + S) - self._origins_B[:, None]
+        maker_BS = since_BS // self._refresh * self._refresh if self._refresh else np.zeros((B, S), np.int64)
+        at_BS = maker_BS + self._origins_B[:, None] - past  # which of these tokens made it; below 0: an earlier one
+        here_BS = (since_BS >= 0) & (at_BS >= 0)
+        if not here_BS.any():
+            return {name: np.repeat(mask_B1LN, S, axis=1) for name, mask_B1LN in self._held.items()}, None
+        self._reserve(S)
+        scores, read = self._maker.scores(ids_BS, past)
+        self.predicts = self._maker.predicts
+        row_B1, masks = np.arange(B)[:, None], {}
+        for (name, mask_B1LN), new_BSLN in zip(self._held.items(), scores, strict=True):
+            chosen_BSLN = new_BSLN[row_B1, np.where(here_BS, at_BS, 0)]
+            masks[name] = np.where(here_BS[:, :, None, None], chosen_BSLN, mask_B1LN)
+            mask_B1LN[:] = masks[name][:, -1:]
+        return masks, read
+
+
+def _with_read(outputs: Outputs, read: Read | None) -> Outputs:
+    """Count what making the masks read as layer 0's attention."""
+    if read is not None and "read" in outputs:
+        outputs["read"][0, 0] += read
+    return outputs
