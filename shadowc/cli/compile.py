@@ -42,7 +42,12 @@ def compile_model(
     head_density: Annotated[float, typer.Option("--head-density", help="Default share of heads kept.")] = 0.5,
     neuron_density: Annotated[float, typer.Option("--neuron-density", help="Default share of neurons kept.")] = 0.5,
     scope: Annotated[flags.Scope, typer.Option("--scope", help="Rank within each layer, or over all.")] = "global",
-    mask: Annotated[flags.Mask, typer.Option("--mask", help="How often a mask is made.")] = "token",
+    mask: Annotated[
+        flags.Mask, typer.Option("--mask", help="A mask for every token, or one for all tokens after the prompt.")
+    ] = "token",
+    refresh: Annotated[
+        int, typer.Option("--refresh", help="Tokens for which a mask of a sequence holds; 0: until the end.", min=0)
+    ] = 0,
     skip_zeros: Annotated[
         bool, typer.Option("--skip-zeros/--no-skip-zeros", help="Skip fc2 where ReLU gave 0 (exact).")
     ] = True,
@@ -81,7 +86,7 @@ def compile_model(
     if predictor == "none":
         flags.refuse_unused(
             context,
-            (*COLLECTING, *TRAINING, "head_density", "neuron_density", "scope", "mask"),
+            (*COLLECTING, *TRAINING, "head_density", "neuron_density", "scope", "mask", "refresh"),
             "with --predictor none: a dense engine has no masks",
         )
     elif predictor != "train":
@@ -100,6 +105,7 @@ def compile_model(
             "neuron_density": neuron_density,
             "scope": scope,
             "mask": mask,
+            "refresh": refresh,
             "skip_zeros": skip_zeros,
             "load_format": load_format,
             "offline": offline,

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -13,6 +13,9 @@ from shadowc.cli import flags, render
 
 if TYPE_CHECKING:
     from shadowc.measure.evaluate import EvalReport
+
+
+Protocol = Literal["decode", "prompt"]
 
 
 def evaluate(
@@ -35,6 +38,24 @@ def evaluate(
     window: Annotated[
         int | None, typer.Option("--window", help="Tokens per window; default: the context.", min=2, show_default=False)
     ] = None,
+    protocol: Annotated[
+        Protocol | None,
+        typer.Option(
+            "--protocol",
+            help="decode: a mask for every token; prompt: one for all tokens after a prompt; default: as compiled.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--prompt-tokens",
+            help="Dense tokens that a window begins with; default: 1, for protocol prompt 16.",
+            min=0,
+            show_default=False,
+        ),
+    ] = None,
+    refresh: flags.Refresh = None,
     threads: flags.Threads = None,
     seed: flags.Seed = 0,
     json: flags.AsJson = False,
@@ -57,11 +78,13 @@ def evaluate(
     content = _read(text)
     with render.progress() as progress:
         report = run_evaluate(
-            load(engine, threads=threads),
+            load(engine, threads=threads, refresh=refresh),
             content,
             densities=wanted,
             methods=names,  # type: ignore[arg-type]  # checked above
             window=window,
+            protocol=protocol,
+            prompt_tokens=prompt_tokens,
             seed=seed,
             progress=progress,
         )
@@ -87,7 +110,7 @@ def _read(path: Path) -> str:
 def _show(report: EvalReport) -> None:
     render.line(
         f"{report.text_bytes:,} bytes, {report.tokens:,} tokens in windows of {report.window}, "
-        f"protocol {report.protocol}; dense: {report.dense:.4f} bits per byte"
+        f"protocol {report.protocol} after {report.prompt_tokens} dense; dense: {report.dense:.4f} bits per byte"
     )
     render.table(
         ("masks", "heads", "neurons", "bits/byte", "over dense", "active heads", "active neurons"),

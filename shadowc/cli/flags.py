@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Scope = Literal["local", "global"]
-Mask = Literal["token"]
+Mask = Literal["token", "sequence"]
 LoadFormat = Literal["auto", "dummy"]
 
 # --- the model
@@ -53,6 +53,15 @@ BothDensities = Annotated[
 HeadDensity = Annotated[float | None, typer.Option("--head-density", help="Share of heads kept.", show_default=False)]
 NeuronDensity = Annotated[
     float | None, typer.Option("--neuron-density", help="Share of neurons kept.", show_default=False)
+]
+Refresh = Annotated[
+    int | None,
+    typer.Option(
+        "--refresh",
+        help="Tokens for which a mask of a sequence holds, 0: until the end; default: the engine's own.",
+        min=0,
+        show_default=False,
+    ),
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads; default: one per core.", min=1, show_default=False)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from shadowc.spec.manifest import EngineManifest
 
 KV_SHARE = 0.5
-"""Of a head's record, the k and v rows: read for every head while masks are made per token."""
+"""Of a head's record, the k and v rows: read for every head while masks may change."""
 
 
 def inspect(engine: flags.Engine, json: flags.AsJson = False) -> None:
@@ -93,9 +93,11 @@ def sparsity_facts(manifest: EngineManifest) -> dict[str, str]:
     plan = manifest.sparsity
     if plan is None:
         return {"sparsity": "none: a dense engine"}
+    again = f", fresh every {plan.refresh} tokens" if plan.refresh else ""
     exempt = f", layers {', '.join(map(str, plan.exempt))} exempt" if plan.exempt else ""
     return {
-        "sparsity": f"a mask per {plan.mask}, ranked {plan.scope}ly, blocks of {plan.neuron_block} neurons{exempt}",
+        "sparsity": f"a mask per {plan.mask}{again}, ranked {plan.scope}ly, "
+        f"blocks of {plan.neuron_block} neurons{exempt}",
         "density": f"{plan.head_density:g} of the heads, {plan.neuron_density:g} of the neurons, unless a run says so",
         "predictor": predictor_text(plan.predictor),
     }
@@ -138,16 +140,21 @@ def bytes_rows(manifest: EngineManifest) -> list[tuple[str, str, str]]:
     heads, neurons = (plan.head_density, plan.neuron_density) if plan else (1.0, 1.0)
     first = 1 / model.layers  # layer 0 stays dense
     reads = first + (1 - first) * heads  # of the cache: active heads attend
-    heads = KV_SHARE + (1 - KV_SHARE) * heads  # a later token may need the K/V of a head that this one skips
-    kept = (attention * (first + (1 - first) * heads), ffn * (first + (1 - first) * neurons))
+    held = plan is not None and plan.mask == "sequence"
+    again = 1 / plan.refresh if plan and plan.refresh else 0.0  # how often a mask is made
+    if not held or again:
+        heads = KV_SHARE + (1 - KV_SHARE) * heads  # a later token may need the K/V of a head that this one skips
+    predictor = part.predictor * again if held else part.predictor
+    context = first * again if held else 0.0  # layer 0's attention is computed once more for a mask
+    kept = (attention * (first + context + (1 - first) * heads), ffn * (first + (1 - first) * neurons))
     other = part.lm_head + part.other
     rows = [
         ("attention records", *map(render.size, (attention, kept[0]))),
         ("neuron records", *map(render.size, (ffn, kept[1]))),
         ("LM head", *[render.size(part.lm_head)] * 2),
-        ("predictor", "-", render.size(part.predictor)),
+        ("predictor", "-", render.size(predictor)),
         ("norms, biases, embedding rows", *[render.size(part.other)] * 2),
-        ("all", render.size(sum(records) + other), render.size(sum(kept) + other + part.predictor)),
+        ("all", render.size(sum(records) + other), render.size(sum(kept) + other + predictor)),
     ]
     if part.cache:
         rows.append(("K/V, of each token before", render.size(part.cache), render.size(part.cache * reads)))

@@ -31,6 +31,11 @@ def run(
     reference: Annotated[
         bool, typer.Option("--reference", help="Run reference.onnx: standard operators only, slow, the judge.")
     ] = False,
+    mask: Annotated[
+        flags.Mask | None,
+        typer.Option("--mask", help="token: a mask for every token; default: as compiled.", show_default=False),
+    ] = None,
+    refresh: flags.Refresh = None,
     threads: flags.Threads = None,
     json: flags.AsJson = False,
 ) -> None:
@@ -39,7 +44,7 @@ def run(
     from shadowc.runtime.load import load
 
     with render.progress() as progress, progress.stage("load"):
-        loaded = load(engine, threads=threads, reference=reference)
+        loaded = load(engine, threads=threads, reference=reference, mask=mask, refresh=refresh)
     plan = loaded.manifest.sparsity
     wanted = flags.density_of(density, head_density, neuron_density, plan)
     used = None if plan is None else wanted or loaded.density

@@ -131,6 +131,7 @@ def stored_predictor(engine: Engine, sparsity: SparsityPart) -> Predictor:
 
 
 def _parity(engine: Engine, checkpoint: Checkpoint, predictor: Predictor | None, progress: Progress) -> ParityReport:
+    from shadowc.runtime.sequence_engine import SequenceEngine
     from shadowc.spec.program import SparsityPlan
 
     sparsity = engine.manifest.sparsity
@@ -149,6 +150,7 @@ def _parity(engine: Engine, checkpoint: Checkpoint, predictor: Predictor | None,
         plan=plan,
         predictor=predictor,
         advance=progress.advance,
+        new_held_probe=engine.fixed_prober() if isinstance(engine, SequenceEngine) else None,
     )
 
 

@@ -131,17 +131,25 @@ class _Side:
 
 
 def _on_cpu(folder: Path, densities: Sequence[Density], threads: int | None) -> _Side:
-    from shadowc.runtime.load import load_cpu
+    from shadowc.runtime.load import load_cpu, read_manifest
 
-    engines = {flag: load_cpu(folder, threads=threads, skip_zeros=flag) for flag in (False, True)}
+    engines = {flag: load_cpu(folder, threads=threads, skip_zeros=flag, mask="token") for flag in (False, True)}
     jobs: list[tuple[Setting, CausalEngine]] = [
         (Setting(_label("dense twin", flag), Density(), flag), engine.dense_twin()) for flag, engine in engines.items()
     ]
-    if engines[False].manifest.sparsity is not None:
+    sparsity = read_manifest(folder).sparsity
+    kinds = {"": engines}
+    if sparsity is not None and sparsity.mask == "sequence":
+        again = f", fresh every {sparsity.refresh}" if sparsity.refresh else ""
+        kinds[f", a mask per sequence{again}"] = {
+            flag: load_cpu(folder, threads=threads, skip_zeros=flag) for flag in engines
+        }
+    if sparsity is not None:
         jobs += [
-            (Setting(_label(f"{density.heads:g} heads, {density.neurons:g} neurons", flag), density, flag), engine)
+            (Setting(_label(f"{_shares(density)}{kind}", flag), density, flag), engine)
             for density in densities
-            for flag, engine in engines.items()
+            for kind, loaded in kinds.items()
+            for flag, engine in loaded.items()
         ]
     library, used = engines[False].op_library, engines[False].threads
     return _Side(jobs, lambda: library.stream_read(STREAM_BYTES, used, STREAM_REPEATS), used, library.isa)
@@ -157,11 +165,12 @@ def _on_gpu(folder: Path, densities: Sequence[Density], threads: int | None) -> 
     chosen = [Density(), *(density for density in densities if density != Density())]
     if engine.manifest.sparsity is None:
         chosen = chosen[:1]
-    jobs = [
-        (Setting(f"{density.heads:g} heads, {density.neurons:g} neurons", density, engine.skip_zeros), engine)
-        for density in chosen
-    ]
+    jobs = [(Setting(_shares(density), density, engine.skip_zeros), engine) for density in chosen]
     return _Side(jobs, lambda: engine.copy_bandwidth(STREAM_BYTES, STREAM_REPEATS), 0, engine.device_name)
+
+
+def _shares(density: Density) -> str:
+    return f"{density.heads:g} heads, {density.neurons:g} neurons"
 
 
 def _label(name: str, skip_zeros: bool) -> str:

@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quality of an engine on text, in bits per byte, beside its controls.
 
-Protocol `decode`: every token after the first of a window is computed under its own mask, as in
-generation, and its K/V come from masked layers too. Windows are disjoint, so every byte of the text
-counts once. The controls put other scores through the same SelectThreshold and the same kernels.
+Protocol `decode`: every token after the prompt of a window (its first token) is computed under its own
+mask, as in generation, and its K/V come from masked layers too. Protocol `prompt`: the last token of the
+prompt makes the mask of all tokens after it. The prompt is dense. Windows are disjoint, so every byte of
+the text counts once, those of the prompts included. The controls put other scores through the same
+SelectThreshold and the same kernels.
 
 Letters: S tokens, R some of them, V vocabulary, L predicted layers, N units per layer.
 """
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
     from shadowc.runtime.causal import CausalEngine
 
 Method = Literal["predictor", "static", "normalised", "random"]
+Protocol = Literal["decode", "prompt"]
+PROMPT_TOKENS: dict[Protocol, int] = {"decode": 1, "prompt": 16}
+"""Dense tokens that a window begins with, unless a call says otherwise."""
 ROWS_AT_ONCE = 64
 """Rows of logits that are widened to float64 together."""
 METHODS: tuple[Method, ...] = get_args(Method)
@@ -55,6 +60,8 @@ class EvalReport:
     tokens: int
     window: int
     protocol: str
+    prompt_tokens: int
+    """Dense tokens that every window begins with."""
     dense: float
     rows: tuple[EvalRow, ...]
 
@@ -66,10 +73,12 @@ def evaluate(
     densities: Sequence[Density],
     methods: Sequence[Method] | None = None,
     window: int | None = None,
+    protocol: Protocol | None = None,
+    prompt_tokens: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> EvalReport:
-    """Bits per byte of `text` under every method and density, protocol `decode`.
+    """Bits per byte of `text` under every method and density.
 
     Args:
         engine: what is measured.
@@ -77,6 +86,8 @@ def evaluate(
         densities: shares kept; density 1 is always measured first.
         methods: the predictor and the controls; None: all that engines of this target take.
         window: tokens per window, the first (bos) included; None: the model's context.
+        protocol: None: what the engine was compiled for.
+        prompt_tokens: dense tokens that a window begins with; None: see PROMPT_TOKENS.
         seed: of the random control.
         progress: told about settings.
 
@@ -88,23 +99,29 @@ def evaluate(
     if methods is None:
         methods = METHODS if engine.manifest.tensorrt is None else ("predictor",)
     _refuse_controls_of_plans(engine, methods)
+    if protocol is None:
+        sparsity = engine.manifest.sparsity
+        protocol = "prompt" if sparsity is not None and sparsity.mask == "sequence" else "decode"
+    prompt_tokens = PROMPT_TOKENS[protocol] if prompt_tokens is None else prompt_tokens
     windows = list(_windows(engine, text, window))
     if not windows:
         raise InputError("the evaluation text holds no tokens; expected prose", hint="shadowc eval ENGINE --text FILE")
     engine.refuse_calibration_text(text)
+    cut = _CutText(windows, len(text.encode()), protocol, prompt_tokens)
     jobs: list[tuple[Method, Density]] = [("predictor", Density())]
     jobs += [(method, density) for density in densities for method in methods]
     rows = []
     with progress.stage("eval"):
         for done, (method, density) in enumerate(jobs):
-            rows.append(_row(engine, windows, len(text.encode()), method, density, seed))
+            rows.append(_row(engine, cut, method, density, seed))
             progress.advance(done + 1, len(jobs), "settings")
     return EvalReport(
         text_sha256=hashlib.sha256(text.encode()).hexdigest(),
-        text_bytes=len(text.encode()),
+        text_bytes=cut.size,
         tokens=sum(len(ids) - 1 for ids in windows),
         window=max(len(ids) for ids in windows),
-        protocol="decode",
+        protocol=protocol,
+        prompt_tokens=prompt_tokens,
         dense=rows[0].bits_per_byte,
         rows=tuple(rows[1:]),
     )
@@ -129,24 +146,30 @@ def _windows(engine: CausalEngine, text: str, window: int | None) -> Iterator[np
         yield np.array([model.bos, *ids[at : at + step]], np.int64)
 
 
-def _row(
-    engine: CausalEngine,
-    windows: Sequence[npt.NDArray[np.int64]],
-    size: int,
-    method: Method,
-    density: Density,
-    seed: int,
-) -> EvalRow:
+@dataclass(frozen=True, slots=True)
+class _CutText:
+    """A text in windows, and how each is read."""
+
+    windows: Sequence[npt.NDArray[np.int64]]
+    size: int
+    """Bytes of the whole text."""
+    protocol: Protocol
+    prompt_tokens: int
+
+
+def _row(engine: CausalEngine, text: _CutText, method: Method, density: Density, seed: int) -> EvalRow:
     bits, heads, neurons, tokens = 0.0, 0.0, 0.0, 0
     scores = _control(engine, method, seed)
-    for ids_S in windows:
-        logits_SV = engine.logits(ids_S[None], density=density, protocol="decode", prompt_tokens=1, scores=scores)[0]
+    for ids_S in text.windows:
+        logits_SV = engine.logits(ids_S[None], density, text.protocol, text.prompt_tokens, scores=scores)[0]
         bits += _bits(logits_SV[:-1], ids_S[1:])
         stats = engine.last_stats
-        heads += stats.active_head_share * len(ids_S)
-        neurons += stats.active_neuron_share * len(ids_S)
-        tokens += len(ids_S)
-    return EvalRow(method, density, bits / size, heads / tokens, neurons / tokens)
+        heads += stats.active_head_share * stats.tokens
+        neurons += stats.active_neuron_share * stats.tokens
+        tokens += stats.tokens
+    if not tokens:  # no window is longer than its prompt
+        return EvalRow(method, density, bits / text.size, 1.0, 1.0)
+    return EvalRow(method, density, bits / text.size, heads / tokens, neurons / tokens)
 
 
 def _bits(logits_SV: npt.NDArray[np.float32], ids_S: npt.NDArray[np.int64]) -> float:

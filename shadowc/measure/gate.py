@@ -21,7 +21,7 @@ from shadowc.measure.masks import relative, worse
 from shadowc.measure.parity import DECODE_TOKENS, PREFILL_TOKENS, check_parity
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InternalError, VerificationError
-from shadowc.spec.manifest import MODEL_FILE, WEIGHTS_FILE
+from shadowc.spec.manifest import FIXED_FILE, MODEL_FILE, WEIGHTS_FILE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -61,10 +61,17 @@ def check_engine(subject: Subject, manifest: EngineManifest, folder: Path, advan
     from shadowc.runtime.cores import usable_cores
     from shadowc.runtime.engine import Engine
     from shadowc.runtime.library import OpLibrary
+    from shadowc.runtime.sequence_engine import SequenceEngine
     from shadowc.runtime.session import Session
 
-    session = Session(folder / MODEL_FILE, usable_cores(), OpLibrary.installed().path)
-    report = _parity(subject, "model", manifest, Engine(folder, manifest, session).prober(), advance)
+    library, threads = OpLibrary.installed().path, usable_cores()
+    session = Session(folder / MODEL_FILE, threads, library)
+    new_held_probe = None
+    if manifest.sparsity is not None and manifest.sparsity.mask == "sequence":
+        fixed = Session(folder / FIXED_FILE, threads, library)
+        new_held_probe = SequenceEngine(folder, manifest, session, fixed).fixed_prober()
+    new_probe = Engine(folder, manifest, session).prober()
+    report = _parity(subject, "model", manifest, new_probe, advance, new_held_probe)
     report.require()
     return report.as_dict()
 
@@ -154,7 +161,12 @@ def _dense_decode(
 
 
 def _parity(
-    subject: Subject, graph: str, manifest: EngineManifest, new_probe: Callable[[], Any], advance: Advance
+    subject: Subject,
+    graph: str,
+    manifest: EngineManifest,
+    new_probe: Callable[[], Any],
+    advance: Advance,
+    new_held_probe: Callable[[], Any] | None = None,
 ) -> ParityReport:
     from shadowc.measure.dequantised import truth_for_tensorrt
 
@@ -174,6 +186,7 @@ def _parity(
         predictor=predictor,
         seed=subject.seed,
         advance=advance,
+        new_held_probe=new_held_probe,
     )
 
 

@@ -98,17 +98,22 @@ def wrong_selections(run: Mapping[str, Float], plan: SparsityPlan, density: Dens
     return wrong
 
 
-def score_difference(run: Mapping[str, Float], scorer: Scorer, context_BSE: torch.Tensor) -> float:
+def score_difference(
+    run: Mapping[str, Float], scorer: Scorer, context_BSE: torch.Tensor, *, held: bool = False
+) -> float:
     """Largest difference between the engine's scores and the predictor's, over the spread of a layer's true scores.
 
     Args:
         run: outputs of the engine, joined over all steps.
         scorer: the predictor, with the rounding that the engine's has.
         context_BSE: torch's layer-0 attention context before out_proj.
+        held: the token before the masked ones makes the scores of all of them.
     """
     worst = 0.0
     masked = run["scores.heads"].shape[1]
-    context_ME = context_BSE[:, context_BSE.shape[1] - masked :].flatten(0, 1).numpy()
+    first = context_BSE.shape[1] - masked
+    context_BZE = context_BSE[:, first - 1 : first].expand(-1, masked, -1) if held else context_BSE[:, first:]
+    context_ME = context_BZE.flatten(0, 1).numpy()
     for kind, wanted_MLN in zip(KINDS, scorer.scores(context_ME), strict=True):
         found_MLN = run[f"scores.{kind}"].reshape(wanted_MLN.shape)
         for wanted_MN, found_MN in zip(wanted_MLN.swapaxes(0, 1), found_MLN.swapaxes(0, 1), strict=True):

@@ -79,6 +79,8 @@ class ParityReport:
     logits_tolerance: float
     positions: int
     """Token positions compared, all densities together."""
+    held_positions: int = 0
+    """Those of them under a mask that holds for a sequence."""
     selection: int | None = None
     """Thresholds and counts that scores and density do not give; None: not checked."""
     scores: float | None = None
@@ -132,6 +134,7 @@ def check_parity(
     seed: int = 0,
     advance: Callable[[int, int], None] | None = None,
     truth: TensorSource | None = None,
+    new_held_probe: Callable[[], Probe] | None = None,
 ) -> ParityReport:
     """Compares the engine with torch on random tokens: a prefill whose tail is masked, then single steps.
 
@@ -150,6 +153,7 @@ def check_parity(
         advance: called with layers done and their number.
         truth: the tensors with the engine's own rounding, where nothing else is rounded: products are float32 then,
             and so are the tolerances. None: they are made from `source`, `weights` and `head_block`.
+        new_held_probe: the same for masks that hold for a sequence: the token before the masked ones makes all masks.
     """
     accuracy = weights if truth is None else "fp32"
     if truth is None:
@@ -158,13 +162,19 @@ def check_parity(
     ids_BS = np.random.default_rng(seed).integers(4, facts.vocab, (1, prefill + DECODE_TOKENS), dtype=np.int64)
     densities = DENSITIES if sparse else DENSITIES[:1]
     runs = [_run(new_probe(), ids_BS, density, prefill, masked) for density in densities]
+    held: list[dict[str, Float]] = []
+    if new_held_probe is not None:
+        masked_held = min(masked, prefill - 1)  # one token must be left to make the mask
+        held = [_run(new_held_probe(), ids_BS, density, prefill, masked_held) for density in densities]
     selection, scores = None, None
     if sparse and plan is not None:
-        pairs = zip(runs, densities, strict=True)
-        selection = sum(wrong_selections(run, plan, density, masked + DECODE_TOKENS) for run, density in pairs)
+        lengths = [masked] * len(runs) + [masked_held for _ in held]
+        settings = zip([*runs, *held], [*densities, *densities], lengths, strict=False)
+        selection = sum(wrong_selections(run, plan, density, Z + DECODE_TOKENS) for run, density, Z in settings)
     if sparse and predictor is not None:
         scorer = predictor if accuracy == "fp32" else RoundedPredictor(predictor)
-        scores = _scores_difference(runs, facts, truth, scorer)
+        scores = _scores_difference(runs, held, facts, truth, scorer)
+    runs += held
     return ParityReport(
         weights=weights,
         embedding=_embedding_difference(runs[0], ids_BS, facts, truth),
@@ -173,6 +183,7 @@ def check_parity(
         layer_tolerance=LAYER_TOLERANCE[accuracy],
         logits_tolerance=LOGITS_TOLERANCE[accuracy],
         positions=ids_BS.shape[1] * len(runs),
+        held_positions=ids_BS.shape[1] * len(held),
         selection=selection,
         scores=scores,
         scores_tolerance=SCORES_TOLERANCE[accuracy],
@@ -228,11 +239,23 @@ def _stored(run: Mapping[str, Float], layer: int) -> dict[str, torch.Tensor]:
 
 
 def _scores_difference(
-    runs: Sequence[Mapping[str, Float]], facts: OptFacts, truth: TensorSource, scorer: Scorer
+    runs: Sequence[Mapping[str, Float]],
+    held: Sequence[Mapping[str, Float]],
+    facts: OptFacts,
+    truth: TensorSource,
+    scorer: Scorer,
 ) -> float:
     first = LayerReference(facts, truth, 0)
-    contexts = (first.context(torch.from_numpy(run["residual.0"]), _stored(run, 0)) for run in runs)
-    return reduce(worse, (score_difference(run, scorer, x) for run, x in zip(runs, contexts, strict=True)))
+    return reduce(
+        worse,
+        (
+            score_difference(
+                run, scorer, first.context(torch.from_numpy(run["residual.0"]), _stored(run, 0)), held=part is held
+            )
+            for part in (runs, held)
+            for run in part
+        ),
+    )
 
 
 def _embedding_difference(

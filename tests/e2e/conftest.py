@@ -30,6 +30,15 @@ def sparse_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.fixture(scope="session")
+def sequence_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As sparse_engine, with a mask per sequence. Read only."""
+    import shadowc
+
+    out = tmp_path_factory.mktemp("sequence") / "tiny.engine"
+    return shadowc.compile(options(tiny_checkpoint, out, mask="sequence"))
+
+
+@pytest.fixture(scope="session")
 def int8_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same in int8, ranked within layers. Read only."""
     import shadowc

@@ -16,7 +16,9 @@ from shadowc.cli.app import app
 from shadowc.measure import evaluate as evaluation
 from shadowc.measure.bench import bench
 from shadowc.measure.evaluate import evaluate
+from shadowc.runtime.load import load_cpu
 from shadowc.spec.density import Density
+from shadowc.spec.errors import UnsupportedError
 
 TEXT = "One neuron is one record, and a record that is not read costs nothing. " * 6
 
@@ -65,6 +67,33 @@ def test_every_method_keeps_the_share_that_was_asked_for(sparse_engine: Path) ->
         assert row.active_neurons == pytest.approx(0.25, abs=0.02)
     by_method = {row.method: row.bits_per_byte for row in report.rows}
     assert by_method["predictor"] != by_method["static"] != by_method["random"]
+
+
+def test_eval_measures_all_controls_under_one_mask_per_sequence(sequence_engine: Path) -> None:
+    report = evaluate(load_cpu(sequence_engine), TEXT, densities=[Density(0.5, 0.25)], window=32)
+    assert [row.method for row in report.rows] == ["predictor", "static", "normalised", "random"]
+    assert len({row.bits_per_byte for row in report.rows}) == 4
+    assert all(row.active_heads == pytest.approx(0.5, abs=0.02) for row in report.rows)
+
+
+def test_eval_under_one_mask_is_refused_by_an_engine_of_masks_per_token(sparse_engine: Path) -> None:
+    with pytest.raises(UnsupportedError, match="mask for every token") as caught:
+        evaluate(shadowc.load(sparse_engine), TEXT, densities=[], protocol="prompt")
+    assert "--mask sequence" in (caught.value.hint or "")
+
+
+def test_bench_has_rows_for_a_mask_per_sequence_beside_those_per_token(sequence_engine: Path) -> None:
+    report = bench(sequence_engine, densities=[Density(0.5, 0.5)], rounds=1, tokens=4)
+    size = {row.label: row.megabytes_per_token for row in report.rows}
+    assert list(size) == [
+        "dense twin",
+        "dense twin, skip zeros",
+        "0.5 heads, 0.5 neurons",
+        "0.5 heads, 0.5 neurons, skip zeros",
+        "0.5 heads, 0.5 neurons, a mask per sequence",
+        "0.5 heads, 0.5 neurons, a mask per sequence, skip zeros",
+    ]
+    assert size["0.5 heads, 0.5 neurons, a mask per sequence"] < size["0.5 heads, 0.5 neurons"]
 
 
 def test_bench_counts_fewer_bytes_at_lower_density_and_with_skipped_zeros(sparse_engine: Path) -> None:

@@ -31,7 +31,11 @@ LAYER = 2
 
 
 def parity_of(
-    engine: Engine, checkpoint: Path, new_probe: Callable[[], object] | None = None, weights: str = "fp32"
+    engine: Engine,
+    checkpoint: Path,
+    new_probe: Callable[[], object] | None = None,
+    weights: str = "fp32",
+    new_held_probe: Callable[[], object] | None = None,
 ) -> ParityReport:
     resolved = resolve(str(checkpoint))
     sparsity = engine.manifest.sparsity
@@ -48,6 +52,7 @@ def parity_of(
         sparse=True,
         plan=predictor.plan(sparsity.scope),
         predictor=predictor,
+        new_held_probe=new_held_probe,  # type: ignore[arg-type]
     )
 
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from shadowc.measure.evaluate import evaluate
 from shadowc.runtime import decoder
 from shadowc.runtime.load import load_cpu
 from shadowc.runtime.prompts import from_ids
 from shadowc.runtime.sequence import SequenceDecoder
 from shadowc.runtime.sequence_engine import SequenceEngine
-from shadowc.sparsity.reference import MaskedOpt, MaskedState
+from shadowc.sparsity.reference import MaskedOpt
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
 from shadowc.spec.manifest import FIXED_FILE
@@ -34,6 +35,7 @@ TOLERANCE = 2e-5
 EFFECT = 100 * TOLERANCE
 """What another mask must change at least."""
 DENSITIES = [Density(0.5, 0.5), Density(0.2, 0.2), Density(0.5, 0.2)]
+TEXT = "One neuron is one record, and a record that is not read costs nothing. " * 6
 PAD, POSITIONS = TINY["pad_token_id"], TINY["max_position_embeddings"]
 LAYERS, HEADS, UNITS = 3, 4, 16
 """Predicted layers of the tiny model, and units of each."""
@@ -71,15 +73,9 @@ def difference(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.abs(one - other).max() / np.abs(other).max())
 
 
-def torch_greedy(masked: MaskedOpt, ids: np.ndarray, tokens: int, density: Density) -> np.ndarray:
-    state, new, given = MaskedState(), [], torch.from_numpy(ids)
-    for _ in range(tokens):
-        result = masked.logits(
-            given, density=density, masked_from=ids.shape[1], granularity="sequence", state=state
-        )  # the first call feeds the prompt, which is dense
-        given = result.logits[:, -1:].argmax(-1)
-        new.append(given.numpy())
-    return np.concatenate(new, axis=1)
+def without_end(logits: np.ndarray) -> np.ndarray:
+    """Logits that do not choose the end token, as `min_new_tokens` has it."""
+    return np.where(np.arange(logits.shape[-1]) == TINY["eos_token_id"], -np.inf, logits)
 
 
 # --- the numbers ---------------------------------------------------------------------------------------------
@@ -89,9 +85,10 @@ def torch_greedy(masked: MaskedOpt, ids: np.ndarray, tokens: int, density: Densi
 def test_generated_tokens_are_those_of_the_masked_torch_model(
     engine: SequenceEngine, masked: MaskedOpt, density: Density
 ) -> None:
-    ids = random_ids(2, 9)
-    found = engine.generate(ids, max_new_tokens=20, min_new_tokens=20, density=density)[:, 9:]
-    np.testing.assert_array_equal(found, torch_greedy(masked, ids, 20, density))
+    """Each token is the one that torch chooses after all before it, so torch alone would generate the same."""
+    found = engine.generate(random_ids(2, 9), max_new_tokens=20, min_new_tokens=20, density=density)
+    wanted = masked.logits(found, density=density, masked_from=9, granularity="sequence").logits.numpy()
+    np.testing.assert_array_equal(found[:, 9:], without_end(wanted[:, 8:-1]).argmax(axis=-1))
 
 
 @pytest.mark.parametrize("prompt_tokens", [1, 6])
@@ -282,8 +279,8 @@ def test_refresh_makes_a_fresh_mask_every_so_many_tokens(
     assert difference(again.logits(ids, density, "prompt", prompt_tokens=prompt), wanted) <= TOLERANCE
     new = again.generate(ids[:, :prompt], max_new_tokens=12, min_new_tokens=12, density=density)
     masks = refreshed_masks(masked, new, prompt, refresh, density)
-    free = masked.logits(new, density=density, masks=masks).logits.numpy()
-    np.testing.assert_array_equal(free[:, prompt - 1 : -1].argmax(axis=-1), new[:, prompt:])
+    free = masked.logits(new, density=density, masks=masks).logits.numpy()[:, prompt - 1 : -1]
+    np.testing.assert_array_equal(without_end(free).argmax(axis=-1), new[:, prompt:])
 
 
 def test_refresh_at_every_token_is_a_mask_per_token(engine: SequenceEngine) -> None:
@@ -315,6 +312,22 @@ def test_refreshing_is_counted_where_it_happens(folders: dict[str, Path]) -> Non
     assert (twice.bytes_read_kernels - never.bytes_read_kernels) * 8 == pytest.approx(2 * context)
     predictor = exact.manifest.bytes_per_token.predictor
     assert (twice.bytes_read - never.bytes_read) * 8 == pytest.approx(2 * (context + predictor))
+
+
+# --- quality -------------------------------------------------------------------------------------------------
+
+
+def test_bits_under_a_mask_per_sequence_are_those_of_its_own_protocol(engine: SequenceEngine) -> None:
+    """Refreshed at every token it is the protocol decode after the same prompt, and only then."""
+    cut: dict[str, Any] = {"densities": [Density(0.5, 0.25)], "window": 32, "prompt_tokens": 8}
+    held, fresh = (evaluate(one, TEXT, methods=["predictor"], **cut) for one in (engine, engine.with_refresh(1)))
+    token = evaluate(engine, TEXT, methods=["predictor"], protocol="decode", **cut)
+    assert (held.protocol, held.prompt_tokens, token.protocol) == ("prompt", 8, "decode")
+    assert fresh.rows[0].bits_per_byte == pytest.approx(token.rows[0].bits_per_byte, rel=1e-5)
+    assert held.rows[0].bits_per_byte != pytest.approx(token.rows[0].bits_per_byte, rel=1e-3)
+    assert held.dense == pytest.approx(token.dense, rel=1e-5)
+    for row in (held.rows[0], fresh.rows[0], token.rows[0]):
+        assert (row.active_heads, row.active_neurons) == pytest.approx((0.5, 0.25), abs=0.02)
 
 
 # --- controls and other protocols ----------------------------------------------------------------------------

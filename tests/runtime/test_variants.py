@@ -110,10 +110,26 @@ def test_variants_leave_the_graph_they_are_given(folders: dict[str, Path]) -> No
     variants.with_skip_zeros(model, False)
     variants.with_scores_as_inputs(model)
     variants.dense(model)
+    variants.predicting(model)
+    variants.with_kv(model, "active")
     assert model.SerializeToString(deterministic=True) == before
 
 
-@pytest.mark.parametrize("name", KINDS)
+def test_the_predicting_graph_ends_with_the_scores(folders: dict[str, Path]) -> None:
+    before = graph_of(folders["fp32"])
+    model = variants.predicting(before)
+    assert names(model.graph.input) - names(model.graph.initializer) == {
+        "input_ids", "attention_mask", "past_key_values.0.key", "past_key_values.0.value",
+    }  # fmt: skip
+    assert names(model.graph.output) == {
+        "scores.heads", "scores.neurons", "present.0.key", "present.0.value", variants.CONTEXT_READ,
+    }  # fmt: skip
+    stored = {tensor.name for tensor in model.graph.initializer if tensor.external_data}
+    assert not [name for name in stored if name.startswith(("lm_head", "layers.1.", "layers.0.ffn"))]
+    assert {"layers.0.attention.w", "predictor.heads.fc1.weight"} <= stored
+
+
+@pytest.mark.parametrize("name", [*KINDS, "sequence"])
 def test_inspect_foretells_the_bytes_that_the_kernels_count(folders: dict[str, Path], name: str) -> None:
     """Global ranks move a share from layer to layer and blocks round it, so the forecast is near, not equal."""
     engine = load(folders[name], skip_zeros=False)
