@@ -75,7 +75,7 @@ class Decoder:
         self._batch = batch
         self._model = model
         self._scores = scores
-        self._inputs: Mapping[str, Floats] = {}
+        self._inputs: Mapping[str, npt.NDArray[Any]] = {}
         """Further inputs of the graph; a step reads what the arrays hold when it runs."""
         self._cache = KvCache(
             model.layers,

@@ -2,15 +2,16 @@
 """A mask that holds for a sequence: the last token of the prompt makes it, all later tokens are computed under it.
 
 Scores depend on layer 0's attention context alone, and layer 0 is dense. So a small graph makes them (embedding, layer
-0's attention, predictor), over the cache that the other graph fills, and everything else is one graph without a
-predictor: each weight is read through one of the two, layer 0's attention and the embedding through both.
+0's attention, predictor), over the cache that the decoding graph fills. Another one turns scores and densities into
+thresholds. Both run once per mask; a step runs the decoding graph and nothing else.
 
 Letters: B rows, S new tokens, L predicted layers, N units of a kind.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -26,13 +27,27 @@ if TYPE_CHECKING:
     from shadowc.runtime.session import Session
 
 Read = npt.NDArray[np.int64]
+SELECTED = tuple(f"{part}.{kind}" for part in ("threshold", "active") for kind in KINDS)
+"""What a selection gives, [B,S,L]."""
+
+
+@dataclass(frozen=True, slots=True)
+class Graphs:
+    """What a mask per sequence takes."""
+
+    predicting: Session
+    """Tokens to scores, see `variants.predicting`."""
+    selecting: Session
+    """Scores and densities to thresholds, see `variants.selecting`."""
+    decoding: Session
+    """Everything else; `mask_scores.*` and `threshold.*` are inputs."""
 
 
 class ScoreMaker:
     """Scores of all units for tokens of one batch.
 
     Args:
-        session: the graph `variants.predicting`.
+        session: the predicting graph.
         batch: where each row starts.
         cache: of the batch; the slots before the tokens are filled in layer 0.
         control: replaces the predictor.
@@ -59,7 +74,7 @@ class ScoreMaker:
         binding.give("sparse_tail", np.array([S], np.int64))
         for name in names:
             binding.take(name)
-        self._cache.bind(binding, layers=1)  # writes again what the other graph writes, the same numbers
+        self._cache.bind(binding, layers=1)  # writes again what the decoding graph writes, the same numbers
         values = [value.numpy() for value in binding.run()[: len(names)]]
         return (values[0], values[1]), values[2] if len(values) > 2 else np.zeros(2, np.int64)
 
@@ -68,8 +83,7 @@ class SequenceDecoder(Decoder):
     """Feeds tokens of one batch, in order.
 
     Args:
-        fixed: the graph whose `mask_scores.*` are inputs.
-        predicting: the graph that makes them.
+        graphs: what runs.
         model: its sizes.
         batch: where each row starts.
         units: units of a layer, "heads" and "neurons".
@@ -82,23 +96,26 @@ class SequenceDecoder(Decoder):
 
     def __init__(
         self,
-        fixed: Session,
-        predicting: Session,
+        graphs: Graphs,
         model: ModelSizes,
         batch: Batch,
         *,
-        units: dict[str, int],
+        units: Mapping[str, int],
         origins_B: Ids,
         refresh: int = 0,
         in_place: bool = True,
         control: ScoreSource | None = None,
     ) -> None:
-        super().__init__(fixed, model, batch, in_place=in_place)
-        L = model.layers - 1
-        self._held = {f"mask_scores.{kind}": np.zeros((batch.rows, 1, L, units[kind]), np.float32) for kind in KINDS}
-        self._none = {name: mask_B1LN[:, :0] for name, mask_B1LN in self._held.items()}
-        self._inputs = self._held
-        self._maker = ScoreMaker(predicting, batch, self._cache, control)
+        super().__init__(graphs.decoding, model, batch, in_place=in_place)
+        B, L = batch.rows, model.layers - 1
+        self._scores_held = {f"mask_scores.{kind}": np.zeros((B, 1, L, units[kind]), np.float32) for kind in KINDS}
+        self._selected: Outputs = {
+            name: np.zeros((B, 1, L), np.float32 if name.startswith("threshold") else np.int32) for name in SELECTED
+        }
+        self._stale = True
+        self._inputs = {**self._scores_held, **_thresholds(self._selected)}
+        self._selecting = graphs.selecting
+        self._maker = ScoreMaker(graphs.predicting, batch, self._cache, control)
         self._origins_B = origins_B
         self._refresh = refresh
         self.predicts = False
@@ -106,20 +123,35 @@ class SequenceDecoder(Decoder):
     @property
     def mask(self) -> dict[str, Floats]:
         """What the masks are made of now: scores of "heads" and "neurons" [B,1,L,N]."""
-        return {kind: self._held[f"mask_scores.{kind}"] for kind in KINDS}
+        return {kind: self._scores_held[f"mask_scores.{kind}"] for kind in KINDS}
+
+    def set_density(self, heads: float | Floats, neurons: float | Floats) -> None:
+        """See Decoder.set_density."""
+        super().set_density(heads, neurons)
+        self._stale = True
+
+    def mute(self, row: int) -> None:
+        """See Decoder.mute."""
+        super().mute(row)
+        self._stale = True
 
     def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str]) -> Outputs:
         """See Decoder.feed; `sparse_tail` is 0, or all of the tokens, where rows at density 1 are dense."""
-        self.predicts, read = False, None
+        self.predicts, read, of_steps = False, None, self._inputs
         if sparse_tail:
-            self._inputs, read = self._masks(ids_BS)
+            scores, read = self._scores_of(ids_BS)
+            selected = self._select(scores)
+            self._inputs = {**scores, **_thresholds(selected)}
         else:
-            self._inputs = self._none
-        result = super().feed(ids_BS, sparse_tail=sparse_tail, outputs=outputs)
-        self._inputs = self._held
+            selected = {name: array_B1L[:, :0] for name, array_B1L in self._selected.items()}
+            self._inputs = {name: array_B1X[:, :0] for name, array_B1X in of_steps.items()}
+        computed = [name for name in outputs if name not in selected]
+        result = super().feed(ids_BS, sparse_tail=sparse_tail, outputs=computed)
+        self._inputs = of_steps
         ending_B = self._origins_B == self.filled - 1
         if not sparse_tail and ending_B.any():
             self._make(ids_BS[:, -1:], self.filled - 1, ending_B)
+        result |= {name: selected[name] for name in outputs if name in selected}
         return _with_read(result, read)
 
     def step(self, ids_B: Ids) -> Outputs:
@@ -130,18 +162,31 @@ class SequenceDecoder(Decoder):
             if making_B.any():
                 self._reserve(1)
                 read = self._make(ids_B[:, None], self.filled, making_B)
-        return _with_read(super().step(ids_B), read)
+        if self._stale:
+            for name, array_B1L in self._select(self._scores_held).items():
+                self._selected[name][:] = array_B1L
+            self._stale = False
+        return _with_read(super().step(ids_B) | self._selected, read)
 
     def _make(self, ids_B1: Ids, past: int, rows_B: npt.NDArray[np.bool_]) -> Read:
         """Let the tokens in slot `past` make the masks of some rows."""
         scores, read = self._maker.scores(ids_B1, past)
-        self.predicts = self._maker.predicts
-        for mask_B1LN, new_B1LN in zip(self._held.values(), scores, strict=True):
-            mask_B1LN[rows_B] = new_B1LN[rows_B]
+        self.predicts, self._stale = self._maker.predicts, True
+        for held_B1LN, new_B1LN in zip(self._scores_held.values(), scores, strict=True):
+            held_B1LN[rows_B] = new_B1LN[rows_B]
         return read
 
-    def _masks(self, ids_BS: Ids) -> tuple[dict[str, Floats], Read | None]:
-        """The masks [B,S,L,N] of the next tokens; rows whose prompt goes on get any, since they are dense."""
+    def _select(self, scores: Mapping[str, Floats]) -> Outputs:
+        """Thresholds and numbers of active units [B,S,L] for scores [B,S,L,N], at the rows' densities."""
+        binding = self._selecting.bind()
+        for name, array in (*scores.items(), *self._density.items()):
+            binding.give(name, array)
+        for name in SELECTED:
+            binding.take(name)
+        return {name: value.numpy() for name, value in zip(SELECTED, binding.run(), strict=True)}
+
+    def _scores_of(self, ids_BS: Ids) -> tuple[dict[str, Floats], Read | None]:
+        """Scores [B,S,L,N] behind the masks of the next tokens; rows whose prompt goes on get any: they are dense."""
         B, S = ids_BS.shape
         past = self.filled
         since_BS = np.arange(past, past + S) - self._origins_B[:, None]
@@ -149,16 +194,20 @@ class SequenceDecoder(Decoder):
         at_BS = maker_BS + self._origins_B[:, None] - past  # which of these tokens made it; below 0: an earlier one
         here_BS = (since_BS >= 0) & (at_BS >= 0)
         if not here_BS.any():
-            return {name: np.repeat(mask_B1LN, S, axis=1) for name, mask_B1LN in self._held.items()}, None
+            return {name: np.repeat(held_B1LN, S, axis=1) for name, held_B1LN in self._scores_held.items()}, None
         self._reserve(S)
         scores, read = self._maker.scores(ids_BS, past)
-        self.predicts = self._maker.predicts
-        row_B1, masks = np.arange(B)[:, None], {}
-        for (name, mask_B1LN), new_BSLN in zip(self._held.items(), scores, strict=True):
+        self.predicts, self._stale = self._maker.predicts, True
+        row_B1, found = np.arange(B)[:, None], {}
+        for (name, held_B1LN), new_BSLN in zip(self._scores_held.items(), scores, strict=True):
             chosen_BSLN = new_BSLN[row_B1, np.where(here_BS, at_BS, 0)]
-            masks[name] = np.where(here_BS[:, :, None, None], chosen_BSLN, mask_B1LN)
-            mask_B1LN[:] = masks[name][:, -1:]
-        return masks, read
+            found[name] = np.where(here_BS[:, :, None, None], chosen_BSLN, held_B1LN)
+            held_B1LN[:] = found[name][:, -1:]
+        return found, read
+
+
+def _thresholds(selected: Outputs) -> Outputs:
+    return {name: array for name, array in selected.items() if name.startswith("threshold.")}
 
 
 def _with_read(outputs: Outputs, read: Read | None) -> Outputs:

@@ -2,7 +2,8 @@
 """The engine of target cpu whose masks hold for a sequence: two graphs over one weights.bin.
 
 decode_fixed.onnx does everything but the masks, prompts included; of model.onnx only the part that makes scores is
-kept in memory. So no weight that ONNX Runtime stores in a form of its own (the LM head) is there twice.
+kept in memory. So no weight that ONNX Runtime stores in a form of its own (the LM head) is there twice. The selection
+of decode_fixed.onnx is a session of its own, since it has to run once per mask and not per token.
 
 Letters: B rows, S tokens, V vocabulary.
 """
@@ -21,7 +22,7 @@ from shadowc.runtime import variants
 from shadowc.runtime.causal import COUNTED
 from shadowc.runtime.engine import Engine, rewritten
 from shadowc.runtime.probe import SequenceProbe
-from shadowc.runtime.sequence import SequenceDecoder
+from shadowc.runtime.sequence import SELECTED, Graphs, SequenceDecoder
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
 
@@ -61,7 +62,7 @@ class SequenceEngine(Engine):
 
     def prepare(self) -> None:
         """See Engine.prepare."""
-        _ = self._fixed.ort, self._predicting.ort
+        _ = [session.ort for session in (self._graphs.decoding, self._graphs.selecting, self._graphs.predicting)]
 
     def per_token(self) -> Engine:
         """The engine of the same folder that makes a mask for every token."""
@@ -93,7 +94,7 @@ class SequenceEngine(Engine):
             ends_B = np.minimum(batch.starts + dense_tokens, batch.slots)
             return self._sequence_decoder(batch, ends_B - 1, scores)
 
-        names = [name for name in ("logits", *COUNTED) if name in self._fixed.outputs]
+        names = [name for name in ("logits", *COUNTED) if name in (*self._graphs.decoding.outputs, *SELECTED)]
         logits_BSV, _ = self._teacher_forced(
             decoder_of, names, ids, self._density(density), protocol, dense_tokens, attention_mask
         )
@@ -104,7 +105,7 @@ class SequenceEngine(Engine):
         names = [f"residual.{layer}" for layer in range(self.manifest.model.layers + 1)]
         fixed = rewritten(self._fixed, lambda graph: variants.with_outputs(graph, names))
         shown = SequenceEngine(self.folder, self.manifest, self._session, fixed, in_place=self._in_place)
-        return lambda: SequenceProbe(shown._sequence_decoder, fixed.outputs)
+        return lambda: SequenceProbe(shown._sequence_decoder, (*shown._graphs.decoding.outputs, *SELECTED))
 
     def with_outputs(self, names: Sequence[str]) -> Engine:
         """The engine with a mask per token, with further inner tensors as graph outputs."""
@@ -129,8 +130,12 @@ class SequenceEngine(Engine):
         )
 
     @cached_property
-    def _predicting(self) -> Session:
-        return rewritten(self._session, variants.predicting)
+    def _graphs(self) -> Graphs:
+        return Graphs(
+            predicting=rewritten(self._session, variants.predicting),
+            selecting=rewritten(self._fixed, variants.selecting),
+            decoding=rewritten(self._fixed, variants.with_thresholds_as_inputs),
+        )
 
     def _decoder(self, batch: Batch, slots: int) -> SequenceDecoder:
         return self._sequence_decoder(batch, np.full(batch.rows, batch.slots - 1))
@@ -138,7 +143,7 @@ class SequenceEngine(Engine):
     def _sequence_decoder(self, batch: Batch, origins_B: Ids, control: ScoreSource | None = None) -> SequenceDecoder:
         model, block = self.manifest.model, self._require_sparse().neuron_block
         return SequenceDecoder(
-            self._fixed, self._predicting, model, batch,
+            self._graphs, model, batch,
             units={"heads": model.heads, "neurons": -(-model.ffn // block)},
             origins_B=origins_B, refresh=self.refresh, in_place=self._in_place, control=control,
         )  # fmt: skip

@@ -108,6 +108,26 @@ def predicting(model: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
+def selecting(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The selections of a graph whose scores are inputs, alone: `threshold.*` and `active.*` come out."""
+    copy = _copy(model)
+    wanted = {f"{part}.{kind}" for part in ("threshold", "active") for kind in KINDS}
+    _keep(copy.graph.output, lambda value: value.name in wanted)
+    _prune(copy.graph)
+    return copy
+
+
+def with_thresholds_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph without its selections: `threshold.*` [B,Z,L] come from the caller, and nothing counts `active.*`."""
+    copy = _copy(model)
+    _keep(copy.graph.node, lambda node: node.op_type != SELECT_THRESHOLD.name)
+    selected = [value for value in copy.graph.output if value.name.startswith("threshold.")]
+    copy.graph.input.extend(selected)
+    _keep(copy.graph.output, lambda value: not value.name.startswith(("threshold.", "active.")))
+    _prune(copy.graph)
+    return copy
+
+
 def with_kv(model: onnx.ModelProto, kv: str) -> onnx.ModelProto:
     """The graph that writes K/V of "all" heads, or of "active" ones only."""
     import onnx
