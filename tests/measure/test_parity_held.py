@@ -20,7 +20,7 @@ from shadowc.runtime.sequence import SequenceDecoder
 from shadowc.runtime.sequence_engine import SequenceEngine
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
 from tests.e2e import compiled
-from tests.measure.test_parity import LAYER, failing, ignore_density, named, parity_of, roll_scores
+from tests.measure.test_parity import LAYER, failing, named, parity_of, roll_scores
 
 PROMPT = np.array([[2, 40, 50, 60, 70, 80]], np.int64)
 
@@ -67,8 +67,14 @@ def test_parity_names_the_layer_that_uses_another_layers_masks(sequence_engine: 
     assert failing(held_parity(with_defect(loaded(sequence_engine), shift), tiny_checkpoint)) == [LAYER]
 
 
-def test_parity_fails_when_the_second_graph_ignores_its_density(sequence_engine: Path, tiny_checkpoint: Path) -> None:
-    assert held_parity(with_defect(loaded(sequence_engine), ignore_density), tiny_checkpoint).selection
+def test_parity_fails_when_each_kind_uses_the_density_of_the_other(
+    sequence_engine: Path, tiny_checkpoint: Path
+) -> None:
+    def swap(model: onnx.ModelProto) -> None:
+        for kind, other in (("heads", "neurons"), ("neurons", "heads")):
+            named(model, f"select.{kind}").input[1] = f"density_{other}"
+
+    assert held_parity(with_defect(loaded(sequence_engine), swap), tiny_checkpoint).selection
 
 
 def with_decoders(engine: SequenceEngine, plant: Callable[[SequenceDecoder], None]) -> Callable[[], SequenceProbe]:

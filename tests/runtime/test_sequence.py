@@ -241,7 +241,9 @@ def test_only_a_mask_that_may_change_lets_inactive_heads_write_k_and_v(engine: S
         np.testing.assert_array_equal(untouched_H, ~wanted_H)
 
 
-def test_a_step_binds_its_masks_once(engine: SequenceEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_neither_selects_nor_binds_a_mask_that_stays(
+    engine: SequenceEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from shadowc.runtime.session import Binding
 
     batch = from_ids(random_ids(1, 6), None, engine.model)
@@ -253,6 +255,9 @@ def test_a_step_binds_its_masks_once(engine: SequenceEngine, monkeypatch: pytest
     monkeypatch.setattr(Binding, "give", lambda self, name, array: (bound.append(name), honest(self, name, array))[1])
     running.step(np.array([6]))
     assert bound == ["attention_mask"]
+    running.mute(0)
+    running.step(np.array([7]))
+    assert {"mask_scores.heads", "density_heads"} <= set(bound[1:])
 
 
 # --- refresh -------------------------------------------------------------------------------------------------
