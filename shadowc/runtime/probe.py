@@ -62,9 +62,10 @@ class SequenceProbe:
         self._decoder: SequenceDecoder | None = None
 
     def step(self, ids_BS: npt.NDArray[np.int64], *, density: Density, sparse_tail: int) -> Outputs:
-        """Run the next tokens; returns every output with an axis of tokens, and the scores of the masked ones."""
+        """Run the next tokens; returns what Probe.step returns, but for outputs without an axis of tokens."""
         ids = np.ascontiguousarray(ids_BS, np.int64)
         parts: list[Outputs] = []
+        before = 0 if self._decoder is None else self._decoder.filled
         if self._decoder is None:
             dense, rows = ids.shape[1] - sparse_tail, len(ids)
             self._decoder = self._decoder_of(Batch(ids, np.zeros(rows, np.int64)), np.full(rows, dense - 1))
@@ -75,4 +76,4 @@ class SequenceProbe:
         joined = {name: np.concatenate([part[name] for part in parts], axis=1) for name in self._outputs}
         for kind, mask_B1LN in self._decoder.mask.items():
             joined[f"scores.{kind}"] = np.repeat(mask_B1LN, ids.shape[1], axis=1)
-        return joined
+        return joined | {f"cached.{name}": slots for name, slots in self._decoder.cached(before).items()}

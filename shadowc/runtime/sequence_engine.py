@@ -101,9 +101,12 @@ class SequenceEngine(Engine):
         return logits_BSV
 
     def fixed_prober(self) -> Callable[[], SequenceProbe]:
-        """Return a maker of fresh sequences that show the residual stream, under a mask that holds till the end."""
+        """Return a maker of fresh sequences that show the residual stream, under a mask that holds till the end.
+
+        K/V of all heads are written, so that what the cache holds can be compared too; no inactive head reads them.
+        """
         names = [f"residual.{layer}" for layer in range(self.manifest.model.layers + 1)]
-        fixed = rewritten(self._fixed, lambda graph: variants.with_outputs(graph, names))
+        fixed = rewritten(self._fixed, lambda graph: variants.with_kv(variants.with_outputs(graph, names), "all"))
         shown = SequenceEngine(self.folder, self.manifest, self._session, fixed, in_place=self._in_place)
         return lambda: SequenceProbe(shown._sequence_decoder, (*shown._graphs.decoding.outputs, *SELECTED))
 
