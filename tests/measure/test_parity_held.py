@@ -10,7 +10,7 @@ import numpy as np
 import onnx
 import pytest
 
-from shadowc.measure.parity import ParityReport
+from shadowc.measure.parity import LOGITS_TOLERANCE, ParityReport
 from shadowc.runtime import variants
 from shadowc.runtime.engine import rewritten
 from shadowc.runtime.load import load_cpu, read_manifest, verify
@@ -187,7 +187,8 @@ def test_opt_mini_generates_and_scores_under_one_mask(tmp_path: Path) -> None:
     assert read[1] < read[0] < read[2]
     text = np.concatenate([ids, again.generate(ids, max_new_tokens=40, min_new_tokens=40, density=1.0)], axis=1)
     dense = never.logits(text, 1.0, "prompt", prompt_tokens=8)
-    assert np.abs(dense - never.logits(text, protocol="dense")).max() <= 1e-3 * np.abs(dense).max()
+    whole = never.logits(text, protocol="dense")  # in other chunks, which an int8 LM head rounds otherwise
+    assert np.abs(dense - whole).max() <= LOGITS_TOLERANCE["int8"] * np.abs(dense).max()
     distances = [
         float(np.abs(engine.logits(text, 0.5, "prompt", prompt_tokens=8) - dense).mean()) for engine in (again, never)
     ]
