@@ -61,9 +61,8 @@ HWY_INLINE void DotRows(const Activations<W>* const* rows, const Pointer<W>* w, 
 
 #if SHADOWC_DIGITS
 
-template <>
-struct Activations<int8_t> {
-  static constexpr bool kDigits = true;
+// A row as digits.
+struct DigitRow {
   const float* x = nullptr;
   const int8_t* digits = nullptr;  // [3, stride], most significant first, zeros from n on
   size_t stride = 0;
@@ -120,7 +119,12 @@ struct Activations<int8_t> {
   }
 };
 
-// The digits of a row from element i on, and the sums of their products with one weight row.
+template <>
+struct Activations<int8_t> : DigitRow {
+  static constexpr bool kDigits = true;
+};
+
+// The sums of a row's digits times one weight row.
 struct DigitSums {
   using V = hn::Vec<hn::ScalableTag<int32_t>>;
   V top, upper, all;
@@ -137,7 +141,7 @@ struct DigitSums {
   HWY_INLINE void Add(const DigitSums& other) {
     top = hn::Add(top, other.top), upper = hn::Add(upper, other.upper), all = hn::Add(all, other.all);
   }
-  HWY_INLINE float Product(const Activations<int8_t>& row) const {
+  HWY_INLINE float Product(const DigitRow& row) const {
     const hn::ScalableTag<int32_t> d32;
     const double sum = 65536.0 * hn::ReduceSum(d32, top) + 256.0 * hn::ReduceSum(d32, upper) +
                        static_cast<double>(hn::ReduceSum(d32, all)) - row.offset;

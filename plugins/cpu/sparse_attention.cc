@@ -18,6 +18,7 @@
 #include "attention_core-inl.h"
 #include "digits-inl.h"
 #include "hwy/highway.h"
+#include "int4-inl.h"
 #include "rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -111,7 +112,7 @@ HWY_INLINE void ProjectOut(const AttentionArgs& a, const Head<W>& head, const fl
                    : head.after == nullptr ? 0
                                            : kRowsAtOnce;
     ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
-      AxpyTile<group()>(y + r, here, rows, h + r * a.head_size + d, a.head_size, end - begin, later, ahead);
+      AxpyRows<group()>(y + r, here, rows, h + r * a.head_size + d, a.head_size, end - begin, later, ahead);
       later = 0;
     });
   }
@@ -234,7 +235,8 @@ ReadCount OneRow(const AttentionArgs& a, const Activations<W>* x, CallArena* are
   SumTree sums(partial, a.heads, a.width, arena);
   std::atomic<size_t> running{0};
   parallel.For(a.heads, [&](size_t h) {
-    const size_t next = h + 1 + running++;  // see OneRow of sparse_ffn.cc
+    const size_t next =
+        h + 1 + running.fetch_add(1, std::memory_order_relaxed);  // see OneRow of sparse_ffn.cc
     Pointer<W> after{};
     if (next < a.heads && (masks[next] != 0 || !a.kv_active_only)) {
       const Head<W> head(a, next);
@@ -244,7 +246,7 @@ ReadCount OneRow(const AttentionArgs& a, const Activations<W>* x, CallArena* are
     if (masks[h] == 0) std::fill(y, y + a.width, 0.0f);
     OneHead<W>(a, x, h, masks[h] != 0, after, y);
     sums.Finish(h);
-    --running;
+    running.fetch_sub(1, std::memory_order_relaxed);
   });
   WithBias(a.bo, partial, 1, a.width, a.y);
   return read;

@@ -15,6 +15,7 @@
 // After foreach_target:
 #include "digits-inl.h"
 #include "hwy/highway.h"
+#include "int4-inl.h"
 #include "rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();
@@ -91,7 +92,7 @@ void WholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neur
     if constexpr (kCount == 1) {
       Axpy(h[0], second[0], y, width, more ? later_second[0] : nullptr);
     } else {
-      AxpyTile<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later_second});
+      AxpyRows<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later_second});
     }
   }
 }
@@ -123,7 +124,7 @@ ReadCount RowSkippingZeros(const FfnArgs& a, const Activations<W>& x, const Neur
   float factor[12];
   size_t queued = 0, added = 0;
   const auto add = [&](size_t count, size_t later) HWY_ATTR {
-    AxpyTile<1>(&y, Listed<W>{half}, count, factor, 0, width, later, Listed<W>{half + count});
+    AxpyRows<1>(&y, Listed<W>{half}, count, factor, 0, width, later, Listed<W>{half + count});
     added += count;
     queued -= count;
     std::copy(half + count, half + count + queued, half);
@@ -273,7 +274,7 @@ HWY_INLINE void SecondLayer(const FfnArgs& a, const Group<W>& g, const Group<W>&
   }
   size_t later = a.skip_zeros ? 0 : next.count;
   ForRowGroups(t->count, [&](auto rows, size_t r) HWY_ATTR {
-    AxpyTile<rows()>(t->y + r, Listed<W>{g.half[1]}, g.count, t->h + r * kGroup, kGroup, a.width, later,
+    AxpyRows<rows()>(t->y + r, Listed<W>{g.half[1]}, g.count, t->h + r * kGroup, kGroup, a.width, later,
                      Listed<W>{next.half[1]});
     later = 0;
   });
@@ -369,7 +370,7 @@ ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, co
   std::atomic<size_t> running{0};
   parallel.For(pieces, [&](size_t p) {
     // Pieces are handed out in order: those after p are the other running threads'.
-    const size_t next = p + 1 + running++;
+    const size_t next = p + 1 + running.fetch_add(1, std::memory_order_relaxed);
     const size_t begin = PieceBegin(a, pieces, p), end = PieceBegin(a, pieces, p + 1);
     const size_t most = (a.selection.units / pieces + 1) * a.block + hn::MaxLanes(DF());
     Arena& memory = ThreadArena();
@@ -388,7 +389,7 @@ ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, co
     if (neurons.count != 0) read[p] = row(a, x, neurons, mine);
     std::copy(mine, mine + a.width, partial + p * a.width);
     sums.Finish(p);
-    --running;
+    running.fetch_sub(1, std::memory_order_relaxed);
   });
   WithBias(a.b2, partial, 1, a.width, a.y);
   ReadCount total;

@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "stream.h"
 
+#ifdef __linux__
+#include <sys/mman.h>
+#endif
+
 #include <algorithm>
 #include <atomic>
 #include <barrier>
@@ -45,10 +49,11 @@ HWY_AFTER_NAMESPACE();
 namespace shadowc {
 namespace {
 
-constexpr size_t kGrain = 4096;  // a page, and a multiple of 4 vectors on every target
+constexpr size_t kGrain = 4096;         // a page, and a multiple of 4 vectors on every target
+constexpr size_t kLargePage = 1 << 21;  // what a limit for weights in large pages has to be measured with
 
 struct FreeAligned {
-  void operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t{kGrain}); }
+  void operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t{kLargePage}); }
 };
 
 }  // namespace
@@ -60,8 +65,11 @@ double StreamRead(size_t bytes, int threads, int repeats) {
   const size_t count = static_cast<size_t>(threads), part = bytes / count / kGrain * kGrain;
   if (part == 0) return 0.0;
   const std::unique_ptr<std::byte, FreeAligned> memory(
-      static_cast<std::byte*>(::operator new(part * count, std::align_val_t{kGrain}, std::nothrow)));
+      static_cast<std::byte*>(::operator new(part * count, std::align_val_t{kLargePage}, std::nothrow)));
   if (memory == nullptr) return 0.0;
+#ifdef __linux__
+  madvise(memory.get(), part * count, MADV_HUGEPAGE);
+#endif
 
   // Every thread takes its own times, between the gates: the thread that waits for them may be scheduled
   // late.

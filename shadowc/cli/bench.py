@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from shadowc.measure.bench import BenchReport
 
 
+FEW_LARGE_PAGES = 0.9
+
+
 def bench(
     engine: flags.Engine,
     densities: Annotated[
@@ -22,6 +25,7 @@ def bench(
     rounds: Annotated[int, typer.Option("--rounds", help="How often the whole table is measured.", min=1)] = 5,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens generated per measurement.", min=2)] = 24,
     threads: flags.Threads = None,
+    memory: flags.Memory = None,
     json: flags.AsJson = False,
 ) -> None:
     """Measure batch-1 decoding beside the dense twin: time, bytes read and bandwidth, `skip_zeros` off and on."""
@@ -29,7 +33,9 @@ def bench(
     from shadowc.measure.bench import bench as run_bench
 
     with render.progress() as progress:
-        report = run_bench(engine, densities=wanted, rounds=rounds, tokens=tokens, threads=threads, progress=progress)
+        report = run_bench(
+            engine, densities=wanted, rounds=rounds, tokens=tokens, threads=threads, memory=memory, progress=progress
+        )
     if json:
         render.as_json(asdict(report))
     else:
@@ -43,6 +49,10 @@ def _show(report: BenchReport) -> None:
         f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens; "
         f"{stream} {report.stream_gigabytes_per_second:.1f} GB/s here"
     )
+    if report.large_pages is not None:
+        render.line(f"weights: {report.memory} memory, {report.large_pages:.0%} of it in large pages")
+        if report.memory == "shared" and report.large_pages < FEW_LARGE_PAGES:
+            render.line("small pages cost bandwidth on many machines: compare with --memory private")
     render.table(
         ("density", "ms/token", "from", "to", "MB/token", "GB/s", "of stream", "speed-up"),
         [

@@ -18,6 +18,7 @@ Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Scope = Literal["local", "global"]
 Mask = Literal["token", "sequence"]
 LoadFormat = Literal["auto", "dummy"]
+MemoryKind = Literal["shared", "private"]
 
 # --- the model
 Model = Annotated[
@@ -65,6 +66,14 @@ Refresh = Annotated[
 ]
 Threads = Annotated[
     int | None, typer.Option("--threads", help="Threads; default: one per core.", min=1, show_default=False)
+]
+Memory = Annotated[
+    MemoryKind | None,
+    typer.Option(
+        "--memory",
+        help="Weights: shared, mapped from the file; or private, a copy in large pages. Default: shared.",
+        show_default=False,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as one JSON document.")]
 

@@ -37,6 +37,7 @@ def run(
     ] = None,
     refresh: flags.Refresh = None,
     threads: flags.Threads = None,
+    memory: flags.Memory = None,
     json: flags.AsJson = False,
 ) -> None:
     """Generate text, greedily; the share of the model that is computed can differ from run to run."""
@@ -44,7 +45,7 @@ def run(
     from shadowc.runtime.load import load
 
     with render.progress() as progress, progress.stage("load"):
-        loaded = load(engine, threads=threads, reference=reference, mask=mask, refresh=refresh)
+        loaded = load(engine, threads=threads, reference=reference, mask=mask, refresh=refresh, memory=memory)
     plan = loaded.manifest.sparsity
     wanted = flags.density_of(density, head_density, neuron_density, plan)
     used = None if plan is None else wanted or loaded.density

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +68,7 @@ def write_weights(
     places: dict[str, Placement] = {}
     digest, overflow = hashlib.sha256(), Overflow()
     position = done = 0
-    with path.open("wb") as file:
+    with path.open("wb", buffering=0) as raw, _Aligned(raw) as file:
         for names in groups(recipes):
             for name, array in materialise(recipes, source, names, overflow).items():
                 usual = RECORD_ALIGNMENT if recipes[name].kind in _RECORDS else SMALL_ALIGNMENT
@@ -81,6 +82,41 @@ def write_weights(
             progress.advance(done, total, "bytes")
     overflow.require_none()
     return places, FileEntry(size=position, sha256=digest.hexdigest())
+
+
+class _Aligned:
+    """Writes whole chunks that start at multiples of their size.
+
+    The page cache keeps what is written at once in one piece, and a mapping of the file has large pages where the
+    pieces are large: see runtime/weights_memory.py.
+    """
+
+    def __init__(self, raw: FileIO) -> None:
+        self._raw = raw
+        self._chunk = bytearray(_WRITE_BYTES)
+        self._filled = 0
+
+    def __enter__(self) -> _Aligned:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if error[0] is None:
+            self._flush()
+
+    def write(self, piece: memoryview) -> None:
+        while len(piece):
+            taken = piece[: _WRITE_BYTES - self._filled]
+            self._chunk[self._filled : self._filled + len(taken)] = taken
+            self._filled += len(taken)
+            piece = piece[len(taken) :]
+            if self._filled == _WRITE_BYTES:
+                self._flush()
+
+    def _flush(self) -> None:
+        rest = memoryview(self._chunk)[: self._filled]
+        while len(rest):
+            rest = rest[self._raw.write(rest) :]
+        self._filled = 0
 
 
 def _pieces(array: Array) -> list[memoryview]:

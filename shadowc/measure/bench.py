@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from shadowc.runtime.causal import CausalEngine
+    from shadowc.runtime.weights_memory import Kind, WeightsMemory
 
 STREAM_BYTES = 1 << 30
 STREAM_REPEATS = 2
@@ -71,6 +72,10 @@ class BenchReport:
     rounds: int
     tokens: int
     stream_gigabytes_per_second: float
+    memory: str | None
+    """How the weights lie in memory, "shared" or "private"; None on a GPU."""
+    large_pages: float | None
+    """Share of them in large pages; None where the system does not tell."""
     rows: tuple[BenchRow, ...]
 
 
@@ -81,6 +86,7 @@ def bench(
     rounds: int = 5,
     tokens: int = 24,
     threads: int | None = None,
+    memory: Kind | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
     """Measures batch-1 decoding at every density; on the CPU with `skip_zeros` off and on.
@@ -93,6 +99,7 @@ def bench(
         rounds: how often the whole table is measured.
         tokens: tokens generated per measurement; the first one is not timed.
         threads: intra-op threads; None: one per core.
+        memory: where the weights lie, see `shadowc.load`; for target cpu.
         progress: told about runs.
 
     Raises:
@@ -102,7 +109,10 @@ def bench(
 
     progress = progress or NullProgress()
     manifest = read_manifest(folder)
-    side = _on_cpu(folder, densities, threads) if manifest.tensorrt is None else _on_gpu(folder, densities, threads)
+    if manifest.tensorrt is None:
+        side = _on_cpu(folder, densities, threads, memory)
+    else:
+        side = _on_gpu(folder, densities, threads, memory)
     stream, times, sizes = _measure(side.jobs, side.bandwidth, rounds, tokens, progress)
     rows = tuple(
         _row(setting, times[index], times[0], sizes[index], stream) for index, (setting, _) in enumerate(side.jobs)
@@ -115,6 +125,8 @@ def bench(
         rounds=rounds,
         tokens=tokens,
         stream_gigabytes_per_second=median(stream) / 1e9,
+        memory=None if side.weights is None else side.weights.kind,
+        large_pages=None if side.weights is None else side.weights.large_pages,
         rows=rows,
     )
 
@@ -128,12 +140,14 @@ class _Side:
     """Measures how many bytes per second the memory gives."""
     threads: int
     isa: str
+    weights: WeightsMemory | None = None
 
 
-def _on_cpu(folder: Path, densities: Sequence[Density], threads: int | None) -> _Side:
+def _on_cpu(folder: Path, densities: Sequence[Density], threads: int | None, memory: Kind | None) -> _Side:
     from shadowc.runtime.load import load_cpu, read_manifest
 
-    engines = {flag: load_cpu(folder, threads=threads, skip_zeros=flag, mask="token") for flag in (False, True)}
+    first = load_cpu(folder, threads=threads, mask="token", memory=memory)
+    engines = {flag: first.with_skip_zeros(flag) for flag in (False, True)}
     jobs: list[tuple[Setting, CausalEngine]] = [
         (Setting(_label("dense twin", flag), Density(), flag), engine.dense_twin()) for flag, engine in engines.items()
     ]
@@ -142,7 +156,7 @@ def _on_cpu(folder: Path, densities: Sequence[Density], threads: int | None) -> 
     if sparsity is not None and sparsity.mask == "sequence":
         again = f", fresh every {sparsity.refresh}" if sparsity.refresh else ""
         kinds[f", a mask per sequence{again}"] = {
-            flag: load_cpu(folder, threads=threads, skip_zeros=flag) for flag in engines
+            flag: load_cpu(folder, threads=threads, skip_zeros=flag, memory=first.weights) for flag in engines
         }
     if sparsity is not None:
         jobs += [
@@ -151,15 +165,17 @@ def _on_cpu(folder: Path, densities: Sequence[Density], threads: int | None) -> 
             for kind, loaded in kinds.items()
             for flag, engine in loaded.items()
         ]
-    library, used = engines[False].op_library, engines[False].threads
-    return _Side(jobs, lambda: library.stream_read(STREAM_BYTES, used, STREAM_REPEATS), used, library.isa)
+    library, used = first.op_library, first.threads
+    return _Side(
+        jobs, lambda: library.stream_read(STREAM_BYTES, used, STREAM_REPEATS), used, library.isa, first.weights
+    )
 
 
-def _on_gpu(folder: Path, densities: Sequence[Density], threads: int | None) -> _Side:
+def _on_gpu(folder: Path, densities: Sequence[Density], threads: int | None, memory: Kind | None) -> _Side:
     from shadowc.runtime.load import load
     from shadowc.runtime.tensorrt.engine import TensorRtEngine
 
-    engine = load(folder, threads=threads)
+    engine = load(folder, threads=threads, memory=memory)
     if not isinstance(engine, TensorRtEngine):
         raise InternalError(f"{folder} was loaded as {type(engine).__name__}")
     chosen = [Density(), *(density for density in densities if density != Density())]

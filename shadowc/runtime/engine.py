@@ -27,6 +27,7 @@ from shadowc.spec.density import Density
 
 if TYPE_CHECKING:
     from shadowc.runtime.library import OpLibrary
+    from shadowc.runtime.weights_memory import WeightsMemory
     from shadowc.spec.manifest import EngineManifest
 
 __all__ = ["Engine", "EvaluationProtocol", "MaskTrace", "Ranking", "Stream"]
@@ -60,6 +61,11 @@ class Engine(CausalEngine):
     def threads(self) -> int:
         """Threads that the operators use."""
         return self._session.threads
+
+    @property
+    def weights(self) -> WeightsMemory | None:
+        """Where the weights lie in memory."""
+        return self._session.weights
 
     @cached_property
     def op_library(self) -> OpLibrary:

@@ -13,6 +13,7 @@ from shadowc.runtime.engine import Engine
 from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.session import Session, check_ort
 from shadowc.runtime.verification import RECOMPILE, file_problems, read_manifest
+from shadowc.runtime.weights_memory import KINDS, Kind, WeightsMemory
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError, VerificationError
 from shadowc.spec.manifest import FIXED_FILE, MANIFEST_FILE, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, EngineManifest
 from shadowc.spec.options import Mask
@@ -58,6 +59,7 @@ def load(
     skip_zeros: bool | None = None,
     mask: Mask | None = None,
     refresh: int | None = None,
+    memory: Kind | None = None,
 ) -> CausalEngine:
     """Load an engine folder of any target.
 
@@ -69,6 +71,8 @@ def load(
         skip_zeros: override the compiled setting; None keeps it.
         mask: "token" runs an engine with a mask per sequence as one with a mask per token; None: as it was compiled.
         refresh: override after how many tokens a mask of a sequence is made anew, 0 for never; None keeps it.
+        memory: where the weights lie. "shared" (None): the file is mapped, processes share it. "private": a copy in
+            large pages, which is faster where the page cache holds the file in small ones (`shadowc bench` tells).
 
     Raises:
         InputError: no engine is there, or an argument is out of range.
@@ -81,14 +85,16 @@ def load(
     manifest = read_manifest(path)
     if manifest.tensorrt is None:
         return load_cpu(
-            path, threads=threads, verify=verify, reference=reference, skip_zeros=skip_zeros, mask=mask, refresh=refresh
-        )
+            path, threads=threads, verify=verify, reference=reference, skip_zeros=skip_zeros, mask=mask,
+            refresh=refresh, memory=memory,
+        )  # fmt: skip
     arguments = (
         ("threads", threads is not None),
         ("reference", reference),
         ("skip_zeros", skip_zeros is not None),
         ("mask", mask is not None),
         ("refresh", refresh is not None),
+        ("memory", memory is not None),
     )
     given = [name for name, there in arguments if there]
     if given:
@@ -111,8 +117,9 @@ def load_cpu(
     skip_zeros: bool | None = None,
     mask: Mask | None = None,
     refresh: int | None = None,
+    memory: Kind | WeightsMemory | None = None,
 ) -> Engine:
-    """As `load`, for what works on the graph of a cpu engine only.
+    """As `load`, for what works on the graph of a cpu engine only; engines of one folder can share a `memory`.
 
     Raises:
         UnsupportedError: the engine is of another target.
@@ -120,6 +127,8 @@ def load_cpu(
     path = Path(folder)
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1", hint="leave threads out: one per core")
+    if not isinstance(memory, WeightsMemory) and memory not in (None, *KINDS):
+        raise InputError(f"memory is {memory!r}, expected {' or '.join(KINDS)}", hint="leave memory out: shared")
     manifest = read_manifest(path)
     if manifest.tensorrt is not None:
         raise UnsupportedError(
@@ -129,10 +138,15 @@ def load_cpu(
     per_sequence = _per_sequence(path, manifest, mask, refresh)
     _require_files(path, manifest, verify)
     check_ort()
+    if not isinstance(memory, WeightsMemory):
+        memory = WeightsMemory.open(path / WEIGHTS_FILE, memory or "shared")
     session = Session(
         path=path.resolve() / (REFERENCE_FILE if reference else MODEL_FILE),
         threads=threads or usable_cores(),
         library=None if reference else OpLibrary.installed().path,
+        weights=memory
+        if isinstance(memory, WeightsMemory)
+        else WeightsMemory.open(path / WEIGHTS_FILE, memory or "shared"),
     )
     engine = Engine(path, manifest, session, in_place=not reference)
     if per_sequence:

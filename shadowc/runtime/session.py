@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
+    from shadowc.runtime.weights_memory import WeightsMemory
+
 LOWEST_ORT = (1, 23)
 _ERRORS_ONLY = 3
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
@@ -98,12 +100,14 @@ class Session:
         path: a model file of the folder; external weights lie beside it.
         threads: intra-op threads.
         library: op library to register; None for graphs of standard operators.
+        weights: where they lie in memory; None: ONNX Runtime maps the file.
     """
 
     path: Path
     threads: int
     library: Path | None
     model: onnx.ModelProto | None = None
+    weights: WeightsMemory | None = None
 
     @cached_property
     def ort(self) -> onnxruntime.InferenceSession:
@@ -117,6 +121,8 @@ class Session:
 
         ort.set_default_logger_severity(_ERRORS_ONLY)
         options = self._options()
+        if self.weights is not None:
+            self.weights.lend(options, self.load_model())
         source: Any = str(self.path) if self.model is None else self.model.SerializeToString()
         try:
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])

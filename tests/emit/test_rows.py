@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from shadowc.emit import weights
 from shadowc.emit.records import groups, materialise
 from shadowc.emit.rows import HALF_LIMIT, Overflow, narrow
 from shadowc.emit.weights import DEVICE_ALIGNMENT, write_weights
@@ -116,3 +117,22 @@ def test_every_tensor_starts_where_a_device_can_read_it(tmp_path: Path) -> None:
     place = places["w1"]
     stored = np.frombuffer(content[place.offset : place.offset + place.length], np.float16).reshape(F, E)
     np.testing.assert_array_equal(stored, Source().tensor("fc1").astype(np.float16))
+
+
+def test_the_file_is_written_in_whole_aligned_chunks(tmp_path, monkeypatch):
+    """So that the page cache keeps it in large pieces; the bytes are those of one plain write."""
+    monkeypatch.setattr(weights, "_WRITE_BYTES", 64)
+    sizes = []
+
+    class Recorded(weights._Aligned):
+        def _flush(self) -> None:
+            sizes.append(self._filled)
+            super()._flush()
+
+    monkeypatch.setattr(weights, "_Aligned", Recorded)
+    _, entry = write_weights(tmp_path / "weights.bin", recipes(), Source())
+    monkeypatch.undo()
+    write_weights(tmp_path / "plain.bin", recipes(), Source())
+    assert (tmp_path / "weights.bin").read_bytes() == (tmp_path / "plain.bin").read_bytes()
+    assert set(sizes[:-1]) == {64}
+    assert sum(sizes) == entry.size

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""weights.bin in memory, once per process, and in large pages where the system grants them.
+
+Decoding reads every active weight once per token from all over a gigabyte. With pages of 4 KiB every record is also a
+miss of the address translation: on a virtual machine that has been measured to cost a fifth to a third of the memory's
+bandwidth. A mapping of the file is shared by all processes, and its pages are large if the page cache holds the file
+in large pieces, which the system decides. A private copy always has large pages, and belongs to one process.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    import onnx
+    import onnxruntime
+
+Kind = Literal["shared", "private"]
+KINDS: tuple[Kind, ...] = ("shared", "private")
+LARGE_PAGE = 1 << 21
+_PIECE = 1 << 24
+_POPULATE_READ = 22
+"""madvise's MADV_POPULATE_READ (Linux 5.14), which Python has no name for."""
+_MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ")
+
+
+class WeightsMemory:
+    """The bytes of one file.
+
+    Args:
+        content: uint8 [size], read only.
+        kind: how they came here.
+    """
+
+    def __init__(self, content: npt.NDArray[np.uint8], kind: Kind) -> None:
+        self.content = content
+        self.kind = kind
+        self._lent: list[Any] = []
+
+    @classmethod
+    def open(cls, path: Path, kind: Kind = "shared") -> WeightsMemory:
+        """Map a file, or copy it.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        with path.open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            if size == 0:
+                return cls(np.zeros(0, np.uint8), kind)
+            return cls(_mapped(file.fileno(), size) if kind == "shared" else _copied(file, size), kind)
+
+    def lend(self, options: onnxruntime.SessionOptions, model: onnx.ModelProto) -> None:
+        """Let a session take its initialisers from here instead of reading the file.
+
+        The session borrows the memory: this object has to outlive it.
+        """
+        import onnx
+        import onnxruntime as ort
+
+        for tensor in model.graph.initializer:
+            if tensor.data_location != onnx.TensorProto.EXTERNAL:
+                continue
+            place = {entry.key: entry.value for entry in tensor.external_data}
+            start, length = int(place.get("offset", 0)), int(place["length"])
+            size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+            # Unsigned words, for numpy has no bfloat16: only their size has to fit.
+            array = self.content[start : start + length].view(f"u{size}").reshape(tuple(tensor.dims))
+            value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)
+            options.add_initializer(tensor.name, value)
+            self._lent += [array, value]
+
+    @property
+    def large_pages(self) -> float | None:
+        """Share of the bytes that lie in large pages; None where the system does not tell."""
+        smaps = Path("/proc/self/smaps")
+        if not smaps.is_file() or self.content.size == 0:
+            return None
+        first = self.content.ctypes.data
+        inside, large = False, 0
+        for line in smaps.read_text(encoding="utf-8", errors="replace").splitlines():
+            if found := _MAPPING.match(line):
+                inside = int(found[1], 16) < first + self.content.size and int(found[2], 16) > first
+            elif inside and line.startswith(("AnonHugePages:", "FilePmdMapped:", "ShmemPmdMapped:")):
+                large += int(line.split()[1]) << 10
+        return min(large / self.content.size, 1.0)
+
+
+def _mapped(file: int, size: int) -> npt.NDArray[np.uint8]:
+    mapping = mmap.mmap(file, size, access=mmap.ACCESS_READ)
+    # A file that is not in the page cache yet comes in as large pieces, if the file system can.
+    _advise(mapping, getattr(mmap, "MADV_HUGEPAGE", None))
+    _advise(mapping, _POPULATE_READ if hasattr(mmap, "MADV_HUGEPAGE") else None)
+    return np.frombuffer(mapping, np.uint8)
+
+
+def _copied(file: Any, size: int) -> npt.NDArray[np.uint8]:
+    # Private: shared anonymous memory is a file to the system, and files rarely get large pages.
+    memory = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    _advise(memory, getattr(mmap, "MADV_HUGEPAGE", None))
+    whole = np.frombuffer(memory, np.uint8)
+    start = -whole.ctypes.data % LARGE_PAGE
+    copy = whole[start : start + size]
+    view, done = copy.data, 0
+    while done < size:
+        read = file.readinto(view[done : done + _PIECE])
+        if not read:
+            raise OSError(f"the file ended after {done} of {size} bytes")
+        done += read
+    copy.flags.writeable = False
+    return copy
+
+
+def _advise(mapping: mmap.mmap, advice: int | None) -> None:
+    if advice is None:
+        return
+    try:
+        mapping.madvise(advice)
+    except OSError:  # an older kernel, or a file system without large pages: slower, not wrong
+        return

@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""weights.bin in memory: mapped or copied, lent to the sessions, in large pages where the system has them."""
+
+from __future__ import annotations
+
+import mmap
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import shadowc
+from shadowc.runtime.weights_memory import KINDS, LARGE_PAGE, WeightsMemory
+from shadowc.spec.errors import InputError
+
+IDS = np.arange(5, 21)[None]
+
+
+def large_pages_are() -> str:
+    """When the system gives large pages: "always", "madvise", "never" or "unknown"."""
+    switch = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    found = re.search(r"\[(\w+)\]", switch.read_text(encoding="ascii")) if switch.is_file() else None
+    return found[1] if found else "unknown"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_memory_holds_the_bytes_of_the_file(tmp_path, kind):
+    content = np.random.default_rng(1).integers(0, 256, 3 * LARGE_PAGE + 77).astype(np.uint8)
+    path = tmp_path / "weights.bin"
+    path.write_bytes(content.tobytes())
+    memory = WeightsMemory.open(path, kind)
+    np.testing.assert_array_equal(memory.content, content)
+    assert not memory.content.flags.writeable
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_file_is_no_error(tmp_path, kind):
+    (tmp_path / "weights.bin").touch()
+    memory = WeightsMemory.open(tmp_path / "weights.bin", kind)
+    assert memory.content.size == 0
+    assert memory.large_pages is None
+
+
+def test_a_copy_starts_at_a_large_page_and_lies_in_large_pages(tmp_path):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(8 * LARGE_PAGE))
+    memory = WeightsMemory.open(path, "private")
+    assert memory.content.ctypes.data % LARGE_PAGE == 0
+    if large_pages_are() in ("never", "unknown"):
+        pytest.skip("the system gives no large pages")
+    assert memory.large_pages is not None
+    assert memory.large_pages > 0
+
+
+def test_small_pages_are_told_as_such():
+    if large_pages_are() != "madvise":
+        pytest.skip("needs a system that gives large pages on request only")
+    plain = np.frombuffer(mmap.mmap(-1, 4 * LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    plain[:] = 1
+    assert WeightsMemory(plain, "private").large_pages == 0.0
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4"])
+def test_engines_answer_alike_from_either_memory(folders, name):
+    answers = [shadowc.load(folders[name], memory=kind).logits(IDS, protocol="dense") for kind in KINDS]
+    np.testing.assert_array_equal(*answers)
+
+
+@pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4"])
+def test_sessions_read_the_memory_that_was_lent_and_not_the_file(folders, name):
+    """The planted difference: zeros in place of the weights."""
+    engine = shadowc.load(folders[name])
+    zeros = WeightsMemory(np.zeros_like(engine._session.weights.content), "private")
+    engine._session = replace(engine._session, weights=zeros)
+    assert not np.any(engine.logits(IDS, protocol="dense")), "without weights there is nothing to say"
+
+
+def test_variants_of_an_engine_share_its_memory(folders):
+    engine = shadowc.load(folders["fp32"])
+    assert engine.dense_twin()._session.weights is engine._session.weights
+
+
+def test_another_kind_of_memory_is_refused_with_those_that_there_are(folders):
+    with pytest.raises(InputError, match="memory is 'huge', expected shared or private"):
+        shadowc.load(folders["fp32"], memory="huge")
