@@ -124,12 +124,12 @@ def oracle_run(spec: ops.OpSpec, arrays: dict[str, np.ndarray], **attributes: ob
     return run(spec, arrays, kernel=False, **attributes)
 
 
-def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE) -> None:
-    """Equal shapes, NaN at the same places, values within tolerance of the largest expected one."""
+def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = TOLERANCE, largest: float = 1.0) -> None:
+    """Equal shapes, NaN at the same places, values within tolerance of the largest expected one, or of `largest`."""
     assert found.shape == expected.shape
     np.testing.assert_array_equal(np.isnan(found), np.isnan(expected))
     finite = expected[np.isfinite(expected)]
-    scale = max(1.0, float(np.abs(finite).max(initial=0)))
+    scale = max(largest, float(np.abs(finite).max(initial=0)))
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
 
 

@@ -97,7 +97,7 @@ def sparse_attention(
     records = real(w, scales)
     key, value = past_key.astype(np.float64), past_value.astype(np.float64)
     with np.errstate(invalid="ignore"):  # slots that nobody wrote may hold signalling NaN
-        kept_key, kept_value = (array.astype(np.float64) for array in stored or (key, value))
+        kept_key, kept_value = (array.astype(np.float64) for array in stored) if stored else (key, value)
     context = np.zeros((B, S, H, D))
     for b, h in np.ndindex(B, H):
         q, k, v = (x[b].astype(np.float64) @ records[h, part].T + bqkv[h, part] for part in range(3))

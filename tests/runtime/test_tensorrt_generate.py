@@ -129,7 +129,7 @@ def test_bench_measures_the_engine_at_each_density_beside_copies_on_the_device(
     from shadowc.measure import bench
 
     counting = on_host(trt_folders["fp32"], kernels=True)
-    monkeypatch.setattr("shadowc.runtime.load.load", lambda folder, threads: counting)
+    monkeypatch.setattr("shadowc.runtime.load.load", lambda folder, threads, memory: counting)
     monkeypatch.setattr(bench, "STREAM_BYTES", 1 << 16)
     report = bench.bench(trt_folders["fp32"], densities=[Density(), Density(0.5, 0.25)], rounds=1, tokens=4)
     assert (report.threads, report.isa) == (0, "host memory (compute capability 8.6)")
