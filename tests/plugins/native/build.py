@@ -12,6 +12,7 @@ import filelock
 
 ROOT = Path(__file__).parents[3]
 FOLDER = ROOT / "build" / "native"
+PACKAGES = ROOT / "build" / "aarch64" / "root"
 FLAGS = {
     "aarch64": ("-DCMAKE_TOOLCHAIN_FILE=cmake/aarch64.cmake", "-DCMAKE_BUILD_TYPE=Release"),
     # The best level of this machine alone: threads share the work in the same way at all of them, and all of them under
@@ -46,6 +47,8 @@ def driver(kind: str) -> Path:
         RuntimeError: it does not build; the message is the end of the compiler's.
     """
     need("cmake", "ninja", "aarch64-linux-gnu-g++" if kind == "aarch64" else "g++")
+    if kind == "aarch64" and not PACKAGES.is_dir():  # CMake would look for them on the network
+        raise UnavailableError(f"no headers for 64-bit Arm in {PACKAGES.relative_to(ROOT)}: bash scripts/aarch64.sh")
     folder = FOLDER / kind
     folder.mkdir(parents=True, exist_ok=True)
     with filelock.FileLock(FOLDER / f"{kind}.lock"):
