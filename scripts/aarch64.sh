@@ -3,7 +3,7 @@
 # What cross-compiling for 64-bit Arm and running the result needs: the cross compiler and qemu from apt, where that is
 # allowed, and arm64 packages of Highway and of ONNX Runtime's headers, unpacked into build/aarch64/root. apt reads the
 # lists of arm64 in a folder of its own: the system's architectures stay as they are. What cannot be had is named, and
-# left to CMake (which fetches headers) and to the tests (which say why they are skipped). Safe to repeat.
+# left to the tests, which say why they are skipped. Safe to repeat.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 folder=$(pwd)/build/aarch64
@@ -26,6 +26,6 @@ if (cd "$folder/apt" && apt-get "${options[@]}" update &&
   for package in "$folder"/apt/*.deb; do dpkg -x "$package" "$folder/part"; done
   mv "$folder/part" "$folder/root"
 else
-  printf 'no arm64 packages from apt (why: %s): CMake fetches Highway and ONNX Runtime headers\n' "$log"
+  printf 'no arm64 packages from apt (why: %s): the tests for Arm are skipped\n' "$log"
 fi
 rm -rf "$folder/apt"
