@@ -14,6 +14,7 @@
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 // After foreach_target:
 #include "digits-inl.h"
+#include "ffn_row-inl.h"
 #include "hwy/highway.h"
 #include "int4-inl.h"
 #include "rows-inl.h"
@@ -22,136 +23,6 @@ HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
 namespace {
-
-HWY_INLINE float Relu(float u) { return u < 0.0f ? 0.0f : u; }  // NaN stays
-
-template <class W>
-ReadCount CountRead(size_t records, size_t second_halves, size_t width) {
-  const size_t bytes = (records + second_halves) * RowBytes<W>(width);
-  return {static_cast<int64_t>(records), static_cast<int64_t>(bytes)};
-}
-
-// ---- one row: the decode path, bound by memory bandwidth
-
-// How many list entries ahead to prefetch: 16 KiB of what is certain to be read, which covers the latency of
-// memory at a core's full bandwidth (measured flat from 12 to 24 KiB), but at least 2 and at most kMostAhead
-// entries.
-inline constexpr size_t kMostAhead = 8;
-size_t Ahead(size_t bytes_per_entry) {
-  return std::clamp<size_t>((size_t{16} << 10) / bytes_per_entry, 2, kMostAhead);
-}
-
-// The active neurons of one row within one piece, and after them the first ones of the piece that this thread
-// will probably take next: those are only prefetched.
-struct Neurons {
-  const uint32_t* list;
-  size_t count, with_next;
-  uint32_t operator[](size_t k) const { return list[std::min(k, with_next - 1)]; }
-  uint32_t Own(size_t k) const { return list[std::min(k, count - 1)]; }
-  bool Contiguous() const { return count != 0 && list[count - 1] - list[0] + 1 == count; }
-};
-
-// h of kCount neurons from their dot products with x.
-template <size_t kCount, class W>
-HWY_INLINE void Activate(const FfnArgs& a, const Neurons& neurons, size_t k, float* h) {
-  for (size_t c = 0; c < kCount; ++c) {
-    const size_t f = neurons.Own(k + c);
-    h[c] = Relu(h[c] * RowScale<W>(a.scales, 2 * f) + a.b1[f]);
-  }
-}
-
-// A miss of these few bytes would hold up as much as one of the weights.
-HWY_INLINE void PrefetchFactors(const FfnArgs& a, size_t neuron) {
-  __builtin_prefetch(a.scales + 2 * neuron);
-  __builtin_prefetch(a.b1 + neuron);
-}
-
-// Whole records, kCount at a time; while they are read, as many later ones are fetched into L2, line by line.
-template <size_t kCount, class W>
-void WholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
-  const Pointer<W> w = PointerOf<W>(a.w, a.scales);
-  const size_t width = a.width, ahead = std::max(kCount, Ahead(2 * RowElements<W>(width) * sizeof(W)));
-  const Activations<W>* row = &x;
-  for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
-    PrefetchStep(w + size_t{neurons[k]} * 2 * width, 2 * width);
-  for (size_t k = 0; k < neurons.count; k += kCount) {
-    Pointer<W> first[kCount], second[kCount], later_first[kCount], later_second[kCount];
-    for (size_t c = 0; c < kCount; ++c) {
-      first[c] = w + size_t{neurons.Own(k + c)} * 2 * width;
-      second[c] = first[c] + width;
-      later_first[c] = w + size_t{neurons[k + ahead + c]} * 2 * width;
-      later_second[c] = later_first[c] + width;
-    }
-    const bool more = k + ahead < neurons.with_next;
-    for (size_t c = 0; c < kCount; ++c) PrefetchFactors(a, neurons[k + ahead + c]);
-    const size_t here = std::min(kCount, neurons.count - k);
-    float h[kCount];
-    DotRows<1, kCount>(&row, first, width, more ? later_first : nullptr, h, kCount);
-    Activate<kCount, W>(a, neurons, k, h);
-    for (size_t c = 0; c < here; ++c) h[c] *= RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
-    if constexpr (kCount == 1) {
-      Axpy(h[0], second[0], y, width, more ? later_second[0] : nullptr);
-    } else {
-      AxpyRows<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later_second});
-    }
-  }
-}
-
-template <class W>
-ReadCount RowWholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
-  // In a run of neurons the hardware's own prefetchers help along one stream, less so along four. Digits
-  // alone are quick enough for one record at a time, and their sums do not depend on the grouping.
-  if constexpr (Activations<W>::kDigits) {
-    if (x.Exact() && neurons.Contiguous()) {
-      WholeRecords<1>(a, x, neurons, y);
-      return CountRead<W>(neurons.count, neurons.count, a.width);
-    }
-  }
-  WholeRecords<4>(a, x, neurons, y);
-  return CountRead<W>(neurons.count, neurons.count, a.width);
-}
-
-// Only fc1 halves are certain to be needed. The fc2 halves of neurons that turn out nonzero are added four at
-// a time, while the next four are fetched.
-template <class W>
-ReadCount RowSkippingZeros(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
-  const Pointer<W> w = PointerOf<W>(a.w, a.scales);
-  const size_t width = a.width, ahead = std::max<size_t>(4, Ahead(RowElements<W>(width) * sizeof(W)));
-  const Activations<W>* row = &x;
-  for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
-    PrefetchStep(w + size_t{neurons[k]} * 2 * width, width);
-  Pointer<W> half[12];
-  float factor[12];
-  size_t queued = 0, added = 0;
-  const auto add = [&](size_t count, size_t later) HWY_ATTR {
-    AxpyRows<1>(&y, Listed<W>{half}, count, factor, 0, width, later, Listed<W>{half + count});
-    added += count;
-    queued -= count;
-    std::copy(half + count, half + count + queued, half);
-    std::copy(factor + count, factor + count + queued, factor);
-  };
-  for (size_t k = 0; k < neurons.count; k += 4) {
-    Pointer<W> first[4], later_first[4];
-    for (size_t c = 0; c < 4; ++c) {
-      first[c] = w + size_t{neurons.Own(k + c)} * 2 * width;
-      later_first[c] = w + size_t{neurons[k + ahead + c]} * 2 * width;
-      PrefetchFactors(a, neurons[k + ahead + c]);
-    }
-    float h[4];
-    DotRows<1, 4>(&row, first, width, k + ahead < neurons.with_next ? later_first : nullptr, h, 4);
-    Activate<4, W>(a, neurons, k, h);
-    for (size_t c = 0; c < std::min<size_t>(4, neurons.count - k); ++c) {
-      if (h[c] == 0.0f) continue;
-      half[queued] = first[c] + width;
-      factor[queued++] = h[c] * RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
-      if (added == 0 && queued <= 4) PrefetchStep(first[c] + width, width);
-    }
-    if (queued >= 8) add(4, 4);
-  }
-  while (queued > 4) add(4, queued - 4);
-  if (queued != 0) add(queued, 0);
-  return CountRead<W>(neurons.count, added, width);
-}
 
 // ---- several rows: records outermost, the rows of a tile inside
 
