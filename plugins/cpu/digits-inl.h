@@ -22,6 +22,7 @@
 #include <new>
 
 #include "arena.h"
+#include "digits.h"
 #include "parallel.h"
 #include "rows-inl.h"
 #include "types.h"
@@ -84,8 +85,6 @@ struct DigitRow {
  private:
   bool exact_ = false;
   bool Split(size_t n, int8_t* to) {
-    // Three digits reach 127 * 65793 = 8355711; a little less, for the rounding of x * scale.
-    constexpr float kMost = 8355000.0f;
     const DF df;
     const hn::RebindToSigned<DF> di;
     const hn::RebindToUnsigned<DF> du;
@@ -97,9 +96,9 @@ struct DigitRow {
       most = hn::Max(most, hn::BitCast(di, hn::Abs(hn::LoadN(df, x + i, HWY_MIN(lanes, n - i)))));
     }
     const float largest = hn::GetLane(hn::BitCast(df, hn::MaxOfLanes(di, most)));
-    if (!(largest > 1e-30f && largest < 1e30f)) return false;
-    step = largest / kMost;
-    const VF scale = hn::Set(df, kMost / largest);
+    if (!HasDigits(largest)) return false;
+    step = largest / kMostDigits;
+    const VF scale = hn::Set(df, kMostDigits / largest);
     const auto half = hn::Set(di, 128);
     auto sum = hn::Zero(hn::RepartitionToWide<decltype(di)>());
     for (size_t i = 0; i < stride; i += lanes) {

@@ -3,6 +3,7 @@
 // vectors.
 #include "panels.h"
 
+#include "digits.h"
 #include "hwy/base.h"
 #include "isa.h"
 
@@ -15,8 +16,6 @@
 HWY_PUSH_ATTRIBUTES("avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,fma,amx-tile,amx-int8")
 namespace shadowc {
 namespace {
-
-constexpr float kMostDigits = 127.0f * (65536.0f + 256.0f + 1.0f) - 64.0f;  // so that rounding stays in range
 
 inline void Fetch(const LaterRows& later, size_t step) {
   for (size_t i = 0; i < later.count; ++i) _mm_prefetch(later.rows[i] + step * kPanelStep, _MM_HINT_T1);
@@ -49,18 +48,22 @@ void StoreTiles3(PanelSums* sums) {
   _tile_stored(5, sums[0][2], 64);
 }
 
-// Six sums fill six of the eight tiles; one holds weights, one a digit, walked there and back so that the two
-// halves share one load.
-void DotsAmx(const WeightRows& weights, const Panels& panels, size_t p, const LaterRows& later,
-             PanelSums* sums) {
-  const size_t stride = weights.stride;
-  const int8_t *digit = panels.Panel(p), *first = weights.first, *second = first + 16 * stride;
+void ZeroTiles() {
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
   _tile_zero(4);
   _tile_zero(5);
+}
+
+// Six sums fill six of the eight tiles; one holds weights, one a digit, walked there and back so that the two
+// halves share one load.
+void DotsAmx(const WeightRows& weights, const Panels& panels, size_t p, const LaterRows& later,
+             PanelSums* sums) {
+  const size_t stride = weights.stride;
+  const int8_t *digit = panels.Panel(p), *first = weights.first, *second = first + 16 * stride;
+  ZeroTiles();
   for (size_t s = 0; s < panels.steps; ++s, digit += kPanelDigits * kPanelBlock) {
     Fetch(later, s);
     _tile_loadd(6, first + s * kPanelStep, stride);
@@ -84,12 +87,7 @@ void DotsAmx(const WeightRows& weights, const Panels& panels, size_t p, const La
 
 void MixAmx(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums) {
   const int8_t *digit = panels.Panel(p), *second = woven + panels.steps * kPanelBlock;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  _tile_zero(4);
-  _tile_zero(5);
+  ZeroTiles();
   for (size_t s = 0; s < panels.steps; ++s, digit += kPanelDigits * kPanelBlock) {
     _tile_loadd(6, woven + s * kPanelBlock, 64);
     _tile_loadd(7, digit, 64);
@@ -285,7 +283,7 @@ bool SplitRow(const float* x, const float* factor, size_t n, const Panels& panel
   }
   const float largest =
       _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epu32(most))));
-  const bool zero = largest == 0.0f, splits = zero || (largest > 1e-30f && largest < 1e30f);
+  const bool zero = largest == 0.0f, splits = zero || HasDigits(largest);
   if (zero || !splits) n = 0;
   panels.step[p * kPanelRows + r] = n == 0 ? 0.0f : largest / kMostDigits;
   const __m512 scale = _mm512_set1_ps(n == 0 ? 0.0f : kMostDigits / largest);
