@@ -1,0 +1,198 @@
+// SPDX-License-Identifier: Apache-2.0
+// One head of SparseAttention: the parts of its record, its place in the cache, and its attention. Once per
+// SIMD target.
+
+#if defined(SHADOWC_CPU_ATTENTION_HEAD_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SHADOWC_CPU_ATTENTION_HEAD_INL_H_
+#undef SHADOWC_CPU_ATTENTION_HEAD_INL_H_
+#else
+#define SHADOWC_CPU_ATTENTION_HEAD_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "arena.h"
+#include "attention_core-inl.h"
+#include "digits-inl.h"
+#include "int4-inl.h"
+#include "rows-inl.h"
+#include "sparse_attention.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace shadowc {
+namespace HWY_NAMESPACE {
+
+enum Part : size_t { kQuery, kKey, kValue, kOut };
+
+// The four parts of one head's record.
+template <class W>
+struct Head {
+  Head(const AttentionArgs& a, size_t h)
+      : part_size(a.head_size * a.width),
+        w(PointerOf<W>(a.w, a.scales) + h * 4 * part_size),
+        scales(a.scales + h * 4 * a.head_size),
+        bias(a.bqkv + h * 3 * a.head_size) {}
+  // What is read after this record, to prefetch it as this one ends; the last row of this one if nothing is
+  // known.
+  Pointer<W> after{};
+  size_t part_size;
+  Pointer<W> w;
+  const float* scales;  // of the record rows; not for int4, whose pointers have them
+  const float* bias;
+};
+
+// out[r][d] = (x[r] . row d of the part * scale + bias) * factor, kColumns values of d at a time. The rows of
+// the record that follow are prefetched as these are read, kAhead bytes before they are needed; `following`
+// parts are read after this one.
+template <size_t kColumns, class W>
+HWY_INLINE void ProjectColumns(const AttentionArgs& a, const Head<W>& head, Part part, size_t following,
+                               float factor, const Activations<W>* const* x, size_t count,
+                               float* const* out) {
+  constexpr size_t kAhead = size_t{16} << 10;
+  const size_t d_end = a.head_size, width = a.width;
+  const size_t ahead_rows = std::max(kColumns, kAhead / (RowElements<W>(width) * sizeof(W)));
+  const Pointer<W> w = head.w + part * head.part_size;
+  const size_t last = (following + 1) * d_end - 1;  // row of the last part that will be read
+  const float *scales = head.scales + part * d_end, *bias = head.bias + part * d_end;
+  for (size_t d = 0; d < d_end; d += kColumns) {
+    const size_t here = std::min(kColumns, d_end - d);
+    Pointer<W> rows[kColumns], ahead[kColumns];
+    for (size_t c = 0; c < kColumns; ++c) {
+      rows[c] = w + (d + std::min(c, here - 1)) * width;
+      const size_t row = d + ahead_rows + c;
+      ahead[c] = row <= last             ? w + row * width
+                 : head.after == nullptr ? w + last * width
+                                         : head.after + (row - last - 1) * width;
+    }
+    const Pointer<W>* later = ahead;
+    float dots[kTileRows * kColumns];
+    ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
+      DotRows<group(), kColumns>(x + r, rows, width, later, dots + r * kColumns, kColumns);
+      later = nullptr;
+    });
+    for (size_t r = 0; r < count; ++r) {
+      for (size_t c = 0; c < here; ++c)
+        out[r][d + c] = (dots[r * kColumns + c] * RowScale<W>(scales, d + c) + bias[d + c]) * factor;
+    }
+  }
+}
+
+template <class W>
+HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, size_t following,
+                        float factor, const Activations<W>* const* x, size_t count, float* const* out) {
+  // One stream is what the hardware's own prefetchers like best; digits are quick enough for it (see
+  // sparse_ffn.cc).
+  if constexpr (Activations<W>::kDigits) {
+    if (count == 1 && x[0]->Exact())
+      return ProjectColumns<1>(a, head, part, following, factor, x, count, out);
+  }
+  ProjectColumns<4>(a, head, part, following, factor, x, count, out);
+}
+
+// y[r][begin ... end) += context[r] (head_size values) times these columns of the head's output rows.
+template <class W>
+HWY_INLINE void ProjectOut(const AttentionArgs& a, const Head<W>& head, const float* const* context,
+                           size_t count, size_t begin, size_t end, float* const* y, float* h) {
+  constexpr size_t kRowsAtOnce = 8;
+  const Pointer<W> w = head.w + kOut * head.part_size + begin;
+  const float* scales = head.scales + kOut * a.head_size;
+  for (size_t r = 0; r < count; ++r) {
+    for (size_t d = 0; d < a.head_size; ++d) h[r * a.head_size + d] = context[r][d] * RowScale<W>(scales, d);
+  }
+  for (size_t d = 0; d < a.head_size; d += kRowsAtOnce) {
+    const size_t rows = std::min(kRowsAtOnce, a.head_size - d);
+    const bool last = d + kRowsAtOnce >= a.head_size;
+    const Strided<W> here{w + d * a.width, a.width};
+    const Strided<W> ahead{last ? head.after : w + (d + kRowsAtOnce) * a.width, a.width};
+    size_t later = !last                   ? std::min(kRowsAtOnce, a.head_size - d - kRowsAtOnce)
+                   : head.after == nullptr ? 0
+                                           : kRowsAtOnce;
+    ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
+      AxpyRows<group()>(y + r, here, rows, h + r * a.head_size + d, a.head_size, end - begin, later, ahead);
+      later = 0;
+    });
+  }
+}
+
+template <class W>
+ReadCount CountHead(const AttentionArgs& a, bool active, bool key_value) {
+  if (!active && !key_value) return {};
+  const size_t parts = active ? 4 : 2;
+  return {1, static_cast<int64_t>(parts * a.head_size * RowBytes<W>(a.width))};
+}
+
+HWY_INLINE float QueryFactor(const AttentionArgs& a) {
+  return 1.0f / std::sqrt(static_cast<float>(a.head_size));
+}
+
+// Of a slot of one (row, head), in elements of the cache.
+HWY_INLINE size_t SlotOffset(const AttentionArgs& a, size_t batch, size_t head, size_t slot) {
+  return ((batch * a.heads + head) * a.capacity + slot) * a.head_size;
+}
+
+// Calls f with a null pointer of the cache's element type.
+template <class F>
+HWY_INLINE void DispatchCache(const AttentionArgs& a, F&& f) {
+  if (a.cache == CacheType::kFloat16) {
+    f(static_cast<hwy::float16_t*>(nullptr));
+  } else {
+    f(static_cast<float*>(nullptr));
+  }
+}
+
+// Writes the key or value of one token to its slot.
+HWY_INLINE void StoreSlot(const AttentionArgs& a, const float* from, void* cache, size_t offset) {
+  DispatchCache(a, [&](auto* type) HWY_ATTR {
+    StoreNarrow(from, static_cast<decltype(type)>(cache) + offset, a.head_size);
+  });
+}
+
+// Copies the filled prefix of one (row, head) when the caller did not bind one buffer as past and present.
+inline void CopyPrefix(const AttentionArgs& a, size_t batch, size_t head) {
+  const size_t slots = static_cast<size_t>(a.past[batch]) + (a.kv_active_only ? a.tokens : 0);
+  const size_t element = BytesOf(a.cache), offset = SlotOffset(a, batch, head, 0) * element;
+  const size_t bytes = slots * a.head_size * element;
+  if (bytes == 0) return;
+  const auto copy = [=](void* to, const void* from) {
+    if (to != from)
+      std::memcpy(static_cast<char*>(to) + offset, static_cast<const char*>(from) + offset, bytes);
+  };
+  copy(a.present_key, a.past_key);
+  copy(a.present_value, a.past_value);
+}
+
+// Attention of the rows `token[0 ... count)` (ascending, at most kTileRows) of one (batch, head). query and
+// context point to the values of token 0 with row stride `query_stride` and E.
+inline void Attend(const AttentionArgs& a, size_t batch, size_t head, const uint32_t* token, size_t count,
+                   const float* query, size_t query_stride, float* context, Arena* arena) {
+  const size_t start = static_cast<size_t>(a.start[batch]), past = static_cast<size_t>(a.past[batch]);
+  const float* queries[kTileRows];
+  float* contexts[kTileRows];
+  size_t sees[kTileRows], seeing = 0;
+  for (size_t i = 0; i < count; ++i) {
+    float* out = context + token[i] * a.width;
+    if (past + token[i] < start) {
+      std::fill(out, out + a.head_size, 0.0f);
+      continue;
+    }
+    queries[seeing] = query + token[i] * query_stride;
+    contexts[seeing] = out;
+    sees[seeing++] = past + token[i] + 1 - start;
+  }
+  if (seeing == 0) return;
+  const size_t stride = (sees[seeing - 1] + 3) / 4 * 4;
+  const size_t offset = SlotOffset(a, batch, head, start);
+  float* logits = arena->Take<float>(seeing * stride);
+  DispatchCache(a, [&](const auto* type) HWY_ATTR {
+    AttendTile(queries, sees, seeing, static_cast<decltype(type)>(a.present_key) + offset,
+               static_cast<decltype(type)>(a.present_value) + offset, a.head_size, contexts, logits, stride);
+  });
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace shadowc
+HWY_AFTER_NAMESPACE();
+
+#endif  // include guard, toggled per target
