@@ -33,15 +33,21 @@ def write_checkpoint(model: str, parent: Path) -> Path:
         ShadowcError: no such model, or one that is not handled.
     """
     checkpoint = resolve(model, load_format="dummy", offline=True)
-    folder, unfinished = parent / checkpoint.facts.name, parent / f"{checkpoint.facts.name}.unfinished"
-    if folder.is_dir():
-        return folder
+    folder = parent / checkpoint.facts.name
+    if not folder.is_dir():
+        write_weights(checkpoint.facts, checkpoint.weights, folder)
+    return folder
+
+
+def write_weights(facts: OptFacts, weights: TensorSource, folder: Path) -> None:
+    """Write a checkpoint of these weights, one tensor in memory at a time; `folder` is not there yet."""
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     unfinished.mkdir(parents=True)
-    _write_config(checkpoint.facts, unfinished)
-    _write_tokenizer(checkpoint.facts, unfinished)
-    _write_tensors(checkpoint.facts, checkpoint.weights, unfinished / "model.safetensors")
-    return unfinished.rename(folder)
+    _write_config(facts, unfinished)
+    _write_tokenizer(facts, unfinished)
+    _write_tensors(facts, weights, unfinished / "model.safetensors")
+    unfinished.rename(folder)
 
 
 def _write_config(facts: OptFacts, folder: Path) -> None:
@@ -68,7 +74,7 @@ def _write_tokenizer(facts: OptFacts, folder: Path) -> None:
 
 
 def _write_tensors(facts: OptFacts, weights: TensorSource, path: Path) -> None:
-    """One tensor in memory at a time; the tied head is left out."""
+    """The tied head is left out."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, shape in parameter_shapes(facts).items():

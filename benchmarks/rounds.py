@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Rounds of decoding.py over several engines, kept in a file: what is there is not measured again.
+
+In: engines by name, settings. Out: a JSON file with every sample, written after each round, and the figures over
+its rounds. A round is a process of its own, which a launcher such as `chrt -f 50` may precede.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from benchmarks.decoding import Round, Sample
+from benchmarks.peers import machine
+from shadowc.runtime.cores import usable_cores
+
+ROOT = Path(__file__).resolve().parents[1]
+STREAM_SHARE = 0.9
+"""Of the stream: what a token's bytes are held against."""
+_TAIL = 3
+
+
+class LedgerError(Exception):
+    """The file was made with other options, or a round failed; the message says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What is measured; rounds of other options are not mixed."""
+
+    weights: str
+    mask: str
+    """What a mask holds for, "token" or "sequence"."""
+    settings: tuple[str, ...]
+    tokens: int
+    threads: int
+
+
+class Ledger:
+    """All rounds so far, in a file.
+
+    Args:
+        path: JSON; made when it is not there.
+        asked: what is measured.
+
+    Raises:
+        LedgerError: the file holds what was measured with other options.
+    """
+
+    def __init__(self, path: Path, asked: Asked) -> None:
+        self.path, self.asked = path, asked
+        if path.is_file():
+            self.content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            found = self.content["asked"]
+            if found != json.loads(json.dumps(asdict(asked))):
+                raise LedgerError(f"{path} was measured with {found}, asked is {asdict(asked)}: name another --out")
+        else:
+            self.content = {"asked": asdict(asked), "machine": asdict(machine.here()), "engines": {}}
+
+    def rounds(self, name: str) -> list[Round]:
+        """The rounds of one engine."""
+        return [
+            Round(
+                found["stream"],
+                found["large_pages"],
+                {setting: Sample(**sample) for setting, sample in found["samples"].items()},
+            )
+            for found in self.content["engines"].get(name, {}).get("rounds", [])
+        ]
+
+    def facts(self, name: str) -> Mapping[str, Any]:
+        """What was noted about an engine."""
+        return dict(self.content["engines"].get(name, {}).get("facts", {}))
+
+    def note(self, name: str, **facts: object) -> None:
+        """Add facts about an engine."""
+        self.content["engines"].setdefault(name, {}).setdefault("facts", {}).update(facts)
+        self._write()
+
+    def add(self, name: str, found: Round) -> None:
+        """Keep one more round, with the load of the machine in front of it."""
+        entry = {**asdict(found), "date": date.today().isoformat(), "load_average": os.getloadavg()[0]}
+        self.content["engines"].setdefault(name, {}).setdefault("rounds", []).append(entry)
+        self._write()
+
+    def loads(self) -> list[float]:
+        """Load averages behind the rounds."""
+        return [found["load_average"] for one in self.content["engines"].values() for found in one.get("rounds", [])]
+
+    def _write(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self.path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(self.content, indent=1) + "\n", "utf-8")
+        unfinished.replace(self.path)
+
+
+def measure(folder: Path, asked: Asked, turn: int, launcher: str = "") -> Round:
+    """One round in a process of its own.
+
+    Args:
+        folder: the engine.
+        asked: what is measured.
+        turn: number of the round.
+        launcher: a command that starts the process, such as `chrt -f 50`; empty: none.
+
+    Raises:
+        LedgerError: it failed; the message has the end of what it said.
+    """
+    options = ["--settings", ",".join(asked.settings), "--turn", str(turn)]
+    options += ["--tokens", str(asked.tokens), "--threads", str(asked.threads)]
+    command = [*shlex.split(launcher), sys.executable, "-m", "benchmarks.decoding", str(folder.resolve()), *options]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    if done.returncode != 0:
+        end = " / ".join(done.stderr.strip().splitlines()[-_TAIL:])
+        raise LedgerError(f"round {turn + 1} of {folder} failed (exit status {done.returncode}): {end}")
+    found = json.loads(done.stdout)
+    samples = {setting: Sample(**sample) for setting, sample in found["samples"].items()}
+    return Round(found["stream"], found["large_pages"], samples)
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """One setting of one engine over its rounds: medians."""
+
+    ms: float
+    lowest: float
+    highest: float
+    size: float
+    """Bytes per token."""
+    floor_ms: float
+    """Of each round, its bytes at STREAM_SHARE of its stream."""
+    ratio: float
+    """Of each round, its time over that of the base."""
+
+
+def figures(rounds: Sequence[Round], setting: str, base: str) -> Figures:
+    """Medians over at least one round; ratios and floors are taken within each."""
+    samples = [found.samples[setting] for found in rounds]
+    times = [sample.ms for sample in samples]
+    return Figures(
+        ms=median(times),
+        lowest=min(times),
+        highest=max(times),
+        size=median(sample.size for sample in samples),
+        floor_ms=median(found.samples[setting].size / (STREAM_SHARE * found.stream) * 1e3 for found in rounds),
+        ratio=median(found.samples[setting].ms / found.samples[base].ms for found in rounds),
+    )
+
+
+def threads_of(asked: int | None) -> int:
+    """Threads of the operators: as asked, else one per core."""
+    return asked or usable_cores()
+
+
+def surroundings(ledger: Ledger) -> str:
+    """Machine, threads, streams and load, as a sentence for the foot of a table."""
+    asked, here = ledger.asked, ledger.content["machine"]
+    streams = [found.stream / 1e9 for name in ledger.content["engines"] for found in ledger.rounds(name)]
+    loads = ledger.loads()
+    return (
+        f"{here['cpu']}, {asked.threads} threads, {asked.weights} weights, a mask per {asked.mask}, "
+        f"{asked.tokens} tokens a sample; the stream read {median(streams):.1f} GB/s "
+        f"({min(streams):.1f} to {max(streams):.1f}); load average behind a round {min(loads):.1f} to {max(loads):.1f}."
+    )
