@@ -59,8 +59,8 @@ def against_size(curves: Sequence[Series], note: str, path: Path) -> None:
         panel.plot(sizes, [one.floor_ms for one in found], "--", color=colour, linewidth=0.8)
     panel.set(xscale="log", yscale="log", xlabel="MB that a dense token reads", ylabel="ms per token")
     for curve, size in zip(curves, sizes, strict=True):
-        panel.annotate(curve.model, (size, curve.twin.ms), xytext=(0, 7), textcoords="offset points", ha="center")
-    panel.margins(x=0.12, y=0.12)
+        panel.annotate(curve.model, (size, curve.twin.ms), xytext=(-5, 5), textcoords="offset points", ha="right")
+    panel.margins(x=0.25, y=0.12)
     panel.legend(title="heads/neurons kept\n(dashed: bytes at\n0.9 of the stream)", fontsize=8, title_fontsize=8)
     _save(figure, note, path)
 

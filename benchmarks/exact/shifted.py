@@ -67,7 +67,7 @@ def lower(facts: OptFacts, source: TensorSource, zeros: float, seed: int = 0) ->
             by_name[name] = _quantile(u, zeros)
             return u - by_name[name]
 
-        module.fc1.register_forward_hook(lowered)
+        module.get_submodule("fc1").register_forward_hook(lowered)
         tokens = x_BSE.shape[1]
         causal_11SS = torch.full((tokens, tokens), torch.finfo(torch.float32).min).triu(1)[None, None]
         x_BSE = module(x_BSE, attention_mask=causal_11SS)
