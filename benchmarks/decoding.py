@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from shadowc.measure.bench import STREAM_BYTES, STREAM_REPEATS
+from shadowc.measure.settings import STREAM_BYTES, STREAM_REPEATS
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import load_cpu
 from shadowc.spec.density import Density

@@ -21,10 +21,11 @@ from typing import Any
 
 from benchmarks.decoding import Round, Sample
 from benchmarks.peers import machine
+from shadowc.measure.bench import FLOOR_SHARE
 from shadowc.runtime.cores import usable_cores
 
 ROOT = Path(__file__).resolve().parents[1]
-STREAM_SHARE = 0.9
+STREAM_SHARE = FLOOR_SHARE
 """Of the stream: what a token's bytes are held against."""
 _TAIL = 3
 

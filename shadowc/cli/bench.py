@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -11,61 +12,71 @@ import typer
 from shadowc.cli import flags, render
 
 if TYPE_CHECKING:
-    from shadowc.measure.bench import BenchReport
+    from shadowc.spec.density import Density
 
-
-FEW_LARGE_PAGES = 0.9
+SWEEP = "1,0.9,0.8,0.7,0.6,0.5,0.4,0.3,0.2,0.1"
 
 
 def bench(
+    context: typer.Context,
     engine: flags.Engine,
     densities: Annotated[
         str, typer.Option("--densities", help="Heads/neurons, separated by commas; one number means both.")
     ] = "1,0.5,0.2,0.5/0.2",
+    sweep: Annotated[bool, typer.Option("--sweep", help="Densities 1, 0.9 … 0.1 in place of --densities.")] = False,
     rounds: Annotated[int, typer.Option("--rounds", help="How often the whole table is measured.", min=1)] = 5,
     tokens: Annotated[int, typer.Option("--tokens", help="Tokens generated per measurement.", min=2)] = 24,
+    prompt_tokens: Annotated[
+        int, typer.Option("--prompt-tokens", help="Length of the prompt whose first token is timed.", min=1)
+    ] = 33,
+    skip_zeros: Annotated[
+        bool | None,
+        typer.Option(
+            "--skip-zeros/--no-skip-zeros",
+            help="Only with, or only without reading fc2 of neurons whose ReLU is 0. Default: both.",
+            show_default=False,
+        ),
+    ] = None,
     threads: flags.Threads = None,
     memory: flags.Memory = None,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", help="Also draw ms per token against density: FILE.png.", show_default=False),
+    ] = None,
     json: flags.AsJson = False,
 ) -> None:
-    """Measure batch-1 decoding beside the dense twin: time, bytes read and bandwidth, `skip_zeros` off and on."""
-    wanted = flags.densities_of(densities)
+    """Measure batch-1 decoding beside the dense twin: time, its parts, bytes read, bandwidth, first token."""
+    wanted = _densities(context, densities, sweep)
     from shadowc.measure.bench import bench as run_bench
 
+    if plot is not None:
+        _check_plot(plot, wanted, engine)
     with render.progress() as progress:
         report = run_bench(
-            engine, densities=wanted, rounds=rounds, tokens=tokens, threads=threads, memory=memory, progress=progress
-        )
+            engine, densities=wanted, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens,
+            skip_zeros=skip_zeros, threads=threads, memory=memory, progress=progress,
+        )  # fmt: skip
     if json:
         render.as_json(asdict(report))
     else:
-        _show(report)
+        from shadowc.cli.bench_tables import show
+
+        show(report)
+    if plot is not None:
+        from shadowc.measure.plot import against_density
+
+        against_density(report, plot)
+        render.say(f"plot: {plot}")
 
 
-def _show(report: BenchReport) -> None:
-    where = f"{report.threads} threads, {report.isa}" if report.threads else report.isa
-    stream = "a stream reads" if report.threads else "a copy reads and writes"
-    render.line(
-        f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens; "
-        f"{stream} {report.stream_gigabytes_per_second:.1f} GB/s here"
-    )
-    if report.large_pages is not None:
-        render.line(f"weights: {report.memory} memory, {report.large_pages:.0%} of it in large pages")
-        if report.memory == "shared" and report.large_pages < FEW_LARGE_PAGES:
-            render.line("small pages cost bandwidth on many machines: compare with --memory private")
-    render.table(
-        ("density", "ms/token", "from", "to", "MB/token", "GB/s", "of stream", "speed-up"),
-        [
-            (
-                row.label,
-                f"{row.ms_per_token:.2f}",
-                f"{row.ms_lowest:.2f}",
-                f"{row.ms_highest:.2f}",
-                f"{row.megabytes_per_token:.1f}",
-                f"{row.gigabytes_per_second:.1f}",
-                render.share(row.share_of_stream),
-                f"{row.speedup:.2f}x",
-            )
-            for row in report.rows
-        ],
-    )
+def _densities(context: typer.Context, text: str, sweep: bool) -> tuple[Density, ...]:
+    if sweep:
+        flags.refuse_unused(context, ["densities"], "beside --sweep")
+    return flags.densities_of(SWEEP if sweep else text)
+
+
+def _check_plot(plot: Path, densities: tuple[Density, ...], engine: Path) -> None:
+    from shadowc.measure.plot import check
+    from shadowc.runtime.load import read_manifest
+
+    check(plot, densities, sparse=read_manifest(engine).sparsity is not None)

@@ -7,36 +7,30 @@ a shared machine drifts: medians and ratios within the run are what may be quote
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from time import perf_counter
 from typing import TYPE_CHECKING
 
-import numpy as np
-
+from shadowc.measure import settings
+from shadowc.measure.break_even import BreakEven, break_even
+from shadowc.measure.noise import Noise, noise
+from shadowc.measure.rounds import STEP_PROMPT_TOKENS, Counter, measure, prompt_ids
+from shadowc.measure.settings import Mask, Setting, Side, Variant
+from shadowc.measure.shares import Shares, profile
 from shadowc.spec.density import Density
-from shadowc.spec.errors import InternalError
+from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
-    import numpy.typing as npt
+    from shadowc.runtime.weights_memory import Kind
+    from shadowc.spec.manifest import EngineManifest
 
-    from shadowc.runtime.causal import CausalEngine
-    from shadowc.runtime.weights_memory import Kind, WeightsMemory
-
-STREAM_BYTES = 1 << 30
-STREAM_REPEATS = 2
-PROMPT_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """One row of the table before it is measured."""
-
-    label: str
-    density: Density
-    skip_zeros: bool
+PROMPT_TOKENS = 33
+FLOOR_SHARE = 0.9
+"""Of the stream: what a token's bytes are held against."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,16 +41,49 @@ class BenchRow:
     density_heads: float
     density_neurons: float
     skip_zeros: bool
+    mask: Mask
     ms_per_token: float
     ms_lowest: float
     ms_highest: float
+    ms_by_round: tuple[float, ...]
     megabytes_per_token: float
     """Counted by the kernels, plus the LM head, the predictor, norms and biases."""
+    floor_ms: float
+    """Median over the rounds of those bytes at FLOOR_SHARE of the round's stream."""
+    above_floor_ms: float
+    """Median over the rounds of the time beyond the floor."""
     gigabytes_per_second: float
     share_of_stream: float
     """Median over the rounds of achieved over stream bandwidth."""
     speedup: float
     """Median over the rounds of the first setting's time over this one's."""
+    shares: Shares | None
+    """Parts of a token's time, of a run of their own; None on a GPU."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """One variant of the engine reading a prompt, which is dense at every density; medians over the rounds."""
+
+    label: str
+    skip_zeros: bool
+    mask: Mask
+    first_token_ms: float
+    """From the call to the first token."""
+    ms_lowest: float
+    ms_highest: float
+    tokens_per_second: float
+    """Of the prompt."""
+
+
+@dataclass(frozen=True, slots=True)
+class BreakEvenRow:
+    """A variant against the dense twin that treats zeros alike; densities that keep as many heads as neurons."""
+
+    label: str
+    skip_zeros: bool
+    mask: Mask
+    break_even: BreakEven
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +98,22 @@ class BenchReport:
     """Instruction set of the kernels, or the GPU."""
     rounds: int
     tokens: int
+    prompt_tokens: int
     stream_gigabytes_per_second: float
+    stream_by_round: tuple[float, ...]
+    """Gigabytes per second."""
     memory: str | None
     """How the weights lie in memory, "shared" or "private"; None on a GPU."""
     large_pages: float | None
     """Share of them in large pages; None where the system does not tell."""
+    load_to_first_token_seconds: float
+    """Once, before the rounds: `shadowc.load`, checks included, and the first token after `prompt_tokens`. Files that
+    the system holds in memory already are not read from disk again."""
     rows: tuple[BenchRow, ...]
+    prompts: tuple[PromptRow, ...]
+    break_even: tuple[BreakEvenRow, ...]
+    """Empty on a GPU, and for a dense engine."""
+    noise: Noise
 
 
 def bench(
@@ -85,6 +122,8 @@ def bench(
     densities: Sequence[Density],
     rounds: int = 5,
     tokens: int = 24,
+    prompt_tokens: int = PROMPT_TOKENS,
+    skip_zeros: bool | None = None,
     threads: int | None = None,
     memory: Kind | None = None,
     progress: Progress | None = None,
@@ -98,25 +137,32 @@ def bench(
             GPU, whose plan cannot be changed any more, the same engine at density 1.
         rounds: how often the whole table is measured.
         tokens: tokens generated per measurement; the first one is not timed.
+        prompt_tokens: length of the prompt whose first token is timed.
+        skip_zeros: measure only with it (True) or without it; None: both.
         threads: intra-op threads; None: one per core.
         memory: where the weights lie, see `shadowc.load`; for target cpu.
         progress: told about runs.
 
     Raises:
+        InputError: the prompt leaves no room in the model's context.
+        UnsupportedError: an argument that the engine's target does not have.
         ShadowcError: the engine cannot be loaded here, see `shadowc.load`.
     """
     from shadowc.runtime.load import read_manifest
 
     progress = progress or NullProgress()
     manifest = read_manifest(folder)
-    if manifest.tensorrt is None:
-        side = _on_cpu(folder, densities, threads, memory)
-    else:
-        side = _on_gpu(folder, densities, threads, memory)
-    stream, times, sizes = _measure(side.jobs, side.bandwidth, rounds, tokens, progress)
+    _check_prompt(prompt_tokens, manifest)
+    side, loading = _side(folder, manifest, densities, prompt_tokens, skip_zeros, threads, memory)
+    with progress.stage("bench"):
+        counter = Counter(progress, side, rounds)
+        found = measure(side, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens, counter=counter)
+        shares = _profiled(side)
     rows = tuple(
-        _row(setting, times[index], times[0], sizes[index], stream) for index, (setting, _) in enumerate(side.jobs)
+        _row(setting, found.times[index], found.times[0], found.sizes[index], found.stream, shares.get(setting))
+        for index, (setting, _) in enumerate(side.jobs)
     )
+    times = {setting.label: found.times[index] for index, (setting, _) in enumerate(side.jobs)}
     return BenchReport(
         model=manifest.model.name,
         weights=manifest.weights,
@@ -124,121 +170,126 @@ def bench(
         isa=side.isa,
         rounds=rounds,
         tokens=tokens,
-        stream_gigabytes_per_second=median(stream) / 1e9,
+        prompt_tokens=prompt_tokens,
+        stream_gigabytes_per_second=median(found.stream) / 1e9,
+        stream_by_round=tuple(one / 1e9 for one in found.stream),
         memory=None if side.weights is None else side.weights.kind,
         large_pages=None if side.weights is None else side.weights.large_pages,
+        load_to_first_token_seconds=loading,
         rows=rows,
+        prompts=tuple(
+            _prompt_row(variant, found.prompts[index], prompt_tokens) for index, variant in enumerate(side.variants)
+        ),
+        break_even=tuple(_break_evens(side, found.times)),
+        noise=noise(found.before, found.after, times, found.stream),
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Side:
-    """What is measured, and where."""
-
-    jobs: Sequence[tuple[Setting, CausalEngine]]
-    bandwidth: Callable[[], float]
-    """Measures how many bytes per second the memory gives."""
-    threads: int
-    isa: str
-    weights: WeightsMemory | None = None
+def _check_prompt(prompt_tokens: int, manifest: EngineManifest) -> None:
+    part = manifest.tensorrt
+    most = (manifest.model.positions if part is None else min(manifest.model.positions, part.max_context)) - 1
+    if not 1 <= prompt_tokens <= most:
+        raise InputError(
+            f"the prompt is to have {prompt_tokens} tokens; {manifest.model.name} takes 1 to {most} and one new one",
+            hint=f"--prompt-tokens {min(PROMPT_TOKENS, most)}",
+        )
 
 
-def _on_cpu(folder: Path, densities: Sequence[Density], threads: int | None, memory: Kind | None) -> _Side:
-    from shadowc.runtime.load import load_cpu, read_manifest
-
-    first = load_cpu(folder, threads=threads, mask="token", memory=memory)
-    engines = {flag: first.with_skip_zeros(flag) for flag in (False, True)}
-    jobs: list[tuple[Setting, CausalEngine]] = [
-        (Setting(_label("dense twin", flag), Density(), flag), engine.dense_twin()) for flag, engine in engines.items()
-    ]
-    sparsity = read_manifest(folder).sparsity
-    kinds = {"": engines}
-    if sparsity is not None and sparsity.mask == "sequence":
-        again = f", fresh every {sparsity.refresh}" if sparsity.refresh else ""
-        kinds[f", a mask per sequence{again}"] = {
-            flag: load_cpu(folder, threads=threads, skip_zeros=flag, memory=first.weights) for flag in engines
-        }
-    if sparsity is not None:
-        jobs += [
-            (Setting(_label(f"{_shares(density)}{kind}", flag), density, flag), engine)
-            for density in densities
-            for kind, loaded in kinds.items()
-            for flag, engine in loaded.items()
-        ]
-    library, used = first.op_library, first.threads
-    return _Side(
-        jobs, lambda: library.stream_read(STREAM_BYTES, used, STREAM_REPEATS), used, library.isa, first.weights
-    )
-
-
-def _on_gpu(folder: Path, densities: Sequence[Density], threads: int | None, memory: Kind | None) -> _Side:
+def _side(
+    folder: Path,
+    manifest: EngineManifest,
+    densities: Sequence[Density],
+    prompt_tokens: int,
+    skip_zeros: bool | None,
+    threads: int | None,
+    memory: Kind | None,
+) -> tuple[Side, float]:
+    """What is measured, and the seconds from loading to the first token, which is the first thing that happens."""
+    from shadowc.runtime.engine import Engine
     from shadowc.runtime.load import load
-    from shadowc.runtime.tensorrt.engine import TensorRtEngine
 
+    began = perf_counter()
     engine = load(folder, threads=threads, memory=memory)
-    if not isinstance(engine, TensorRtEngine):
-        raise InternalError(f"{folder} was loaded as {type(engine).__name__}")
-    chosen = [Density(), *(density for density in densities if density != Density())]
-    if engine.manifest.sparsity is None:
-        chosen = chosen[:1]
-    jobs = [(Setting(_shares(density), density, engine.skip_zeros), engine) for density in chosen]
-    return _Side(jobs, lambda: engine.copy_bandwidth(STREAM_BYTES, STREAM_REPEATS), 0, engine.device_name)
+    engine.generate(prompt_ids(manifest, prompt_tokens), max_new_tokens=1)
+    seconds = perf_counter() - began
+    if not isinstance(engine, Engine):
+        return settings.on_gpu(folder, engine, densities, skip_zeros), seconds
+    weights = engine.weights
+    del engine  # its sessions: those that are measured are made anew, over the same weights
+    flags = (False, True) if skip_zeros is None else (skip_zeros,)
+    return settings.on_cpu(folder, manifest, densities, flags, threads, weights), seconds
 
 
-def _shares(density: Density) -> str:
-    return f"{density.heads:g} heads, {density.neurons:g} neurons"
+def _profiled(side: Side) -> dict[Setting, Shares]:
+    from shadowc.runtime.engine import Engine
 
-
-def _label(name: str, skip_zeros: bool) -> str:
-    return f"{name}, skip zeros" if skip_zeros else name
-
-
-def _measure(
-    jobs: Sequence[tuple[Setting, CausalEngine]],
-    bandwidth: Callable[[], float],
-    rounds: int,
-    tokens: int,
-    progress: Progress,
-) -> tuple[list[float], list[list[float]], list[float]]:
-    """Stream bandwidth per round [bytes/s], then per job its seconds per token by round, and its bytes per token."""
-    vocab = jobs[0][1].manifest.model.vocab
-    prompt = np.random.default_rng(0).integers(4, vocab, (1, PROMPT_TOKENS), dtype=np.int64)
-    stream: list[float] = []
-    times: list[list[float]] = [[] for _ in jobs]
-    sizes = [0.0] * len(jobs)
-    with progress.stage("bench"):
-        for index, (setting, engine) in enumerate(jobs):  # first touch of the mapped weights, not timed
-            _decode(engine, prompt, 4, setting.density)
-            progress.advance(index + 1, len(jobs) * (rounds + 1), "runs")
-        for turn in range(rounds):
-            stream.append(bandwidth())
-            for index, (setting, engine) in enumerate(jobs):
-                seconds, sizes[index] = _decode(engine, prompt, tokens, setting.density)
-                times[index].append(seconds)
-                progress.advance(len(jobs) * (turn + 1) + index + 1, len(jobs) * (rounds + 1), "runs")
-    return stream, times, sizes
-
-
-def _decode(engine: CausalEngine, prompt: npt.NDArray[np.int64], tokens: int, density: Density) -> tuple[float, float]:
-    engine.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, density=density)
-    stats = engine.last_stats
-    return stats.seconds / stats.tokens, stats.bytes_read
+    found: dict[Setting, Shares] = {}
+    for variant in side.variants:
+        if isinstance(variant.engine, Engine):
+            prompt = prompt_ids(variant.engine.manifest, STEP_PROMPT_TOKENS)
+            shares = profile(variant, variant.engine, prompt)
+            found |= dict(zip(map(variant.setting, variant.densities), shares, strict=True))
+    return found
 
 
 def _row(
-    setting: Setting, times: Sequence[float], base: Sequence[float], size: float, stream: Sequence[float]
+    setting: Setting,
+    times: Sequence[float],
+    base: Sequence[float],
+    size: float,
+    stream: Sequence[float],
+    shares: Shares | None,
 ) -> BenchRow:
     seconds = median(times)
+    floors = [size / (FLOOR_SHARE * limit) for limit in stream]
     return BenchRow(
         label=setting.label,
         density_heads=setting.density.heads,
         density_neurons=setting.density.neurons,
         skip_zeros=setting.skip_zeros,
+        mask=setting.mask,
         ms_per_token=seconds * 1e3,
         ms_lowest=min(times) * 1e3,
         ms_highest=max(times) * 1e3,
+        ms_by_round=tuple(one * 1e3 for one in times),
         megabytes_per_token=size / 1e6,
+        floor_ms=median(floors) * 1e3,
+        above_floor_ms=median(own - floor for own, floor in zip(times, floors, strict=True)) * 1e3,
         gigabytes_per_second=size / seconds / 1e9,
         share_of_stream=median(size / own / limit for own, limit in zip(times, stream, strict=True)),
         speedup=median(first / own for first, own in zip(base, times, strict=True)),
+        shares=shares,
     )
+
+
+def _prompt_row(variant: Variant, rounds: Sequence[tuple[float, float]], tokens: int) -> PromptRow:
+    whole = [seconds * 1e3 for seconds, _ in rounds]
+    return PromptRow(
+        label=variant.name,
+        skip_zeros=variant.skip_zeros,
+        mask=variant.mask,
+        first_token_ms=median(whole),
+        ms_lowest=min(whole),
+        ms_highest=max(whole),
+        tokens_per_second=median(tokens / seconds for _, seconds in rounds),
+    )
+
+
+def _break_evens(side: Side, times: Sequence[Sequence[float]]) -> list[BreakEvenRow]:
+    by_setting = {setting: times[index] for index, (setting, _) in enumerate(side.jobs)}
+    twins = {setting.skip_zeros: rounds for setting, rounds in by_setting.items() if setting.mask == "none"}
+    found = []
+    for variant in side.variants:
+        even = [density for density in variant.densities if density.heads == density.neurons]
+        if variant.mask == "none" or variant.skip_zeros not in twins or not even:
+            continue
+        twin = twins[variant.skip_zeros]
+        points = [
+            (
+                density.heads,
+                median(own / base for own, base in zip(by_setting[variant.setting(density)], twin, strict=True)),
+            )
+            for density in even
+        ]
+        found.append(BreakEvenRow(variant.name, variant.skip_zeros, variant.mask, break_even(points)))
+    return found

@@ -27,6 +27,7 @@ from shadowc.spec.density import Density
 
 if TYPE_CHECKING:
     from shadowc.runtime.library import OpLibrary
+    from shadowc.runtime.recording import Run
     from shadowc.runtime.weights_memory import WeightsMemory
     from shadowc.spec.manifest import EngineManifest
 
@@ -144,6 +145,17 @@ class Engine(CausalEngine):
         fixed = self.manifest.bytes_per_token.model_copy(update={"predictor": 0})
         twin.manifest = self.manifest.model_copy(update={"sparsity": None, "bytes_per_token": fixed})
         return twin
+
+    def profiled(self, folder: Path) -> Engine:
+        """The same engine under ONNX Runtime's profiler, which writes into `folder`; slower. See `recordings`."""
+        return Engine(self.folder, self.manifest, replace(self._session, profile=folder), in_place=self._in_place)
+
+    def recordings(self) -> tuple[tuple[Run, ...], ...]:
+        """Of a profiled engine, the runs of each of its graphs, the one that runs once per token in front.
+
+        It can be asked for once, and ends the profile.
+        """
+        return (self._session.recording(),)
 
     def initialiser(self, name: str) -> npt.NDArray[Any]:
         """One stored tensor of the graph, as it lies in weights.bin.

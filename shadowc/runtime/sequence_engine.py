@@ -11,6 +11,7 @@ Letters: B rows, S tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from shadowc.runtime.causal import EvaluationProtocol, Floats
     from shadowc.runtime.decoder import ScoreSource
     from shadowc.runtime.prompts import Batch, Ids
+    from shadowc.runtime.recording import Run
     from shadowc.runtime.session import Session
     from shadowc.spec.manifest import EngineManifest
 
@@ -117,6 +119,16 @@ class SequenceEngine(Engine):
     def dense_twin(self) -> Engine:
         """See Engine.dense_twin."""
         return self.per_token().dense_twin()
+
+    def profiled(self, folder: Path) -> SequenceEngine:
+        """See Engine.profiled."""
+        session, fixed = (replace(one, profile=folder) for one in (self._session, self._fixed))
+        return SequenceEngine(self.folder, self.manifest, session, fixed, refresh=self.refresh, in_place=self._in_place)
+
+    def recordings(self) -> tuple[tuple[Run, ...], ...]:
+        """See Engine.recordings; behind the decoding graph those that make scores and select."""
+        graphs = self._graphs
+        return tuple(session.recording() for session in (graphs.decoding, graphs.predicting, graphs.selecting))
 
     def with_refresh(self, refresh: int) -> SequenceEngine:
         """The same engine whose masks are made anew every `refresh` tokens; 0: never.

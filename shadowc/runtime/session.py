@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 import numpy as np
 
 from shadowc.runtime.library import REINSTALL
+from shadowc.runtime.recording import Run, read_recording
 from shadowc.spec.errors import IncompatibleEngineError, InternalError, SetupError
 
 if TYPE_CHECKING:
@@ -101,6 +103,7 @@ class Session:
         threads: intra-op threads.
         library: op library to register; None for graphs of standard operators.
         weights: where they lie in memory; None: ONNX Runtime maps the file.
+        profile: folder into which ONNX Runtime's profiler writes, see `recording`; None: it is off.
     """
 
     path: Path
@@ -108,6 +111,7 @@ class Session:
     library: Path | None
     model: onnx.ModelProto | None = None
     weights: WeightsMemory | None = None
+    profile: Path | None = None
 
     @cached_property
     def ort(self) -> onnxruntime.InferenceSession:
@@ -142,6 +146,17 @@ class Session:
         """A new, empty binding."""
         return Binding(self.ort)
 
+    def recording(self) -> tuple[Run, ...]:
+        """All runs so far, in order; ends the profile, so that it can be asked for once.
+
+        Raises:
+            InternalError: the session has no profile.
+        """
+        if self.profile is None:
+            raise InternalError(f"the session of {self.path} was made without a profile")
+        origin = self.ort.get_profiling_start_time_ns()
+        return read_recording(Path(self.ort.end_profiling()), origin)
+
     @cached_property
     def inputs(self) -> frozenset[str]:
         """Names of the graph inputs, those with defaults included."""
@@ -168,6 +183,10 @@ class Session:
         options.log_severity_level = _ERRORS_ONLY
         options.enable_mem_pattern = False  # shapes change from call to call
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(self.path.parent))
+        if self.profile is not None:
+            options.enable_profiling = True
+            # ONNX Runtime adds the time only, and sessions are made within one tick of it.
+            options.profile_file_prefix = str(self.profile / uuid4().hex)
         if self.library is not None:
             try:
                 options.register_custom_ops_library(str(self.library))

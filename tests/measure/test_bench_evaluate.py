@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from statistics import median
 
 import numpy as np
 import pytest
@@ -14,11 +15,13 @@ from typer.testing import CliRunner
 import shadowc
 from shadowc.cli.app import app
 from shadowc.measure import evaluate as evaluation
+from shadowc.measure import settings
 from shadowc.measure.bench import bench
+from shadowc.measure.break_even import BreakEven
 from shadowc.measure.evaluate import evaluate
 from shadowc.runtime.load import load_cpu
 from shadowc.spec.density import Density
-from shadowc.spec.errors import UnsupportedError
+from shadowc.spec.errors import InputError, UnsupportedError
 
 TEXT = "One neuron is one record, and a record that is not read costs nothing. " * 6
 
@@ -109,3 +112,69 @@ def test_bench_counts_fewer_bytes_at_lower_density_and_with_skipped_zeros(sparse
     assert dense > half > half_skip
     assert report.rows[0].speedup == 1
     assert report.stream_gigabytes_per_second > 0
+
+
+@pytest.fixture
+def short_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast the stream is does not matter here."""
+    monkeypatch.setattr(settings, "STREAM_BYTES", 1 << 20)
+
+
+@pytest.mark.usefixtures("short_stream")
+def test_the_numbers_of_a_bench_row_follow_from_its_rounds(sparse_engine: Path) -> None:
+    report = bench(sparse_engine, densities=[Density(0.5, 0.5)], rounds=3, tokens=4, skip_zeros=False)
+    stream = report.stream_by_round
+    assert report.stream_gigabytes_per_second == median(stream)
+    for row in report.rows:
+        assert row.ms_per_token == pytest.approx(median(row.ms_by_round))
+        assert (row.ms_lowest, row.ms_highest) == (min(row.ms_by_round), max(row.ms_by_round))
+        floors = [row.megabytes_per_token / (0.9 * one) for one in stream]
+        assert row.floor_ms == pytest.approx(median(floors))
+        assert row.above_floor_ms == pytest.approx(
+            median(own - floor for own, floor in zip(row.ms_by_round, floors, strict=True))
+        )
+        ratios = [base / own for base, own in zip(report.rows[0].ms_by_round, row.ms_by_round, strict=True)]
+        assert row.speedup == pytest.approx(median(ratios))
+        assert row.shares is not None
+        assert row.shares.unknown == ()
+    (twin, half) = report.rows
+    (found,) = report.break_even
+    ratio = median(own / base for own, base in zip(half.ms_by_round, twin.ms_by_round, strict=True))
+    assert found.break_even == BreakEven("at least" if ratio < 1 else "below", 0.5)
+    assert report.noise.spread == max((row.ms_highest - row.ms_lowest) / row.ms_per_token for row in report.rows)
+    assert report.noise.stream_spread == pytest.approx((max(stream) - min(stream)) / median(stream))
+
+
+@pytest.mark.usefixtures("short_stream")
+def test_bench_reads_a_prompt_with_every_variant_and_once_behind_loading(sequence_engine: Path) -> None:
+    report = bench(sequence_engine, densities=[Density(0.5, 0.5)], rounds=2, tokens=3, prompt_tokens=20)
+    assert [row.label for row in report.prompts] == [
+        "dense twin",
+        "dense twin, skip zeros",
+        "a mask per token",
+        "a mask per token, skip zeros",
+        "a mask per sequence",
+        "a mask per sequence, skip zeros",
+    ]
+    for row in report.prompts:
+        assert 0 < row.ms_lowest <= row.first_token_ms <= row.ms_highest
+        assert row.tokens_per_second > 20 / (row.ms_highest / 1e3)  # the pass is a part of what is waited for
+    assert report.load_to_first_token_seconds > 0
+    assert report.prompt_tokens == 20
+
+
+@pytest.mark.usefixtures("short_stream")
+@pytest.mark.parametrize("flag", [False, True])
+def test_bench_measures_one_way_of_treating_zeros_alone(sparse_engine: Path, flag: bool) -> None:
+    report = bench(sparse_engine, densities=[Density(0.5, 0.5)], rounds=1, tokens=3, skip_zeros=flag)
+    assert [row.skip_zeros for row in report.rows] == [flag, flag]
+    assert report.rows[0].speedup == 1
+    assert [row.skip_zeros for row in report.break_even] == [flag]
+    assert len(report.prompts) == 2
+
+
+@pytest.mark.parametrize("tokens", [0, 64])
+def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_loaded(sparse_engine: Path, tokens: int) -> None:
+    with pytest.raises(InputError, match="takes 1 to 63 and one new one") as caught:
+        bench(sparse_engine, densities=[Density()], prompt_tokens=tokens)
+    assert caught.value.hint == "--prompt-tokens 33"

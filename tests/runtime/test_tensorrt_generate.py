@@ -126,11 +126,11 @@ def test_a_longer_context_makes_a_larger_cache_and_a_new_graph(
 def test_bench_measures_the_engine_at_each_density_beside_copies_on_the_device(
     trt_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from shadowc.measure import bench
+    from shadowc.measure import bench, settings
 
     counting = on_host(trt_folders["fp32"], kernels=True)
     monkeypatch.setattr("shadowc.runtime.load.load", lambda folder, threads, memory: counting)
-    monkeypatch.setattr(bench, "STREAM_BYTES", 1 << 16)
+    monkeypatch.setattr(settings, "STREAM_BYTES", 1 << 16)
     report = bench.bench(trt_folders["fp32"], densities=[Density(), Density(0.5, 0.25)], rounds=1, tokens=4)
     assert (report.threads, report.isa) == (0, "host memory (compute capability 8.6)")
     assert [row.label for row in report.rows] == ["1 heads, 1 neurons", "0.5 heads, 0.25 neurons"]
@@ -138,6 +138,12 @@ def test_bench_measures_the_engine_at_each_density_beside_copies_on_the_device(
     assert report.rows[1].megabytes_per_token < report.rows[0].megabytes_per_token
     assert all(row.skip_zeros for row in report.rows)
     assert report.stream_gigabytes_per_second > 0
+    assert [row.shares for row in report.rows] == [None, None]  # a plan has no nodes to look at
+    assert report.break_even == ()  # and no dense twin
+    assert [row.label for row in report.prompts] == ["a mask per token, skip zeros"]
+    assert report.prompts[0].first_token_ms > 0
+    with pytest.raises(UnsupportedError, match="they cannot be changed"):
+        bench.bench(trt_folders["fp32"], densities=[Density()], rounds=1, tokens=4, skip_zeros=False)
 
 
 def test_the_context_is_the_smaller_of_models_and_profiles(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of `shadowc bench`: decoding, the parts of a token's time, prompts, break-even, and how quiet it was."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from shadowc.cli import render
+
+if TYPE_CHECKING:
+    from shadowc.measure.bench import BenchReport
+    from shadowc.measure.shares import Shares
+
+FEW_LARGE_PAGES = 0.9
+_PARTS = ("predictor", "selection", "attention", "ffn", "lm_head", "framework")
+
+
+def show(report: BenchReport) -> None:
+    """Everything, for people."""
+    _show_surroundings(report)
+    _show_decoding(report)
+    _show_shares(report)
+    _show_prompts(report)
+    _show_break_even(report)
+    if report.noise.warning:
+        render.line(report.noise.warning)
+
+
+def _show_surroundings(report: BenchReport) -> None:
+    where = f"{report.threads} threads, {report.isa}" if report.threads else report.isa
+    stream = "a stream reads" if report.threads else "a copy reads and writes"
+    render.line(
+        f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens; "
+        f"{stream} {report.stream_gigabytes_per_second:.1f} GB/s here"
+    )
+    if report.large_pages is not None:
+        render.line(f"weights: {report.memory} memory, {report.large_pages:.0%} of it in large pages")
+        if report.memory == "shared" and report.large_pages < FEW_LARGE_PAGES:
+            render.line("small pages cost bandwidth on many machines: compare with --memory private")
+
+
+def _show_decoding(report: BenchReport) -> None:
+    render.table(
+        (
+            "density",
+            "ms/token",
+            "lowest to highest",
+            "MB/token",
+            "floor, ms",
+            "above it",
+            "GB/s",
+            "of stream",
+            "speed-up",
+        ),
+        [
+            (
+                row.label,
+                f"{row.ms_per_token:.2f}",
+                f"{row.ms_lowest:.2f} to {row.ms_highest:.2f}",
+                f"{row.megabytes_per_token:.1f}",
+                f"{row.floor_ms:.2f}",
+                f"{row.above_floor_ms:.2f}",
+                f"{row.gigabytes_per_second:.1f}",
+                render.share(row.share_of_stream),
+                f"{row.speedup:.2f}x",
+            )
+            for row in report.rows
+        ],
+    )
+    render.line("floor: the bytes at 0.9 of the stream of the same round")
+
+
+def _show_shares(report: BenchReport) -> None:
+    found = [(row.label, row.shares) for row in report.rows if row.shares is not None]
+    if not found:
+        return
+    unknown = sorted({operator for _, shares in found for operator in shares.unknown})
+    render.line("")
+    render.table(
+        (
+            "parts of a token's time",
+            "predictor",
+            "selection",
+            "attention",
+            "FFN",
+            "LM head",
+            "framework",
+            "ms, profiled",
+        ),
+        [(label, *_parts(shares), f"{shares.ms_per_token:.2f}") for label, shares in found],
+    )
+    render.line(
+        "profiled: runs of their own under ONNX Runtime's profiler; framework: other nodes, gaps, the loop around"
+    )
+    if unknown:
+        most = max(shares.other for _, shares in found)
+        render.line(f"in no column: {', '.join(unknown)}, up to {render.share(most)}")
+
+
+def _parts(shares: Shares) -> tuple[str, ...]:
+    return tuple(render.share(getattr(shares, part)) for part in _PARTS)
+
+
+def _show_prompts(report: BenchReport) -> None:
+    render.line("")
+    render.table(
+        (f"prompt of {report.prompt_tokens} tokens", "first token, ms", "lowest to highest", "prompt tokens/s"),
+        [
+            (
+                row.label,
+                f"{row.first_token_ms:.1f}",
+                f"{row.ms_lowest:.1f} to {row.ms_highest:.1f}",
+                f"{row.tokens_per_second:.1f}",
+            )
+            for row in report.prompts
+        ],
+    )
+    render.line(f"from loading the engine to the first token, once: {report.load_to_first_token_seconds:.2f} s")
+
+
+def _show_break_even(report: BenchReport) -> None:
+    if report.break_even:
+        render.line("")
+        render.facts(
+            {row.label: str(row.break_even) for row in report.break_even},
+            title="largest density that is faster than the dense twin, predictor and selection included",
+        )

@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What bench measures: the variants of one engine, at which densities each runs, and the machine's bandwidth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from shadowc.spec.density import Density
+from shadowc.spec.errors import InternalError, UnsupportedError
+
+if TYPE_CHECKING:
+    from shadowc.runtime.causal import CausalEngine
+    from shadowc.runtime.weights_memory import Kind, WeightsMemory
+    from shadowc.spec.manifest import EngineManifest
+
+STREAM_BYTES = 1 << 30
+STREAM_REPEATS = 2
+
+Mask = Literal["none", "token", "sequence"]
+"""What a mask holds for; "none": the dense twin."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One row of the table before it is measured."""
+
+    label: str
+    density: Density
+    skip_zeros: bool
+    mask: Mask
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """An engine and the settings under which it is measured; all but density is the same in them."""
+
+    label: str
+    mask: Mask
+    skip_zeros: bool
+    engine: CausalEngine
+    densities: tuple[Density, ...]
+
+    def setting(self, density: Density) -> Setting:
+        """The row of a density."""
+        name = self.label if self.mask == "none" else f"{_shares(density)}{_behind(self.label)}"
+        return Setting(_label(name, self.skip_zeros), density, self.skip_zeros, self.mask)
+
+    @property
+    def name(self) -> str:
+        """The variant among the others, whatever the density."""
+        return _label(self.label, self.skip_zeros)
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """What is measured, and where."""
+
+    variants: tuple[Variant, ...]
+    jobs: tuple[tuple[Setting, Variant], ...]
+    """The rows, in the order in which they are measured and shown; the first is the base of every speed-up."""
+    bandwidth: Callable[[], float]
+    """Measures how many bytes per second the memory gives."""
+    threads: int
+    isa: str
+    weights: WeightsMemory | None = None
+
+
+PER_TOKEN = "a mask per token"
+PER_SEQUENCE = "a mask per sequence"
+
+
+def on_cpu(
+    folder: Path,
+    manifest: EngineManifest,
+    densities: Sequence[Density],
+    flags: Sequence[bool],
+    threads: int | None,
+    memory: Kind | WeightsMemory | None,
+) -> Side:
+    """The dense twin, and the engine at every density, with masks per token and per sequence where it has them."""
+    from shadowc.runtime.load import load_cpu
+
+    first = load_cpu(folder, threads=threads, mask="token", memory=memory, skip_zeros=flags[0])
+    engines = {
+        flag: first
+        if flag == flags[0]
+        else load_cpu(folder, threads=threads, mask="token", memory=first.weights, skip_zeros=flag, verify=False)
+        for flag in flags
+    }
+    twins = [Variant("dense twin", "none", flag, engine.dense_twin(), (Density(),)) for flag, engine in engines.items()]
+    sparsity, wanted = manifest.sparsity, tuple(dict.fromkeys(densities))
+    sparse: list[Variant] = []
+    if sparsity is not None:
+        sparse += [Variant(PER_TOKEN, "token", flag, engine, wanted) for flag, engine in engines.items()]
+    if sparsity is not None and sparsity.mask == "sequence":
+        again = f", fresh every {sparsity.refresh}" if sparsity.refresh else ""
+        for flag in flags:
+            held = load_cpu(folder, threads=threads, memory=first.weights, skip_zeros=flag, verify=False)
+            sparse.append(Variant(f"{PER_SEQUENCE}{again}", "sequence", flag, held, wanted))
+    jobs = [(twin.setting(Density()), twin) for twin in twins]
+    jobs += [(variant.setting(density), variant) for density in wanted for variant in sparse]
+    library, used = first.op_library, first.threads
+    return Side(
+        variants=(*twins, *sparse),
+        jobs=tuple(jobs),
+        bandwidth=lambda: library.stream_read(STREAM_BYTES, used, STREAM_REPEATS),
+        threads=used,
+        isa=library.isa,
+        weights=first.weights,
+    )
+
+
+def on_gpu(folder: Path, engine: CausalEngine, densities: Sequence[Density], skip_zeros: bool | None) -> Side:
+    """The engine at density 1 and at every other one: a plan has no dense twin, and skips zeros or does not."""
+    from shadowc.runtime.tensorrt.engine import TensorRtEngine
+
+    if not isinstance(engine, TensorRtEngine):
+        raise InternalError(f"{folder} was loaded as {type(engine).__name__}")
+    if skip_zeros not in (None, engine.skip_zeros):
+        raise UnsupportedError(
+            f"the plans of {folder} {'skip' if engine.skip_zeros else 'do not skip'} zeros; they cannot be changed",
+            hint="leave --skip-zeros and --no-skip-zeros out",
+        )
+    chosen = tuple(dict.fromkeys((Density(), *densities)))
+    if engine.manifest.sparsity is None:
+        chosen = chosen[:1]
+    variant = Variant(PER_TOKEN, "token", engine.skip_zeros, engine, chosen)
+    jobs = tuple((Setting(_shares(density), density, engine.skip_zeros, "token"), variant) for density in chosen)
+    return Side((variant,), jobs, lambda: engine.copy_bandwidth(STREAM_BYTES, STREAM_REPEATS), 0, engine.device_name)
+
+
+def _shares(density: Density) -> str:
+    return f"{density.heads:g} heads, {density.neurons:g} neurons"
+
+
+def _behind(label: str) -> str:
+    """Masks per token go without saying."""
+    return "" if label == PER_TOKEN else f", {label}"
+
+
+def _label(name: str, skip_zeros: bool) -> str:
+    return f"{name}, skip zeros" if skip_zeros else name
