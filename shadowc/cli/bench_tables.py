@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 from shadowc.cli import render
 
 if TYPE_CHECKING:
-    from shadowc.measure.bench import BenchReport
+    from collections.abc import Sequence
+
+    from shadowc.measure.bench import BenchReport, BenchRow
     from shadowc.measure.shares import Shares
 
 FEW_LARGE_PAGES = 0.9
@@ -39,10 +41,23 @@ def _show_surroundings(report: BenchReport) -> None:
             render.line("small pages cost bandwidth on many machines: compare with --memory private")
 
 
+def _names(rows: Sequence[BenchRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    """Columns that tell the rows apart, and their cells: masks and zeros only where rows differ in them."""
+    masks = len({row.mask for row in rows} - {"none"}) > 1
+    zeros = len({row.skip_zeros for row in rows}) > 1
+    names = []
+    for row in rows:
+        kept = "dense twin" if row.mask == "none" else f"{row.density_heads:g}/{row.density_neurons:g}"
+        mask = [row.mask.replace("none", "")] if masks else []
+        names.append((kept, *mask, *([("skipped" if row.skip_zeros else "read")] if zeros else [])))
+    return ("heads/neurons", *(["mask"] if masks else []), *(["zeros"] if zeros else [])), names
+
+
 def _show_decoding(report: BenchReport) -> None:
+    columns, names = _names(report.rows)
     render.table(
         (
-            "density",
+            *columns,
             "ms/token",
             "lowest to highest",
             "MB/token",
@@ -54,7 +69,7 @@ def _show_decoding(report: BenchReport) -> None:
         ),
         [
             (
-                row.label,
+                *name,
                 f"{row.ms_per_token:.2f}",
                 f"{row.ms_lowest:.2f} to {row.ms_highest:.2f}",
                 f"{row.megabytes_per_token:.1f}",
@@ -64,21 +79,23 @@ def _show_decoding(report: BenchReport) -> None:
                 render.share(row.share_of_stream),
                 f"{row.speedup:.2f}x",
             )
-            for row in report.rows
+            for name, row in zip(names, report.rows, strict=True)
         ],
     )
     render.line("floor: the bytes at 0.9 of the stream of the same round")
 
 
 def _show_shares(report: BenchReport) -> None:
-    found = [(row.label, row.shares) for row in report.rows if row.shares is not None]
+    columns, names = _names(report.rows)
+    rows = zip(names, report.rows, strict=True)
+    found = [(name, row.shares) for name, row in rows if row.shares is not None]
     if not found:
         return
     unknown = sorted({operator for _, shares in found for operator in shares.unknown})
     render.line("")
     render.table(
         (
-            "parts of a token's time",
+            *columns,
             "predictor",
             "selection",
             "attention",
@@ -87,10 +104,11 @@ def _show_shares(report: BenchReport) -> None:
             "framework",
             "ms, profiled",
         ),
-        [(label, *_parts(shares), f"{shares.ms_per_token:.2f}") for label, shares in found],
+        [(*name, *_parts(shares), f"{shares.ms_per_token:.2f}") for name, shares in found],
     )
     render.line(
-        "profiled: runs of their own under ONNX Runtime's profiler; framework: other nodes, gaps, the loop around"
+        "parts of a token's time, in runs of their own under ONNX Runtime's profiler; "
+        "framework: other nodes, gaps, the loop around the graph"
     )
     if unknown:
         most = max(shares.other for _, shares in found)

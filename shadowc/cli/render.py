@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shadowc.spec.progress import Progress
 
 PLAIN_WIDTH = 200
+_UNBOUNDED = 10_000
 _UNITS = ("B", "kB", "MB", "GB", "TB")
 
 
@@ -80,6 +81,8 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str =
         view.add_column(column, justify="left" if at == 0 else "right", no_wrap=True)
     for row in rows:
         view.add_row(*(Text(cell) for cell in row))
+    # A terminal that is too narrow wraps the lines: rich would cut figures.
+    console.width = max(console.width, console.measure(view, options=console.options.update(width=_UNBOUNDED)).maximum)
     console.print(view)
 
 

@@ -50,6 +50,20 @@ def test_tables_are_plain_and_not_cut_when_there_is_no_terminal(capsys: pytest.C
     assert [line.split() for line in out.splitlines()] == [["name", "MB"], [name, "1"], ["b", "22"]]
 
 
+def test_a_terminal_that_is_too_narrow_cuts_no_figure(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    row = ("a long name", "12345.67", "1234.56", "98.76 %")
+    render.table(("name", "ms", "MB", "share"), [row])
+    out = capsys.readouterr().out
+    assert "\x1b" in out  # a terminal
+    assert all(cell in out for cell in row)
+    assert "…" not in out
+
+
 def test_square_brackets_are_text_and_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
     render.facts({"shape": "[red] [B, S]"})
     render.table(("a",), [("[bold]",)])
