@@ -17,7 +17,7 @@ from benchmarks.peers.figures import Result
 from benchmarks.peers.lineup import Entrant, entrants, prepare
 from benchmarks.peers.race import Outcome, Plan, race
 from shadowc.checkpoint.resolve import read_config
-from shadowc.measure.bench import STREAM_BYTES, STREAM_REPEATS
+from shadowc.measure.settings import STREAM_BYTES, STREAM_REPEATS
 from shadowc.runtime.library import OpLibrary
 from shadowc.spec.errors import ShadowcError
 

@@ -157,7 +157,7 @@ def bench(
     with progress.stage("bench"):
         counter = Counter(progress, side, rounds)
         found = measure(side, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens, counter=counter)
-        shares = _profiled(side)
+        shares = _profiled(side, counter)
     rows = tuple(
         _row(setting, found.times[index], found.times[0], found.sizes[index], found.stream, shares.get(setting))
         for index, (setting, _) in enumerate(side.jobs)
@@ -220,7 +220,7 @@ def _side(
     return settings.on_cpu(folder, manifest, densities, flags, threads, weights), seconds
 
 
-def _profiled(side: Side) -> dict[Setting, Shares]:
+def _profiled(side: Side, counter: Counter) -> dict[Setting, Shares]:
     from shadowc.runtime.engine import Engine
 
     found: dict[Setting, Shares] = {}
@@ -229,6 +229,7 @@ def _profiled(side: Side) -> dict[Setting, Shares]:
             prompt = prompt_ids(variant.engine.manifest, STEP_PROMPT_TOKENS)
             shares = profile(variant, variant.engine, prompt)
             found |= dict(zip(map(variant.setting, variant.densities), shares, strict=True))
+        counter.more(len(variant.densities))
     return found
 
 

@@ -22,6 +22,8 @@ INK, SECOND, FLOOR, TWIN = "#0072b2", "#009e73", "#555555", "#d55e00"
 MEASURED, AT_FLOOR, DENSE_TWIN = "measured", "bytes at 0.9 of the stream", "dense twin"
 SUFFIXES = (".png", ".svg", ".pdf")
 _PANEL_INCHES = 3.4
+_ONLY = 1.6
+"""Times as large: a picture of one model."""
 _LETTERS_PER_INCH = 17
 """Of the note."""
 
@@ -72,7 +74,7 @@ def against_density(report: BenchReport, path: Path) -> None:
         SetupError: matplotlib is not installed.
     """
     flags = tuple(dict.fromkeys(row.skip_zeros for row in report.rows))
-    drawn, axes = figure(1, len(flags))
+    drawn, axes = figure(1, len(flags), scale=_ONLY)
     for flag, panel in zip(flags, axes, strict=True):
         rows = [row for row in report.rows if row.skip_zeros == flag]
         for mask, colour in (("token", INK), ("sequence", SECOND)):
@@ -82,7 +84,7 @@ def against_density(report: BenchReport, path: Path) -> None:
         for twin in (row for row in rows if row.mask == "none"):
             panel.axhline(twin.ms_per_token, color=TWIN, linestyle=":", label=DENSE_TWIN)
         label_axes(panel, f"{report.model}, {report.weights}{', skip zeros' if flag else ''}")
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, loc="lower right")
     save(drawn, _note(report), path)
 
 

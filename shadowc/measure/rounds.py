@@ -56,11 +56,11 @@ class Counter:
 
     def __init__(self, progress: Progress, side: Side, rounds: int) -> None:
         self._progress, self._done = progress, 0
-        self._whole = (len(side.jobs) + len(side.variants)) * (rounds + 1)
+        self._whole = (len(side.jobs) + len(side.variants)) * (rounds + 1) + len(side.jobs)  # those are profiled
 
-    def one(self) -> None:
-        """One more."""
-        self._done += 1
+    def more(self, runs: int = 1) -> None:
+        """So many more."""
+        self._done += runs
         self._progress.advance(self._done, self._whole, "runs")
 
 
@@ -82,20 +82,20 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
     sizes = [0.0] * len(side.jobs)
     for setting, variant in side.jobs:  # first touch of the mapped weights, not timed
         _decode(variant.engine, steps, 4, setting.density)
-        counter.one()
+        counter.more()
     for variant in side.variants:
         _read(variant.engine, prompt)
-        counter.one()
+        counter.more()
     before = Reading.now()
     for _ in range(rounds):
         stream.append(side.bandwidth())
         for index, (setting, variant) in enumerate(side.jobs):
             seconds, sizes[index] = _decode(variant.engine, steps, tokens, setting.density)
             times[index].append(seconds)
-            counter.one()
+            counter.more()
         for index, variant in enumerate(side.variants):
             prompts[index].append(_read(variant.engine, prompt))
-            counter.one()
+            counter.more()
     return Found(before, Reading.now(), stream, times, sizes, prompts)
 
 

@@ -22,6 +22,7 @@ from shadowc.measure.evaluate import evaluate
 from shadowc.runtime.load import load_cpu
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
+from shadowc.spec.progress import Event, EventProgress
 
 TEXT = "One neuron is one record, and a record that is not read costs nothing. " * 6
 
@@ -178,3 +179,15 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_loaded(spars
     with pytest.raises(InputError, match="takes 1 to 63 and one new one") as caught:
         bench(sparse_engine, densities=[Density()], prompt_tokens=tokens)
     assert caught.value.hint == "--prompt-tokens 33"
+
+
+@pytest.mark.usefixtures("short_stream")
+def test_progress_ends_when_everything_ran(sequence_engine: Path) -> None:
+    seen: list[Event] = []
+    densities = [Density(0.5, 0.5), Density(0.2, 0.2)]
+    bench(
+        sequence_engine, densities=densities, rounds=1, tokens=3, skip_zeros=False, progress=EventProgress(seen.append)
+    )
+    counts = [(event.done, event.total) for event in seen if event.total]
+    assert counts[-1][0] == counts[-1][1]
+    assert counts == sorted(counts)
