@@ -13,6 +13,7 @@ from shadowc.spec.errors import InternalError, UnsupportedError
 
 if TYPE_CHECKING:
     from shadowc.runtime.causal import CausalEngine
+    from shadowc.runtime.engine import Engine
     from shadowc.runtime.weights_memory import Kind, WeightsMemory
     from shadowc.spec.manifest import EngineManifest
 
@@ -80,16 +81,23 @@ def on_cpu(
     threads: int | None,
     memory: Kind | WeightsMemory | None,
 ) -> Side:
-    """The dense twin, and the engine at every density, with masks per token and per sequence where it has them."""
+    """The dense twin, and the engine at every density, with masks per token and per sequence where it has them.
+
+    Args:
+        folder: the engine, already checked.
+        manifest: its engine.json.
+        densities: in the order in which they are measured.
+        flags: values of `skip_zeros`, at least one.
+        threads: intra-op threads; None: one per core.
+        memory: where the weights lie; all engines share them.
+    """
     from shadowc.runtime.load import load_cpu
 
-    first = load_cpu(folder, threads=threads, mask="token", memory=memory, skip_zeros=flags[0])
-    engines = {
-        flag: first
-        if flag == flags[0]
-        else load_cpu(folder, threads=threads, mask="token", memory=first.weights, skip_zeros=flag, verify=False)
-        for flag in flags
-    }
+    def loaded(flag: bool, mask: Literal["token"] | None, weights: Kind | WeightsMemory | None) -> Engine:
+        return load_cpu(folder, threads=threads, verify=False, skip_zeros=flag, mask=mask, memory=weights)
+
+    first = loaded(flags[0], "token", memory)
+    engines = {flag: first if flag == flags[0] else loaded(flag, "token", first.weights) for flag in flags}
     twins = [Variant("dense twin", "none", flag, engine.dense_twin(), (Density(),)) for flag, engine in engines.items()]
     sparsity, wanted = manifest.sparsity, tuple(dict.fromkeys(densities))
     sparse: list[Variant] = []
@@ -97,9 +105,10 @@ def on_cpu(
         sparse += [Variant(PER_TOKEN, "token", flag, engine, wanted) for flag, engine in engines.items()]
     if sparsity is not None and sparsity.mask == "sequence":
         again = f", fresh every {sparsity.refresh}" if sparsity.refresh else ""
-        for flag in flags:
-            held = load_cpu(folder, threads=threads, memory=first.weights, skip_zeros=flag, verify=False)
-            sparse.append(Variant(f"{PER_SEQUENCE}{again}", "sequence", flag, held, wanted))
+        sparse += [
+            Variant(f"{PER_SEQUENCE}{again}", "sequence", flag, loaded(flag, None, first.weights), wanted)
+            for flag in flags
+        ]
     jobs = [(twin.setting(Density()), twin) for twin in twins]
     jobs += [(variant.setting(density), variant) for density in wanted for variant in sparse]
     library, used = first.op_library, first.threads
