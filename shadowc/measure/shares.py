@@ -39,9 +39,11 @@ _FIRST: dict[str, Part] = {
     "scores": "predictor",
     "mask_scores": "predictor",
     "tail": "selection",
+    "threshold": "selection",
+    "active": "selection",
     "logits": "lm_head",
 }
-"""First component of a node's name. Slices of scores and the length of the tail are there for masks alone."""
+"""First component of a node's name. What cuts and joins scores, thresholds and the masked tail is there for masks."""
 FRAMEWORK = frozenset(
     {
         "Add", "Cast", "Concat", "Div", "Equal", "Expand", "Gather", "Identity", "LayerNormalization", "Less", "Max",
