@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Adds the predictor: from layer 0's attention context to scores and thresholds of all later layers.
+"""Adds the predictor, from tensors that exist in time to scores and thresholds of all layers but the first.
 
-Legal cases:
-1. The plan is present and the graph has no scores yet; the context is what layer 0's out_proj multiplies.
+Legal cases, each for a plan in a graph that has no scores yet:
+1. Style shadow: layer 0's attention context, which its out_proj multiplies, makes the scores of all later layers.
+2. Style dejavu: what a layer's attention reads (the output of its first norm) makes the scores of that layer, and a
+   selection of its own ranks them: what later layers will score is not known then, so the scope is local. The graph
+   still puts out scores, thresholds and counts of all layers together.
 
 The predictor runs on the last max(Z, 1) tokens: at least one, so that `mask_scores`, its last row, always exists;
 the operators get the last Z rows. Z is the input `sparse_tail` clamped to S; negative means 1 if S is 1, else 0.
@@ -41,23 +44,32 @@ class _Kind:
 
 
 def apply(program: Program) -> PassReport:
-    """Insert both networks and both selections, with their inputs, outputs and weights."""
+    """Insert the networks and the selections of both kinds, with their inputs, outputs and weights."""
     requires(program)
     if any(value.name == "density_heads" for value in program.graph.inputs):
         return PassReport(NAME, {"networks": 0}, ("the graph has a predictor",))
     plan = _plan(program)
     builder = Builder(program)
-    tail, context = _tail(builder), _scaled_context(program, builder)
-    for kind in _kinds(program, plan):
-        _network(program, builder, kind, context, tail)
+    tail = _tail(builder)
+    if plan.style == "shadow":
+        context = _scaled_context(program, builder)
+        for kind in _kinds(program, plan):
+            _for_all_layers(program, builder, kind, context, tail)
+    else:
+        inputs = _layer_inputs(program, builder)
+        for kind in _kinds(program, plan):
+            _layer_by_layer(program, builder, kind, inputs, tail)
     sort_nodes(program.graph)
     ensures(program)
-    return PassReport(NAME, {"networks": 2, "selections": 2})
+    networks = 2 * (program.facts.predicted_layers if plan.style == "dejavu" else 1)
+    return PassReport(NAME, {"networks": networks, "selections": networks})
 
 
 def requires(program: Program) -> None:
-    """A plan, and the canonical form of layer 0."""
-    _plan(program)
+    """A plan whose ranking knows all its scores in time, and the canonical form of layer 0."""
+    plan = _plan(program)
+    if plan.style == "dejavu" and plan.scope != "local":
+        raise InternalError(f"{NAME}: style dejavu ranks each layer by itself, the plan's scope is {plan.scope}")
     Builder(program).tensor("tokens", "canonicalise")
 
 
@@ -124,31 +136,93 @@ def _scaled_context(program: Program, builder: Builder) -> gs.Variable:
     return builder.node("Div", [shifted, divisor], "predictor.input", f32, shape)
 
 
-def _network(program: Program, builder: Builder, kind: _Kind, scaled: gs.Variable, tail: _Tail) -> None:
-    """Score by fc2(relu(fc1(input))), cut to the tail, and select."""
-    facts, f32, name = program.facts, np.float32, f"predictor.{kind.name}"
-    L, N = facts.predicted_layers, kind.units
-    hidden = _affine(builder, scaled, f"{name}.fc1", facts.hidden, kind.width)
-    hidden = builder.node("Relu", [hidden], f"{name}.hidden", f32, ("B", "Y", kind.width))
-    flat = _affine(builder, hidden, f"{name}.fc2", kind.width, L * N)
+def _layer_inputs(program: Program, builder: Builder) -> list[gs.Variable]:
+    """What the attention of each predicted layer reads, of the last Y tokens, [B,Y,E]."""
+    scopes, shape = Scopes(program.graph), ("B", "Y", program.facts.hidden)
+    tokens, predicted = builder.tensor("tokens", "canonicalise"), builder.tensor("tail.predicted", NAME)
+    first = builder.node("Sub", [tokens, predicted], "predictor.first", np.int64, (1,))
+    found = []
+    for layer in range(1, program.facts.layers):
+        norm = scopes.one(layer_names(layer).attention_norm.weight.removesuffix(".weight"), "LayerNormalization")
+        rows = [norm.outputs[0], first, tokens, builder.ints(1)]
+        found.append(builder.node("Slice", rows, layer_input(layer), np.float32, shape))
+    return found
+
+
+def layer_input(layer: int) -> str:
+    """Return the name of what the predictor of a model layer reads, style dejavu."""
+    return f"predictor.{layer}.input"
+
+
+def _for_all_layers(program: Program, builder: Builder, kind: _Kind, scaled: gs.Variable, tail: _Tail) -> None:
+    """One network and one selection."""
+    L, N, f32 = program.facts.predicted_layers, kind.units, np.float32
+    name = f"predictor.{kind.name}"
+    flat = _network(program, builder, name, scaled, kind.width, L * N)
     scores = builder.node("Reshape", [flat, builder.ints(0, 0, L, N)], f"{name}.scores", f32, ("B", "Y", L, N))
+    kept = _cut(builder, scores, kind, L, tail)
+    density = _density(builder, kind)
+    threshold, active = _select(program, builder, kind, kept, density, sorted(_plan(program).exempt))
+    program.graph.outputs.extend([builder.tensor(f"mask_scores.{kind.name}", NAME), kept, threshold, active])
+
+
+def _layer_by_layer(program: Program, builder: Builder, kind: _Kind, inputs: list[gs.Variable], tail: _Tail) -> None:
+    """A network and a selection for every layer, and their results joined for the graph's outputs."""
+    L, N, f32 = program.facts.predicted_layers, kind.units, np.float32
+    density, axis = _density(builder, kind), builder.ints(2)
+    every, thresholds, actives = [], [], []
+    for layer, x in enumerate(inputs, start=1):
+        name = f"predictor.{kind.name}.{layer}"
+        flat = _network(program, builder, name, x, kind.width, N)
+        scores = builder.node("Unsqueeze", [flat, axis], f"{name}.scores", f32, ("B", "Y", 1, N))
+        part = [scores, tail.skipped, tail.predicted, builder.ints(1)]
+        kept = builder.node("Slice", part, f"scores.{kind.name}.{layer}", f32, ("B", "Z", 1, N))
+        exempt = [0] if layer - 1 in _plan(program).exempt else []
+        threshold, active = _select(program, builder, kind, kept, density, exempt)
+        every.append(scores)
+        thresholds.append(threshold)
+        actives.append(active)
+    joined = builder.node("Concat", every, f"predictor.{kind.name}.scores", f32, ("B", "Y", L, N), axis=2)
+    kept = _cut(builder, joined, kind, L, tail)
+    threshold = builder.node("Concat", thresholds, f"threshold.{kind.name}", f32, ("B", "Z", L), axis=2)
+    active = builder.node("Concat", actives, f"active.{kind.name}", np.int32, ("B", "Z", L), axis=2)
+    program.graph.outputs.extend([builder.tensor(f"mask_scores.{kind.name}", NAME), kept, threshold, active])
+
+
+def _network(program: Program, builder: Builder, name: str, x: gs.Variable, width: int, outputs: int) -> gs.Variable:
+    """Score by fc2(relu(fc1(x))), [B,Y,outputs]."""
+    hidden = _affine(builder, x, f"{name}.fc1", program.facts.hidden, width)
+    hidden = builder.node("Relu", [hidden], f"{name}.hidden", np.float32, ("B", "Y", width))
+    return _affine(builder, hidden, f"{name}.fc2", width, outputs)
+
+
+def _cut(builder: Builder, scores: gs.Variable, kind: _Kind, layers: int, tail: _Tail) -> gs.Variable:
+    """Make `mask_scores`, the last row, and return the last Z rows, both of all layers."""
     ints, axis = builder.ints, builder.ints(1)
     last = [scores, ints(-1), ints(np.iinfo(np.int64).max), axis]
-    mask_scores = builder.node("Slice", last, f"mask_scores.{kind.name}", f32, ("B", 1, L, N))
+    builder.node("Slice", last, f"mask_scores.{kind.name}", np.float32, ("B", 1, layers, kind.units))
     part = [scores, tail.skipped, tail.predicted, axis]
-    kept = builder.node("Slice", part, f"scores.{kind.name}", f32, ("B", "Z", L, N))
-    density = builder.input(f"density_{kind.name}", f32, (f"B{kind.name[0]}",))  # Bh, Bn: B or 1
-    threshold = builder.variable(f"threshold.{kind.name}", f32, ("B", "Z", L))
-    active = builder.variable(f"active.{kind.name}", np.int32, ("B", "Z", L))
-    plan = _plan(program)
+    return builder.node("Slice", part, f"scores.{kind.name}", np.float32, ("B", "Z", layers, kind.units))
+
+
+def _density(builder: Builder, kind: _Kind) -> gs.Variable:
+    return builder.input(f"density_{kind.name}", np.float32, (f"B{kind.name[0]}",))  # Bh, Bn: B or 1
+
+
+def _select(
+    program: Program, builder: Builder, kind: _Kind, scores: gs.Variable, density: gs.Variable, exempt: list[int]
+) -> tuple[gs.Variable, gs.Variable]:
+    """Threshold and number of active units of the layers that the scores have."""
+    name, layers = scores.name.removeprefix("scores."), scores.shape[2]
+    threshold = builder.variable(f"threshold.{name}", np.float32, ("B", "Z", layers))
+    active = builder.variable(f"active.{name}", np.int32, ("B", "Z", layers))
     # -1 stands for none: GraphSurgeon cannot write an empty list, whose type it does not know
-    exempt = sorted(plan.exempt) or [-1]
-    attributes = {"scope": plan.scope, "exempt": exempt, "min_active": kind.min_active}
+    attributes = {"scope": _plan(program).scope, "exempt": exempt or [-1], "min_active": kind.min_active}
     operator = gs.Node(
-        SELECT_THRESHOLD.name, f"select.{kind.name}", attributes, [kept, density], [threshold, active], domain=DOMAIN
+        SELECT_THRESHOLD.name, f"select.{name}", attributes, [scores, density], [threshold, active], domain=DOMAIN
     )
     program.graph.nodes.append(operator)
-    program.graph.outputs.extend([mask_scores, kept, threshold, active])
+    return threshold, active
 
 
 def _affine(builder: Builder, x: gs.Variable, name: str, fan_in: int, fan_out: int) -> gs.Variable:

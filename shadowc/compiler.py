@@ -140,7 +140,6 @@ class _Compile:
         from shadowc.runtime.session import check_ort
         from shadowc.sparsity.calibration import check_data
         from shadowc.sparsity.criteria import find_criterion
-        from shadowc.sparsity.predictor import check_folder
 
         options = self.options
         checks: list[Callable[[], object]] = [
@@ -151,13 +150,12 @@ class _Compile:
             self._check_writable,
             self._check_dump,
             self._check_mask,
+            self._check_style,
             check_ort,
             *(TARGETS[options.target].checks(options) if options.target in TARGETS else ()),
         ]
         if options.predictor == "train" and options.load_format == "auto":
             checks.append(lambda: check_data(options.collect.data))
-        elif self._predictor_folder():
-            checks.append(lambda: check_folder(Path(options.predictor)))
         problems: list[ShadowcError] = []
         for check in checks:
             try:
@@ -188,6 +186,17 @@ class _Compile:
                 f"target {options.target} makes a mask for every token, a mask per sequence is for target cpu",
                 hint="--mask token, or --target cpu",
             )
+
+    def _check_style(self) -> None:
+        """What a predictor for each layer cannot do; a predictor's folder says of which style it is."""
+        from shadowc.sparsity.predictor import check_style, style_in
+
+        options = self.options
+        if options.predictor == "none":
+            return
+        folder = self._predictor_folder()
+        style = style_in(options.predictor) if folder else options.train.style
+        check_style(style, options)
 
     def _check_dump(self) -> None:
         dump = self.options.dump_passes
@@ -320,9 +329,10 @@ class _Compile:
         options = self.options
         widths = {"heads": predictor.heads.width, "neurons": predictor.neurons.width}
         return SparsityPart(
+            style=predictor.style,
             mask=options.mask,
             refresh=options.refresh,
-            scope=options.scope,
+            scope=predictor.scope(options.scope),
             head_density=options.head_density,
             neuron_density=options.neuron_density,
             neuron_block=predictor.block,

@@ -85,7 +85,7 @@ class Stages:
             return Predictor.load(Path(options.predictor), checkpoint.facts)
         if checkpoint.dummy:
             train = options.train
-            return Predictor.dummy(checkpoint.facts, train.neuron_block, train.width, options.seed)
+            return Predictor.dummy(checkpoint.facts, train.neuron_block, train.width, options.seed, train.style)
         return self._trained(checkpoint)
 
     def _trained(self, checkpoint: Checkpoint) -> Predictor:

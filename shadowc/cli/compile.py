@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 COLLECTING = ("data", "criterion", "positions")
-TRAINING = ("neuron_block", "width")
+TRAINING = ("style", "labels", "neuron_block", "width")
 LIMITS = ("max_batch", "max_context", "compute_capability")
 
 
@@ -41,7 +41,14 @@ def compile_model(
     ] = "train",
     head_density: Annotated[float, typer.Option("--head-density", help="Default share of heads kept.")] = 0.5,
     neuron_density: Annotated[float, typer.Option("--neuron-density", help="Default share of neurons kept.")] = 0.5,
-    scope: Annotated[flags.Scope, typer.Option("--scope", help="Rank within each layer, or over all.")] = "global",
+    scope: Annotated[
+        flags.Scope | None,
+        typer.Option(
+            "--scope",
+            help="Rank within each layer, or over all; default: global, for style dejavu local.",
+            show_default=False,
+        ),
+    ] = None,
     mask: Annotated[
         flags.Mask, typer.Option("--mask", help="A mask for every token, or one for all tokens after the prompt.")
     ] = "token",
@@ -54,6 +61,8 @@ def compile_model(
     data: flags.Data = "self",
     criterion: flags.Criterion = "plainact",
     positions: flags.Positions = 4096,
+    style: flags.PredictorStyle = "shadow",
+    labels: flags.PredictorLabels = None,
     neuron_block: flags.NeuronBlock = 16,
     width: flags.Width = 0,
     max_batch: Annotated[int, typer.Option("--max-batch", help="TensorRT: most rows at once.", min=1)] = 4,
@@ -92,7 +101,8 @@ def compile_model(
     elif predictor != "train":
         flags.refuse_unused(context, (*COLLECTING, *TRAINING), "with --predictor FOLDER: that one is already trained")
     elif load_format == "dummy":
-        flags.refuse_unused(context, COLLECTING, "with --load-format dummy: a dummy model has a random predictor")
+        untaught = (*COLLECTING, "labels")
+        flags.refuse_unused(context, untaught, "with --load-format dummy: a dummy model has a random predictor")
     options = flags.checked(
         CompileOptions,
         {
@@ -113,7 +123,10 @@ def compile_model(
             "collect": flags.checked(
                 CollectOptions, {"criterion": criterion, "data": data, "positions": positions, "seed": seed}
             ),
-            "train": flags.checked(TrainOptions, {"neuron_block": neuron_block, "width": width, "seed": seed}),
+            "train": flags.checked(
+                TrainOptions,
+                {"style": style, "labels": labels, "neuron_block": neuron_block, "width": width, "seed": seed},
+            ),
             "dump_passes": dump_passes,
             "max_batch": max_batch,
             "max_context": max_context,

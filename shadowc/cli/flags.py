@@ -18,6 +18,8 @@ Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Scope = Literal["local", "global"]
 Mask = Literal["token", "sequence"]
 LoadFormat = Literal["auto", "dummy"]
+Style = Literal["shadow", "dejavu"]
+Labels = Literal["scores", "top"]
 MemoryKind = Literal["shared", "private"]
 
 # --- the model
@@ -35,11 +37,23 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", 
 Data = Annotated[
     str, typer.Option("--data", help="Calibration text: self (sampled from the model), or a .txt or .jsonl file.")
 ]
-Criterion = Annotated[str, typer.Option("--criterion", help="Importance of a unit: plainact or l2norm.")]
+Criterion = Annotated[str, typer.Option("--criterion", help="Importance of a unit: plainact, l2norm, activation.")]
 Positions = Annotated[
     int, typer.Option("--positions", "--samples", help="Token positions to record.", min=16, show_default=True)
 ]
 NeuronBlock = Annotated[int, typer.Option("--neuron-block", help="Neurons that are skipped together.", min=1)]
+PredictorStyle = Annotated[
+    Style,
+    typer.Option("--style", help="shadow: layer 0 tells what all later layers compute; dejavu: each layer for itself."),
+]
+PredictorLabels = Annotated[
+    Labels | None,
+    typer.Option(
+        "--labels",
+        help="What is learned: scores, or the top of each layer; default: scores for shadow, top for dejavu.",
+        show_default=False,
+    ),
+]
 Width = Annotated[
     int, typer.Option("--width", help="Hidden width of the predictor; 0: within 3 % of the model.", min=0)
 ]

@@ -99,7 +99,8 @@ def sparsity_facts(manifest: EngineManifest) -> dict[str, str]:
         "sparsity": f"a mask per {plan.mask}{again}, ranked {plan.scope}ly, "
         f"blocks of {plan.neuron_block} neurons{exempt}",
         "density": f"{plan.head_density:g} of the heads, {plan.neuron_density:g} of the neurons, unless a run says so",
-        "predictor": predictor_text(plan.predictor),
+        "predictor": f"style {plan.style}, {predictor_text(plan.predictor)}, "
+        f"{render.size(manifest.bytes_per_token.predictor)} read per token",
     }
 
 
@@ -108,6 +109,8 @@ def predictor_text(predictor: Mapping[str, object]) -> str:
     parts = [str(predictor.get("origin", "not described"))]
     if "criterion" in predictor:
         parts.append(f"criterion {predictor['criterion']}")
+    if "labels" in predictor:
+        parts.append(f"labels {predictor['labels']}")
     widths = predictor.get("widths")
     if isinstance(widths, Mapping):
         parts.append(f"width {' and '.join(str(width) for width in dict.fromkeys(widths.values()))}")

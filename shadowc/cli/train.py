@@ -31,6 +31,8 @@ def train(
         Path | None,
         typer.Option("--out", "-o", help="Predictor folder; default: ./MODEL.predictor.", show_default=False),
     ] = None,
+    style: flags.PredictorStyle = "shadow",
+    labels: flags.PredictorLabels = None,
     neuron_block: flags.NeuronBlock = 16,
     width: flags.Width = 0,
     epochs: flags.Epochs = 60,
@@ -53,7 +55,15 @@ def train(
     if trace is not None:
         flags.refuse_unused(context, COLLECTING, "with --trace: the trace is already collected")
     options = flags.checked(
-        TrainOptions, {"neuron_block": neuron_block, "width": width, "epochs": epochs, "seed": seed}
+        TrainOptions,
+        {
+            "style": style,
+            "labels": labels,
+            "neuron_block": neuron_block,
+            "width": width,
+            "epochs": epochs,
+            "seed": seed,
+        },
     )
     collecting = flags.checked(
         CollectOptions, {"criterion": criterion, "data": data, "positions": positions, "seed": seed}
@@ -66,7 +76,8 @@ def train(
         learned = learn(source, options, collecting, out, progress, offline=offline)
     if json:
         meta = learned.predictor.meta
-        render.as_json({"folder": str(learned.folder), "trace": str(learned.trace.folder), **meta})
+        folders = {"folder": str(learned.folder), "trace": str(learned.trace.folder)}
+        render.as_json({**folders, "style": learned.predictor.style, **meta})
     else:
         _show(learned)
 
@@ -74,17 +85,20 @@ def train(
 def _show(learned: Learned) -> None:
     from shadowc.cli.recall import layer_tables, summary_table
 
-    meta, report, trace = learned.predictor.meta, learned.predictor.report, learned.trace
-    positions = report["positions"]
+    predictor, trace = learned.predictor, learned.trace
+    meta, report = predictor.meta, predictor.report
+    positions, scope = report["positions"], predictor.scope(None)
     render.facts(
         {
             "model": str(meta["model"]["name"]),
             "trace": f"{trace.folder}: {positions['taught']:,} positions taught, {positions['held_out']:,} held out",
+            "style": f"{predictor.style}, labels {meta['labels']}",
             "width": f"{meta['width']}, {render.share(meta['parameters_share'])} of the model's parameters",
             "folder": str(learned.folder),
         }
     )
-    render.table(*summary_table(report), title="found among the important units of held-out text (global ranking)")
-    for kind, table in layer_tables(report).items():
-        render.table(*table, title=f"recall per layer: {kind} (global ranking)")
+    title = f"found among the important units of held-out text ({scope} ranking)"
+    render.table(*summary_table(report, scope), title=title)
+    for kind, table in layer_tables(report, scope).items():
+        render.table(*table, title=f"recall per layer: {kind} ({scope} ranking)")
     render.line(f"next: shadowc compile {trace.origin.flags} {shlex.join(['--predictor', str(learned.folder)])}")

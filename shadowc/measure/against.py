@@ -110,20 +110,24 @@ def verify_against(
 
 def stored_predictor(engine: Engine, sparsity: SparsityPart) -> Predictor:
     """The predictor of an fp32 engine, put together from the tensors that its graph holds."""
-    from shadowc.sparsity.predictor import Network, Predictor
-
-    def network(kind: str) -> Network:
-        parts = (
-            engine.initialiser(f"predictor.{kind}.{part}")
-            for part in ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-        )
-        return Network(*(np.ascontiguousarray(part.T) for part in parts))  # the graph stores [in, out]
+    from shadowc.sparsity.networks import PARTS, LayerNetworks, Network
+    from shadowc.sparsity.predictor import Networks, Predictor
 
     model, orders = engine.manifest.model, engine.neuron_orders()
+
+    def network(name: str) -> Network:
+        parts = (engine.initialiser(f"predictor.{name}.{part}") for part in PARTS)
+        return Network(*(np.ascontiguousarray(part.T) for part in parts))  # the graph stores [in, out]
+
+    def networks(kind: str) -> Networks:
+        if sparsity.style == "shadow":
+            return network(kind)
+        return LayerNetworks(tuple(network(f"{kind}.{layer}") for layer in range(1, model.layers)))
+
     untouched_F = np.arange(model.ffn, dtype=np.int32)
     return Predictor(
-        heads=network("heads"),
-        neurons=network("neurons"),
+        heads=networks("heads"),
+        neurons=networks("neurons"),
         layers=model.layers - 1,
         block=sparsity.neuron_block,
         orders_LF=np.stack([orders.get(layer, untouched_F) for layer in range(1, model.layers)]),
@@ -137,7 +141,7 @@ def _parity(engine: Engine, checkpoint: Checkpoint, predictor: Predictor | None,
     sparsity = engine.manifest.sparsity
     plan = None
     if sparsity is not None:
-        plan = SparsityPlan(0, 0, sparsity.neuron_block, sparsity.scope, sparsity.exempt)
+        plan = SparsityPlan(0, 0, sparsity.neuron_block, sparsity.scope, sparsity.exempt, style=sparsity.style)
     return check_parity(
         engine.prober(),
         checkpoint.facts,
@@ -169,7 +173,8 @@ def _free_runs(
 
     torch_model = load_torch_model(checkpoint)
     prompts_BS = sample_text(torch_model, checkpoint.facts, prompts, PROMPT_TOKENS, seed + 1)
-    settings: Sequence[tuple[Scope, Density]] = [(scope, density) for scope in SCOPES for density in DENSITIES]
+    scopes = SCOPES if sparsity.style == "shadow" else ("local",)
+    settings: Sequence[tuple[Scope, Density]] = [(scope, density) for scope in scopes for density in DENSITIES]
     runs = []
     for done, (scope, density) in enumerate(settings, start=1):
         masked = MaskedOpt(torch_model, predictor.plan(scope, sparsity.exempt), predictor)

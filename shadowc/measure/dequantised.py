@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING
 import ml_dtypes  # noqa: F401 (makes "bfloat16" a numpy type)
 import numpy as np
 
-from shadowc.sparsity.predictor import minmax_scaled
+from shadowc.sparsity.networks import LayerNetworks, minmax_scaled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     import numpy.typing as npt
 
-    from shadowc.sparsity.predictor import Network, Predictor
+    from shadowc.sparsity.networks import Network
+    from shadowc.sparsity.predictor import Networks, Predictor
     from shadowc.spec.program import TensorSource
 
 INT8_LIMIT = 127.0
@@ -145,16 +146,21 @@ class RoundedPredictor:
 
     predictor: Predictor
 
-    def scores(self, context_ME: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
-        """Scores of heads [M,L,H] and of neuron units [M,L,N]."""
-        scaled_ME = minmax_scaled(context_ME)
-        shape = len(context_ME), self.predictor.layers, -1
-        heads, neurons = (_rounded(part, scaled_ME) for part in (self.predictor.heads, self.predictor.neurons))
-        return heads.reshape(shape), neurons.reshape(shape)
+    def scores(self, inputs: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Scores of heads [M,L,H] and of neuron units [M,L,N], for inputs as `Predictor.scores` takes them."""
+        scaled = inputs if self.predictor.style == "dejavu" else minmax_scaled(inputs)
+        heads, neurons = (self._scores(part, scaled) for part in (self.predictor.heads, self.predictor.neurons))
+        return heads, neurons
+
+    def _scores(self, networks: Networks, scaled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        if isinstance(networks, LayerNetworks):
+            layers = enumerate(networks.networks)
+            return np.stack([_rounded(one, scaled[:, layer]) for layer, one in layers], axis=1)
+        return _rounded(networks, scaled).reshape(len(scaled), self.predictor.layers, -1)
 
 
-def _rounded(network: Network, scaled_ME: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    hidden_MP = _in_blocks(scaled_ME) @ _in_blocks(network.fc1_weight_PE).T + network.fc1_bias_P
+def _rounded(network: Network, input_ME: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    hidden_MP = _in_blocks(input_ME) @ _in_blocks(network.fc1_weight_PE).T + network.fc1_bias_P
     scores: npt.NDArray[np.float32] = (
         _in_blocks(np.maximum(hidden_MP, 0)) @ _in_blocks(network.fc2_weight_OP).T + network.fc2_bias_O
     )

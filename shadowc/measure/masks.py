@@ -35,8 +35,8 @@ SMALLEST_SCALE = 1e-12
 class Scorer(Protocol):
     """What is needed of a predictor."""
 
-    def scores(self, context_ME: Float) -> tuple[Float, Float]:
-        """Scores of heads [M,L,H] and of neuron units [M,L,N] for layer-0 contexts."""
+    def scores(self, inputs: Float) -> tuple[Float, Float]:
+        """Scores of heads [M,L,H] and of neuron units [M,L,N] for layer-0 contexts [M,E], or layers' inputs [M,L,E]."""
 
 
 def relative(difference: float, scale: float) -> float:
@@ -98,23 +98,21 @@ def wrong_selections(run: Mapping[str, Float], plan: SparsityPlan, density: Dens
     return wrong
 
 
-def score_difference(
-    run: Mapping[str, Float], scorer: Scorer, context_BSE: torch.Tensor, *, held: bool = False
-) -> float:
+def score_difference(run: Mapping[str, Float], scorer: Scorer, inputs: torch.Tensor, *, held: bool = False) -> float:
     """Largest difference between the engine's scores and the predictor's, over the spread of a layer's true scores.
 
     Args:
         run: outputs of the engine, joined over all steps.
         scorer: the predictor, with the rounding that the engine's has.
-        context_BSE: torch's layer-0 attention context before out_proj.
+        inputs: as torch has them: the layer-0 attention context before out_proj [B,S,E], or what the attention of
+            every predicted layer reads [B,S,L,E].
         held: the token before the masked ones makes the scores of all of them.
     """
     worst = 0.0
     masked = run["scores.heads"].shape[1]
-    first = context_BSE.shape[1] - masked
-    context_BZE = context_BSE[:, first - 1 : first].expand(-1, masked, -1) if held else context_BSE[:, first:]
-    context_ME = context_BZE.flatten(0, 1).numpy()
-    for kind, wanted_MLN in zip(KINDS, scorer.scores(context_ME), strict=True):
+    first = inputs.shape[1] - masked
+    tail = inputs[:, first - 1 : first].repeat_interleave(masked, dim=1) if held else inputs[:, first:]
+    for kind, wanted_MLN in zip(KINDS, scorer.scores(tail.flatten(0, 1).numpy()), strict=True):
         found_MLN = run[f"scores.{kind}"].reshape(wanted_MLN.shape)
         for wanted_MN, found_MN in zip(wanted_MLN.swapaxes(0, 1), found_MLN.swapaxes(0, 1), strict=True):
             worst = worse(worst, relative(float(np.abs(found_MN - wanted_MN).max()), float(np.ptp(wanted_MN))))

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
+from shadowc.checkpoint.opt import FINAL_NORM, Affine, layer_names
 from shadowc.measure.dequantised import DequantisedSource, RoundedPredictor
 from shadowc.measure.layer_reference import LayerReference
 from shadowc.measure.masks import forced_masks, relative, score_difference, worse, wrong_selections
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from shadowc.checkpoint.opt import OptFacts
     from shadowc.measure.masks import Scorer
     from shadowc.sparsity.predictor import Predictor
+    from shadowc.spec.options import Style
     from shadowc.spec.program import SparsityPlan, TensorSource
 
     Float = npt.NDArray[np.float32]
@@ -173,7 +175,7 @@ def check_parity(
         selection = sum(wrong_selections(run, plan, density, Z + DECODE_TOKENS) for run, density, Z in settings)
     if sparse and predictor is not None:
         scorer = predictor if accuracy == "fp32" else RoundedPredictor(predictor)
-        scores = _scores_difference(runs, held, facts, truth, scorer)
+        scores = _scores_difference(runs, held, facts, truth, scorer, predictor.style)
     runs += held
     return ParityReport(
         weights=weights,
@@ -244,17 +246,28 @@ def _scores_difference(
     facts: OptFacts,
     truth: TensorSource,
     scorer: Scorer,
+    style: Style,
 ) -> float:
     first = LayerReference(facts, truth, 0)
+
+    def inputs_of(run: Mapping[str, Float]) -> torch.Tensor:
+        """What the predictor reads, made by torch from the engine's residual stream."""
+        if style == "shadow":
+            return first.context(torch.from_numpy(run["residual.0"]), _stored(run, 0))
+        layers = range(1, facts.layers)
+        normed = (_normed(run[f"residual.{i}"], layer_names(i).attention_norm, facts, truth) for i in layers)
+        return torch.stack(list(normed), dim=2)
+
     return reduce(
         worse,
-        (
-            score_difference(
-                run, scorer, first.context(torch.from_numpy(run["residual.0"]), _stored(run, 0)), held=part is held
-            )
-            for part in (runs, held)
-            for run in part
-        ),
+        (score_difference(run, scorer, inputs_of(run), held=part is held) for part in (runs, held) for run in part),
+    )
+
+
+def _normed(x_BSE: Float, norm: Affine, facts: OptFacts, truth: TensorSource) -> torch.Tensor:
+    weight_E, bias_E = (torch.from_numpy(truth.tensor(name)) for name in (norm.weight, norm.bias))
+    return torch.nn.functional.layer_norm(
+        torch.from_numpy(x_BSE), (facts.hidden,), weight_E, bias_E, eps=facts.norm_eps
     )
 
 
@@ -268,11 +281,7 @@ def _embedding_difference(
 
 
 def _logits_difference(run: Mapping[str, Float], facts: OptFacts, truth: TensorSource) -> float:
-    norm = {
-        part: torch.from_numpy(truth.tensor(f"model.decoder.final_layer_norm.{part}")) for part in ("weight", "bias")
-    }
-    x_BSE = torch.from_numpy(run[f"residual.{facts.layers}"])
-    hidden_BSE = torch.nn.functional.layer_norm(x_BSE, (facts.hidden,), **norm, eps=facts.norm_eps)
+    hidden_BSE = _normed(run[f"residual.{facts.layers}"], Affine.of(FINAL_NORM), facts, truth)
     wanted_BSV = hidden_BSE @ torch.from_numpy(truth.tensor("lm_head.weight")).T
     difference = (wanted_BSV - torch.from_numpy(run["logits"])).abs().max().item()
     return relative(difference, wanted_BSV.abs().max().item())

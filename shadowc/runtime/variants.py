@@ -6,10 +6,11 @@ The input stays as it is; weights stay references into weights.bin.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from shadowc.spec.errors import InputError
+from shadowc.spec.errors import InputError, UnsupportedError
 from shadowc.spec.ops import DOMAIN, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _SCORES, _THRESHOLD = 1, 2
 """Positions of these operands in both sparse operators."""
 CONTEXT_READ = "layers.0.attention.read"
 """What layer 0's attention read, records and bytes [2]."""
+_OF_ONE_LAYER = re.compile(r"scores\.(heads|neurons)\.(\d+)")
 _OPERATOR = {"heads": SPARSE_ATTENTION.name, "neurons": SPARSE_FFN.name}
 
 _Item = TypeVar("_Item")
@@ -53,8 +55,18 @@ def with_skip_zeros(model: onnx.ModelProto, on: bool) -> onnx.ModelProto:
 
 
 def with_scope(model: onnx.ModelProto, scope: str) -> onnx.ModelProto:
-    """The graph with units ranked within each layer ("local") or over all ("global")."""
+    """The graph with units ranked within each layer ("local") or over all ("global").
+
+    Raises:
+        UnsupportedError: "global" for a graph whose layers have selections of their own.
+    """
     copy = _copy(model)
+    if scope == "global" and _layers_of_their_own(copy):
+        raise UnsupportedError(
+            "this engine was compiled with --style dejavu: every layer ranks its own units, and no ranking over all "
+            "layers is possible",
+            hint="shadowc compile --style shadow --scope global",
+        )
     for node in copy.graph.node:
         if node.domain == DOMAIN and node.op_type == SELECT_THRESHOLD.name:
             for attribute in node.attribute:
@@ -66,7 +78,8 @@ def with_scope(model: onnx.ModelProto, scope: str) -> onnx.ModelProto:
 def with_scores_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph without its predictor: `scores.heads` and `scores.neurons` [B,Z,L,N] come from the caller.
 
-    Selection and kernels stay the same, so controls (static, random) are measured on the same code.
+    Selection and kernels stay the same, so controls (static, random) are measured on the same code. Where every layer
+    has a selection of its own, it gets that layer's part.
 
     Raises:
         InputError: a dense engine has no scores.
@@ -89,8 +102,34 @@ def with_scores_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in copy.graph.node:
         node.output[:] = [f"{name}.predicted" if name in names else name for name in node.output]
     _keep(copy.graph.output, lambda value: value.name not in gone)
+    _give_layers_their_scores(copy)
     _prune(copy.graph)
     return copy
+
+
+def _layers_of_their_own(model: onnx.ModelProto) -> dict[str, tuple[str, int]]:
+    """Tensor -> kind and model layer, of the scores that one layer alone obeys; empty where all layers share theirs."""
+    made = (name for node in model.graph.node for name in node.output)
+    found = ((name, _OF_ONE_LAYER.fullmatch(name)) for name in made)
+    return {name: (match[1], int(match[2])) for name, match in found if match is not None}
+
+
+def _give_layers_their_scores(model: onnx.ModelProto) -> None:
+    """Let `scores.{kind}.{layer}` be a part of the input `scores.{kind}`."""
+    import onnx
+
+    graph, parts = model.graph, _layers_of_their_own(model)
+    for node in graph.node:
+        node.output[:] = [f"{name}.predicted" if name in parts else name for name in node.output]
+    first = []
+    for name, (kind, layer) in parts.items():
+        given = [f"{name}.{bound}" for bound in ("from", "to", "axis")]
+        for constant, value in zip(given, (layer - 1, layer, 2), strict=True):
+            graph.initializer.append(onnx.helper.make_tensor(constant, onnx.TensorProto.INT64, [1], [value]))
+        first.append(onnx.helper.make_node("Slice", [f"scores.{kind}", *given], [name], name))
+    rest = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]
+    del graph.node[:]
+    graph.node.extend([*first, *rest])
 
 
 def predicting(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -3,8 +3,9 @@
 """Runs the dense model over calibration text and records what mattered, position by position.
 
 In: a checkpoint and `CollectOptions`. Out: an `ImportanceTrace`: for each sampled position t the layer-0 attention
-context of t itself before out_proj (the predictor's input: it depends on tokens 0..t only), and the criterion's
-score of every head and neuron of every layer at t (the predictor's target: may depend on the losses after t).
+context of t itself before out_proj and what the attention of every later layer reads at t (the inputs of a predictor of
+either style: they depend on tokens 0..t only), and the criterion's score of every head and neuron of every layer at t
+(the predictor's target: may depend on the losses after t).
 
 Letters: B sequences, T tokens, M recorded positions, N sequences in all, L model layers, E hidden, H heads,
 D head size, F neurons, V vocabulary.
@@ -14,6 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,6 +118,8 @@ class Rows:
     context_ME: npt.NDArray[np.float32]
     heads_MLH: npt.NDArray[np.float32]
     neurons_LMF: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    inputs_LME: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    """What the attentions of layers 1.. read."""
     loss: float = 0.0
     """Sum of all token losses."""
 
@@ -134,9 +139,10 @@ def record_batch(
     import torch
 
     ids = torch.from_numpy(ids_BT)
-    context_BTE, fc1_BTF, loss, gradients = _signals(model, ids, criterion.gradients)
     row_M = torch.from_numpy(np.repeat(np.arange(len(ids_BT)), [len(p) for p in positions]))
     position_M = torch.from_numpy(np.concatenate(positions))
+    with _layer_inputs(model, row_M, position_M) as inputs_LME:
+        context_BTE, fc1_BTF, loss, gradients = _signals(model, ids, criterion.gradients)
     layers, split = facts.layers, (*ids.shape, facts.heads, facts.head_size)
     heads, neurons = [], []
     for layer in range(layers):
@@ -160,8 +166,25 @@ def record_batch(
         context_BTE[0][row_M, position_M].numpy(),
         torch.stack(heads, dim=1).numpy(),
         [values.numpy() for values in neurons],
+        [values.numpy() for values in inputs_LME],
         loss,
     )
+
+
+@contextmanager
+def _layer_inputs(model: Any, row_M: Tensor, position_M: Tensor) -> Iterator[list[Tensor]]:
+    """Give a list that a run of the model fills with [M,E] of layers 1.. in order; other positions are not kept."""
+    seen: list[Tensor] = []
+
+    def keep(_: Any, __: Any, normed_BTE: Tensor) -> None:
+        seen.append(normed_BTE.detach()[row_M, position_M])
+
+    hooks = [layer.self_attn_layer_norm.register_forward_hook(keep) for layer in model.model.decoder.layers[1:]]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _signals(
@@ -234,6 +257,8 @@ def _put(writer: TraceWriter, rows: Rows, row: int, sequence: int) -> None:
         writer.put(f"neurons.{layer}", relative_MF, row)
         scales.append(scale_M)
     writer.put("neurons.scale", np.stack(scales, axis=1), row)
+    for layer, input_ME in enumerate(rows.inputs_LME, start=1):
+        writer.put(f"input.{layer}", input_ME, row)
 
 
 def _batch(facts: OptFacts, length: int, criterion: Criterion) -> int:

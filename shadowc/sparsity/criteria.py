@@ -123,3 +123,13 @@ def l2norm(signals: LayerSignals) -> Scores:
     nothing to the output, ranks high. Use it as a baseline, not for good masks.
     """
     return signals.context_BTHD.norm(dim=-1), signals.fc1_BTF.abs()
+
+
+@criterion("activation", gradients=False)
+def activation(signals: LayerSignals) -> Scores:
+    """Heads ||a||_2, neurons max(u, 0): how much the unit says, whatever the loss makes of it.
+
+    Source: DejaVu (arXiv 2310.17157), whose labels are the heads of largest norm and the neurons that ReLU lets pass;
+    with labels "top" these are its labels, but for neurons a fixed number of a layer instead of all that fire.
+    """
+    return signals.context_BTHD.norm(dim=-1), signals.fc1_BTF.relu()

@@ -31,7 +31,7 @@ from shadowc.spec.errors import InputError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-SCHEMA = 2
+SCHEMA = 3
 TENSORS_FILE = "trace.safetensors"
 META_FILE = "trace.json"
 ORIGIN_FILE = "origin.json"
@@ -114,6 +114,12 @@ class ImportanceTrace:
         scaled: npt.NDArray[np.float32] = relative_MF.astype(np.float32) * scale_M[:, None]
         return scaled
 
+    def input_ME(self, layer: int) -> npt.NDArray[np.float32]:  # noqa: N802 - the name carries its shape
+        """Return what the attention of a model layer from 1 on reads (its norm's output); read from disk each time."""
+        with _opened(self.folder) as stored:
+            input_ME: npt.NDArray[np.float32] = stored.get_tensor(f"input.{layer}").astype(np.float32)
+        return input_ME
+
     @staticmethod
     def load(folder: Path) -> ImportanceTrace:
         """Read a trace (its neuron scores only when they are asked for).
@@ -169,6 +175,7 @@ def trace_layout(facts: OptFacts, positions: int, sequences: int, length: int) -
 
     Neuron scores are stored relative to the largest of their position and layer, in float16: 11 bits of each value
     and, below 6e-5 of the largest, steps of 6e-8 of it. That halves the file, and no ranking that matters sees it.
+    Inputs of layers are outputs of a norm, of moderate size: float16 as they are.
     """
     rows = positions
     fixed: dict[str, tuple[str, tuple[int, ...]]] = {
@@ -179,7 +186,8 @@ def trace_layout(facts: OptFacts, positions: int, sequences: int, length: int) -
         "heads": ("F32", (rows, facts.layers, facts.heads)),
         "neurons.scale": ("F32", (rows, facts.layers)),
     }
-    return fixed | {f"neurons.{layer}": ("F16", (rows, facts.ffn)) for layer in range(facts.layers)}
+    inputs = {f"input.{layer}": ("F16", (rows, facts.hidden)) for layer in range(1, facts.layers)}
+    return fixed | {f"neurons.{layer}": ("F16", (rows, facts.ffn)) for layer in range(facts.layers)} | inputs
 
 
 def relative(neurons_MF: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]:

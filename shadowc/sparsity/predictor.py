@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: N815 - fields carry their shape letters
-"""The predictor: two small networks that score all heads and neuron blocks of all later layers at once.
+"""The predictor: small networks that score the heads and neuron blocks of all layers but the first.
 
-Input of both is one token's layer-0 attention context before out_proj, scaled to 0..1 over its entries:
-z = (a - min a) / max(max a - min a, 1e-12); scores = fc2(relu(fc1(z))). Numpy only; on disk a folder with
-predictor.safetensors and predictor.json.
+Style shadow: two networks score all later layers at once. Their input is one token's layer-0 attention context before
+out_proj, scaled to 0..1 over its entries: z = (a - min a) / max(max a - min a, 1e-12); scores = fc2(relu(fc1(z))).
+
+Style dejavu: two networks of the same form for every layer. Their input is what that layer's own attention reads, the
+output of its first norm: the latest thing that is known when the layer begins, masks of earlier layers included.
+
+Numpy only; on disk a folder with predictor.safetensors and predictor.json.
 
 Letters: M tokens, E hidden, P width, Lp predicted layers (model layers 1..L-1), H heads, F neurons,
 N = ceil(F / block) blocks of neurons.
@@ -16,76 +20,38 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shadowc.output import check_output, staged
-from shadowc.spec.errors import InputError
+from shadowc.sparsity.networks import LayerNetworks, Network, blocks_of, default_width, minmax_scaled
+from shadowc.spec.errors import InputError, UnsupportedError
+from shadowc.spec.options import STYLES, Scope, Style
 from shadowc.spec.program import SparsityPlan
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from shadowc.checkpoint.opt import OptFacts
+    from shadowc.spec.options import CompileOptions
 
     Floats = npt.NDArray[np.float32]
 
 SCHEMA = 1
+_AGAIN = "train it again: shadowc train"
 TENSORS_FILE = "predictor.safetensors"
 META_FILE = "predictor.json"
 PREFIX = "predictor."
-SMALLEST_SPAN = 1e-12
-BUDGET = 0.03
-"""Share of a dense token's parameters that the predictor may cost."""
-WIDTH_STEP = 32
-LARGEST_WIDTH = 1024
-_PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
-
-
-@dataclass(frozen=True, slots=True)
-class Network:
-    """fc2(relu(fc1(z))): weights as torch.nn.Linear stores them, [out, in]."""
-
-    fc1_weight_PE: Floats
-    fc1_bias_P: Floats
-    fc2_weight_OP: Floats
-    fc2_bias_O: Floats
-
-    @property
-    def width(self) -> int:
-        """Hidden width P."""
-        return int(self.fc1_weight_PE.shape[0])
-
-    def __call__(self, scaled_ME: Floats) -> Floats:
-        """Return the scores [M, outputs] of scaled inputs."""
-        hidden_MP = np.maximum(scaled_ME @ self.fc1_weight_PE.T + self.fc1_bias_P, 0)
-        scores: Floats = hidden_MP @ self.fc2_weight_OP.T + self.fc2_bias_O
-        return scores
-
-    def tensors(self, name: str) -> dict[str, Floats]:
-        """Return the four tensors under `name.fc1.weight` and so on."""
-        values = (self.fc1_weight_PE, self.fc1_bias_P, self.fc2_weight_OP, self.fc2_bias_O)
-        return {f"{name}.{part}": value for part, value in zip(_PARTS, values, strict=True)}
-
-    @staticmethod
-    def random(generator: np.random.Generator, inputs: int, width: int, outputs: int) -> Network:
-        """Return seeded random weights whose scores differ from token to token."""
-
-        def normal(rows: int, columns: int) -> Floats:
-            return generator.standard_normal((rows, columns), dtype=np.float32) / np.float32(np.sqrt(columns))
-
-        fc1_weight_PE = normal(width, inputs)
-        zeros = np.zeros
-        return Network(fc1_weight_PE, zeros(width, np.float32), normal(outputs, width), zeros(outputs, np.float32))
+Networks = Network | LayerNetworks
 
 
 @dataclass(frozen=True, slots=True)
 class Predictor:
-    """Both networks, the neuron orders their blocks refer to, and where they come from."""
+    """The networks of both kinds, the neuron orders their blocks refer to, and where they come from."""
 
-    heads: Network
-    neurons: Network
+    heads: Networks
+    neurons: Networks
     layers: int
     """Predicted layers Lp."""
     block: int
@@ -97,6 +63,11 @@ class Predictor:
     """Context-free scores ([Lp, H], [Lp, N]) of the same trace, by name: what the predictor has to beat."""
 
     @property
+    def style(self) -> Style:
+        """Whether one network scores all layers, or each layer has its own."""
+        return "dejavu" if isinstance(self.heads, LayerNetworks) else "shadow"
+
+    @property
     def report(self) -> dict[str, Any]:
         """How well it found the important units of held-out text, beside the controls; empty for a dummy."""
         found: dict[str, Any] = self.meta.get("report", {})
@@ -105,40 +76,62 @@ class Predictor:
     @property
     def units(self) -> tuple[int, int]:
         """Heads and neuron blocks per layer."""
-        return len(self.heads.fc2_bias_O) // self.layers, len(self.neurons.fc2_bias_O) // self.layers
+        return self.heads.outputs // self.layers, self.neurons.outputs // self.layers
 
     @property
     def parameters(self) -> int:
-        """Weights and biases of both networks."""
+        """Weights and biases of all networks."""
         return sum(value.size for value in (self.heads.tensors("h") | self.neurons.tensors("n")).values())
 
-    def scores(self, context_ME: Floats) -> tuple[Floats, Floats]:
-        """Return the scores of tokens: heads [M, Lp, H] and neuron blocks [M, Lp, N]."""
-        scaled_ME = minmax_scaled(np.asarray(context_ME, np.float32))
-        heads, blocks = self.units
-        rows = len(scaled_ME)
-        return (
-            self.heads(scaled_ME).reshape(rows, self.layers, heads),
-            self.neurons(scaled_ME).reshape(rows, self.layers, blocks),
-        )
+    def scores(self, inputs: Floats) -> tuple[Floats, Floats]:
+        """Return the scores of tokens: heads [M, Lp, H] and neuron blocks [M, Lp, N].
+
+        Args:
+            inputs: shadow: layer-0 contexts [M, E], not yet scaled; dejavu: the inputs of the layers [M, Lp, E].
+        """
+        given = np.asarray(inputs, np.float32)
+        scaled = given if self.style == "dejavu" else minmax_scaled(given)
+        heads, neurons = (self._scores(networks, scaled) for networks in (self.heads, self.neurons))
+        return heads, neurons
+
+    def _scores(self, networks: Networks, inputs: Floats) -> Floats:
+        """Scores [M, Lp, units] of one kind."""
+        if isinstance(networks, LayerNetworks):
+            return np.stack([one(inputs[:, layer]) for layer, one in enumerate(networks.networks)], axis=1)
+        return networks(inputs).reshape(len(inputs), self.layers, networks.outputs // self.layers)
+
+    def scope(self, wanted: Scope | None) -> Scope:
+        """Return the scope of the ranking: the one that is wanted, else the widest that the style allows.
+
+        Raises:
+            InputError: "global" is wanted of style dejavu.
+        """
+        if self.style == "dejavu" and wanted == "global":
+            raise global_is_not_causal()
+        return wanted or ("local" if self.style == "dejavu" else "global")
 
     def plan(
         self,
-        scope: Literal["local", "global"],
+        scope: Scope | None,
         exempt: tuple[int, ...] = (),
         *,
         min_active_heads: int = 0,
         min_active_neurons: int = 0,
     ) -> SparsityPlan:
-        """Return what the passes need to know about this predictor."""
+        """Return what the passes need to know about this predictor.
+
+        Raises:
+            InputError: see `scope`.
+        """
         return SparsityPlan(
             width_heads=self.heads.width,
             width_neurons=self.neurons.width,
             block=self.block,
-            scope=scope,
+            scope=self.scope(scope),
             exempt=exempt,
             min_active_heads=min_active_heads,
             min_active_neurons=min_active_neurons,
+            style=self.style,
         )
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
@@ -166,7 +159,9 @@ class Predictor:
         }
         tensors = {name: np.ascontiguousarray(value) for name, value in {**self.tensors(), **controls}.items()}
         shape = {"layers": self.layers, "block": self.block, "ffn": self.orders_LF.shape[1]}
-        text = json.dumps({"schema": SCHEMA, "shape": shape, **self.meta}, indent=1, sort_keys=True)
+        text = json.dumps(
+            {"schema": SCHEMA, "style": self.style, "shape": shape, **self.meta}, indent=1, sort_keys=True
+        )
         with staged(folder, check_out, "predictor") as staging:
             (staging / TENSORS_FILE).write_bytes(save(tensors))
             (staging / META_FILE).write_text(text + "\n", "utf-8")
@@ -179,13 +174,14 @@ class Predictor:
             InputError: files are missing, damaged, inconsistent or of another schema, or for a model of another shape.
         """
         meta, tensors = _read(folder)
+        style = _style(meta, folder)
         try:
             shape = meta.pop("shape")
             layers, block, ffn = int(shape["layers"]), int(shape["block"]), int(shape["ffn"])
             orders = [tensors[f"order.{i + 1}"] if block > 1 else np.arange(ffn) for i in range(layers)]
             predictor = Predictor(
-                heads=Network(*(tensors[f"heads.{part}"] for part in _PARTS)),
-                neurons=Network(*(tensors[f"neurons.{part}"] for part in _PARTS)),
+                heads=_networks(tensors, "heads", layers, style),
+                neurons=_networks(tensors, "neurons", layers, style),
                 layers=layers,
                 block=block,
                 orders_LF=np.stack(orders).astype(np.int32),
@@ -216,7 +212,7 @@ class Predictor:
         """
         found = {
             "predicted layers": (self.layers, facts.layers - 1),
-            "hidden size": (self.heads.fc1_weight_PE.shape[1], facts.hidden),
+            "hidden size": (self.heads.inputs, facts.hidden),
             "heads": (self.units[0], facts.heads),
             "neurons": (self.orders_LF.shape[1], facts.ffn),
         }
@@ -230,20 +226,68 @@ class Predictor:
             )
 
     @staticmethod
-    def dummy(facts: OptFacts, block: int, width: int = 0, seed: int = 0) -> Predictor:
+    def dummy(facts: OptFacts, block: int, width: int = 0, seed: int = 0, style: Style = "shadow") -> Predictor:
         """Return a seeded random predictor of the true shape, for latency work; width 0: the default."""
-        width = width or default_width(facts, block)
+        width = width or default_width(facts, block, style)
         generator = np.random.default_rng([seed, 2])
         layers = facts.layers - 1
         orders = [generator.permutation(facts.ffn) if block > 1 else np.arange(facts.ffn) for _ in range(layers)]
+
+        def networks(units: int) -> Networks:
+            if style == "shadow":
+                return Network.random(generator, facts.hidden, width, layers * units)
+            return LayerNetworks(tuple(Network.random(generator, facts.hidden, width, units) for _ in range(layers)))
+
         return Predictor(
-            heads=Network.random(generator, facts.hidden, width, layers * facts.heads),
-            neurons=Network.random(generator, facts.hidden, width, layers * blocks_of(facts.ffn, block)),
+            heads=networks(facts.heads),
+            neurons=networks(blocks_of(facts.ffn, block)),
             layers=layers,
             block=block,
             orders_LF=np.stack(orders).astype(np.int32),
             meta={"origin": "dummy", "seed": seed, "model": {"name": facts.name, "identity": ""}},
         )
+
+
+def global_is_not_causal() -> InputError:
+    """Return the refusal of a ranking over all layers where every layer has its own predictor."""
+    return InputError(
+        "style dejavu ranks the units of each layer by themselves: when a layer has to know its mask, the scores of "
+        "the later layers do not exist yet, so they cannot be ranked together",
+        hint="--scope local, or --style shadow",
+    )
+
+
+def check_style(style: Style, options: CompileOptions) -> None:
+    """Refuse what a style of predictor cannot do.
+
+    Raises:
+        InputError: a ranking over all layers by predictors that know one layer each.
+        UnsupportedError: such predictors with a mask per sequence, or for a target that does not have them.
+    """
+    if style == "shadow":
+        return
+    if options.scope == "global":
+        raise global_is_not_causal()
+    if options.mask == "sequence":
+        raise UnsupportedError(
+            "style dejavu makes a mask for every token: what it scores a layer by is known after the masks of the "
+            "layers before it, so no token makes the masks of all layers ahead",
+            hint="--mask token, or --style shadow",
+        )
+    if options.target != "cpu":
+        raise UnsupportedError(
+            f"target {options.target} has predictors of style shadow only, style dejavu is for target cpu",
+            hint="--style shadow, or --target cpu",
+        )
+
+
+def style_in(path: str | Path) -> Style:
+    """Return the style of the predictor in a folder; only predictor.json is read.
+
+    Raises:
+        InputError: the file is missing or damaged, or the style is not known.
+    """
+    return _style(_meta(Path(path)), Path(path))
 
 
 def check_folder(path: str | Path) -> None:
@@ -290,52 +334,41 @@ class PredictorSource:
         return self._tensors[name]
 
 
-def minmax_scaled(context_ME: Floats) -> Floats:
-    """Scale each row to 0..1 over its entries, exactly as the engine does."""
-    low_M1 = context_ME.min(axis=-1, keepdims=True)
-    span_M1 = np.maximum(context_ME.max(axis=-1, keepdims=True) - low_M1, np.float32(SMALLEST_SPAN))
-    scaled: Floats = (context_ME - low_M1) / span_M1
-    return scaled
-
-
-def blocks_of(neurons: int, block: int) -> int:
-    """Return the number of blocks; the last one may be short."""
-    return -(-neurons // block)
-
-
-def cost_share(facts: OptFacts, block: int, width: int) -> float:
-    """Return the parameters of both networks as a share of those that a dense token reads (layers and LM head)."""
-    outputs = facts.predicted_layers * (facts.heads + blocks_of(facts.ffn, block))
-    per_layer = 4 * facts.hidden * (facts.hidden + 1) + facts.ffn * (2 * facts.hidden + 1) + facts.hidden
-    dense = facts.layers * per_layer + facts.vocab * facts.hidden
-    return (width * (2 * (facts.hidden + 1) + outputs) + outputs) / dense
-
-
-def default_width(facts: OptFacts, block: int) -> int:
-    """Return the largest multiple of 32, 32 to 1024, with which both networks cost at most 3 % of a dense token.
-
-    Counted in parameters, since the predictor is quantised as the model is. A model too small for the budget gets 32.
-    """
-    widths = range(WIDTH_STEP, LARGEST_WIDTH + 1, WIDTH_STEP)
-    return max((width for width in widths if cost_share(facts, block, width) <= BUDGET), default=WIDTH_STEP)
-
-
 def _read(folder: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    again = "train it again: shadowc train"
+    meta = _meta(folder)
+    try:
+        return meta, load_file(folder / TENSORS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{folder / TENSORS_FILE} is damaged or cut short: {error}", hint=_AGAIN) from error
+
+
+def _meta(folder: Path) -> dict[str, Any]:
     check_folder(folder)
     try:
         meta = json.loads((folder / META_FILE).read_text("utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / META_FILE} is damaged: {error}", hint=again) from error
+        raise InputError(f"{folder / META_FILE} is damaged: {error}", hint=_AGAIN) from error
     if not isinstance(meta, dict) or meta.pop("schema", None) != SCHEMA:
-        raise InputError(f"{folder / META_FILE} does not have schema {SCHEMA}", hint=again)
-    try:
-        return meta, load_file(folder / TENSORS_FILE)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{folder / TENSORS_FILE} is damaged or cut short: {error}", hint=again) from error
+        raise InputError(f"{folder / META_FILE} does not have schema {SCHEMA}", hint=_AGAIN)
+    return meta
+
+
+def _style(meta: dict[str, Any], folder: Path) -> Style:
+    """Take the style out of what predictor.json says; predictors from before there were styles have none."""
+    style = meta.pop("style", "shadow")
+    if style not in STYLES:
+        raise InputError(
+            f"the predictor in {folder} has style {style!r}; this version knows {', '.join(STYLES)}", hint=_AGAIN
+        )
+    known: Style = style
+    return known
+
+
+def _networks(tensors: Mapping[str, npt.NDArray[Any]], kind: str, layers: int, style: Style) -> Networks:
+    return LayerNetworks.read(tensors, kind, layers) if style == "dejavu" else Network.read(tensors, kind)
 
 
 def _controls(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, tuple[Floats, Floats]]:
@@ -348,22 +381,8 @@ def _inconsistencies(predictor: Predictor, ffn: int) -> list[str]:
     problems = []
     blocks = blocks_of(ffn, predictor.block) if predictor.block > 0 else 0
     wanted = {"heads": predictor.layers * predictor.units[0], "neurons": predictor.layers * blocks}
-    hidden = predictor.heads.fc1_weight_PE.shape[-1]
     for name, outputs in wanted.items():
-        network = getattr(predictor, name)
-        width = len(network.fc1_bias_P)
-        shapes = {
-            "fc1.weight": (width, hidden),
-            "fc1.bias": (width,),
-            "fc2.weight": (outputs, width),
-            "fc2.bias": (outputs,),
-        }
-        for key, value in network.tensors(name).items():
-            shape = shapes[key.removeprefix(f"{name}.")]
-            if value.shape != shape:
-                problems.append(f"{key} has shape {list(value.shape)}, expected {list(shape)}")
-            elif not np.isfinite(value).all():
-                problems.append(f"{key} has numbers that are not finite")
+        problems += getattr(predictor, name).problems(name, predictor.heads.inputs, outputs)
     for i, order_F in enumerate(predictor.orders_LF):
         if not np.array_equal(np.sort(order_F), np.arange(ffn)):
             problems.append(f"order.{i + 1} is not a permutation of the {ffn} neurons")

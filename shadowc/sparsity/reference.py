@@ -5,7 +5,8 @@ In: token ids, a density and where masking begins. Out: logits, and the scores, 
 It is the truth for the quality of a sparse model and the yardstick of every engine; it saves no work.
 
 Heads are zeroed in the attention context before out_proj, neurons after ReLU before fc2, in the predicted layers
-(model layers 1 to n-1). Keys and values of inactive heads are kept, as the engine keeps them.
+(model layers 1 to n-1). Keys and values of inactive heads are kept, as the engine keeps them. A predictor of style
+dejavu reads what the attention of a layer reads under the masks of the layers before it, as the engine does.
 
 Letters: B batch, S new tokens, Z the last Z of them (those masked in at least one row), P tokens so far, the new
 ones included, E hidden, F neurons, N units of a layer, L predicted layers.
@@ -23,18 +24,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from transformers import DynamicCache, OPTConfig, OPTForCausalLM
 
 from shadowc.sparsity.selection import select_threshold, unit_mask
+from shadowc.sparsity.torch_scores import TorchScores
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, InternalError
 from shadowc.spec.program import SparsityPlan
 
 if TYPE_CHECKING:
     from shadowc.checkpoint.resolve import Checkpoint
-
-SMALLEST_SPAN = 1e-12
 
 Granularity = Literal["token", "sequence"]
 Array: TypeAlias = Tensor | npt.NDArray[Any]
@@ -46,7 +45,10 @@ class NamedTensors(Protocol):
     """What the model needs of a predictor."""
 
     def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
-        """`{heads,neurons}.fc{1,2}.{weight,bias}`, and `order.{model layer}` [F] if units are permuted blocks."""
+        """`{heads,neurons}.fc{1,2}.{weight,bias}`, and `order.{model layer}` [F] if units are permuted blocks.
+
+        Of style dejavu `{heads,neurons}.{model layer}.fc{1,2}.{weight,bias}`.
+        """
 
 
 @dataclass(slots=True)
@@ -98,6 +100,12 @@ class _Kind:
     scores: Tensor | None = None
     threshold: Tensor | None = None
 
+    def add(self, **parts: Tensor) -> None:
+        """Put what is known of further layers behind what is known already."""
+        for name, part in parts.items():
+            known = getattr(self, name)
+            setattr(self, name, part if known is None else torch.cat([known, part], dim=2))
+
 
 @dataclass(slots=True)
 class _Call:
@@ -140,6 +148,7 @@ class MaskedOpt:
         self._layers = model.model.decoder.layers
         tensors = {} if predictor is None else predictor.tensors()
         self._tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
+        self._scores = TorchScores(self._tensors, len(self._layers) - 1)
         self._unit_of_neuron = [self._units(layer) for layer in range(1, len(self._layers))]
 
     def logits(
@@ -220,6 +229,8 @@ class MaskedOpt:
             raise InputError(f"a density for all rows or for each of the {batch}; found {len(rows)}")
         if granularity not in ("token", "sequence"):
             raise InputError(f"the granularity of masks is token or sequence; found {granularity!r}")
+        if granularity == "sequence" and self.plan.style == "dejavu":
+            raise InputError("style dejavu makes a mask for every token; there is none for a sequence")
         if granularity == "sequence" and int(first_B.min()) < 1:
             raise InputError("masks of a whole sequence come from the last token of its prompt; found no prompt")
         return _Call(
@@ -235,14 +246,18 @@ class MaskedOpt:
 
     @contextmanager
     def _hooks(self, call: _Call) -> Iterator[None]:
-        """Predict in layer 0 unless the masks are known, and mask the later layers, for one run of the model."""
+        """Predict unless the masks are known, and mask the layers from 1 on, for one run of the model."""
         with ExitStack() as stack:
 
             def before(module: nn.Module, act: Callable[[Tensor], None]) -> None:
                 handle = module.register_forward_pre_hook(lambda _, inputs: act(inputs[0]))
                 stack.callback(handle.remove)
 
-            if call.heads.mask is None:
+            if call.heads.mask is None and self.plan.style == "dejavu":
+                for layer, module in enumerate(self._layers[1:], start=1):
+                    handle = module.self_attn_layer_norm.register_forward_hook(self._predict_layer(call, layer))
+                    stack.callback(handle.remove)
+            elif call.heads.mask is None:
                 before(self._layers[0].self_attn.out_proj, lambda context: self._predict(call, context))
             for index, layer in enumerate(self._layers[1:]):
                 before(layer.self_attn.out_proj, _mask_heads(call, index))
@@ -255,24 +270,22 @@ class MaskedOpt:
         if call.granularity == "sequence":
             _remember_prompt_end(call, context_BSE)
             source = _known(call.state.prompt_end)[:, None]
-        low = source.amin(-1, keepdim=True)
-        scaled = (source - low) / (source.amax(-1, keepdim=True) - low).clamp_min(SMALLEST_SPAN)
-        self._select(call, (self._network("heads", scaled), self._network("neurons", scaled)))
+        self._select(call, self._scores.of_all_layers(source))
 
-    def _network(self, kind: str, scaled_BZE: Tensor) -> Tensor:
-        """Return the scores [B,Z,L,N] of one kind."""
+    def _predict_layer(self, call: _Call, layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
+        """Return what scores and selects the units of a model layer from what its attention reads."""
 
-        def linear(tensor: Tensor, name: str) -> Tensor:
-            return functional.linear(
-                tensor, self._tensors[f"{kind}.{name}.weight"], self._tensors[f"{kind}.{name}.bias"]
-            )
+        def act(_: nn.Module, __: Any, normed_BSE: Tensor) -> None:
+            exempt = (0,) if layer - 1 in self.plan.exempt else ()
+            self._select(call, self._scores.of_layer(layer, normed_BSE[:, call.tail]), exempt)
 
-        scores = linear(linear(scaled_BZE, "fc1").relu(), "fc2")
-        layers = len(self._layers) - 1
-        return scores.view(*scores.shape[:2], layers, scores.shape[2] // layers)
+        return act
 
-    def _select(self, call: _Call, scores: Pair) -> None:
-        """Turn scores into thresholds and masks; rows and tokens that share their scores are ranked once."""
+    def _select(self, call: _Call, scores: Pair, exempt: Sequence[int] | None = None) -> None:
+        """Turn scores into thresholds and masks of the next layers, as many as the scores are for.
+
+        Rows and tokens that share their scores are ranked once. `exempt`: among these layers; None: the plan's.
+        """
         batch, tail = call.dense.shape
         for kind, given in zip(call.kinds, scores, strict=True):
             ranked = torch.as_tensor(given)
@@ -282,14 +295,14 @@ class MaskedOpt:
                 ranked,
                 kind.density,
                 scope=self.plan.scope,
-                exempt=self.plan.exempt,
+                exempt=self.plan.exempt if exempt is None else exempt,
                 min_active=kind.min_active,
             )
-            kind.mask = _or_dense(call, unit_mask(ranked, threshold).expand(batch, tail, -1, -1))
-            kind.scores = ranked.expand(batch, tail, -1, -1)
-            kind.threshold = threshold.expand(batch, tail, -1)
-            if bool(call.dense.any()):
-                kind.threshold = torch.where(call.dense[:, :, None], -math.inf, kind.threshold)
+            kind.add(
+                mask=_or_dense(call, unit_mask(ranked, threshold).expand(batch, tail, -1, -1)),
+                scores=ranked.expand(batch, tail, -1, -1),
+                threshold=torch.where(call.dense[:, :, None], -math.inf, threshold.expand(batch, tail, -1)),
+            )
 
     def _units(self, layer: int) -> Tensor:
         """Return the unit of each neuron of the checkpoint, [F]."""

@@ -1,45 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: N815 - fields carry their shape letters
-"""Trains the predictor on an importance trace: the published recipe, with neuron blocks and a fair report.
 
-In: a trace, the model's facts, `TrainOptions`. Out: a `Predictor`. Inputs are the token's own layer-0 context,
-min-max scaled; targets are the importances of the predicted layers, min-max scaled per layer and token; two
-networks, mean squared error, AdamW, cosine to zero (ShadowLLM, arXiv 2406.16635, variant b1eL).
+"""Trains the predictor on an importance trace: the published recipes, with neuron blocks and a fair report.
 
-Four things are ours and change nothing in the network's form. Inputs are standardised and targets centred while
-training, and both are folded into the weights afterwards, exactly. Dropout while training. The last matrix starts at
-zero, so training starts from the mean score, the normalised static ranking, and the epoch that is best on held-out
-sequences is kept: where the context says nothing, the predictor stays the static ranking instead of learning noise.
-The report is made on the same held-out sequences that chose the epoch: one choice among a few dozen, a small favour.
-Whole sequences are held out, since neighbouring tokens resemble each other.
+In: a trace, the model's facts, `TrainOptions`. Out: a `Predictor`.
 
-The same trace and options give the same weights. Small networks are trained in one thread (see threads.py); for large
-ones all threads work, and then their number decides in which order sums are added.
+Style shadow (ShadowLLM, arXiv 2406.16635, variant b1eL): inputs are the token's own layer-0 context, min-max scaled;
+two networks learn all predicted layers. Style dejavu (DejaVu, arXiv 2310.17157): two networks for every layer, whose
+inputs are what the attention of that layer reads. Both take the same examples, epochs, batches and rates.
+
+Labels "scores": the importances of the predicted layers, min-max scaled per layer and token, with mean squared error
+(ShadowLLM's). Labels "top": whether a unit is among the first of its layer, with cross entropy (DejaVu's). Either style
+can learn either, by any criterion, so that what style, labels and criterion are worth can be told apart.
+
+Ours, and no change of the networks' form (fit.py): the epoch that is best on held-out sequences is kept, the mean score
+included, so where the inputs say nothing, the predictor stays the static ranking instead of learning noise. The report
+is made on the same held-out sequences that chose the epoch: one choice among a few dozen, a small favour. Whole
+sequences are held out, since neighbouring tokens resemble each other.
 
 Letters: M positions, E hidden, P width, Lp predicted layers, H heads, N neuron blocks, U = units of a kind per
-layer (H or N), O = Lp * U outputs of a network.
+layer (H or N).
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from shadowc.sparsity.cluster import neuron_orders
-from shadowc.sparsity.predictor import (
-    Network,
-    Predictor,
-    blocks_of,
-    check_out,
-    cost_share,
-    default_width,
-    minmax_scaled,
-)
+from shadowc.sparsity.fit import Examples, Fit, fit
+from shadowc.sparsity.networks import LayerNetworks, blocks_of, cost_share, default_width, minmax_scaled
+from shadowc.sparsity.predictor import Predictor, check_out
 from shadowc.sparsity.rank import (
     minmax_rows,
     normalised_static_scores,
@@ -47,14 +40,12 @@ from shadowc.sparsity.rank import (
     random_scores,
     static_scores,
 )
-from shadowc.sparsity.recall import found_report
-from shadowc.sparsity.threads import threads_for
+from shadowc.sparsity.recall import found_report, selected
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
 
 if TYPE_CHECKING:
     import numpy.typing as npt
-    from torch import Generator, Tensor
 
     from shadowc.checkpoint.opt import OptFacts
     from shadowc.sparsity.importance import ImportanceTrace
@@ -62,36 +53,9 @@ if TYPE_CHECKING:
     from shadowc.spec.progress import Progress
 
     Floats = npt.NDArray[np.float32]
+    Rows = npt.NDArray[np.intp]
 
-WEIGHT_DECAY = 0.1
-INPUT_DROPOUT, HIDDEN_DROPOUT = 0.1, 0.5
-"""A few thousand positions are few for 100,000 weights. On a partly trained opt-mini dropout lowered the held-out error
-of the neuron network by 7 to 11 %; without it the best epoch was one of the first, before the cosine had come down."""
-LEAST_SPREAD = 0.1
-"""Inputs that vary less than this share of the average one are not blown up further when standardised."""
-
-
-@dataclass(frozen=True, slots=True)
-class Examples:
-    """Inputs and targets of one network, training and validation part."""
-
-    inputs_ME: Floats
-    targets_MO: Floats
-    held_inputs_ME: Floats
-    held_targets_MO: Floats
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """A trained network and how it came about."""
-
-    network: Network
-    epoch: int
-    """The epoch kept; 0 is the mean score."""
-    error: float
-    """Mean squared error on the held-out positions."""
-    mean_error: float
-    """The same for the mean score."""
+KINDS = ("heads", "neurons")
 
 
 def train(
@@ -113,15 +77,15 @@ def train(
     _require_fit(trace, facts, options)
     held_M: npt.NDArray[np.bool_] = held_out(trace.sequence_M, options.validation, options.seed)
     taught, held = np.flatnonzero(~held_M), np.flatnonzero(held_M)
-    block, width = options.neuron_block, options.width or default_width(facts, options.neuron_block)
+    block = options.neuron_block
+    width = options.width or default_width(facts, block, options.style)
     with progress.stage("neuron order"):
         orders_LF = neuron_orders(trace, block, rows=taught)
-    raw = dict(zip(("heads", "neurons"), predicted_scores(trace, orders_LF, block), strict=True))
-    inputs_ME = minmax_scaled(trace.context_ME)
-    fits: dict[str, Fit] = {}
+    raw = dict(zip(KINDS, predicted_scores(trace, orders_LF, block), strict=True))
+    fits: dict[str, list[Fit]] = {}
     dropped: dict[str, int] = {}
-    targets = {kind: layer_minmax(raw_MLU) for kind, raw_MLU in raw.items()}
-    for number, (kind, targets_MLU) in enumerate(targets.items()):
+    for number, kind in enumerate(KINDS):
+        targets_MLU = targets_of(raw[kind], options)
         valid_M: npt.NDArray[np.bool_] = np.asarray(np.isfinite(targets_MLU).all(axis=(1, 2)))
         dropped[kind] = int((~valid_M).sum())
         used, used_held = taught[valid_M[taught]], held[valid_M[held]]
@@ -130,13 +94,12 @@ def train(
                 f"no position has varying {kind} scores in every layer, so there is nothing to learn",
                 hint="collect more --positions, or use another --criterion",
             )
-        flat_MO = targets_MLU.reshape(len(targets_MLU), -1)
-        examples = Examples(inputs_ME[used], flat_MO[used], inputs_ME[used_held], flat_MO[used_held])
         with progress.stage(f"train {kind}"):
-            fits[kind] = fit(examples, width, options, options.seed + number, progress)
+            fits[kind] = _fits(trace, targets_MLU, (used, used_held), width, options, options.seed + number, progress)
+    heads, neurons = (_networks(fits[kind], options) for kind in KINDS)
     predictor = Predictor(
-        heads=fits["heads"].network,
-        neurons=fits["neurons"].network,
+        heads=heads,
+        neurons=neurons,
         layers=facts.layers - 1,
         block=block,
         orders_LF=orders_LF,
@@ -148,13 +111,80 @@ def train(
     )
     predictor.meta["report"] = {
         "positions": {"taught": len(taught), "held_out": len(held), "dropped": dropped},
-        "epoch": {kind: fitted.epoch for kind, fitted in fits.items()},
-        "error": {kind: {"predictor": f.error, "mean": f.mean_error} for kind, f in fits.items()},
-        "found": _report(predictor, trace.context_ME[held], {k: raw[k][held] for k in raw}, options.seed),
+        **_errors(fits, options),
+        "found": _report(predictor, _inputs(trace, held, options), {k: raw[k][held] for k in raw}, options.seed),
     }
     if out is not None:
         predictor.save(out)
     return predictor
+
+
+def _fits(
+    trace: ImportanceTrace,
+    targets_MLU: Floats,
+    rows: tuple[Rows, Rows],
+    width: int,
+    options: TrainOptions,
+    seed: int,
+    progress: Progress,
+) -> list[Fit]:
+    """Fit the networks of one kind: one, or one for every layer; `rows` are those taught and those held out."""
+    used, held = rows
+    if options.style == "shadow":
+        inputs_ME = minmax_scaled(trace.context_ME)
+        flat_MO = targets_MLU.reshape(len(targets_MLU), -1)
+        examples = Examples(inputs_ME[used], flat_MO[used], inputs_ME[held], flat_MO[held])
+        return [fit(examples, width, options, seed, progress)]
+    found = []
+    for layer in range(1, trace.layers):
+        inputs_ME, of_layer_MU = trace.input_ME(layer), targets_MLU[:, layer - 1]
+        examples = Examples(inputs_ME[used], of_layer_MU[used], inputs_ME[held], of_layer_MU[held])
+        with progress.stage(f"layer {layer}"):
+            found.append(fit(examples, width, options, seed + len(KINDS) * layer, progress))
+    return found
+
+
+def _networks(fits: Sequence[Fit], options: TrainOptions) -> Any:
+    if options.style == "shadow":
+        return fits[0].network
+    return LayerNetworks(tuple(one.network for one in fits))
+
+
+def _errors(fits: dict[str, list[Fit]], options: TrainOptions) -> dict[str, Any]:
+    """Return the epochs kept and the errors on held-out positions; with several networks, a list and their mean."""
+    several = options.style == "dejavu"
+    epochs = {kind: [one.epoch for one in found] for kind, found in fits.items()}
+    return {
+        "epoch": epochs if several else {kind: found[0] for kind, found in epochs.items()},
+        "error": {
+            kind: {
+                "predictor": float(np.mean([one.error for one in found])),
+                "mean": float(np.mean([one.mean_error for one in found])),
+            }
+            for kind, found in fits.items()
+        },
+    }
+
+
+def _inputs(trace: ImportanceTrace, rows: Rows, options: TrainOptions) -> Floats:
+    """Return what the predictor reads at these positions, see `Predictor.scores`."""
+    if options.style == "shadow":
+        return trace.context_ME[rows]
+    return np.stack([trace.input_ME(layer)[rows] for layer in range(1, trace.layers)], axis=1)
+
+
+def targets_of(raw_MLU: Floats, options: TrainOptions) -> Floats:
+    """Return what the networks learn, [M, Lp, U]; NaN in a layer that says nothing about a position.
+
+    Labels "top" are 1 for the first units of a layer (ties included), but for those of importance zero.
+    """
+    scaled_MLU = layer_minmax(raw_MLU)
+    if options.learned == "scores":
+        return scaled_MLU
+    finite_MLU = np.nan_to_num(raw_MLU)
+    top_MLU = selected(finite_MLU, options.top, "local") & (finite_MLU > 0)
+    targets: Floats = np.where(np.isnan(scaled_MLU), np.nan, top_MLU).astype(np.float32)
+    return targets
 
 
 def held_out(sequence_M: npt.NDArray[np.int32], share: float, seed: int) -> npt.NDArray[np.bool_]:
@@ -182,114 +212,10 @@ def layer_minmax(scores_MLU: Floats) -> Floats:
     return np.stack([np.zeros_like(s) if dead else s for s, dead in zip(layers, never, strict=True)], axis=1)
 
 
-def fit(examples: Examples, width: int, options: TrainOptions, seed: int, progress: Progress | None = None) -> Fit:
-    """Train one network; return the state of the epoch that is best on the held-out positions."""
-    work = options.batch * width * (examples.inputs_ME.shape[1] + examples.targets_MO.shape[1])
-    with threads_for(work):
-        return _fit(examples, width, options, seed, progress or NullProgress())
-
-
-def _fit(examples: Examples, width: int, options: TrainOptions, seed: int, progress: Progress) -> Fit:
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    centre_E, spread_E = _spread(examples.inputs_ME)
-    mean_O = examples.targets_MO.mean(axis=0, dtype=np.float64).astype(np.float32)
-    scale = float(np.sqrt(np.mean((examples.targets_MO - mean_O) ** 2, dtype=np.float64))) or 1.0
-    x_ME, held_x_ME = (
-        torch.from_numpy((part - centre_E) / spread_E) for part in (examples.inputs_ME, examples.held_inputs_ME)
-    )
-    y_MO, held_y_MO = (
-        torch.from_numpy((part - mean_O) / np.float32(scale))
-        for part in (examples.targets_MO, examples.held_targets_MO)
-    )
-    inputs, outputs = x_ME.shape[1], y_MO.shape[1]
-    weights = [
-        torch.randn(width, inputs, generator=generator) / math.sqrt(inputs),
-        torch.zeros(width),
-        torch.zeros(outputs, width),
-        torch.zeros(outputs),
-    ]
-    mean_error = float((held_y_MO**2).mean())
-    best, best_error, best_epoch = [w.clone() for w in weights], mean_error, 0
-    steps = -(-len(x_ME) // options.batch)
-    step = _stepper(weights, options.rate, options.epochs * steps)
-    for epoch in range(1, options.epochs + 1):
-        for rows in torch.split(torch.randperm(len(x_ME), generator=generator), options.batch):
-            masks = _dropout_masks(generator, len(rows), inputs, width)
-            step(x_ME[rows], y_MO[rows], masks)
-        with torch.no_grad():
-            error = float(((_forward(weights, held_x_ME) - held_y_MO) ** 2).mean())
-        if error < best_error:
-            best, best_error, best_epoch = [w.detach().clone() for w in weights], error, epoch
-        progress.advance(epoch, options.epochs, "epochs")
-    network = _folded([w.numpy() for w in best], centre_E, spread_E, mean_O, scale)
-    return Fit(network, best_epoch, best_error * scale**2, mean_error * scale**2)
-
-
-Masks = tuple["Tensor", "Tensor"]
-
-
-def _dropout_masks(generator: Generator, rows: int, inputs: int, width: int) -> Masks:
-    """Return factors for the inputs and the hidden units: 0 for those left out, more than 1 for the others."""
-    import torch
-
-    shares = ((inputs, 1 - INPUT_DROPOUT), (width, 1 - HIDDEN_DROPOUT))
-    kept = [torch.empty(rows, size).bernoulli_(share, generator=generator) / share for size, share in shares]
-    return kept[0], kept[1]
-
-
-def _forward(weights: list[Tensor], x_ME: Tensor, masks: Masks | None = None) -> Tensor:
-    from torch.nn import functional as F
-
-    x_ME = x_ME if masks is None else x_ME * masks[0]
-    hidden_MP = F.linear(x_ME, weights[0], weights[1]).relu()
-    hidden_MP = hidden_MP if masks is None else hidden_MP * masks[1]
-    return F.linear(hidden_MP, weights[2], weights[3])
-
-
-def _stepper(weights: list[Tensor], rate: float, steps: int) -> Callable[[Tensor, Tensor, Masks], None]:
-    """Return a function that takes one optimiser step on a batch."""
-    import torch
-
-    for weight in weights:
-        weight.requires_grad_()
-    optimiser = torch.optim.AdamW(weights, lr=rate, weight_decay=WEIGHT_DECAY)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
-
-    def step(x_ME: Tensor, y_MO: Tensor, masks: Masks) -> None:
-        optimiser.zero_grad()
-        loss = ((_forward(weights, x_ME, masks) - y_MO) ** 2).mean()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimiser.step()
-        schedule.step()
-
-    return step
-
-
-def _spread(inputs_ME: Floats) -> tuple[Floats, Floats]:
-    """Return mean and standard deviation of every input, the latter bounded from below."""
-    centre_E = inputs_ME.mean(axis=0, dtype=np.float64)
-    spread_E = inputs_ME.std(axis=0, dtype=np.float64)
-    least = max(LEAST_SPREAD * float(spread_E.mean()), 1e-6)
-    return centre_E.astype(np.float32), np.maximum(spread_E, least).astype(np.float32)
-
-
-def _folded(weights: list[Floats], centre_E: Floats, spread_E: Floats, mean_O: Floats, scale: float) -> Network:
-    """Put the standardisation of the inputs into fc1 and the scale of the targets into fc2, in float64."""
-    fc1_weight_PE = weights[0].astype(np.float64) / spread_E
-    return Network(
-        fc1_weight_PE.astype(np.float32),
-        (weights[1] - fc1_weight_PE @ centre_E.astype(np.float64)).astype(np.float32),
-        (weights[2] * np.float64(scale)).astype(np.float32),
-        (weights[3] * np.float64(scale) + mean_O).astype(np.float32),
-    )
-
-
-def _report(predictor: Predictor, context_ME: Floats, raw: dict[str, Floats], seed: int) -> dict[str, Any]:
+def _report(predictor: Predictor, inputs: Floats, raw: dict[str, Floats], seed: int) -> dict[str, Any]:
     """Return recall and captured importance on held-out positions, beside the controls'."""
     layers = predictor.layers
-    scores = dict(zip(("heads", "neurons"), predictor.scores(context_ME), strict=True))
+    scores = dict(zip(("heads", "neurons"), predictor.scores(inputs), strict=True))
     heads, blocks = predictor.units
     chance = dict(zip(("heads", "neurons"), random_scores(seed, (layers, heads), (layers, blocks)), strict=True))
     report = {}
@@ -322,6 +248,7 @@ def _meta(trace: ImportanceTrace, facts: OptFacts, options: TrainOptions, width:
     return {
         "origin": "trained",
         "criterion": trace.meta["criterion"],
+        "labels": options.learned,
         "model": trace.meta["model"],
         "text": trace.meta["text"],
         "source": trace.meta["source"],
@@ -330,5 +257,5 @@ def _meta(trace: ImportanceTrace, facts: OptFacts, options: TrainOptions, width:
         "seed": options.seed,
         "width": width,
         "training": options.model_dump(),
-        "parameters_share": round(cost_share(facts, options.neuron_block, width), 5),
+        "parameters_share": round(cost_share(facts, options.neuron_block, width, options.style), 5),
     }

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -15,6 +15,12 @@ from shadowc.spec.density import Density
 Criterion = str
 Scope = Literal["local", "global"]
 Mask = Literal["token", "sequence"]
+Style = Literal["shadow", "dejavu"]
+"""shadow: one look at layer 0's attention scores all later layers; dejavu: every layer has a predictor of its own."""
+STYLES: tuple[Style, ...] = get_args(Style)
+Labels = Literal["scores", "top"]
+"""scores: the criterion's scores of a layer, scaled to 0..1 (squared error); top: whether a unit is among the first
+of its layer (cross entropy)."""
 WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "cpu": ("fp32", "bf16", "int8", "int4"),
@@ -45,14 +51,24 @@ class CollectOptions(_Frozen):
 class TrainOptions(_Frozen):
     """How the predictor is trained."""
 
+    style: Style = "shadow"
+    labels: Labels | None = None
+    """What the networks learn; None: scores for style shadow, top for style dejavu."""
+    top: float = Field(default=0.3, gt=0, lt=1)
+    """With labels "top": the share of a layer's units that are called important."""
     neuron_block: int = Field(default=16, ge=1)
     width: int = Field(default=0, ge=0)
-    """Hidden width P of both networks; 0: the largest multiple of 32, at most 1024, within 3 % of the model's bytes."""
+    """Hidden width P of every network; 0: the largest multiple of 32, at most 1024, within 3 % of the model's bytes."""
     epochs: int = Field(default=60, ge=1)
     batch: int = Field(default=64, ge=1)
     rate: float = Field(default=1e-3, gt=0)
     validation: float = Field(default=0.1, gt=0, lt=1)
     seed: int = 0
+
+    @property
+    def learned(self) -> Labels:
+        """What the networks learn, by the style where nobody chose it."""
+        return self.labels or ("top" if self.style == "dejavu" else "scores")
 
 
 class CompileOptions(_Frozen):
@@ -68,7 +84,8 @@ class CompileOptions(_Frozen):
     """"train", "none" (a dense engine), or the folder of a trained predictor."""
     head_density: float = 0.5
     neuron_density: float = 0.5
-    scope: Scope = "global"
+    scope: Scope | None = None
+    """None: global, where every layer has its own predictor local."""
     mask: Mask = "token"
     """"token": every token has its own mask; "sequence": the last token of the prompt decides for all that follow."""
     refresh: int = Field(default=0, ge=0)

@@ -76,6 +76,8 @@ class SparsityPlan:
     """Predicted layers (0 = model layer 1) that stay dense."""
     min_active_heads: int = 0
     min_active_neurons: int = 0
+    style: Literal["shadow", "dejavu"] = "shadow"
+    """shadow: scores of all layers come from layer 0; dejavu: those of a layer from its own input (scope local)."""
 
 
 @dataclass(slots=True)

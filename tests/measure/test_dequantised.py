@@ -12,7 +12,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from shadowc.emit.records import quantise_nbits
 from shadowc.measure.dequantised import PRODUCT_BLOCKS, RoundedPredictor
-from shadowc.sparsity.predictor import Network, Predictor, minmax_scaled
+from shadowc.sparsity.networks import Network, minmax_scaled
+from shadowc.sparsity.predictor import Predictor
 
 TOLERANCE = 2e-3
 """Of the spread of the scores: single activations at a rounding tie may fall either way."""

@@ -15,17 +15,8 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from shadowc.checkpoint.opt import OptFacts, published_config
-from shadowc.sparsity.predictor import (
-    BUDGET,
-    META_FILE,
-    TENSORS_FILE,
-    Predictor,
-    blocks_of,
-    check_folder,
-    cost_share,
-    default_width,
-    minmax_scaled,
-)
+from shadowc.sparsity.networks import BUDGET, blocks_of, cost_share, default_width, minmax_scaled
+from shadowc.sparsity.predictor import META_FILE, TENSORS_FILE, Predictor, check_folder
 from shadowc.spec.errors import InputError, SetupError
 from shadowc.spec.program import SparsityPlan
 

@@ -13,10 +13,13 @@ import pytest
 import torch
 
 from shadowc.checkpoint.opt import OptFacts
+from shadowc.sparsity import fit as fitting
 from shadowc.sparsity import train as module
+from shadowc.sparsity.fit import Examples, fit
 from shadowc.sparsity.importance import ImportanceTrace
-from shadowc.sparsity.predictor import Predictor, minmax_scaled
-from shadowc.sparsity.train import Examples, fit, held_out, layer_minmax, train
+from shadowc.sparsity.networks import minmax_scaled
+from shadowc.sparsity.predictor import Predictor
+from shadowc.sparsity.train import held_out, layer_minmax, train
 from shadowc.spec.errors import InputError
 from shadowc.spec.options import TrainOptions
 from shadowc.spec.progress import EventProgress
@@ -125,12 +128,12 @@ def examples(seed: int = 0, rows: int = 200) -> Examples:
 def test_folding_the_standardisation_into_the_weights_changes_nothing() -> None:
     rng = np.random.default_rng(0)
     part = examples()
-    centre_E, spread_E = module._spread(part.inputs_ME)
+    centre_E, spread_E = fitting._spread(part.inputs_ME)
     weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((32, 16), (32,), (6, 32), (6,))]
     mean_O, scale = rng.standard_normal(6).astype(np.float32), 0.3
-    network = module._folded(weights, centre_E, spread_E, mean_O, scale)
+    network = fitting._folded(weights, centre_E, spread_E, mean_O, scale)
     standard_ME = torch.from_numpy((part.inputs_ME - centre_E) / spread_E)
-    expected = module._forward([torch.from_numpy(w) for w in weights], standard_ME).numpy() * scale + mean_O
+    expected = fitting._forward([torch.from_numpy(w) for w in weights], standard_ME).numpy() * scale + mean_O
     np.testing.assert_allclose(network(part.inputs_ME), expected, atol=FOLDED, rtol=FOLDED)
 
 

@@ -20,6 +20,7 @@ from shadowc.emit.records import groups, materialise
 from shadowc.pipeline import run_passes, schedule
 from shadowc.sparsity.predictor import Predictor
 from shadowc.spec import oracle
+from shadowc.spec.options import Style
 from shadowc.spec.program import Program, SparsityPlan
 from shadowc.trace.export import load_program, trace
 from shadowc.trace.program_io import to_model
@@ -50,9 +51,9 @@ def model() -> OPTForCausalLM:
 
 
 @cache
-def predictor(block: int = BLOCK) -> Predictor:
+def predictor(block: int = BLOCK, style: Style = "shadow") -> Predictor:
     """Random networks and, for blocks, random orders of the neurons."""
-    return Predictor.dummy(FACTS, block, WIDTH, seed=3)
+    return Predictor.dummy(FACTS, block, WIDTH, seed=3, style=style)
 
 
 def plan(block: int = BLOCK, **changes: object) -> SparsityPlan:
@@ -62,10 +63,10 @@ def plan(block: int = BLOCK, **changes: object) -> SparsityPlan:
 class Tensors:
     """A TensorSource: the model's weights and the predictor's."""
 
-    def __init__(self, block: int = BLOCK) -> None:
+    def __init__(self, block: int = BLOCK, style: Style = "shadow") -> None:
         self.values = {name: value.numpy() for name, value in model().state_dict().items()}
         self.values.setdefault(HEAD, self.values[EMBEDDING])
-        self.values |= {f"predictor.{name}": value for name, value in predictor(block).tensors().items()}
+        self.values |= {f"predictor.{name}": value for name, value in predictor(block, style).tensors().items()}
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self.values))

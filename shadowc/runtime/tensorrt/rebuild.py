@@ -121,8 +121,12 @@ def _limits(manifest: EngineManifest) -> dict[str, str]:
 def _sparsity(part: SparsityPart | None) -> dict[str, str]:
     if part is None:
         return {"--predictor": "none"}
-    names = ("head_density", "neuron_density", "scope")
-    usual = {**{name: _default(name) for name in names}, "neuron_block": TrainOptions().neuron_block}
+    usual = {
+        "head_density": _default("head_density"),
+        "neuron_density": _default("neuron_density"),
+        "scope": "global",
+        "neuron_block": TrainOptions().neuron_block,
+    }
     return {
         f"--{name.replace('_', '-')}": str(getattr(part, name))
         for name, value in usual.items()

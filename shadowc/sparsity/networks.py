@@ -1,0 +1,173 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: N815 - fields carry their shape letters
+"""The networks of a predictor, in numpy: one for all layers (style shadow), or one for each (style dejavu).
+
+Letters: M tokens, E hidden, P width, Lp predicted layers (model layers 1..L-1), U units of a kind per layer,
+O outputs of a network, N blocks of neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shadowc.spec.options import Style
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from shadowc.checkpoint.opt import OptFacts
+
+    Floats = npt.NDArray[np.float32]
+
+SMALLEST_SPAN = 1e-12
+BUDGET = 0.03
+"""Share of a dense token's parameters that the predictor may cost."""
+WIDTH_STEP = 32
+LARGEST_WIDTH = 1024
+PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """fc2(relu(fc1(z))): weights as torch.nn.Linear stores them, [out, in]."""
+
+    fc1_weight_PE: Floats
+    fc1_bias_P: Floats
+    fc2_weight_OP: Floats
+    fc2_bias_O: Floats
+
+    @property
+    def width(self) -> int:
+        """Hidden width P."""
+        return int(self.fc1_weight_PE.shape[0])
+
+    @property
+    def inputs(self) -> int:
+        """Size E of an input."""
+        return int(self.fc1_weight_PE.shape[-1])
+
+    @property
+    def outputs(self) -> int:
+        """Number O of scores."""
+        return len(self.fc2_bias_O)
+
+    def __call__(self, input_ME: Floats) -> Floats:
+        """Return the scores [M, O] of inputs."""
+        hidden_MP = np.maximum(input_ME @ self.fc1_weight_PE.T + self.fc1_bias_P, 0)
+        scores: Floats = hidden_MP @ self.fc2_weight_OP.T + self.fc2_bias_O
+        return scores
+
+    def tensors(self, name: str) -> dict[str, Floats]:
+        """Return the four tensors under `name.fc1.weight` and so on."""
+        values = (self.fc1_weight_PE, self.fc1_bias_P, self.fc2_weight_OP, self.fc2_bias_O)
+        return {f"{name}.{part}": value for part, value in zip(PARTS, values, strict=True)}
+
+    def problems(self, name: str, inputs: int, outputs: int) -> list[str]:
+        """Return what is wrong with shapes and numbers, given what there should be."""
+        width, found = len(self.fc1_bias_P), []
+        shapes = ((width, inputs), (width,), (outputs, width), (outputs,))
+        for (key, value), shape in zip(self.tensors(name).items(), shapes, strict=True):
+            if value.shape != shape:
+                found.append(f"{key} has shape {list(value.shape)}, expected {list(shape)}")
+            elif not np.isfinite(value).all():
+                found.append(f"{key} has numbers that are not finite")
+        return found
+
+    @staticmethod
+    def read(tensors: Mapping[str, npt.NDArray[Any]], name: str) -> Network:
+        """Return the network under a name.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        return Network(*(tensors[f"{name}.{part}"] for part in PARTS))
+
+    @staticmethod
+    def random(generator: np.random.Generator, inputs: int, width: int, outputs: int) -> Network:
+        """Return seeded random weights whose scores differ from token to token."""
+
+        def normal(rows: int, columns: int) -> Floats:
+            return generator.standard_normal((rows, columns), dtype=np.float32) / np.float32(np.sqrt(columns))
+
+        fc1_weight_PE = normal(width, inputs)
+        zeros = np.zeros
+        return Network(fc1_weight_PE, zeros(width, np.float32), normal(outputs, width), zeros(outputs, np.float32))
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNetworks:
+    """A network for every predicted layer, each with an input of its own; all of one shape."""
+
+    networks: tuple[Network, ...]
+
+    @property
+    def width(self) -> int:
+        """Hidden width P of each."""
+        return self.networks[0].width
+
+    @property
+    def inputs(self) -> int:
+        """Size E of an input."""
+        return self.networks[0].inputs
+
+    @property
+    def outputs(self) -> int:
+        """Number Lp * U of scores of all layers."""
+        return sum(network.outputs for network in self.networks)
+
+    def tensors(self, name: str) -> dict[str, Floats]:
+        """Return the tensors of all layers, under `name.{model layer}.fc1.weight` and so on."""
+        made: dict[str, Floats] = {}
+        for layer, network in enumerate(self.networks, start=1):
+            made |= network.tensors(f"{name}.{layer}")
+        return made
+
+    def problems(self, name: str, inputs: int, outputs: int) -> list[str]:
+        """As `Network.problems`; `outputs` are those of all layers."""
+        share = outputs // len(self.networks)
+        numbered = enumerate(self.networks, start=1)
+        return [text for layer, one in numbered for text in one.problems(f"{name}.{layer}", inputs, share)]
+
+    @staticmethod
+    def read(tensors: Mapping[str, npt.NDArray[Any]], name: str, layers: int) -> LayerNetworks:
+        """Return the networks under a name.
+
+        Raises:
+            KeyError: a tensor is missing.
+        """
+        return LayerNetworks(tuple(Network.read(tensors, f"{name}.{layer}") for layer in range(1, layers + 1)))
+
+
+def minmax_scaled(context_ME: Floats) -> Floats:
+    """Scale each row to 0..1 over its entries, exactly as the engine does."""
+    low_M1 = context_ME.min(axis=-1, keepdims=True)
+    span_M1 = np.maximum(context_ME.max(axis=-1, keepdims=True) - low_M1, np.float32(SMALLEST_SPAN))
+    scaled: Floats = (context_ME - low_M1) / span_M1
+    return scaled
+
+
+def blocks_of(neurons: int, block: int) -> int:
+    """Return the number of blocks; the last one may be short."""
+    return -(-neurons // block)
+
+
+def cost_share(facts: OptFacts, block: int, width: int, style: Style = "shadow") -> float:
+    """Return the parameters of a predictor as a share of those that a dense token reads (layers and LM head)."""
+    outputs = facts.predicted_layers * (facts.heads + blocks_of(facts.ffn, block))
+    readers = 2 * (facts.predicted_layers if style == "dejavu" else 1)
+    per_layer = 4 * facts.hidden * (facts.hidden + 1) + facts.ffn * (2 * facts.hidden + 1) + facts.hidden
+    dense = facts.layers * per_layer + facts.vocab * facts.hidden
+    return (width * (readers * (facts.hidden + 1) + outputs) + outputs) / dense
+
+
+def default_width(facts: OptFacts, block: int, style: Style = "shadow") -> int:
+    """Return the largest multiple of 32, 32 to 1024, with which a predictor costs at most 3 % of a dense token.
+
+    Counted in parameters, since the predictor is quantised as the model is. A model too small for the budget gets 32.
+    """
+    widths = range(WIDTH_STEP, LARGEST_WIDTH + 1, WIDTH_STEP)
+    return max((width for width in widths if cost_share(facts, block, width, style) <= BUDGET), default=WIDTH_STEP)
