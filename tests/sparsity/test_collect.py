@@ -50,19 +50,24 @@ def traces(checkpoint: Checkpoint, tiny_model: Any, tmp_path_factory: pytest.Tem
     }
 
 
-def prefix_run(model: Any, ids_T: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], list[np.ndarray[Any, Any]]]:
-    """The last token's layer-0 context and fc1 outputs, computed from the prefix alone with hooks of our own."""
+def prefix_run(model: Any, ids_T: np.ndarray[Any, Any]) -> tuple[np.ndarray[Any, Any], ...]:
+    """The last token's layer-0 context, fc1 outputs and norm outputs, from the prefix alone with hooks of our own."""
     contexts: list[torch.Tensor] = []
     hidden: list[torch.Tensor] = []
+    normed: list[torch.Tensor] = []
     layers = model.model.decoder.layers
     hooks = [layers[0].self_attn.out_proj.register_forward_pre_hook(lambda _, inputs: contexts.append(inputs[0]))]
     hooks += [layer.fc1.register_forward_hook(lambda _, __, output: hidden.append(output)) for layer in layers]
+    hooks += [
+        layer.self_attn.q_proj.register_forward_pre_hook(lambda _, inputs: normed.append(inputs[0])) for layer in layers
+    ]
     with torch.no_grad():
         model(input_ids=torch.from_numpy(ids_T.astype(np.int64))[None])
     for hook in hooks:
         hook.remove()
     size = contexts[0].shape[-1]
-    return contexts[0].reshape(-1, size)[-1].numpy(), [h.reshape(-1, h.shape[-1])[-1].numpy() for h in hidden]
+    last = [np.stack([x.reshape(-1, x.shape[-1])[-1].numpy() for x in part]) for part in (hidden, normed)]
+    return contexts[0].reshape(-1, size)[-1].numpy(), *last
 
 
 def all_neurons(trace: ImportanceTrace) -> np.ndarray[Any, Any]:
@@ -72,10 +77,13 @@ def all_neurons(trace: ImportanceTrace) -> np.ndarray[Any, Any]:
 def assert_causal(trace: ImportanceTrace, model: Any) -> None:
     """Inputs depend on nothing after their token, and belong to the same token as the targets."""
     neurons_LMF = [trace.neurons_MF(layer) for layer in range(trace.layers)]
+    inputs_LME = [trace.input_ME(layer) for layer in range(1, trace.layers)]
     for m in range(0, len(trace.position_M), 7):
         n, t = int(trace.sequence_M[m]), int(trace.position_M[m])
-        context_E, hidden_LF = prefix_run(model, trace.tokens_NT[n, : t + 1])
+        context_E, hidden_LF, normed_LE = prefix_run(model, trace.tokens_NT[n, : t + 1])
         np.testing.assert_allclose(trace.context_ME[m], context_E, atol=FLOAT32)
+        for input_ME, normed_E in zip(inputs_LME, normed_LE[1:], strict=True):
+            np.testing.assert_allclose(input_ME[m], normed_E, atol=FLOAT32, rtol=HALF_STEP)
         if trace.meta["criterion"] == "l2norm":
             for layer, hidden_F in enumerate(hidden_LF):
                 np.testing.assert_allclose(neurons_LMF[layer][m], np.abs(hidden_F), atol=2e-3)
@@ -88,7 +96,7 @@ def test_inputs_and_targets_belong_to_one_token_and_see_no_later_one(
     assert_causal(traces[name], tiny_model)
 
 
-@pytest.mark.parametrize("shifted", ["context", "target"])
+@pytest.mark.parametrize("shifted", ["context", "target", "inputs"])
 def test_the_causality_check_catches_a_shift_by_one_token(
     checkpoint: Checkpoint, tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shifted: str
 ) -> None:
@@ -100,6 +108,8 @@ def test_the_causality_check_catches_a_shift_by_one_token(
         later = original(model, facts, criterion, ids_BT, [p + 1 for p in positions])
         if shifted == "context":
             rows.context_ME = later.context_ME
+        elif shifted == "inputs":
+            rows.inputs_LME = later.inputs_LME
         else:
             rows.heads_MLH, rows.neurons_LMF = later.heads_MLH, later.neurons_LMF
         return rows

@@ -124,6 +124,14 @@ def test_l2norm_is_the_published_formula_per_token() -> None:
     torch.testing.assert_close(neurons_BTF, (fc1_BTF**2).sqrt())
 
 
+def test_activation_is_what_a_unit_says_and_zero_for_a_neuron_that_did_not_fire() -> None:
+    generator = torch.Generator().manual_seed(1)
+    context_BTHD, fc1_BTF = (torch.randn(2, 3, 4, 5, generator=generator), torch.randn(2, 3, 7, generator=generator))
+    heads_BTH, neurons_BTF = find_criterion("activation").score(LayerSignals(context_BTHD, fc1_BTF))
+    torch.testing.assert_close(heads_BTH, (context_BTHD**2).sum(-1).sqrt())
+    torch.testing.assert_close(neurons_BTF, torch.where(fc1_BTF > 0, fc1_BTF, 0.0))
+
+
 def test_registry_says_what_needs_gradients_and_where_formulas_come_from() -> None:
     assert set(criterion_names()) >= {"l2norm", "plainact"}
     assert find_criterion("plainact").gradients
