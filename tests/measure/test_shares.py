@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import shadowc
 from shadowc.measure.settings import Variant
 from shadowc.measure.shares import Part, Shares, by_generation, part_of, profile
 from shadowc.runtime.engine import Engine
@@ -18,6 +19,7 @@ from shadowc.runtime.load import load_cpu
 from shadowc.runtime.recording import NodeTime, Run, read_recording
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InternalError
+from tests.e2e import compiled
 
 PROMPT = np.arange(4, 20, dtype=np.int64)[None]
 PARTS = ("predictor", "selection", "attention", "ffn", "lm_head", "framework", "other")
@@ -45,8 +47,6 @@ def profiled(engine: Engine, *, mask: str = "token", densities: tuple[Density, .
         ("scores.heads", "Slice", "predictor"),
         ("predictor.heads.3.fc1.product", "Linear", "predictor"),
         ("scores.heads.3", "Slice", "predictor"),
-        ("threshold.heads", "Concat", "selection"),
-        ("active.neurons", "Concat", "selection"),
         ("logits", "MatMulNBits", "lm_head"),
         ("logits", "MatMul", "lm_head"),
         ("logits", "Linear", "lm_head"),
@@ -64,7 +64,16 @@ def test_a_node_belongs_to_a_part_by_operator_and_name(name: str, operator: str,
     assert part_of(name, operator) == part
 
 
-@pytest.mark.parametrize("fixture", ["sparse_engine", "int8_engine"])
+@pytest.fixture(scope="module")
+def dejavu_engine(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As sparse_engine, with a predictor and a selection for each layer. Read only."""
+    train = compiled.TRAIN.model_copy(update={"style": "dejavu"})
+    return shadowc.compile(
+        compiled.options(tiny_checkpoint, tmp_path_factory.mktemp("dejavu") / "tiny.engine", train=train)
+    )
+
+
+@pytest.mark.parametrize("fixture", ["sparse_engine", "int8_engine", "dejavu_engine"])
 def test_no_node_of_an_engine_is_unknown_and_every_part_takes_time(
     fixture: str, request: pytest.FixtureRequest
 ) -> None:
