@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Parts of a token's time of one engine, in a process of its own.
 
-`python -m benchmarks.styles.parts ENGINE` prints JSON: setting -> share of predictor, selection, attention, FFN, LM head and the rest, and milliseconds, all under ONNX
-Runtime's profiler.
+`python -m benchmarks.styles.parts ENGINE` prints JSON: setting -> shares of predictor, selection, attention, FFN, LM
+head and the rest, and milliseconds, all under ONNX Runtime's profiler.
 """
 
 from __future__ import annotations
