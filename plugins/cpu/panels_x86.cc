@@ -137,7 +137,9 @@ void DotsVnni8(const int8_t* weights, size_t stride, const Panels& panels, size_
       }
     }
   }
+  HWY_UNROLL(8)
   for (size_t n = 0; n < kWeights; ++n) {
+    HWY_UNROLL(3)
     for (size_t d = 0; d < kPanelDigits; ++d) _mm512_storeu_si512(sums[0][d][first + n], acc[n][d]);
   }
 }
