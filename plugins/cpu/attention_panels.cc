@@ -34,12 +34,12 @@ struct Projection {
 
 // Rows d0 ... d0 + count - 1 of one part of one head, for the panels in which any row has a use for it.
 void Project32(const Projection& projection, size_t h, size_t part, size_t d0, size_t count, size_t p0,
-               size_t p1, int8_t* room, PanelSums* sums) {
+               size_t p1, int8_t* room, int8_t* woven, PanelSums* sums) {
   const AttentionArgs& a = projection.a;
   const int8_t* rows[32];
   const size_t first = (h * 4 + part) * a.head_size + d0;
   for (size_t i = 0; i < count; ++i) rows[i] = static_cast<const int8_t*>(a.w) + (first + i) * a.width;
-  const WeightRows weights = RowsForDots(rows, count, a.width, room);
+  const RowDots dots(projection.kernels, projection.x, rows, count, a.width, room, woven);
   const int8_t* next[32];
   const size_t next_count = std::min<size_t>(32, a.head_size - d0 - count);
   for (size_t i = 0; i < next_count; ++i) next[i] = rows[0] + (count + i) * a.width;
@@ -52,14 +52,14 @@ void Project32(const Projection& projection, size_t h, size_t part, size_t d0, s
       any |= wanted[r];
     }
     if (!any) continue;
-    projection.kernels.dots(weights, projection.x, p, LaterOf(next, next_count, p - p0, p1 - p0), sums);
+    dots.With(p, LaterOf(next, next_count, p - p0, p1 - p0), sums);
     for (size_t i = 0; i < count; i += 16) {
       void* out[kPanelRows];
       for (size_t r = 0; r < kPanelRows; ++r) {
         out[r] = wanted[r] ? projection.Target(part, p * kPanelRows + r, h, d0 + i) : nullptr;
       }
-      projection.kernels.finish_dots(
-          sums[i / 16], projection.x.step + p * kPanelRows,
+      dots.Finish(
+          sums[i / 16], p,
           {scale + i, bias + i, part == 0 ? projection.query_factor : 1.0f, false, nullptr, out,
            projection.Float16(part), std::min<size_t>(16, count - i), nullptr});
     }
@@ -72,7 +72,7 @@ bool SplitForProjection(const PanelKernels& kernels, const AttentionArgs& a, con
                         const Parallel& parallel) {
   const size_t rows = a.batch * a.tokens, room = PanelsOf(rows) * kPanelRows;
   std::fill(left, left + room, uint8_t{0});
-  SplitRows(kernels, a.x, a.width, nullptr, rows, a.width, true, x, left, parallel);
+  SplitRows(kernels, a.x, a.width, nullptr, rows, a.width, RowDots::IsByQuad(kernels), x, left, parallel);
   return std::any_of(left, left + rows, [](uint8_t row) { return row != 0; });
 }
 
@@ -87,10 +87,11 @@ void ProjectPanels(const PanelKernels& kernels, const AttentionArgs& a, const ui
     const size_t p0 = task / parts * kPanelsAtOnce, p1 = std::min(panels, p0 + kPanelsAtOnce);
     Arena& arena = ThreadArena();
     int8_t* room = arena.Take<int8_t>(32 * x.steps * kPanelStep);
+    int8_t* woven = arena.Take<int8_t>(32 * x.steps * kPanelStep);
     PanelSums* sums = arena.Take<PanelSums>(2);
     const PanelScope scope(kernels);
     for (size_t d = 0; d < a.head_size; d += 32) {
-      Project32(projection, h, part, d, std::min<size_t>(32, a.head_size - d), p0, p1, room, sums);
+      Project32(projection, h, part, d, std::min<size_t>(32, a.head_size - d), p0, p1, room, woven, sums);
     }
   });
 }
@@ -99,7 +100,7 @@ bool ProjectOutPanels(const PanelKernels& kernels, const AttentionArgs& a, const
                       CallArena* arena, uint8_t* left, const Parallel& parallel) {
   const size_t rows = a.batch * a.tokens, panels = PanelsOf(rows), tiles = (rows + kTileRows - 1) / kTileRows;
   const size_t depth = std::min(a.width, kDepthAtOnce);
-  Panels context = TakePanels(arena, panels, depth);
+  Panels context = TakePanels(arena, panels, depth, a.few_digits && kernels.few);
   float* scale = arena->Take<float>(a.width);
   const int8_t** records = arena->Take<const int8_t*>(a.width);
   for (size_t h = 0; h < a.heads; ++h) {

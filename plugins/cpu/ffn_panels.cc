@@ -57,7 +57,7 @@ void MakeMasks(Work* work, const Parallel& parallel) {
 
 // Hidden values of panels p0 ... p1 - 1 for at most 32 neurons, the first of which is list[n].
 void Hidden32(const Work& work, const Block& block, const Panels& x, size_t p0, size_t p1, size_t n,
-              size_t count, int8_t* room, PanelSums* sums) {
+              size_t count, int8_t* room, int8_t* woven, PanelSums* sums) {
   const FfnArgs& a = work.a;
   const uint32_t* list = block.neurons + n;
   const int8_t* records[32];
@@ -67,23 +67,22 @@ void Hidden32(const Work& work, const Block& block, const Panels& x, size_t p0, 
     scale[i] = a.scales[2 * list[i]];
     bias[i] = a.b1[list[i]];
   }
-  const WeightRows rows = RowsForDots(records, count, a.width, room);
+  const RowDots dots(work.kernels, x, records, count, a.width, room, woven);
   const int8_t* next[32];
   const size_t next_count = std::min<size_t>(32, block.count - n - count);
   for (size_t i = 0; i < next_count; ++i) next[i] = work.Record(list[count + i]);
   for (size_t p = p0; p < p1; ++p) {
-    work.kernels.dots(rows, x, p, LaterOf(next, next_count, p - p0, p1 - p0), sums);
-    for (size_t half = 0; half < rows.halves; ++half) {
-      const size_t i0 = 16 * half;
+    dots.With(p, LaterOf(next, next_count, p - p0, p1 - p0), sums);
+    for (size_t i0 = 0; i0 < count; i0 += 16) {
       uint16_t mask[16];
       void* out[kPanelRows];
       for (size_t i = i0; i < std::min(count, i0 + 16); ++i) mask[i - i0] = work.MaskOf(p, list[i]);
       for (size_t r = 0; r < kPanelRows; ++r) {
         out[r] = block.hidden + (p * kPanelRows + r) * block.stride + n + i0;
       }
-      work.kernels.finish_dots(sums[half], x.step + p * kPanelRows,
-                               {scale + i0, bias + i0, 1.0f, true, mask, out, false,
-                                std::min<size_t>(16, count - i0), block.fired + p * kBlock + n + i0});
+      dots.Finish(sums[i0 / 16], p,
+                  {scale + i0, bias + i0, 1.0f, true, mask, out, false, std::min<size_t>(16, count - i0),
+                   block.fired + p * kBlock + n + i0});
     }
   }
 }
@@ -96,10 +95,11 @@ void FirstLayer(const Work& work, const Block& block, const Panels& x, const Par
     const size_t first = task % parts * kNeuronsAtOnce, last = std::min(block.count, first + kNeuronsAtOnce);
     Arena& arena = ThreadArena();
     int8_t* room = arena.Take<int8_t>(32 * x.steps * kPanelStep);
+    int8_t* woven = arena.Take<int8_t>(32 * x.steps * kPanelStep);
     PanelSums* sums = arena.Take<PanelSums>(2);
     const PanelScope scope(work.kernels);
     for (size_t n = first; n < last; n += 32) {
-      Hidden32(work, block, x, p0, p1, n, std::min<size_t>(32, last - n), room, sums);
+      Hidden32(work, block, x, p0, p1, n, std::min<size_t>(32, last - n), room, woven, sums);
     }
   });
 }
@@ -138,9 +138,10 @@ bool FfnPanels(const PanelKernels& kernels, const FfnArgs& a, CallArena* arena, 
             0};
   MakeMasks(&work, parallel);
   std::fill(left, left + panels * kPanelRows, uint8_t{0});
-  const Panels x = TakePanels(arena, panels, a.width);
-  Panels hidden = TakePanels(arena, panels, kBlock);
-  SplitRows(kernels, a.x, a.width, nullptr, rows, a.width, true, x, left, parallel);
+  const bool few = a.few_digits && kernels.few;
+  const Panels x = TakePanels(arena, panels, a.width, few);
+  Panels hidden = TakePanels(arena, panels, kBlock, few);
+  SplitRows(kernels, a.x, a.width, nullptr, rows, a.width, RowDots::IsByQuad(kernels), x, left, parallel);
   // Rows that are a power of two apart would share cache sets.
   Block block{work.neurons, 0, kBlock + 16, nullptr, arena->Take<uint16_t>(panels * kBlock)};
   block.hidden = arena->Take<float>(panels * kPanelRows * block.stride);

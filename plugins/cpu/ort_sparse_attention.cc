@@ -73,6 +73,7 @@ class SparseAttentionKernel {
     CheckWeightType(info, kW, &problems);
     problems.ThrowIfAny();
     kv_active_only_ = kv == "active";
+    few_digits_ = IntAttribute(info, kFewDigits, 0) != 0;
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) {
@@ -127,6 +128,7 @@ class SparseAttentionKernel {
     a.start = start.data;
     a.past = past.data;
     a.kv_active_only = kv_active_only_;
+    a.few_digits = few_digits_ && a.selection.tail < a.tokens;
     a.y = Output<float>(context, kY, x.shape);
     a.present_key = Output<C>(context, kPresentKey, key.shape);
     a.present_value = Output<C>(context, kPresentValue, value.shape);
@@ -141,7 +143,7 @@ class SparseAttentionKernel {
 
   std::string node_;
   int64_t layer_;
-  bool kv_active_only_ = false;
+  bool kv_active_only_ = false, few_digits_ = false;
 };
 
 // ONNX Runtime takes two operators of one name as one that has both signatures: an output's type cannot be

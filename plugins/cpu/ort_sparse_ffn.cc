@@ -16,7 +16,8 @@ class SparseFfnKernel {
       : node_(info.GetNodeName()),
         layer_(IntAttribute(info, "layer", 0)),
         block_(IntAttribute(info, "block", 1)),
-        skip_zeros_(IntAttribute(info, "skip_zeros", 0) != 0) {
+        skip_zeros_(IntAttribute(info, "skip_zeros", 0) != 0),
+        few_digits_(IntAttribute(info, kFewDigits, 0) != 0) {
     Problems problems(kName, node_);
     problems.Expect(block_ >= 1, "attribute block", "at least 1", std::to_string(block_));
     CheckWeightType(info, kW, &problems);
@@ -58,13 +59,14 @@ class SparseFfnKernel {
     a.neurons = static_cast<size_t>(neurons);
     a.block = static_cast<size_t>(block_);
     a.skip_zeros = skip_zeros_;
+    a.few_digits = few_digits_ && a.selection.tail < a.tokens;
     a.y = Output<float>(context, kY, x.shape);
     WriteRead(context, kRead, SparseFfn(a, HostPool(raw)));
   }
 
   std::string node_;
   int64_t layer_, block_;
-  bool skip_zeros_;
+  bool skip_zeros_, few_digits_;
 };
 
 struct SparseFfnOpType : OpBase<SparseFfnOpType, SparseFfnKernel> {

@@ -15,14 +15,37 @@ const PanelKernels* KernelsFor(size_t rows, size_t weights) {
 void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const float* factor, size_t rows,
                size_t width, bool by_quad, const Panels& panels, uint8_t* left, const Parallel& parallel) {
   parallel.For(PanelsOf(rows), [&](size_t p) {
-    for (size_t r = 0; r < kPanelRows; ++r) {
+    RowDigits digits[kPanelRows];
+    uint8_t places = 1;
+    const auto row_of = [&](size_t r) {
       const size_t row = p * kPanelRows + r;
-      const bool has_digits =
-          kernels.split(row < rows ? x + row * stride : nullptr, factor, width, panels, p, r);
-      if (!has_digits) left[row] = 1;
+      return row < rows ? x + row * stride : nullptr;
+    };
+    for (size_t r = 0; r < kPanelRows; ++r) {
+      digits[r] = kernels.measure(row_of(r), factor, width, panels.places != nullptr);
+      places = std::max(places, digits[r].places);
+      if (!digits[r].exist) left[p * kPanelRows + r] = 1;
     }
+    if (panels.places != nullptr) panels.places[p] = places;
+    for (size_t r = 0; r < kPanelRows; ++r) kernels.split(row_of(r), factor, width, digits[r], panels, p, r);
     if (by_quad) kernels.turn(panels, p);
   });
+}
+
+RowDots::RowDots(const PanelKernels& kernels, const Panels& panels, const int8_t* const* rows, size_t count,
+                 size_t width, int8_t* room, int8_t* woven)
+    : kernels_(kernels), panels_(panels), weights_(RowsForDots(rows, count, width, room)), woven_(woven) {
+  if (!IsByQuad(kernels)) kernels.weave_rows(weights_, panels.steps, woven);
+}
+
+void RowDots::With(size_t p, const LaterRows& later, PanelSums* sums) const {
+  if (IsByQuad(kernels_)) return kernels_.dots(weights_, panels_, p, later, sums);
+  kernels_.mix_rows(panels_, p, woven_, later, sums);
+}
+
+void RowDots::Finish(const PanelSums& sums, size_t p, const DotsTarget& target) const {
+  const auto finish = IsByQuad(kernels_) ? kernels_.finish_dots : kernels_.finish_woven_dots;
+  finish(sums, panels_.step + p * kPanelRows, target);
 }
 
 WeightRows RowsForDots(const int8_t* const* rows, size_t count, size_t width, int8_t* room) {

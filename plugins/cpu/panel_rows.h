@@ -16,16 +16,37 @@ const PanelKernels* KernelsFor(size_t rows, size_t weights);
 
 inline size_t PanelsOf(size_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
-inline Panels TakePanels(CallArena* arena, size_t panels, size_t width) {
+// With `few`, where the kernels know fewer digits, a panel has as many as its rows need (panels.h).
+inline Panels TakePanels(CallArena* arena, size_t panels, size_t width, bool few = false) {
   const size_t steps = (width + kPanelStep - 1) / kPanelStep;
   return {steps, arena->Take<int8_t>(panels * steps * kPanelDigits * kPanelBlock),
-          arena->Take<int32_t>(panels * kPanelDigits * kPanelRows), arena->Take<float>(panels * kPanelRows)};
+          arena->Take<int32_t>(panels * kPanelDigits * kPanelRows), arena->Take<float>(panels * kPanelRows),
+          few ? arena->Take<uint8_t>(panels) : nullptr};
 }
 
 // Rows x[r * stride ... + width), times `factor` if not null, as panels; left[r] is set if row r has no
 // digits.
 void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const float* factor, size_t rows,
                size_t width, bool by_quad, const Panels& panels, uint8_t* left, const Parallel& parallel);
+
+// Dot products of at most 32 weight rows with panels: once made, `With` as often as there are panels. The panels are
+// stored by row where the kernels weave weight rows (IsByQuad).
+class RowDots {
+ public:
+  // `room` and `woven` [32, panels.steps * kPanelStep].
+  RowDots(const PanelKernels& kernels, const Panels& panels, const int8_t* const* rows, size_t count, size_t width,
+          int8_t* room, int8_t* woven);
+  static bool IsByQuad(const PanelKernels& kernels) { return kernels.weave_rows == nullptr; }
+
+  void With(size_t p, const LaterRows& later, PanelSums* sums) const;
+  void Finish(const PanelSums& sums, size_t p, const DotsTarget& target) const;
+
+ private:
+  const PanelKernels& kernels_;
+  const Panels& panels_;
+  WeightRows weights_;
+  const int8_t* woven_;
+};
 
 // At most 32 weight rows as `dots` takes them: where they lie if it can, else gathered into `room`
 // [32, steps * kPanelStep].

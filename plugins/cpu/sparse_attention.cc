@@ -154,7 +154,7 @@ ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& par
   // First all rows in the general way if any row needs it, then in panels those that do not.
   uint8_t* left = arena->Take<uint8_t>(rows + kPanelRows);
   Panels panels{};
-  if (kernels != nullptr) panels = TakePanels(arena, PanelsOf(rows), a.width);
+  if (kernels != nullptr) panels = TakePanels(arena, PanelsOf(rows), a.width, a.few_digits && kernels->few);
   if (kernels == nullptr || SplitForProjection(*kernels, a, panels, left, parallel)) {
     const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, arena, parallel);
     parallel.For(tiles * a.heads,

@@ -87,7 +87,7 @@ def verify_against(
     from shadowc.runtime.load import load_cpu
 
     progress = progress or NullProgress()
-    engine = load_cpu(folder, threads=threads)
+    engine = load_cpu(folder, threads=threads, exact_prompts=True)
     checkpoint = resolve(model, load_format=load_format, offline=offline, seed=seed)
     if checkpoint.identity != engine.manifest.model.source:
         raise InputError(

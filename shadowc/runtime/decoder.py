@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from shadowc.runtime.cache import KvCache
 from shadowc.runtime.prompts import Batch, Ids
+from shadowc.runtime.variants import LOGITS_FROM
 
 if TYPE_CHECKING:
     from shadowc.runtime.session import Binding, Session
@@ -26,13 +27,15 @@ ScoreSource = Callable[[int], tuple[Floats, Floats]]
 
 CHUNK_TOKENS = 128
 """Tokens per run, all rows together at most twice that: bounds the memory of logits and scores."""
+PROMPT_CHUNKS = 4
+"""Of a prompt, which needs the logits of its last token only, so many chunks are one run: weights pass once for all."""
 AUTOMATIC = -1
 """sparse_tail: one masked token when one token comes in, none otherwise."""
 
 
-def chunks(start: int, stop: int, rows: int) -> Iterator[tuple[int, int]]:
-    """Pieces of `start..stop` of bounded size; many rows make them shorter."""
-    size = max(min(CHUNK_TOKENS, 2 * CHUNK_TOKENS // rows), 1)
+def chunks(start: int, stop: int, rows: int, times: int = 1) -> Iterator[tuple[int, int]]:
+    """Pieces of `start..stop` of bounded size, `times` that of CHUNK_TOKENS; many rows make them shorter."""
+    size = max(min(CHUNK_TOKENS, 2 * CHUNK_TOKENS // rows), 1) * times
     return ((at, min(at + size, stop)) for at in range(start, stop, size))
 
 
@@ -116,15 +119,16 @@ class Decoder:
         """Run a prompt without masks; returns the logits [B,V] after its last token."""
         outputs: Outputs = {}
         B, S = ids_BS.shape
-        for start, stop in chunks(0, S, B):
-            outputs = self.feed(ids_BS[:, start:stop], sparse_tail=0, outputs=("logits",) if stop == S else ())
+        for start, stop in chunks(0, S, B, PROMPT_CHUNKS):
+            wanted = ("logits",) if stop == S else ()
+            outputs = self.feed(ids_BS[:, start:stop], sparse_tail=0, outputs=wanted, logits_from=-1)
         return np.ascontiguousarray(outputs["logits"][:, -1], np.float32)
 
-    def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str]) -> Outputs:
-        """Run any number of tokens and return the named outputs."""
+    def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str], logits_from: int = 0) -> Outputs:
+        """Run any number of tokens and return the named outputs; logits from one of them on (below 0: from the end)."""
         S = ids_BS.shape[1]
         self._reserve(S)
-        binding = self._bind(ids_BS, sparse_tail)
+        binding = self._bind(ids_BS, sparse_tail, logits_from)
         for name in outputs:
             binding.take(name)
         self._cache.bind(binding)
@@ -158,12 +162,16 @@ class Decoder:
             self._whole_mask = self._batch.mask(self._cache.capacity)
         return np.ascontiguousarray(self._whole_mask[:, :slots])
 
-    def _bind(self, ids_BS: Ids, sparse_tail: int) -> Binding:
+    def _bind(self, ids_BS: Ids, sparse_tail: int, logits_from: int = 0) -> Binding:
         S = ids_BS.shape[1]
         binding = self._session.bind()
         binding.give("input_ids", ids_BS)
         binding.give("attention_mask", self._mask(self.filled + S))
-        dials: dict[str, npt.NDArray[Any]] = {**self._density, "sparse_tail": np.array([sparse_tail], np.int64)}
+        dials: dict[str, npt.NDArray[Any]] = {
+            **self._density,
+            "sparse_tail": np.array([sparse_tail], np.int64),
+            LOGITS_FROM: np.array([logits_from], np.int64),
+        }
         for name, value in dials.items():
             if name in self._session.inputs:
                 binding.give(name, value)

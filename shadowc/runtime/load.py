@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
+from shadowc.runtime import variants
 from shadowc.runtime.causal import SEQUENCE_FLAGS, CausalEngine
 from shadowc.runtime.cores import usable_cores
-from shadowc.runtime.engine import Engine
+from shadowc.runtime.engine import Engine, rewritten
 from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.session import Session, check_ort
 from shadowc.runtime.verification import RECOMPILE, file_problems, read_manifest
@@ -60,6 +61,7 @@ def load(
     mask: Mask | None = None,
     refresh: int | None = None,
     memory: Kind | None = None,
+    exact_prompts: bool = False,
 ) -> CausalEngine:
     """Load an engine folder of any target.
 
@@ -73,6 +75,8 @@ def load(
         refresh: override after how many tokens a mask of a sequence is made anew, 0 for never; None keeps it.
         memory: where the weights lie. "shared" (None): the file is mapped, processes share it. "private": a copy in
             large pages, which is faster where the page cache holds the file in small ones (`shadowc bench` tells).
+        exact_prompts: prompts meet int8 weights with activations of 24 bits, as all other tokens do. False: with 8,
+            or 16 in a row with outliers, where the CPU has VNNI and no AMX; masks are the same (docs/decisions.md).
 
     Raises:
         InputError: no engine is there, or an argument is out of range.
@@ -86,7 +90,7 @@ def load(
     if manifest.tensorrt is None:
         return load_cpu(
             path, threads=threads, verify=verify, reference=reference, skip_zeros=skip_zeros, mask=mask,
-            refresh=refresh, memory=memory,
+            refresh=refresh, memory=memory, exact_prompts=exact_prompts,
         )  # fmt: skip
     arguments = (
         ("threads", threads is not None),
@@ -95,6 +99,7 @@ def load(
         ("mask", mask is not None),
         ("refresh", refresh is not None),
         ("memory", memory is not None),
+        ("exact_prompts", exact_prompts),
     )
     given = [name for name, there in arguments if there]
     if given:
@@ -118,6 +123,7 @@ def load_cpu(
     mask: Mask | None = None,
     refresh: int | None = None,
     memory: Kind | WeightsMemory | None = None,
+    exact_prompts: bool = False,
 ) -> Engine:
     """As `load`, for what works on the graph of a cpu engine only; engines of one folder can share a `memory`.
 
@@ -148,9 +154,11 @@ def load_cpu(
         if isinstance(memory, WeightsMemory)
         else WeightsMemory.open(path / WEIGHTS_FILE, memory or "shared"),
     )
+    if not reference:
+        session = _for_prompts(session, exact_prompts)
     engine = Engine(path, manifest, session, in_place=not reference)
     if per_sequence:
-        engine = _with_fixed_masks(engine, session, refresh)
+        engine = _with_fixed_masks(engine, session, refresh, exact_prompts)
     if skip_zeros is not None and not reference:
         engine = engine.with_skip_zeros(skip_zeros)
     engine.prepare()
@@ -173,7 +181,13 @@ def _per_sequence(path: Path, manifest: EngineManifest, mask: Mask | None, refre
     return compiled == "sequence" and mask != "token"
 
 
-def _with_fixed_masks(engine: Engine, session: Session, refresh: int | None) -> Engine:
+def _for_prompts(session: Session, exact: bool) -> Session:
+    """The session whose prompts compute the logits of their last token only and, unless `exact`, round activations."""
+    session = rewritten(session, variants.with_cut_logits)
+    return session if exact else rewritten(session, variants.with_few_digits)
+
+
+def _with_fixed_masks(engine: Engine, session: Session, refresh: int | None, exact_prompts: bool) -> Engine:
     import onnx
 
     from shadowc.runtime.sequence_engine import SequenceEngine
@@ -183,8 +197,9 @@ def _with_fixed_masks(engine: Engine, session: Session, refresh: int | None) -> 
     compiled = 0 if sparsity is None else sparsity.refresh
     reference = session.library is None
     graph = oracle.attach(onnx.load(path, load_external_data=False)) if reference else None
+    fixed = replace(session, path=path, model=graph)
     made = SequenceEngine(
-        engine.folder, engine.manifest, session, replace(session, path=path, model=graph),
+        engine.folder, engine.manifest, session, fixed if reference else _for_prompts(fixed, exact_prompts),
         refresh=compiled, in_place=not reference,
     )  # fmt: skip
     return made if refresh in (None, compiled) else made.with_refresh(refresh)

@@ -135,7 +135,7 @@ class SequenceDecoder(Decoder):
         super().mute(row)
         self._stale = True
 
-    def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str]) -> Outputs:
+    def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str], logits_from: int = 0) -> Outputs:
         """See Decoder.feed; `sparse_tail` is 0, or all of the tokens, where rows at density 1 are dense."""
         self.predicts, read, of_steps = False, None, self._inputs
         if sparse_tail:
@@ -146,7 +146,7 @@ class SequenceDecoder(Decoder):
             selected = {name: array_B1L[:, :0] for name, array_B1L in self._selected.items()}
             self._inputs = {name: array_B1X[:, :0] for name, array_B1X in of_steps.items()}
         computed = [name for name in outputs if name not in selected]
-        result = super().feed(ids_BS, sparse_tail=sparse_tail, outputs=computed)
+        result = super().feed(ids_BS, sparse_tail=sparse_tail, outputs=computed, logits_from=logits_from)
         self._inputs = of_steps
         ending_B = self._origins_B == self.filled - 1
         if not sparse_tail and ending_B.any():

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrites of a finished engine graph, ModelProto to ModelProto: more outputs, other scores, no sparsity.
+"""Rewrites of a finished engine graph, ModelProto to ModelProto: more outputs, other scores, no sparsity, for prompts.
 
 The input stays as it is; weights stay references into weights.bin.
 """
@@ -9,6 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
 
 from shadowc.spec.errors import InputError, UnsupportedError
 from shadowc.spec.ops import DOMAIN, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
@@ -22,6 +24,8 @@ _SCORES, _THRESHOLD = 1, 2
 CONTEXT_READ = "layers.0.attention.read"
 """What layer 0's attention read, records and bytes [2]."""
 _OF_ONE_LAYER = re.compile(r"scores\.(heads|neurons)\.(\d+)")
+LOGITS_FROM = "logits_from"
+"""Input that `with_cut_logits` adds."""
 _OPERATOR = {"heads": SPARSE_ATTENTION.name, "neurons": SPARSE_FFN.name}
 
 _Item = TypeVar("_Item")
@@ -51,6 +55,39 @@ def with_skip_zeros(model: onnx.ModelProto, on: bool) -> onnx.ModelProto:
     for node in copy.graph.node:
         if node.domain == DOMAIN and node.op_type == SPARSE_FFN.name:
             _set_int(node, "skip_zeros", int(on))
+    return copy
+
+
+def with_cut_logits(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph with a further input LOGITS_FROM [1], default 0: the first token whose logits are computed.
+
+    Below 0 it counts from the end. `logits` is then [B,S-from,V].
+    """
+    import onnx
+
+    copy = _copy(model)
+    at, head = next((i, node) for i, node in enumerate(copy.graph.node) if "logits" in node.output)
+    for name, value in ((LOGITS_FROM, 0), ("logits_cut.end", np.iinfo(np.int64).max), ("logits_cut.axis", 1)):
+        copy.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), name))
+    copy.graph.input.append(onnx.helper.make_tensor_value_info(LOGITS_FROM, onnx.TensorProto.INT64, [1]))
+    whole, cut = head.input[0], f"{head.input[0]}.cut"
+    slicing = onnx.helper.make_node("Slice", [whole, LOGITS_FROM, "logits_cut.end", "logits_cut.axis"], [cut], name=cut)
+    head.input[0] = cut
+    copy.graph.node.insert(at, slicing)
+    return copy
+
+
+def with_few_digits(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph whose operators round the activations of prompts to few digits (plugins/cpu/panels.h).
+
+    Layer 0's attention does not: what it gives decides the masks.
+    """
+    copy = _copy(model)
+    sparse = [node for node in copy.graph.node if node.domain == DOMAIN and node.op_type in _OPERATOR.values()]
+    first = next(node for node in sparse if node.op_type == SPARSE_ATTENTION.name)
+    for node in sparse:
+        if node is not first:
+            _set_int(node, "few_digits", 1)
     return copy
 
 
