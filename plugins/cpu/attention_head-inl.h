@@ -15,6 +15,7 @@
 
 #include "arena.h"
 #include "attention_core-inl.h"
+#include "attention_tile-inl.h"
 #include "digits-inl.h"
 #include "int4-inl.h"
 #include "rows-inl.h"
@@ -182,8 +183,15 @@ inline void Attend(const AttentionArgs& a, size_t batch, size_t head, const uint
     sees[seeing++] = past + token[i] + 1 - start;
   }
   if (seeing == 0) return;
-  const size_t stride = (sees[seeing - 1] + 3) / 4 * 4;
   const size_t offset = SlotOffset(a, batch, head, start);
+  if (seeing >= kManyQueries) {
+    DispatchCache(a, [&](const auto* type) HWY_ATTR {
+      AttendMany(queries, sees, seeing, static_cast<decltype(type)>(a.present_key) + offset,
+                 static_cast<decltype(type)>(a.present_value) + offset, a.head_size, contexts, arena);
+    });
+    return;
+  }
+  const size_t stride = (sees[seeing - 1] + 3) / 4 * 4;
   float* logits = arena->Take<float>(seeing * stride);
   DispatchCache(a, [&](const auto* type) HWY_ATTR {
     AttendTile(queries, sees, seeing, static_cast<decltype(type)>(a.present_key) + offset,

@@ -61,12 +61,15 @@ def with_skip_zeros(model: onnx.ModelProto, on: bool) -> onnx.ModelProto:
 def with_cut_logits(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph with a further input LOGITS_FROM [1], default 0: the first token whose logits are computed.
 
-    Below 0 it counts from the end. `logits` is then [B,S-from,V].
+    Below 0 it counts from the end. `logits` is then [B,S-from,V]. A graph that makes no logits stays as it is.
     """
     import onnx
 
     copy = _copy(model)
-    at, head = next((i, node) for i, node in enumerate(copy.graph.node) if "logits" in node.output)
+    found = [(at, node) for at, node in enumerate(copy.graph.node) if "logits" in node.output]
+    if not found:
+        return copy
+    at, head = found[0]
     for name, value in ((LOGITS_FROM, 0), ("logits_cut.end", np.iinfo(np.int64).max), ("logits_cut.axis", 1)):
         copy.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), name))
     copy.graph.input.append(onnx.helper.make_tensor_value_info(LOGITS_FROM, onnx.TensorProto.INT64, [1]))
@@ -84,9 +87,9 @@ def with_few_digits(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     copy = _copy(model)
     sparse = [node for node in copy.graph.node if node.domain == DOMAIN and node.op_type in _OPERATOR.values()]
-    first = next(node for node in sparse if node.op_type == SPARSE_ATTENTION.name)
+    attention = [node.name for node in sparse if node.op_type == SPARSE_ATTENTION.name]
     for node in sparse:
-        if node is not first:
+        if node.name not in attention[:1]:
             _set_int(node, "few_digits", 1)
     return copy
 
