@@ -58,10 +58,9 @@ void Project32(const Projection& projection, size_t h, size_t part, size_t d0, s
       for (size_t r = 0; r < kPanelRows; ++r) {
         out[r] = wanted[r] ? projection.Target(part, p * kPanelRows + r, h, d0 + i) : nullptr;
       }
-      dots.Finish(
-          sums[i / 16], p,
-          {scale + i, bias + i, part == 0 ? projection.query_factor : 1.0f, false, nullptr, out,
-           projection.Float16(part), std::min<size_t>(16, count - i), nullptr});
+      dots.Finish(sums[i / 16], p,
+                  {scale + i, bias + i, part == 0 ? projection.query_factor : 1.0f, false, nullptr, out,
+                   projection.Float16(part), std::min<size_t>(16, count - i), nullptr});
     }
   }
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Softmax attention of many queries of one head over its cache, as prompts have them: a lane is a query, so that
-// products, largest logits and sums need no sum across a vector. Once per SIMD target.
+// Softmax attention of many queries of one head over its cache, as prompts have them: a lane is a query, so
+// that products, largest logits and sums need no sum across a vector. Once per SIMD target.
 
 #if defined(SHADOWC_CPU_ATTENTION_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SHADOWC_CPU_ATTENTION_TILE_INL_H_
@@ -76,13 +76,15 @@ HWY_INLINE void TileSoftmax(const AttentionTile& tile, size_t most) {
   const VF lowest = hn::Set(df, -std::numeric_limits<float>::infinity());
   // Keys that only some queries see: by select, since a key not to be seen may be NaN.
   for (size_t k = all; k < most; ++k) {
-    const size_t blind = static_cast<size_t>(std::upper_bound(tile.sees, tile.sees + tile.count, k) - tile.sees);
+    const size_t blind =
+        static_cast<size_t>(std::upper_bound(tile.sees, tile.sees + tile.count, k) - tile.sees);
     std::fill(tile.weights + k * columns, tile.weights + k * columns + blind,
               -std::numeric_limits<float>::infinity());
   }
   for (size_t q = 0; q < columns; q += lanes) {
     VF largest = lowest, sum = hn::Zero(df);
-    for (size_t k = 0; k < most; ++k) largest = hn::Max(largest, hn::LoadU(df, tile.weights + k * columns + q));
+    for (size_t k = 0; k < most; ++k)
+      largest = hn::Max(largest, hn::LoadU(df, tile.weights + k * columns + q));
     for (size_t k = 0; k < most; ++k) {
       float* p = tile.weights + k * columns + q;
       const VF e = ExpOrNaN(hn::Sub(hn::LoadU(df, p), largest));
@@ -93,59 +95,33 @@ HWY_INLINE void TileSoftmax(const AttentionTile& tile, size_t most) {
   }
 }
 
-// context[r][begin ... ) of kRows queries from `first` on, 4 vectors or, at the end, one of `rest` elements.
-template <size_t kRows, size_t kVectors, class C>
-HWY_INLINE void MixValues(const AttentionTile& tile, const C* value, size_t first, size_t begin, size_t rest,
-                          float* const* context) {
+// context[r] of kRows queries from `first` on.
+template <size_t kRows, class C>
+HWY_INLINE void MixValues(const AttentionTile& tile, const C* value, size_t first, float* const* context) {
   const DF df;
-  const size_t lanes = hn::Lanes(df), together = tile.sees[first];
-  VF sums[kRows][kVectors];
-  HWY_UNROLL(4)
-  for (size_t r = 0; r < kRows; ++r) {
-    HWY_UNROLL(4)
-    for (size_t v = 0; v < kVectors; ++v) sums[r][v] = hn::Zero(df);
-  }
-  const auto load = [&](size_t k, size_t v) HWY_ATTR {
-    const C* from = value + k * tile.head_size + begin + v * lanes;
-    return kVectors == 1 ? LoadWideN(df, from, rest) : LoadWide(df, from);
-  };
-  for (size_t k = 0; k < together; ++k) {
-    VF row[kVectors];
-    HWY_UNROLL(4)
-    for (size_t v = 0; v < kVectors; ++v) row[v] = load(k, v);
-    HWY_UNROLL(4)
-    for (size_t r = 0; r < kRows; ++r) {
-      const VF p = hn::Set(df, tile.weights[k * tile.columns + first + r]);
-      HWY_UNROLL(4)
-      for (size_t v = 0; v < kVectors; ++v) sums[r][v] = hn::MulAdd(row[v], p, sums[r][v]);
-    }
-  }
-  HWY_UNROLL(4)
+  const size_t lanes = hn::Lanes(df), size = tile.head_size, together = tile.sees[first];
+  const Strided<C> values{value, size};
+  const float* weights = tile.weights + first;
+  for (size_t r = 0; r < kRows; ++r) std::fill(context[first + r], context[first + r] + size, 0.0f);
+  AxpyTile<kRows>(context + first, values, together, weights, 1, size, 0, values, tile.columns);
   for (size_t r = 0; r < kRows; ++r) {
     // The rest is each query's own: no 0 * value of a token that it must not see.
-    for (size_t k = together; k < tile.sees[first + r]; ++k) {
-      const VF p = hn::Set(df, tile.weights[k * tile.columns + first + r]);
-      HWY_UNROLL(4)
-      for (size_t v = 0; v < kVectors; ++v) sums[r][v] = hn::MulAdd(load(k, v), p, sums[r][v]);
-    }
+    const Strided<C> rest{value + together * size, size};
+    AxpyTile<1>(context + first + r, rest, tile.sees[first + r] - together,
+                weights + together * tile.columns + r, 1, size, 0, rest, tile.columns);
+    float* y = context[first + r];
     const VF inverse = hn::Set(df, tile.inverse[first + r]);
-    HWY_UNROLL(4)
-    for (size_t v = 0; v < kVectors; ++v) {
-      float* to = context[first + r] + begin + v * lanes;
-      const VF result = hn::Mul(sums[r][v], inverse);
-      if constexpr (kVectors == 1) {
-        hn::StoreN(result, df, to, rest);
-      } else {
-        hn::StoreU(result, df, to);
-      }
+    for (size_t d = 0; d < size; d += lanes) {
+      const size_t m = HWY_MIN(lanes, size - d);
+      hn::StoreN(hn::Mul(hn::LoadN(df, y + d, m), inverse), df, y + d, m);
     }
   }
 }
 
 // As AttendTile, for at least kManyQueries queries.
 template <class C>
-HWY_INLINE void AttendMany(const float* const* query, const size_t* sees, size_t count, const C* key, const C* value,
-                           size_t head_size, float* const* context, Arena* arena) {
+HWY_INLINE void AttendMany(const float* const* query, const size_t* sees, size_t count, const C* key,
+                           const C* value, size_t head_size, float* const* context, Arena* arena) {
   const DF df;
   const size_t lanes = hn::Lanes(df), most = sees[count - 1], columns = hwy::RoundUpTo(count, 2 * lanes);
   const AttentionTile tile{sees,
@@ -162,13 +138,7 @@ HWY_INLINE void AttendMany(const float* const* query, const size_t* sees, size_t
   }
   for (size_t k = 0; k < most; k += 4) FourKeys(tile, key, k, most);
   TileSoftmax(tile, most);
-  ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
-    size_t d = 0;
-    for (; d + 4 * lanes <= head_size; d += 4 * lanes) MixValues<group(), 4>(tile, value, r, d, 0, context);
-    for (; d < head_size; d += lanes) {
-      MixValues<group(), 1>(tile, value, r, d, std::min(lanes, head_size - d), context);
-    }
-  });
+  ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR { MixValues<group()>(tile, value, r, context); });
 }
 
 }  // namespace HWY_NAMESPACE

@@ -29,13 +29,13 @@ inline Panels TakePanels(CallArena* arena, size_t panels, size_t width, bool few
 void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const float* factor, size_t rows,
                size_t width, bool by_quad, const Panels& panels, uint8_t* left, const Parallel& parallel);
 
-// Dot products of at most 32 weight rows with panels: once made, `With` as often as there are panels. The panels are
-// stored by row where the kernels weave weight rows (IsByQuad).
+// Dot products of at most 32 weight rows with panels: once made, `With` as often as there are panels. The
+// panels are stored by row where the kernels weave weight rows (IsByQuad).
 class RowDots {
  public:
   // `room` and `woven` [32, panels.steps * kPanelStep].
-  RowDots(const PanelKernels& kernels, const Panels& panels, const int8_t* const* rows, size_t count, size_t width,
-          int8_t* room, int8_t* woven);
+  RowDots(const PanelKernels& kernels, const Panels& panels, const int8_t* const* rows, size_t count,
+          size_t width, int8_t* room, int8_t* woven);
   static bool IsByQuad(const PanelKernels& kernels) { return kernels.weave_rows == nullptr; }
 
   void With(size_t p, const LaterRows& later, PanelSums* sums) const;

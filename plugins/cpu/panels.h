@@ -8,11 +8,13 @@
 // much: with max|x| of 4 standard deviations their error is three times what float32 sums are held to in the
 // tests.
 //
-// Prompts may do with fewer digits (Panels::places). Then a row has as few as keep the rounding of a value below 2 %
-// of the row's values, root mean squares of those that are not 0: one digit, unless its largest value is an outlier,
-// and two even then. A row with fewer digits than its panel has zeros for the rest: its sums are the same as alone.
+// Prompts may do with fewer digits (Panels::places). Then a row has as few as keep the rounding of a value
+// below 2 % of the row's values, root mean squares of those that are not 0: one digit, unless its largest
+// value is an outlier, and two even then. A row with fewer digits than its panel has zeros for the rest: its
+// sums are the same as alone.
 //
-// 16 rows are one panel. A panel is stored in steps of 64 elements, each step as its digits of 1024 bytes each:
+// 16 rows are one panel. A panel is stored in steps of 64 elements, each step as its digits of 1024 bytes
+// each:
 //   by row:   [16 rows][64 elements],             for sums of weight rows   (fc2, out_proj)
 //   by quad:  [16 quads][16 rows][4 elements],    for dot products with weight rows (fc1, q, k, v)
 #pragma once
@@ -30,9 +32,10 @@ using PanelSums = int32_t[kPanelDigits][kPanelRows][kPanelRows];
 
 struct Panels {
   size_t steps;
-  int8_t* digits;  // [panels][steps][digits of the panel][kPanelBlock], a panel's room is that of kPanelDigits
-  int32_t* sums;   // [panels, kPanelDigits, kPanelRows]: sums of each row's digits
-  float* step;     // [panels, kPanelRows]: x is about step * X; 0 where a row is zero or has no digits
+  int8_t*
+      digits;     // [panels][steps][digits of the panel][kPanelBlock], a panel's room is that of kPanelDigits
+  int32_t* sums;  // [panels, kPanelDigits, kPanelRows]: sums of each row's digits
+  float* step;    // [panels, kPanelRows]: x is about step * X; 0 where a row is zero or has no digits
   uint8_t* places = nullptr;  // [panels] digits of each, set by SplitRows; null: kPanelDigits, always
 
   int8_t* Panel(size_t p) const { return digits + p * steps * kPanelDigits * kPanelBlock; }
@@ -75,7 +78,7 @@ struct PanelKernels {
   size_t least_rows;  // below, floats are faster, as most of a panel is empty
   void (*begin)();
   void (*end)();
-  bool few;           // panels may have fewer digits
+  bool few;  // panels may have fewer digits
   // Of x[i] * factor[i], i < n (factor null: 1); x null: of a row of zeros.
   RowDigits (*measure)(const float* x, const float* factor, size_t n, bool few);
   // Row r of panel p, by row, from the values that were measured; zeros if they have no digits.
@@ -93,14 +96,15 @@ struct PanelKernels {
   // Weaves columns 0 ... columns - 1 of the weight rows rows[0 ... 64 * steps) for mix:
   // [columns / 32 rounded up][2][steps][16 quads][16 columns][4 rows]. A null row counts as zeros.
   void (*weave)(const int8_t* const* rows, size_t steps, size_t columns, int8_t* woven);
-  // The same of 16 or 32 weight rows (of 64 * steps elements) as columns, so that mix makes their dot products with
-  // panels stored by row. Null: dots does.
+  // The same of 16 or 32 weight rows (of 64 * steps elements) as columns, so that mix makes their dot
+  // products with panels stored by row. Null: dots does.
   void (*weave_rows)(const WeightRows& weights, size_t steps, int8_t* woven);
   // sums[i] = panel p, stored by row, times columns 16 i ... 16 i + 15 of woven weights, i < 2; planes
   // [panel row][column].
   void (*mix)(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums);
   // The same with rows that are fetched meanwhile, as dots does; null where weave_rows is.
-  void (*mix_rows)(const Panels& panels, size_t p, const int8_t* woven, const LaterRows& later, PanelSums* sums);
+  void (*mix_rows)(const Panels& panels, size_t p, const int8_t* woven, const LaterRows& later,
+                   PanelSums* sums);
   // y[r][0 ... columns) = (bias, or y[r] if null) + step[r] * sums; columns <= 16; null y are left out.
   void (*finish_mix)(const PanelSums& sums, const float* step, const float* bias, size_t columns,
                      float* const* y);

@@ -81,8 +81,8 @@ RowDigits MeasureRow(const float* x, const float* factor, size_t n, bool few) {
   return {largest, static_cast<uint8_t>(ratio2 <= kMostRatio * kMostRatio ? 1 : 2), true};
 }
 
-void SplitRow(const float* x, const float* factor, size_t n, const RowDigits& digits, const Panels& panels, size_t p,
-              size_t r) {
+void SplitRow(const float* x, const float* factor, size_t n, const RowDigits& digits, const Panels& panels,
+              size_t p, size_t r) {
   // The largest integer of one, two and three digits, and what the place after the last digit is worth.
   static constexpr float kMost[] = {127.0f, 32600.0f, kMostDigits};
   static constexpr float kPlace[] = {1.0f, 0x1p-8f, 0x1p-16f};

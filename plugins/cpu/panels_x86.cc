@@ -197,19 +197,22 @@ void MixPlaces(const Panels& panels, size_t p, const int8_t* woven, const LaterR
   }
   const float* step = panels.step + p * kPanelRows;
   for (size_t r0 = 0; r0 < kPanelRows; r0 += kRows) {
-    // The last panel is seldom full. What the sums of a row of zeros are does not matter: they are times step.
+    // The last panel is seldom full. What the sums of a row of zeros are does not matter: they are times
+    // step.
     if (std::all_of(step + r0, step + r0 + kRows, [](float one) { return one == 0.0f; })) {
       for (size_t d = kPanelDigits - kPlaces; d < kPanelDigits; ++d) {
-        for (size_t half = 0; half < 2; ++half) std::memset(sums[half][d][r0], 0, kRows * sizeof(sums[0][0][0]));
+        for (size_t half = 0; half < 2; ++half)
+          std::memset(sums[half][d][r0], 0, kRows * sizeof(sums[0][0][0]));
       }
       continue;
     }
-    MixRows<kPlaces, kRows>(panels.Panel(p), panels.sums + p * kPanelDigits * kPanelRows, woven, panels.steps, r0,
-                            r0 == 0 ? later : LaterRows{}, sums);
+    MixRows<kPlaces, kRows>(panels.Panel(p), panels.sums + p * kPanelDigits * kPanelRows, woven, panels.steps,
+                            r0, r0 == 0 ? later : LaterRows{}, sums);
   }
 }
 
-void MixRowsVnni(const Panels& panels, size_t p, const int8_t* woven, const LaterRows& later, PanelSums* sums) {
+void MixRowsVnni(const Panels& panels, size_t p, const int8_t* woven, const LaterRows& later,
+                 PanelSums* sums) {
   switch (panels.Places(p)) {
     case 1:
       return MixPlaces<1, 8>(panels, p, woven, later, sums);
@@ -301,10 +304,13 @@ namespace shadowc {
 
 const PanelKernels* ChosenPanelKernels() {
   // Measured at E = 2048: AMX needs as long for 2 rows as for 16, VNNI twice that.
-  static constexpr PanelKernels kAmx{8,       BeginAmx,        EndAmx,      false,   MeasureRow, SplitRow, TurnPanel, DotsAmx,
-                                     FinishDots, FinishWovenDots, WeaveSigned, nullptr, MixAmx, nullptr, FinishMix};
-  static constexpr PanelKernels kVnni{16, BeginNothing, BeginNothing, true, MeasureRow, SplitRow, TurnPanel, DotsVnni,
-                                      FinishDots, FinishWovenDots, WeaveShifted, WeaveRowsShifted, MixVnni, MixRowsVnni, FinishMix};
+  static constexpr PanelKernels kAmx{8,           BeginAmx,  EndAmx,  false,      MeasureRow,
+                                     SplitRow,    TurnPanel, DotsAmx, FinishDots, FinishWovenDots,
+                                     WeaveSigned, nullptr,   MixAmx,  nullptr,    FinishMix};
+  static constexpr PanelKernels kVnni{16,         BeginNothing,    BeginNothing, true,
+                                      MeasureRow, SplitRow,        TurnPanel,    DotsVnni,
+                                      FinishDots, FinishWovenDots, WeaveShifted, WeaveRowsShifted,
+                                      MixVnni,    MixRowsVnni,     FinishMix};
   return HasAmx() ? &kAmx : HasVnni() ? &kVnni : nullptr;
 }
 

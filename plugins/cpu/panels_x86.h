@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the two files of x86 panels share: panels_x86.cc multiplies, panels_pack_x86.cc brings rows and weights into the
-// layouts for it. Intrinsics, not Highway: it has no tiles, and the layouts are those of AMX and of 512-bit vectors.
+// What the two files of x86 panels share: panels_x86.cc multiplies, panels_pack_x86.cc brings rows and
+// weights into the layouts for it. Intrinsics, not Highway: it has no tiles, and the layouts are those of AMX
+// and of 512-bit vectors.
 #pragma once
 
 #include "hwy/base.h"
@@ -10,8 +11,7 @@
 
 #include <immintrin.h>
 
-#define SHADOWC_PANEL_TARGETS \
-  "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,fma,amx-tile,amx-int8"
+#define SHADOWC_PANEL_TARGETS "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,fma,amx-tile,amx-int8"
 
 HWY_PUSH_ATTRIBUTES(SHADOWC_PANEL_TARGETS)
 namespace shadowc {
@@ -47,8 +47,8 @@ inline void Transpose(__m512i* v) {
 
 // As PanelKernels has them.
 RowDigits MeasureRow(const float* x, const float* factor, size_t n, bool few);
-void SplitRow(const float* x, const float* factor, size_t n, const RowDigits& digits, const Panels& panels, size_t p,
-              size_t r);
+void SplitRow(const float* x, const float* factor, size_t n, const RowDigits& digits, const Panels& panels,
+              size_t p, size_t r);
 void TurnPanel(const Panels& panels, size_t p);
 void WeaveSigned(const int8_t* const* rows, size_t steps, size_t columns, int8_t* woven);
 void WeaveShifted(const int8_t* const* rows, size_t steps, size_t columns, int8_t* woven);

@@ -218,11 +218,11 @@ HWY_INLINE void DotTile(const float* const* x, P w0, P w1, P w2, P w3, size_t n,
   }
 }
 
-// y[r] += sum over k < count of h[r * h_stride + k] * row(k), k ascending. Row k of `later` is prefetched as
-// row k is read.
+// y[r] += sum over k < count of h[r * h_stride + k * h_step] * row(k), k ascending. Row k of `later` is
+// prefetched as row k is read.
 template <size_t kRows, class Row, class Later>
 HWY_INLINE void AxpyTile(float* const* y, Row row, size_t count, const float* h, size_t h_stride, size_t n,
-                         size_t later_count, Later later) {
+                         size_t later_count, Later later, size_t h_step = 1) {
   static_assert(kRows == 1 || kRows == 2 || kRows == 4);
   const DF df;
   const size_t lanes = hn::Lanes(df);
@@ -244,19 +244,19 @@ HWY_INLINE void AxpyTile(float* const* y, Row row, size_t count, const float* h,
       const auto w = row(k);
       const VF b0 = LoadWide(df, w + i), b1 = LoadWide(df, w + i1);
       const VF b2 = LoadWide(df, w + i2), b3 = LoadWide(df, w + i3);
-      VF v = hn::Set(df, h0[k]);
+      VF v = hn::Set(df, h0[k * h_step]);
       a00 = hn::MulAdd(b0, v, a00), a01 = hn::MulAdd(b1, v, a01);
       a02 = hn::MulAdd(b2, v, a02), a03 = hn::MulAdd(b3, v, a03);
       if constexpr (kRows > 1) {
-        v = hn::Set(df, h1[k]);
+        v = hn::Set(df, h1[k * h_step]);
         a10 = hn::MulAdd(b0, v, a10), a11 = hn::MulAdd(b1, v, a11);
         a12 = hn::MulAdd(b2, v, a12), a13 = hn::MulAdd(b3, v, a13);
       }
       if constexpr (kRows > 2) {
-        v = hn::Set(df, h2[k]);
+        v = hn::Set(df, h2[k * h_step]);
         a20 = hn::MulAdd(b0, v, a20), a21 = hn::MulAdd(b1, v, a21);
         a22 = hn::MulAdd(b2, v, a22), a23 = hn::MulAdd(b3, v, a23);
-        v = hn::Set(df, h3[k]);
+        v = hn::Set(df, h3[k * h_step]);
         a30 = hn::MulAdd(b0, v, a30), a31 = hn::MulAdd(b1, v, a31);
         a32 = hn::MulAdd(b2, v, a32), a33 = hn::MulAdd(b3, v, a33);
       }
@@ -274,7 +274,7 @@ HWY_INLINE void AxpyTile(float* const* y, Row row, size_t count, const float* h,
     for (size_t r = 0; r < kRows; ++r) {
       VF a = hn::LoadN(df, y[r] + i, m);
       for (size_t k = 0; k < count; ++k) {
-        a = hn::MulAdd(LoadWideN(df, row(k) + i, m), hn::Set(df, h[r * h_stride + k]), a);
+        a = hn::MulAdd(LoadWideN(df, row(k) + i, m), hn::Set(df, h[r * h_stride + k * h_step]), a);
       }
       hn::StoreN(a, df, y[r] + i, m);
     }
