@@ -65,7 +65,7 @@ def evaluate(
 
     from shadowc.measure.evaluate import Method
     from shadowc.measure.evaluate import evaluate as run_evaluate
-    from shadowc.runtime.load import load
+    from shadowc.runtime.load import load, read_manifest
     from shadowc.spec.errors import InputError
 
     wanted = flags.densities_of(densities)
@@ -76,9 +76,10 @@ def evaluate(
             f"unknown method {', '.join(map(repr, unknown))}", hint=f"--methods takes {', '.join(get_args(Method))}"
         )
     content = _read(text)
+    exact = read_manifest(engine).tensorrt is None  # dense text is read as masked text is
     with render.progress() as progress:
         report = run_evaluate(
-            load(engine, threads=threads, refresh=refresh),
+            load(engine, threads=threads, refresh=refresh, exact_prompts=exact),
             content,
             densities=wanted,
             methods=names,  # type: ignore[arg-type]  # checked above

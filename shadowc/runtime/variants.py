@@ -83,9 +83,12 @@ def with_cut_logits(model: onnx.ModelProto) -> onnx.ModelProto:
 def with_few_digits(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph whose operators round the activations of prompts to few digits (plugins/cpu/panels.h).
 
-    Layer 0's attention does not: what it gives decides the masks.
+    Layer 0's attention does not: what it gives decides the masks. Where every layer makes masks of its own (--style
+    dejavu), no layer does.
     """
     copy = _copy(model)
+    if _layers_of_their_own(copy):
+        return copy
     sparse = [node for node in copy.graph.node if node.domain == DOMAIN and node.op_type in _OPERATOR.values()]
     attention = [node.name for node in sparse if node.op_type == SPARSE_ATTENTION.name]
     for node in sparse:

@@ -141,3 +141,46 @@ def test_inspect_foretells_the_bytes_that_the_kernels_count(folders: dict[str, P
     )
     engine.generate(ids(), max_new_tokens=20, min_new_tokens=20)
     assert engine.last_stats.bytes_read_kernels == pytest.approx(foretold, rel=FORECAST)
+
+
+def test_logits_are_cut_to_the_tokens_that_are_asked_for(engine: Engine) -> None:
+    """`load` cut the graph; a decoder that asks for the last token gets what the whole has there."""
+    from shadowc.runtime.prompts import Batch
+
+    def fed(logits_from: int) -> np.ndarray:
+        decoder = engine._decoder(Batch(ids(), np.zeros(1, np.int64)), 20)
+        return decoder.feed(ids(), sparse_tail=0, outputs=("logits",), logits_from=logits_from)["logits"]
+
+    whole = fed(0)
+    assert whole.shape[1] == 20
+    for first in (-1, -3, 5):
+        np.testing.assert_allclose(fed(first), whole[:, first:], atol=TOLERANCE * np.abs(whole).max())
+
+
+def test_prompts_compute_the_logits_of_their_last_token_only(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shadowc.runtime.decoder import Decoder
+
+    sizes = []
+    feed = Decoder.feed
+
+    def watched(self: Decoder, *arguments: Any, **named: Any) -> Any:
+        outputs = feed(self, *arguments, **named)
+        sizes.append(outputs["logits"].shape[1])
+        return outputs
+
+    monkeypatch.setattr(Decoder, "feed", watched)
+    engine.generate(ids(), max_new_tokens=1)
+    assert sizes == [1]
+
+
+def rounding(model: onnx.ModelProto) -> list[str]:
+    return [node.name for node in model.graph.node if any(one.name == "few_digits" and one.i for one in node.attribute)]
+
+
+def test_prompts_are_rounded_everywhere_but_where_masks_come_from(folders: dict[str, Path]) -> None:
+    sparse = [
+        node.name for node in graph_of(folders["fp32"]).graph.node if node.op_type in ("SparseAttention", "SparseFFN")
+    ]
+    assert sparse[0] == "layers.0.attention"
+    assert rounding(load(folders["fp32"])._session.load_model()) == sparse[1:]
+    assert rounding(load(folders["fp32"], exact_prompts=True)._session.load_model()) == []
