@@ -55,9 +55,23 @@ void MakeMasks(Work* work, const Parallel& parallel) {
   }
 }
 
-// Hidden values of panels p0 ... p1 - 1 for at most 32 neurons, the first of which is list[n].
+// Adds the fc2 halves that will be read of the at most 32 neurons up to block.neurons[n], whose hidden values
+// of panels p0 ... p1 - 1 are there.
+size_t HalvesBefore(const Work& work, const Block& block, size_t p0, size_t p1, size_t n, size_t count,
+                    const int8_t** list) {
+  size_t found = 0;
+  for (size_t i = n - count; i < n; ++i) {
+    bool used = !work.a.skip_zeros;
+    for (size_t p = p0; p < p1 && !used; ++p) used = block.fired[p * kBlock + i] != 0;
+    if (used) list[found++] = work.Record(block.neurons[i]) + work.a.width;
+  }
+  return found;
+}
+
+// Hidden values of panels p0 ... p1 - 1 for at most 32 neurons, the first of which is block.neurons[n].
+// Meanwhile the fc1 halves of the next 32 are fetched, and the fc2 halves of the `before` ones in front.
 void Hidden32(const Work& work, const Block& block, const Panels& x, size_t p0, size_t p1, size_t n,
-              size_t count, int8_t* room, int8_t* woven, PanelSums* sums) {
+              size_t before, size_t count, int8_t* room, int8_t* woven, PanelSums* sums) {
   const FfnArgs& a = work.a;
   const uint32_t* list = block.neurons + n;
   const int8_t* records[32];
@@ -68,9 +82,10 @@ void Hidden32(const Work& work, const Block& block, const Panels& x, size_t p0, 
     bias[i] = a.b1[list[i]];
   }
   const RowDots dots(work.kernels, x, records, count, a.width, room, woven);
-  const int8_t* next[32];
-  const size_t next_count = std::min<size_t>(32, block.count - n - count);
+  const int8_t* next[64];
+  size_t next_count = std::min<size_t>(32, block.count - n - count);
   for (size_t i = 0; i < next_count; ++i) next[i] = work.Record(list[count + i]);
+  next_count += HalvesBefore(work, block, p0, p1, n, before, next + next_count);
   for (size_t p = p0; p < p1; ++p) {
     dots.With(p, LaterOf(next, next_count, p - p0, p1 - p0), sums);
     for (size_t i0 = 0; i0 < count; i0 += 16) {
@@ -99,7 +114,8 @@ void FirstLayer(const Work& work, const Block& block, const Panels& x, const Par
     PanelSums* sums = arena.Take<PanelSums>(2);
     const PanelScope scope(work.kernels);
     for (size_t n = first; n < last; n += 32) {
-      Hidden32(work, block, x, p0, p1, n, std::min<size_t>(32, last - n), room, woven, sums);
+      const size_t before = std::min<size_t>(32, n - first);
+      Hidden32(work, block, x, p0, p1, n, before, std::min<size_t>(32, last - n), room, woven, sums);
     }
   });
 }

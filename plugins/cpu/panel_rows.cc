@@ -61,16 +61,17 @@ WeightRows RowsForDots(const int8_t* const* rows, size_t count, size_t width, in
 void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const int8_t* const* rows, size_t count,
                    const float* bias, size_t y_rows, size_t width, const uint8_t* left, float* y,
                    const Parallel& parallel) {
-  // Two whole cache lines of each weight row: they and the panels fill half of a 2 MiB L2.
-  constexpr size_t kColumns = 128, kPanelsAtOnce = 16;
+  // Two whole cache lines of each weight row, four if panels are small: they and the panels fill half of L2.
+  const size_t columns = panels.places == nullptr ? 128 : 256;
+  constexpr size_t kPanelsAtOnce = 16;
   const size_t depth = panels.steps * kPanelStep;
-  const size_t slabs = (width + kColumns - 1) / kColumns;
+  const size_t slabs = (width + columns - 1) / columns;
   const size_t all_panels = PanelsOf(y_rows), groups = (all_panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
   parallel.For(slabs * groups, [&](size_t task) {
-    const size_t first = task % slabs * kColumns, here = std::min(kColumns, width - first);
+    const size_t first = task % slabs * columns, here = std::min(columns, width - first);
     const size_t p0 = task / slabs * kPanelsAtOnce, p1 = std::min(all_panels, p0 + kPanelsAtOnce);
     Arena& arena = ThreadArena();
-    int8_t* woven = arena.Take<int8_t>(kColumns * depth);
+    int8_t* woven = arena.Take<int8_t>(columns * depth);
     const int8_t** from = arena.Take<const int8_t*>(depth);
     for (size_t k = 0; k < depth; ++k) from[k] = k < count && rows[k] != nullptr ? rows[k] + first : nullptr;
     kernels.weave(from, panels.steps, here, woven);

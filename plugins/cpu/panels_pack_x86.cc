@@ -26,7 +26,7 @@ inline __m128i Columns(const int8_t* row, size_t c, __mmask16 some) {
 
 template <bool kShift>
 void Weave(const int8_t* const* rows, size_t steps, size_t columns, int8_t* woven) {
-  constexpr size_t kAhead = 24;
+  constexpr size_t kAhead = 48;
   const __m512i index = _mm512_load_si512(kWeaving.index);
   const __m512i shift = kShift ? _mm512_set1_epi8(static_cast<char>(0x80)) : _mm512_setzero_si512();
   const size_t tiles = (columns + 31) / 32 * 2, count = steps * kPanelStep;
@@ -35,7 +35,7 @@ void Weave(const int8_t* const* rows, size_t steps, size_t columns, int8_t* wove
     for (size_t r = 0; r < 4; ++r) {
       row[r] = rows[k + r];
       const int8_t* later = k + r + kAhead < count ? rows[k + r + kAhead] : nullptr;
-      for (size_t c = 0; later != nullptr && c < columns; c += 64) _mm_prefetch(later + c, _MM_HINT_T0);
+      for (size_t c = 0; later != nullptr && c < columns; c += 64) _mm_prefetch(later + c, _MM_HINT_T1);
     }
     for (size_t t = 0; t < tiles; ++t) {
       const size_t c = t * 16;

@@ -191,23 +191,25 @@ void MixRows(const int8_t* digit, const int32_t* row_sums, const int8_t* woven, 
 
 template <size_t kPlaces, size_t kRows>
 void MixPlaces(const Panels& panels, size_t p, const int8_t* woven, const LaterRows& later, PanelSums* sums) {
-  if constexpr (kPlaces < kPanelDigits) {
-    const size_t unused = (kPanelDigits - kPlaces) * sizeof(sums[0][0]);
-    std::memset(sums[0], 0, unused), std::memset(sums[1], 0, unused);
-  }
   const float* step = panels.step + p * kPanelRows;
-  for (size_t r0 = 0; r0 < kPanelRows; r0 += kRows) {
-    // The last panel is seldom full. What the sums of a row of zeros are does not matter: they are times
-    // step.
-    if (std::all_of(step + r0, step + r0 + kRows, [](float one) { return one == 0.0f; })) {
-      for (size_t d = kPanelDigits - kPlaces; d < kPanelDigits; ++d) {
-        for (size_t half = 0; half < 2; ++half)
-          std::memset(sums[half][d][r0], 0, kRows * sizeof(sums[0][0][0]));
-      }
-      continue;
-    }
-    MixRows<kPlaces, kRows>(panels.Panel(p), panels.sums + p * kPanelDigits * kPanelRows, woven, panels.steps,
+  // The last panel is seldom full, and what the sums of a row of zeros are does not matter: they are times
+  // step.
+  size_t rows = kPanelRows;
+  while (rows != 0 && step[rows - 1] == 0.0f) --rows;
+  if (rows < kPanelRows || kPlaces < kPanelDigits) {
+    const size_t all = kPanelDigits - (rows < kPanelRows ? 0 : kPlaces);
+    std::memset(sums[0], 0, all * sizeof(sums[0][0])), std::memset(sums[1], 0, all * sizeof(sums[0][0]));
+  }
+  const auto mix = [&]<size_t kSome>(size_t r0) {
+    MixRows<kPlaces, kSome>(panels.Panel(p), panels.sums + p * kPanelDigits * kPanelRows, woven, panels.steps,
                             r0, r0 == 0 ? later : LaterRows{}, sums);
+  };
+  for (size_t r0 = 0; r0 < rows; r0 += kRows) {
+    if (2 * (rows - r0) <= kRows) {
+      mix.template operator()<kRows / 2>(r0);
+    } else {
+      mix.template operator()<kRows>(r0);
+    }
   }
 }
 
