@@ -32,7 +32,7 @@ import numpy as np
 from shadowc.sparsity.cluster import neuron_orders
 from shadowc.sparsity.fit import Examples, Fit, fit
 from shadowc.sparsity.networks import LayerNetworks, blocks_of, cost_share, default_width, minmax_scaled
-from shadowc.sparsity.predictor import Predictor, check_out
+from shadowc.sparsity.predictor import Networks, Predictor, check_out
 from shadowc.sparsity.rank import (
     minmax_rows,
     normalised_static_scores,
@@ -144,7 +144,7 @@ def _fits(
     return found
 
 
-def _networks(fits: Sequence[Fit], options: TrainOptions) -> Any:
+def _networks(fits: Sequence[Fit], options: TrainOptions) -> Networks:
     if options.style == "shadow":
         return fits[0].network
     return LayerNetworks(tuple(one.network for one in fits))
