@@ -26,6 +26,7 @@ struct Case {
   int64_t past;
   float kept;
   bool active_only;
+  bool few_digits = false;
 };
 
 Operator Attention(shadowc::WeightType type, Layers* layers, const Case& what, std::vector<float>* x,
@@ -44,6 +45,7 @@ Operator Attention(shadowc::WeightType type, Layers* layers, const Case& what, s
     a.heads = kHeads, a.head_size = kHeadSize, a.capacity = layers->capacity;
     a.past_key = a.present_key = layers->key.data(), a.past_value = a.present_value = layers->value.data();
     a.start = &start, a.past = &what.past, a.kv_active_only = what.active_only;
+    a.few_digits = what.few_digits;
     a.y = y->data();
     a.context = y->data() + what.tokens * kWidth;
     const double weights = static_cast<double>(shadowc::SparseAttention(a, ThePool()).bytes);
@@ -56,7 +58,7 @@ Operator Attention(shadowc::WeightType type, Layers* layers, const Case& what, s
 void Run(benchmark::State& state, shadowc::WeightType type, const Case& what) {
   Layers layers(static_cast<size_t>(what.past) + what.tokens);
   std::vector<float> x = Uniform(what.tokens * kWidth, -1, 1), y(2 * x.size());
-  const Case dense = {what.tokens, what.past, 1.0f, what.active_only};
+  const Case dense = {what.tokens, what.past, 1.0f, what.active_only, what.few_digits};
   Compare(state, Attention(type, &layers, what, &x, &y), Attention(type, &layers, dense, &x, &y));
 }
 
@@ -66,12 +68,12 @@ void RegisterAttention() {
   for (const auto& [name, type] : kTypes) {
     for (const Case& what : {Case{1, 128, 1.0f, false}, Case{1, 128, 0.5f, false}, Case{1, 128, 0.2f, false},
                              Case{1, 128, 0.5f, true}, Case{1, 1900, 1.0f, false}, Case{1, 1900, 0.5f, false},
-                             Case{512, 0, 1.0f, false}}) {
-      const std::string title = std::string("SparseAttention/") + name +
-                                "/tokens:" + std::to_string(what.tokens) +
-                                "/past:" + std::to_string(what.past) +
-                                "/kept:" + std::to_string(static_cast<int>(what.kept * 100)) +
-                                (what.active_only ? "/kv_active" : "");
+                             Case{512, 0, 1.0f, false}, Case{512, 0, 1.0f, false, true}}) {
+      const std::string title =
+          std::string("SparseAttention/") + name + "/tokens:" + std::to_string(what.tokens) +
+          "/past:" + std::to_string(what.past) +
+          "/kept:" + std::to_string(static_cast<int>(what.kept * 100)) +
+          (what.active_only ? "/kv_active" : "") + (what.few_digits ? "/few_digits" : "");
       benchmark::RegisterBenchmark(title.c_str(), Run, type, what)
           ->UseManualTime()
           ->Unit(benchmark::kMillisecond);

@@ -84,6 +84,12 @@ void ProjectPanels(const PanelKernels& kernels, const AttentionArgs& a, const ui
   parallel.For(parts * groups, [&](size_t task) {
     const size_t h = task % parts / 3, part = task % 3;
     const size_t p0 = task / parts * kPanelsAtOnce, p1 = std::min(panels, p0 + kPanelsAtOnce);
+    const size_t rows = a.batch * a.tokens;
+    bool used = false;
+    for (size_t row = p0 * kPanelRows; row < std::min(rows, p1 * kPanelRows) && !used; ++row) {
+      used = projection.Wants(part, row, h);
+    }
+    if (!used) return;  // its weights are not read either
     Arena& arena = ThreadArena();
     int8_t* room = arena.Take<int8_t>(32 * x.steps * kPanelStep);
     int8_t* woven = arena.Take<int8_t>(32 * x.steps * kPanelStep);

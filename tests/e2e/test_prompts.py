@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What prompts lose by activations in few digits, on opt-mini: hardly any bits, and no unit of a mask."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from pydoc_data.topics import topics
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+import shadowc
+from shadowc.runtime import variants
+from shadowc.runtime.engine import Engine
+from shadowc.runtime.library import OpLibrary
+from shadowc.runtime.load import load_cpu
+from shadowc.runtime.prompts import Batch
+from tests.e2e.compiled import options
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        OpLibrary.installed().isa not in ("avx512_icelake", "avx512_zen4"),
+        reason="activations are rounded with VNNI and without AMX",
+    ),
+]
+
+ROWS, SLOTS = 4, 256
+MOST_BITS = 2e-3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("prompts") / "mini"
+    return shadowc.compile(options("opt-mini", out, weights="int8", offline=True))
+
+
+def text_ids(engine: Engine) -> npt.NDArray[np.int64]:
+    ids = engine.tokenizer(topics["specialnames"] + topics["typesseq"])["input_ids"]
+    return np.array(ids[: ROWS * SLOTS], np.int64).reshape(ROWS, SLOTS)
+
+
+def bits(engine: Engine) -> float:
+    """Of the tokens of a text, read as prompts are."""
+    ids = text_ids(engine)
+    logits = engine.logits(ids, protocol="dense")[:, :-1].astype(np.float64)
+    logits -= logits.max(-1, keepdims=True)
+    chosen = np.take_along_axis(logits, ids[:, 1:, None], axis=2)[..., 0]
+    return float((np.log2(np.exp(logits).sum(-1)) - chosen / np.log(2)).sum())
+
+
+def scores_after_a_prompt(engine: Engine) -> list[npt.NDArray[np.float32]]:
+    ids = text_ids(engine)
+    decoder = engine._decoder(Batch(ids, np.zeros(ROWS, np.int64)), SLOTS)
+    decoder.prefill(ids[:, :-1])
+    outputs = decoder.feed(ids[:, -1:], sparse_tail=1, outputs=("scores.heads", "scores.neurons"))
+    return list(outputs.values())
+
+
+def test_rounded_prompts_are_rounded_and_cost_hardly_any_bits(folder: Path) -> None:
+    rounded, exact = bits(load_cpu(folder)), bits(load_cpu(folder, exact_prompts=True))
+    assert rounded != exact
+    assert abs(rounded / exact - 1) < MOST_BITS
+
+
+def test_masks_after_a_rounded_prompt_are_those_of_an_exact_one(folder: Path) -> None:
+    rounded, exact = load_cpu(folder), load_cpu(folder, exact_prompts=True)
+    for found, expected in zip(scores_after_a_prompt(rounded), scores_after_a_prompt(exact), strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_rounding_where_masks_come_from_would_be_noticed(folder: Path) -> None:
+    def everywhere(model):
+        changed = variants.with_few_digits(model)
+        for node in changed.graph.node:
+            if node.name == "layers.0.attention":
+                variants._set_int(node, "few_digits", 1)
+        return changed
+
+    exact = load_cpu(folder, exact_prompts=True)
+    planted = exact._variant(everywhere)
+    pairs = zip(scores_after_a_prompt(planted), scores_after_a_prompt(exact), strict=True)
+    assert all((found != expected).any() for found, expected in pairs)
