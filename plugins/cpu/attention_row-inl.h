@@ -18,10 +18,10 @@ HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
 
+// Adds the head's share to y, and writes its context, key and value.
 template <class W>
 void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool active, Pointer<W> after,
-             float* y) {
-  Arena& arena = ThreadArena();
+             float* y, Arena* arena) {
   Head<W> head(a, h);
   head.after = after;
   PrefetchStep(head.scales, 4 * a.head_size);
@@ -30,7 +30,7 @@ void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool act
   CopyPrefix(a, 0, h);
   if (!active) std::fill(context, context + a.head_size, 0.0f);
   if (!active && a.kv_active_only) return;
-  float *query = arena.Take<float>(a.head_size), *fresh = arena.Take<float>(a.head_size);
+  float *query = arena->Take<float>(a.head_size), *fresh = arena->Take<float>(a.head_size);
   const size_t slot = SlotOffset(a, 0, h, static_cast<size_t>(a.past[0]));
   if (active) Project(a, head, kQuery, 3, QueryFactor(a), &x, 1, &query);
   Project(a, head, kKey, active ? 2 : 1, 1.0f, &x, 1, &fresh);
@@ -39,12 +39,9 @@ void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool act
   StoreSlot(a, fresh, a.present_value, slot);
   if (!active) return;
   const uint32_t token = 0;
-  Attend(a, 0, h, &token, 1, query, 0, context, &arena);
+  Attend(a, 0, h, &token, 1, query, 0, context, arena);
   const float* context_row = context;
-  float* share = arena.Take<float>(a.width);  // not `y` itself, see OneRow of sparse_ffn.cc
-  std::fill(share, share + a.width, 0.0f);
-  ProjectOut(a, head, &context_row, 1, 0, a.width, &share, arena.Take<float>(a.head_size));
-  std::copy(share, share + a.width, y);
+  ProjectOut(a, head, &context_row, 1, 0, a.width, &y, arena->Take<float>(a.head_size));
 }
 
 template <class W>
@@ -56,19 +53,27 @@ ReadCount OneRow(const AttentionArgs& a, const Activations<W>* x, CallArena* are
   for (size_t h = 0; h < a.heads; ++h) read += CountHead<W>(a, masks[h] != 0, !a.kv_active_only);
   float* partial = arena->Take<float>(a.heads * a.width);
   SumTree sums(partial, a.heads, a.width, arena);
+  const SumRuns runs(a.heads, Parallel::LikelyThreads(), arena);
+  const auto is_read = [&](size_t h) { return masks[h] != 0 || !a.kv_active_only; };
   std::atomic<size_t> running{0};
-  parallel.For(a.heads, [&](size_t h) {
-    const size_t next =
-        h + 1 + running.fetch_add(1, std::memory_order_relaxed);  // see OneRow of sparse_ffn.cc
-    Pointer<W> after{};
-    if (next < a.heads && (masks[next] != 0 || !a.kv_active_only)) {
-      const Head<W> head(a, next);
-      after = head.w + (masks[next] != 0 ? kQuery : kKey) * head.part_size;
-    }
-    float* y = partial + h * a.width;
-    if (masks[h] == 0) std::fill(y, y + a.width, 0.0f);
-    OneHead<W>(a, x, h, masks[h] != 0, after, y);
-    sums.Finish(h);
+  parallel.For(runs.Count(), [&](size_t r) {
+    const auto [first, leaves] = runs[r];
+    const size_t later = r + 1 + running.fetch_add(1, std::memory_order_relaxed);  // see sparse_ffn.cc
+    const size_t after = later < runs.Count() ? runs[later].first : a.heads;
+    Arena& memory = ThreadArena();
+    float* sum = memory.Take<float>(SumDepth(leaves) * a.width);
+    SumInOrder(first, leaves, a.heads, a.width, sum, [&](size_t h, float* y) {
+      const size_t next = h + 1 < first + leaves ? h + 1 : after;
+      Pointer<W> start{};
+      if (next < a.heads && is_read(next)) {
+        const Head<W> head(a, next);
+        start = head.w + (masks[next] != 0 ? kQuery : kKey) * head.part_size;
+      }
+      std::fill(y, y + a.width, 0.0f);
+      OneHead<W>(a, x, h, masks[h] != 0, start, y, &memory);
+    });
+    std::copy(sum, sum + a.width, partial + first * a.width);
+    sums.Finish(first, leaves);
     running.fetch_sub(1, std::memory_order_relaxed);
   });
   WithBias(a.bo, partial, 1, a.width, a.y);

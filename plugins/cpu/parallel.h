@@ -6,10 +6,24 @@
 // the number of threads.
 #pragma once
 
+#ifdef __linux__
+#include <sched.h>
+#endif
+
+#include <algorithm>
 #include <cstddef>
+#include <thread>
 #include <type_traits>
 
 namespace shadowc {
+
+inline unsigned UsableCores() {
+#ifdef __linux__
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof(set), &set) == 0) return static_cast<unsigned>(CPU_COUNT(&set));
+#endif
+  return std::thread::hardware_concurrency();
+}
 
 class Parallel {
  public:
@@ -17,6 +31,13 @@ class Parallel {
   using Run = void (*)(void* pool, size_t total, Body body, void* closure);
 
   Parallel(Run run, void* pool) : run_(run), pool_(pool) {}
+
+  // How many threads there may be: the cores that this process may use. A guess, nothing but speed may hang
+  // on it.
+  static size_t LikelyThreads() {
+    static const size_t threads = std::max(1u, std::thread::hardware_concurrency());
+    return threads;
+  }
 
   // Runs everything on the calling thread, in order.
   static Parallel Serial() {

@@ -230,6 +230,24 @@ size_t ActiveNeurons(const FfnArgs& a, const RowSelection& selection, size_t beg
   return a.block == 1 ? count : ExpandBlocks(a, list, count);
 }
 
+// Room for the neurons of one piece and one vector more.
+size_t MostListed(const FfnArgs& a, size_t pieces) {
+  return (a.selection.units / pieces + 1) * a.block + hn::MaxLanes(DF());
+}
+
+// The active neurons of a piece, and the first ones of piece `next` (none if there is no such piece). `list`
+// has room for two pieces.
+Neurons NeuronsOf(const FfnArgs& a, const RowSelection& selection, size_t pieces, size_t piece, size_t next,
+                  uint32_t* list) {
+  const auto active = [&](size_t p, uint32_t* to) {
+    return ActiveNeurons(a, selection, PieceBegin(a, pieces, p), PieceBegin(a, pieces, p + 1), to);
+  };
+  Neurons neurons{list, active(piece, list), 0};
+  neurons.with_next = neurons.count;
+  if (next < pieces) neurons.with_next += std::min<size_t>(kMostAhead, active(next, list + neurons.count));
+  return neurons;
+}
+
 template <class W>
 ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, const Parallel& parallel) {
   const size_t pieces = PiecesOf(a, 2 * RowElements<W>(a.width) * sizeof(W));
@@ -237,29 +255,27 @@ ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, co
   const auto row = a.skip_zeros ? &RowSkippingZeros<W> : &RowWholeRecords<W>;
   float* partial = arena->Take<float>(pieces * a.width);
   SumTree sums(partial, pieces, a.width, arena);
+  const SumRuns runs(pieces, Parallel::LikelyThreads(), arena);
   ReadCount read[kMostPieces];
   std::atomic<size_t> running{0};
-  parallel.For(pieces, [&](size_t p) {
-    // Pieces are handed out in order: those after p are the other running threads'.
-    const size_t next = p + 1 + running.fetch_add(1, std::memory_order_relaxed);
-    const size_t begin = PieceBegin(a, pieces, p), end = PieceBegin(a, pieces, p + 1);
-    const size_t most = (a.selection.units / pieces + 1) * a.block + hn::MaxLanes(DF());
+  parallel.For(runs.Count(), [&](size_t r) {
+    const auto [first, leaves] = runs[r];
+    // Runs are handed out in order: those after r are the other running threads'.
+    const size_t later = r + 1 + running.fetch_add(1, std::memory_order_relaxed);
+    const size_t after = later < runs.Count() ? runs[later].first : pieces;
     Arena& memory = ThreadArena();
-    uint32_t* list = memory.Take<uint32_t>(2 * most);
-    Neurons neurons{list, ActiveNeurons(a, selection, begin, end, list), 0};
-    neurons.with_next = neurons.count;
-    if (next < pieces) {
-      neurons.with_next +=
-          std::min<size_t>(kMostAhead, ActiveNeurons(a, selection, PieceBegin(a, pieces, next),
-                                                     PieceBegin(a, pieces, next + 1), list + neurons.count));
-    }
-    // Not straight into `partial`: the next piece's sums lie behind it, and the prefetchers of one core would
+    uint32_t* list = memory.Take<uint32_t>(2 * MostListed(a, pieces));
+    // Not straight into `partial`: the next run's sums lie behind it, and the prefetchers of one core would
     // keep taking their first lines away from the other (measured: a fifth of the bandwidth).
-    float* mine = memory.Take<float>(a.width);
-    std::fill(mine, mine + a.width, 0.0f);
-    if (neurons.count != 0) read[p] = row(a, x, neurons, mine);
-    std::copy(mine, mine + a.width, partial + p * a.width);
-    sums.Finish(p);
+    float* sum = memory.Take<float>(SumDepth(leaves) * a.width);
+    SumInOrder(first, leaves, pieces, a.width, sum, [&](size_t p, float* y) {
+      const Neurons neurons =
+          NeuronsOf(a, selection, pieces, p, p + 1 < first + leaves ? p + 1 : after, list);
+      std::fill(y, y + a.width, 0.0f);
+      if (neurons.count != 0) read[p] = row(a, x, neurons, y);
+    });
+    std::copy(sum, sum + a.width, partial + first * a.width);
+    sums.Finish(first, leaves);
     running.fetch_sub(1, std::memory_order_relaxed);
   });
   WithBias(a.b2, partial, 1, a.width, a.y);

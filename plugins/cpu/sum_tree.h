@@ -28,13 +28,14 @@ class SumTree {
         arrived_(new (arena->template Take<std::atomic<uint8_t>>(2 * count))
                      std::atomic<uint8_t>[2 * count]{}) {}
 
-  // Once for every leaf. When all have been called, leaf 0 holds the sum.
-  void Finish(size_t leaf) {
+  // Once for every leaf, or for every run of leaves (SumRuns below) whose sum is in the first of them. When
+  // all have been called, leaf 0 holds the sum.
+  void Finish(size_t leaf, size_t leaves = 1) {
     std::atomic<uint8_t>* level = arrived_;
     size_t node = leaf, width = 1;
     for (size_t nodes = count_; nodes > 1; nodes = (nodes + 1) / 2, node /= 2, width *= 2) {
       const size_t left = node & ~size_t{1};
-      if (left + 1 < nodes) {
+      if (width >= leaves && left + 1 < nodes) {
         if (level[left / 2].fetch_add(1, std::memory_order_acq_rel) == 0) return;  // the neighbour adds
         AddTo(leaves_ + left * width * size_, leaves_ + (left + 1) * width * size_, size_);
       }
@@ -76,5 +77,33 @@ inline size_t TreeWidth(size_t count) {
   while (width < count) width *= 2;
   return width;
 }
+
+// Leaves in runs that one thread adds up by itself, in its own cache. A run is a whole subtree, so the sum is
+// the same, bit for bit, however leaves are cut into runs. Long runs come first and single leaves last: a
+// leaf of its own costs some 2 us, most of them for lines that the other core holds, and a long run at the
+// end would leave the other threads idle.
+class SumRuns {
+ public:
+  struct Run {
+    size_t first, leaves;
+  };
+
+  template <class SomeArena>
+  SumRuns(size_t leaves, size_t threads, SomeArena* arena) : runs_(arena->template Take<Run>(leaves)) {
+    for (size_t first = 0; first < leaves;) {
+      size_t length = 1;
+      while (first % (2 * length) == 0 && 2 * length * 2 * threads <= leaves - first) length *= 2;
+      runs_[count_++] = {first, length};
+      first += length;
+    }
+  }
+
+  size_t Count() const { return count_; }
+  const Run& operator[](size_t i) const { return runs_[i]; }
+
+ private:
+  Run* runs_;
+  size_t count_ = 0;
+};
 
 }  // namespace shadowc
