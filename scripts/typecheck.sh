@@ -10,6 +10,7 @@ mkdir -p "$tree/shadowc"
 for entry in shadowc/*; do ln -s "../../../$entry" "$tree/shadowc/"; done
 ln -s ../../../passes ../../../plugins "$tree/shadowc/"
 MYPYPATH=$tree .venv/bin/mypy --config-file pyproject.toml --cache-dir build/mypy_cache -p shadowc
+MYPYPATH=$tree:. .venv/bin/mypy --config-file pyproject.toml --cache-dir build/mypy_cache -p benchmarks
 for folder in scripts $(find examples -name '*.py' -exec dirname {} + | sort -u); do # its files import each other by name
   MYPYPATH=$tree:$folder .venv/bin/mypy --config-file pyproject.toml --cache-dir build/mypy_cache "$folder"/*.py
 done

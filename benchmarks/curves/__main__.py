@@ -20,6 +20,7 @@ from benchmarks.curves.series import series, table
 from benchmarks.decoding import DENSE, Setting
 from benchmarks.rounds import Asked, Ledger, LedgerError, measure, threads_of
 from shadowc.checkpoint.resolve import resolve
+from shadowc.measure import plot
 from shadowc.spec.errors import ShadowcError, UnsupportedError
 
 MODELS = "opt-125m,opt-350m,opt-1.3b,opt-2.7b,opt-6.7b"
@@ -36,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     models = [item for item in given.models.split(",") if item]
     try:
+        plot.require()
         given.out.mkdir(parents=True, exist_ok=True)
         asked = Asked(given.weights, given.mask, _settings(given.densities), given.tokens, threads_of(given.threads))
         ledger = Ledger(given.out / "curves.json", asked)
@@ -48,7 +50,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         text = table(curves, ledger)
         drawing.against_density(curves, text.note, given.out / "density.png")
         drawing.against_size(curves, text.note, given.out / "size.png")
-    except (LedgerError, ShadowcError, ValueError) as error:
+    except ShadowcError as error:
+        parser.error(f"{error}: {error.hint}" if error.hint else str(error))
+    except (LedgerError, ValueError) as error:
         parser.error(str(error))
     (given.out / "curves.md").write_text(text.markdown, "utf-8")
     sys.stdout.write(text.markdown)

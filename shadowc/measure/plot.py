@@ -104,6 +104,15 @@ def label_axes(panel: Any, title: str) -> None:
     panel.set_ylim(bottom=0)
 
 
+def require() -> None:
+    """Refuse to draw before anything is measured for it.
+
+    Raises:
+        SetupError: matplotlib is not installed.
+    """
+    _figure_type()
+
+
 def figure(rows: int, columns: int, scale: float = 1.0) -> tuple[Any, list[Any]]:
     """A figure and its panels, row by row.
 

@@ -100,3 +100,13 @@ def test_a_plot_without_matplotlib_names_the_command(
     with pytest.raises(SetupError, match="matplotlib is not installed") as raised:
         drawing.against_size([series("opt-a", ledger)], "", tmp_path / "plot.png")
     assert "shadowc[plot]" in str(raised.value.hint)
+
+
+def test_curves_that_cannot_be_drawn_are_not_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(SystemExit):
+        curves.main(["--models", "opt-125m", "--out", str(tmp_path / "curves")])
+    assert "matplotlib is not installed: pip install" in capsys.readouterr().err
+    assert not (tmp_path / "curves").exists()
