@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // The kernels' only view of threads: run body(0) ... body(total - 1) on whatever pool the host owns.
 //
-// Kernels cut their work by its size alone, never by the number of threads (the ONNX Runtime API does not
-// even tell it), and combine partial sums in index order. Results therefore depend neither on timing nor on
-// the number of threads.
+// Kernels cut their sums by the size of the work alone, never by the number of threads (the ONNX Runtime API
+// does not even tell it), and combine them in one order; which thread computes how many of them is free
+// (sum_tree.h). Results therefore depend neither on timing nor on the number of threads.
 #pragma once
 
 #ifdef __linux__
@@ -32,10 +32,9 @@ class Parallel {
 
   Parallel(Run run, void* pool) : run_(run), pool_(pool) {}
 
-  // How many threads there may be: the cores that this process may use. A guess, nothing but speed may hang
-  // on it.
+  // How many threads there may be: the cores that this process may use. A guess; only speed may depend on it.
   static size_t LikelyThreads() {
-    static const size_t threads = std::max(1u, std::thread::hardware_concurrency());
+    static const size_t threads = std::max(1u, UsableCores());
     return threads;
   }
 
