@@ -23,6 +23,12 @@ SHARES = {"dense": 1.0, "1/1": 1.02, "0.2/0.2": 0.4, "0.5/0.5": 0.65, "0.5/0.2":
 
 
 @pytest.fixture
+def drawable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Curves are measured as if they could be drawn, with or without matplotlib."""
+    monkeypatch.setattr(curves.plot, "require", lambda: None)
+
+
+@pytest.fixture
 def ledger(tmp_path: Path) -> Ledger:
     """Two rounds of four models at 30 GB/s, each token 1.2 times as long as its bytes at 0.9 of the stream."""
     made = Ledger(tmp_path / "curves.json", ASKED)
@@ -50,6 +56,7 @@ def test_the_table_has_the_distance_to_the_floor_and_the_speed_over_the_twin(led
     assert "2 of opt-a" in text
 
 
+@pytest.mark.usefixtures("drawable")
 def test_a_model_that_is_not_handled_is_left_out_and_named(tmp_path: Path) -> None:
     arguments = ["--models", "opt-350m", "--out", str(tmp_path), "--densities", "0.5/0.5"]
     with pytest.raises(SystemExit):  # nothing is measured
@@ -59,6 +66,7 @@ def test_a_model_that_is_not_handled_is_left_out_and_named(tmp_path: Path) -> No
     assert "opt-350m is left out: " in table([series("opt-x", left)], left).markdown
 
 
+@pytest.mark.usefixtures("drawable")
 def test_rounds_that_are_there_are_not_measured_again(
     ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +81,7 @@ def test_rounds_that_are_there_are_not_measured_again(
     assert capsys.readouterr().out.count("| opt-b |") == len(SETTINGS)
 
 
+@pytest.mark.usefixtures("drawable")
 def test_an_engine_that_the_disk_has_no_room_for_is_refused_before_it_is_compiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
