@@ -17,12 +17,14 @@ from shadowc._version import __version__
 if TYPE_CHECKING:
     from shadowc.compiler import compile as compile
     from shadowc.runtime.load import load as load
+    from shadowc.runtime.transformers_model import OPTForCausalLM as OPTForCausalLM
     from shadowc.spec.density import Density as Density
     from shadowc.spec.options import CompileOptions as CompileOptions
 
 _LAZY = {
     "compile": "shadowc.compiler",
     "load": "shadowc.runtime.load",
+    "OPTForCausalLM": "shadowc.runtime.transformers_model",
     "Density": "shadowc.spec.density",
     "CompileOptions": "shadowc.spec.options",
     "ShadowcError": "shadowc.spec.errors",

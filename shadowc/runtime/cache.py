@@ -84,6 +84,13 @@ class KvCache:
         self.capacity = capacity
         return True
 
+    def reorder(self, rows_B: npt.NDArray[np.integer[Any]]) -> None:
+        """Let row b hold what row rows_B[b] holds now; the buffers stay where they are."""
+        moved_B = np.flatnonzero(rows_B != np.arange(len(rows_B)))
+        if moved_B.size:
+            for past in self._past.values():
+                past[moved_B, :, : self.filled] = past[rows_B[moved_B], :, : self.filled]
+
     def slots(self, start: int) -> dict[str, Floats]:
         """A copy of what is filled from slot `start` on, `{layer}.key` and `{layer}.value` [B,slots,H,D]."""
         return {name: past[:, :, start : self.filled].swapaxes(1, 2).copy() for name, past in self._past.items()}

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from shadowc.runtime.cache import KvCache
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.runtime.variants import LOGITS_FROM
+from shadowc.spec.errors import InternalError
 
 if TYPE_CHECKING:
     from shadowc.runtime.session import Binding, Session
@@ -114,6 +115,15 @@ class Decoder:
         """Compute as little as possible for a finished row from now on."""
         for values in self._density.values():
             values[row] = 0.0
+
+    def reorder(self, rows_B: npt.NDArray[np.integer[Any]]) -> None:
+        """Let row b go on from where row rows_B[b] is; both must have the same padding, as beams of a prompt have."""
+        starts_B = self._batch.starts
+        if (starts_B[rows_B] != starts_B).any():
+            raise InternalError("rows of different padding were exchanged; beams stay within their prompt")
+        self._cache.reorder(rows_B)
+        for values in self._density.values():
+            values[:] = values[rows_B]
 
     def prefill(self, ids_BS: Ids) -> Floats:
         """Run a prompt without masks; returns the logits [B,V] after its last token."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -134,6 +134,19 @@ class SequenceDecoder(Decoder):
         """See Decoder.mute."""
         super().mute(row)
         self._stale = True
+
+    def reorder(self, rows_B: npt.NDArray[np.integer[Any]]) -> None:
+        """See Decoder.reorder; masks go along."""
+        super().reorder(rows_B)
+        for held_B1LN in self._scores_held.values():
+            held_B1LN[:] = held_B1LN[rows_B]
+        self._origins_B = self._origins_B[rows_B]
+        self._stale = True
+
+    def prefill(self, ids_BS: Ids) -> Floats:
+        """See Decoder.prefill; the last token makes the masks from there on."""
+        self._origins_B = np.full(self._batch.rows, self.filled + ids_BS.shape[1] - 1)
+        return super().prefill(ids_BS)
 
     def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str], logits_from: int = 0) -> Outputs:
         """See Decoder.feed; `sparse_tail` is 0, or all of the tokens, where rows at density 1 are dense."""
