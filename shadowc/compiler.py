@@ -100,9 +100,9 @@ class _Compile:
         self.options = options
         self.stages = Stages(options, progress)
         self.out = options.out or Path(f"{_base_name(options.model)}.engine")
+        self._waited = False
 
     def run(self) -> CompileSummary:
-        from shadowc.emit.folder import staged, write_manifest
         from shadowc.emit.target import target
 
         self._check_options()
@@ -112,12 +112,28 @@ class _Compile:
         key = self._build_key(checkpoint)
         finished = self._finished(key)
         if finished is not None:
-            costs = tuple(self.stages.meter.costs)
-            return CompileSummary(self.out, finished, costs, up_to_date=True, left_out=checkpoint.unused)
+            return self._up_to_date(finished, checkpoint)
         predictor = self.stages.predictor(checkpoint)
         programs = self.stages.programs(checkpoint, predictor)
         source = checkpoint.weights if predictor is None else JoinedSource(checkpoint.weights, predictor.as_source())
-        with staged(self.out) as folder:
+        with self.stages.cache.alone(str(self.out.resolve()), self._tell_waiting):
+            finished = self._finished(key) if self._waited else None
+            if finished is not None:
+                return self._up_to_date(finished, checkpoint)
+            return self._write(checkpoint, programs, source, predictor, key)
+
+    def _write(
+        self,
+        checkpoint: Checkpoint,
+        programs: Mapping[str, Program],
+        source: TensorSource,
+        predictor: Predictor | None,
+        key: str,
+    ) -> CompileSummary:
+        """Write the engine beside its place, check it, and put it there."""
+        from shadowc.emit.folder import staged, write_manifest
+
+        with staged(self.out, _least_bytes(programs)) as folder:
             manifest, build = self._emit(checkpoint, programs, source, predictor, key, folder)
             with self.stages.measured("parity"):
                 parity = self._parity(checkpoint, programs, predictor, manifest, folder)
@@ -131,6 +147,14 @@ class _Compile:
         return CompileSummary(
             self.out, manifest, costs, up_to_date=False, sample=sample, build=build, left_out=checkpoint.unused
         )
+
+    def _up_to_date(self, manifest: EngineManifest, checkpoint: Checkpoint) -> CompileSummary:
+        costs = tuple(self.stages.meter.costs)
+        return CompileSummary(self.out, manifest, costs, up_to_date=True, left_out=checkpoint.unused)
+
+    def _tell_waiting(self) -> None:
+        self._waited = True
+        self.stages.progress.note(f"waits for another process that writes {self.out}")
 
     def _check_options(self) -> None:
         """Everything that can be refused before any work, all at once."""
@@ -215,15 +239,16 @@ class _Compile:
         from shadowc.emit.target import target
 
         options = self.options
-        unused = {"model", "out", "offline", "dump_passes", "predictor"}
+        unused = dict.fromkeys(("model", "out", "offline", "dump_passes", "predictor"), True)
         if options.predictor != "train":
-            unused |= {"collect", "train"}
+            unused |= {"collect": True, "train": True}
         elif options.load_format == "dummy":
-            unused |= {"collect"}
+            unused |= {"collect": True}
+        where = {} if "collect" in unused else {"collect": {"data"}}  # the text's hash decides, not its place
         decided = {
             "checkpoint": checkpoint.identity,
             "name": checkpoint.facts.name,
-            "options": options.model_dump(mode="json", exclude=unused),
+            "options": options.model_dump(mode="json", exclude={**unused, **where}),
             "data": None if "collect" in unused else data_hash(options),
             "predictor": content_hash(Path(options.predictor)) if self._predictor_folder() else options.predictor,
             **target(options.target).libraries(options),
@@ -338,6 +363,14 @@ class _Compile:
             neuron_block=predictor.block,
             predictor={**predictor.meta, "widths": widths, "parameters": predictor.parameters},
         )
+
+
+def _least_bytes(programs: Mapping[str, Program]) -> int:
+    """Bytes that an engine of these graphs takes on disk at least: those of its weights."""
+    from shadowc.emit.weights import nbytes
+
+    recipes = {name: recipe for program in programs.values() for name, recipe in program.weights.items()}
+    return sum(map(nbytes, recipes.values()))
 
 
 def _base_name(model: str) -> str:

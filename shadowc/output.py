@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -17,16 +19,32 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from shadowc.spec.errors import InputError, SetupError, ShadowcError
+from shadowc.spec.errors import InputError, SetupError
 
 Listed = Callable[[Mapping[str, object]], Collection[str] | None]
 """From the content of a folder's describing file to the names of its other files; None: not written by shadowc."""
 
-NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+"""A full disk, an exhausted quota, a file larger than its file system or this process may write."""
+_OVERTAKEN = frozenset({errno.EEXIST, errno.ENOTEMPTY, errno.ENOENT})
+"""What a rename meets where another process renames to the same place."""
+_TRIES = 5
 _ELSEWHERE = "choose another folder with --out"
 _NAMED = 5
 _RENAME_EXCHANGE = 2
 _AT_FDCWD = -100
+_LONGEST_LABEL = 200
+"""Bytes of a name that may be repeated in the name of a temporary folder; file systems take 255 in all."""
+_LONGEST_FILE = "x" * 64
+"""Stands for the longest name of a file that shadowc writes."""
+_being_written: set[Path] = set()
+"""Temporary folders of this process."""
+
+
+class NoSpaceError(SetupError):
+    """A disk, quota or limit without room for `needed` bytes (0: unknown)."""
+
+    needed = 0
 
 
 def check_output(out: Path, what: str, marker: str, listed: Listed) -> None:
@@ -42,6 +60,7 @@ def check_output(out: Path, what: str, marker: str, listed: Listed) -> None:
         InputError: it is a file, a folder with other content, or in a place where nothing can be written.
     """
     try:
+        _check_length(out)
         if out.is_dir():
             _check_folder(out, what, marker, listed)
         elif os.path.lexists(out):
@@ -55,7 +74,7 @@ def check_output(out: Path, what: str, marker: str, listed: Listed) -> None:
 
 
 @contextmanager
-def staged(out: Path, check: Callable[[Path], None], what: str) -> Iterator[Path]:
+def staged(out: Path, check: Callable[[Path], None], what: str, needed: int = 0) -> Iterator[Path]:
     """Give a temporary sibling of `out` to write to, and put it in `out`'s place when the block ends well.
 
     What is already there stays usable until it is replaced. If the block raises, nothing is left.
@@ -64,32 +83,46 @@ def staged(out: Path, check: Callable[[Path], None], what: str) -> Iterator[Path
         out: the folder's place.
         check: refuses what may not be replaced; asked before and after the block.
         what: the kind of output, for messages.
+        needed: bytes that it takes at least; 0: unknown.
 
     Raises:
         InputError: `out` holds something else, or its parent cannot be written.
-        SetupError: the disk is full.
+        SetupError: the disk has no room.
     """
     check(out)
     out = out.resolve()
-    with writing(out.parent):
+    result = f"no {what} was written"
+    with writing(out.parent, needed):
         out.parent.mkdir(parents=True, exist_ok=True)
         _recover(out)
+        if needed > free_space(out.parent):
+            raise no_space(out.parent, needed=needed, result=result)
         staging = _sibling(out, "tmp")
+        _being_written.add(staging)
         staging.mkdir()
     try:
         yield staging
         replace_folder(staging, out, check)
     except OSError as error:
+        needed = max(needed, bytes_in(staging))
+        shutil.rmtree(staging, ignore_errors=True)  # before the free space is looked at
         if error.errno in NO_SPACE:
-            raise no_space(out.parent, f"no {what} was written") from error
+            raise no_space(out.parent, error, needed=needed, result=result) from error
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{_shown(out)}: its files' paths are too long; {result}", hint=_ELSEWHERE) from error
         raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+        _being_written.discard(staging)
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path, needed: int = 0) -> Iterator[None]:
     """Turn the operating system's refusal to write into one sentence.
+
+    Args:
+        folder: where is written, for messages.
+        needed: bytes that are written; 0: unknown.
 
     Raises:
         SetupError: the disk is full.
@@ -99,22 +132,79 @@ def writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in NO_SPACE:
-            raise no_space(folder) from error
+            raise no_space(folder, error, needed=needed) from error
         raise InputError(f"cannot write to {_shown(folder)}: {_reason(error)}", hint=_ELSEWHERE) from error
 
 
-def no_space(folder: Path, result: str = "") -> ShadowcError:
-    """The error of a full disk or an exhausted quota."""
-    message = f"no space left on the disk of {folder}"
-    return SetupError(f"{message}; {result}" if result else message, hint="free some space, or use another disk")
+def free_space(folder: Path) -> float:
+    """Bytes that this user can still write on the disk of a folder; infinity where its file system does not tell."""
+    try:
+        disk = shutil.disk_usage(next(place for place in (folder, *folder.absolute().parents) if place.is_dir()))
+    except OSError:
+        return math.inf
+    return disk.free if disk.total else math.inf
+
+
+def no_space(folder: Path, error: OSError | None = None, *, needed: int = 0, result: str = "") -> NoSpaceError:
+    """The error of a disk without room, an exhausted quota, or a limit on the size of a file.
+
+    Args:
+        folder: where was written.
+        error: what the operating system said; None: nobody has tried yet.
+        needed: bytes that it takes at least; 0: unknown.
+        result: what is left on disk, as the end of a sentence.
+    """
+    free = free_space(folder)
+    if error is not None and error.errno == errno.EFBIG:
+        message, hint = f"a file in {folder} would be larger than {_file_limit()}", "raise the limit"
+    else:
+        message, hint = f"no space left on the disk of {folder}", "free some space"
+        if error is not None and error.errno == errno.EDQUOT:
+            message = f"no space left in your quota on the disk of {folder}"
+    figures = [f"at least {megabytes(needed)} needed"] if needed else []
+    figures += [f"{megabytes(free)} free"] if math.isfinite(free) else []
+    figures += ["no inodes free"] if _inodes_gone(folder) else []
+    message += f": {', '.join(figures)}" if figures else ""
+    found = NoSpaceError(f"{message}; {result}" if result else message, hint=f"{hint}, or use another disk")
+    found.needed = needed
+    return found
+
+
+def bytes_in(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def megabytes(count: float) -> str:
+    """A size on disk, for messages."""
+    return f"{count / 1e6:,.1f} MB"
 
 
 def replace_folder(staging: Path, out: Path, check: Callable[[Path], None]) -> None:
     """Rename `staging` to `out`; whatever was there is exchanged in one step where the system can do that.
 
+    Of two processes that do this at once the later one's folder stays.
+
     Raises:
         InputError: something appeared at `out` that may not be replaced.
     """
+    for left in reversed(range(_TRIES)):
+        try:
+            _replace(staging, out, check)
+        except OSError as error:
+            if error.errno not in _OVERTAKEN or not left or not staging.exists():
+                raise
+        else:
+            return
+
+
+def label(out: Path) -> str:
+    """What the names of temporary folders beside `out` have of its name: all of it, unless it is very long."""
+    name = os.fsencode(out.name)
+    return out.name if len(name) <= _LONGEST_LABEL else hashlib.sha256(name).hexdigest()
+
+
+def _replace(staging: Path, out: Path, check: Callable[[Path], None]) -> None:
     if not out.exists():
         staging.rename(out)
         return
@@ -130,6 +220,32 @@ def replace_folder(staging: Path, out: Path, check: Callable[[Path], None]) -> N
         old.rename(out)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _inodes_gone(folder: Path) -> bool:
+    """Whether the file system has room for bytes but for no further file."""
+    try:
+        found = os.statvfs(folder)
+    except (OSError, AttributeError):
+        return False
+    return found.f_files > 0 and found.f_favail == 0
+
+
+def _file_limit() -> str:
+    """What limits the size of a file here."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    except (ImportError, OSError):
+        return "its file system takes"
+    return "its file system takes" if limit < 0 else f"this process may write (ulimit -f: {megabytes(limit)})"
+
+
+def _check_length(out: Path) -> None:
+    """Raise OSError if the temporary folder's files would have longer paths than the system takes."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.lstat(_sibling(out.absolute(), "tmp") / _LONGEST_FILE)
 
 
 def _check_parent(out: Path) -> None:
@@ -189,15 +305,15 @@ def _shown(path: Path) -> str:
 
 
 def _sibling(out: Path, kind: str) -> Path:
-    return out.parent / f".{out.name}.{os.getpid()}.{os.urandom(4).hex()}.{kind}"
+    return out.parent / f".{label(out)}.{os.getpid()}.{os.urandom(4).hex()}.{kind}"
 
 
 def _recover(out: Path) -> None:
     """Clear what killed runs left beside `out`, and put a folder back that was caught between two renames."""
-    pattern = re.compile(rf"\.{re.escape(out.name)}\.(\d+)\.[0-9a-f]+\.(tmp|old)")
+    pattern = re.compile(rf"\.{re.escape(label(out))}\.(\d+)\.[0-9a-f]+\.(tmp|old)")
     for path in sorted(out.parent.iterdir()):
         match = pattern.fullmatch(path.name)
-        if match is None or _alive(int(match[1])):
+        if match is None or path in _being_written or _alive(int(match[1])):
             continue
         if match[2] == "old" and not out.exists():
             path.rename(out)
@@ -206,6 +322,9 @@ def _recover(out: Path) -> None:
 
 
 def _alive(process: int) -> bool:
+    """Whether another process has this number; in a container the one that was killed may have had ours."""
+    if process == os.getpid():
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:

@@ -17,12 +17,12 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Final
 
 from shadowc._version import __version__
-from shadowc.output import NO_SPACE
+from shadowc.output import NO_SPACE, NoSpaceError, bytes_in, no_space
 from shadowc.spec.errors import InternalError, SetupError
 
 SCHEMA: Final = 1
@@ -32,7 +32,7 @@ ROOT_VARIABLE: Final = "SHADOWC_CACHE"
 _KEY_FILE = "key.json"
 _TEMPORARY = ".tmp-"
 _LOCKS = ".locks"
-_REFUSALS = NO_SPACE | {errno.EACCES}
+_REFUSALS = NO_SPACE | {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG}
 """Errors of a maker that are about the place it writes to."""
 _HINT = f"set {ROOT_VARIABLE} to a folder that you may write to"
 
@@ -112,20 +112,48 @@ class StageCache:
         with self._locked(folder, on_wait):
             if _is_complete(folder, text):
                 return folder, True
-            temporary = folder.parent / f"{_TEMPORARY}{folder.name}"
-            with _explained(self.root):
-                _remove(folder)
-                _remove(temporary)
-                temporary.mkdir()
-            try:
-                with _refusals_explained(self.root):
-                    make(temporary)
-                with _explained(self.root):
-                    _seal(temporary, text)
-                    temporary.rename(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            self._make(stage, folder, text, make)
         return folder, False
+
+    @contextmanager
+    def alone(self, name: str, on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+        """Let one process after the other, of all that share this cache, do what `name` stands for.
+
+        Where the cache cannot be written to nobody waits.
+
+        Args:
+            name: what is to be done by one at a time, and where.
+            on_wait: called once if another process is at it right now.
+        """
+        place = self.root / _LOCKS / hashlib.sha256(os.fsencode(name)).hexdigest()
+        with ExitStack() as held:
+            try:
+                with _explained(self.root):
+                    (place.parent / _LOCKS).mkdir(parents=True, exist_ok=True)
+                held.enter_context(self._locked(place, on_wait))
+            except SetupError:
+                pass
+            yield
+
+    def _make(self, stage: str, folder: Path, text: str, make: Callable[[Path], None]) -> None:
+        """Fill a temporary folder and give it its name, under the entry's lock."""
+        temporary = folder.parent / f"{_TEMPORARY}{folder.name}"
+        with _explained(self.root):
+            _remove(folder)
+            _remove(temporary)
+            temporary.mkdir()
+        try:
+            with _refusals_explained(self.root):
+                make(temporary)
+            with _explained(self.root):
+                _seal(temporary, text)
+                temporary.rename(folder)
+        except NoSpaceError as error:
+            needed = max(error.needed, bytes_in(temporary))
+            shutil.rmtree(temporary, ignore_errors=True)  # before the free space is looked at
+            raise _full(self.root, error.__cause__, needed, f"stage {stage} was not kept") from error
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _place(self, stage: str, text: str) -> Path:
         return self.root / stage / hashlib.sha256(text.encode()).hexdigest()
@@ -142,6 +170,10 @@ class StageCache:
                 if on_wait is not None:
                     on_wait()
                 lock.acquire()
+            except NotImplementedError as error:  # filelock's word for a file system without locks
+                raise SetupError(
+                    f"the file system of the cache folder {self.root} has no locks (flock)", hint=_HINT
+                ) from error
         try:
             yield
         finally:
@@ -220,11 +252,14 @@ def _refusals_explained(root: Path) -> Iterator[None]:
 
 def _refused(root: Path, error: OSError) -> SetupError:
     if error.errno in NO_SPACE:
-        return SetupError(
-            f"no space left for the cache folder {root}",
-            hint=f"free some space there, or set {ROOT_VARIABLE} to a folder on another disk",
-        )
+        return _full(root, error)
     place = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else root
-    if root in (place, *place.parents) or not place.is_absolute():
+    if root in (place, *place.parents) or place in root.parents or not place.is_absolute():
         return SetupError(f"the cache folder {root} cannot be written to: {error.strerror or error}", hint=_HINT)
     return SetupError(f"{place} cannot be used: {error.strerror or error}", hint="check its permissions")
+
+
+def _full(root: Path, error: BaseException | None, needed: int = 0, result: str = "") -> NoSpaceError:
+    found = no_space(root, error if isinstance(error, OSError) else None, needed=needed, result=result)
+    found.hint = f"{found.hint}, or set {ROOT_VARIABLE} to a folder on another one"
+    return found

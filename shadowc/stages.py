@@ -18,6 +18,8 @@ from shadowc.spec.progress import Progress
 from shadowc.stage_cache import StageCache
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
     from shadowc.checkpoint.resolve import Checkpoint
     from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.options import CompileOptions
@@ -67,12 +69,18 @@ class Stages:
             seed=options.seed,
             advance=lambda done, total: self.progress.advance(done >> 20, total >> 20, "MiB"),
         )
-        self.cache.get_or_make(
+        self._cached(
             "finite",
             {"checkpoint": checkpoint.identity},
             lambda _: check_finite(checkpoint, self.progress.advance),
         )
         return checkpoint
+
+    def _cached(self, stage: str, key: Mapping[str, object], make: Callable[[Path], None]) -> tuple[Path, bool]:
+        """A stage's result from the cache, or made now; tells if another process is just making it."""
+        return self.cache.get_or_make(
+            stage, key, make, on_wait=lambda: self.progress.note(f"waits for another process that makes stage {stage}")
+        )
 
     def predictor(self, checkpoint: Checkpoint) -> Predictor | None:
         """Trained, loaded, or random for dummy weights; None for a dense engine."""
@@ -101,14 +109,10 @@ class Stages:
             "code": source_hash("checkpoint", "sparsity"),
         }
         with self.measured("collect") as mark:
-            trace_folder, mark.reused = self.cache.get_or_make(
-                "collect", traced, lambda to: self._collect(checkpoint, to)
-            )
+            trace_folder, mark.reused = self._cached("collect", traced, lambda to: self._collect(checkpoint, to))
         learned = {**traced, "train": options.train.model_dump(mode="json")}
         with self.measured("train") as mark:
-            folder, mark.reused = self.cache.get_or_make(
-                "train", learned, lambda to: self._train(checkpoint, trace_folder, to)
-            )
+            folder, mark.reused = self._cached("train", learned, lambda to: self._train(checkpoint, trace_folder, to))
         found = Predictor.load(folder / "predictor", checkpoint.facts)
         # The cache may hold what was learned from the same weights under another name.
         return replace(found, meta={**found.meta, "model": {**found.meta["model"], "name": checkpoint.facts.name}})
@@ -138,9 +142,7 @@ class Stages:
             "code": source_hash("trace", "checkpoint"),
         }
         with self.measured("trace") as mark:
-            folder, mark.reused = self.cache.get_or_make(
-                "trace", key, lambda to: trace(checkpoint.facts, to / MODEL_FILE)
-            )
+            folder, mark.reused = self._cached("trace", key, lambda to: trace(checkpoint.facts, to / MODEL_FILE))
         with self.measured("passes"):
             return {
                 name: self._program(name, folder / MODEL_FILE, checkpoint, predictor)

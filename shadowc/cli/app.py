@@ -29,10 +29,12 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+AGAIN = "type the same command again, it goes on from there"
+
 COMMANDS = (
-    ("compile", compile_model, "no engine was written; finished stages stay in the cache"),
-    ("collect", collect, "what was recorded is kept, and the same command goes on from there"),
-    ("train", train, "no predictor was written"),
+    ("compile", compile_model, "no engine is left half written, and finished stages stay in the cache"),
+    ("collect", collect, "what was recorded is kept"),
+    ("train", train, "no predictor is left half written"),
     ("run", run, "the engine is unchanged"),
     ("eval", evaluate, "the engine is unchanged"),
     ("bench", bench, "the engine is unchanged"),
@@ -41,9 +43,11 @@ COMMANDS = (
     ("doctor", doctor, "nothing was changed"),
 )
 """Name, function, and what Ctrl-C leaves behind."""
+RESUMED = ("compile", "collect")
+"""Commands that go on where they were interrupted."""
 
 for _name, _function, _kept in COMMANDS:
-    app.command(_name)(guarded(_function, kept=_kept))
+    app.command(_name)(guarded(_function, kept=_kept, again=AGAIN if _name in RESUMED else ""))
 
 
 def _show_version(wanted: bool) -> None:

@@ -105,7 +105,7 @@ def error(failure: ShadowcError) -> None:
         console.print(Text.assemble(("next: ", "bold"), failure.hint), soft_wrap=True)
 
 
-def unexpected(failure: Exception, log: Path | None) -> None:
+def unexpected(failure: BaseException, log: Path | None) -> None:
     """A bug: one line, and where its traceback lies."""
     from rich.text import Text
 
@@ -123,9 +123,11 @@ def unexpected(failure: Exception, log: Path | None) -> None:
     console.print(Text.assemble(("next: ", "bold"), where), soft_wrap=True)
 
 
-def interrupted(kept: str) -> None:
-    """Ctrl-C: what is left on disk."""
-    say("interrupted; " + (kept or "nothing was written"))
+def interrupted(kept: str, again: str = "", *, stopped: bool = False) -> None:
+    """Ctrl-C, or a signal to stop: what is left on disk, and how to go on."""
+    say(f"{'stopped' if stopped else 'interrupted'}; {kept or 'nothing was written'}")
+    if again:
+        say(f"next: {again}")
 
 
 def size(count: float) -> str:

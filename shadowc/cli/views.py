@@ -27,7 +27,7 @@ def done_text(event: Event) -> str:
 
 
 class PlainLines:
-    """Lines for logs: the end of every outer stage that took a while, and a sign of life in between.
+    """Lines for logs: the end of every outer stage that took a while, what it found, and a sign of life in between.
 
     Args:
         say: prints one line.
@@ -49,6 +49,8 @@ class PlainLines:
             self._say(f"{name}: {event.seconds:.1f} s")
         elif event.kind == "failed" and len(event.stage) == 1 and event.seconds >= QUIET_SECONDS:
             self._say(f"{name}: stopped after {event.seconds:.1f} s")
+        elif event.kind == "note":
+            self._say(f"{name}: {event.text}" if name else event.text)
         elif event.kind in ("advance", "begin") and now - self._last >= LINE_SECONDS:
             self._last = now
             self._say(f"{name}: {done_text(event)}" if event.kind == "advance" else f"{name} …")
@@ -90,6 +92,8 @@ class LiveLine:
             self._bars.update(self._tasks[-1], completed=event.done, total=event.total or None, note=done_text(event))
         elif self._tasks and event.kind == "note":
             self._bars.update(self._tasks[-1], note=event.text)
+        elif event.kind == "note":
+            self._bars.console.print(event.text)
 
     def close(self) -> None:
         """Take the line away."""

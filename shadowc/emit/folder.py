@@ -38,16 +38,20 @@ def check_replaceable(out: Path) -> None:
     check_output(out, "an engine folder", MANIFEST_FILE, _listed)
 
 
-def staged(out: Path) -> AbstractContextManager[Path]:
+def staged(out: Path, needed: int = 0) -> AbstractContextManager[Path]:
     """Give a temporary sibling of `out` to write an engine to; it takes `out`'s place when the block ends well.
 
     An engine that is already there stays usable until it is replaced. If the block raises, nothing is left.
 
+    Args:
+        out: the engine's place.
+        needed: bytes that it takes at least; 0: unknown.
+
     Raises:
         InputError: `out` holds something else, or its parent cannot be written.
-        SetupError: the disk is full.
+        SetupError: the disk has no room.
     """
-    return output.staged(out, check_replaceable, "engine")
+    return output.staged(out, check_replaceable, "engine", needed)
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

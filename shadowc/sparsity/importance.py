@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 import numpy as np
 
 from shadowc.checkpoint.opt import OptFacts
-from shadowc.output import check_output, replace_folder, writing
+from shadowc.output import check_output, label, replace_folder, writing
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ class TraceWriter:
         self._out = out
         self._key = key
         self._place = out.resolve()
-        self._partial = self._place.parent / f".{self._place.name}.partial"
+        self._partial = self._place.parent / f".{label(self._place)}.partial"
         self._maps: dict[str, npt.NDArray[Any]] = {}
         self.rows = 0
         self.meta: dict[str, Any] = {}
@@ -230,12 +230,13 @@ class TraceWriter:
         """
         self.discard()
         header = _header(layout)
+        size = 8 + len(header) + sum(_size(*entry) for entry in layout.values())
         try:
-            with writing(self._place.parent):
+            with writing(self._place.parent, size):
                 self._partial.mkdir(parents=True)
                 with (self._partial / TENSORS_FILE).open("wb") as stream:
                     stream.write(len(header).to_bytes(8, "little") + header)
-                    _reserve(stream, 8 + len(header) + sum(_size(*entry) for entry in layout.values()))
+                    _reserve(stream, size)
                 self._map(layout)
                 self.meta = meta
                 self._layout = layout

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,7 +16,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from shadowc.cli.guard import INTERRUPTED, PIPE_CLOSED, guarded
+from shadowc.cli.guard import INTERRUPTED, PIPE_CLOSED, STOPPED, guarded
 from shadowc.spec import errors
 from shadowc.spec.errors import InputError, ShadowcError
 
@@ -82,6 +86,32 @@ def test_an_interrupt_says_what_is_kept() -> None:
     result = CliRunner().invoke(raising(KeyboardInterrupt()), [])
     assert result.exit_code == INTERRUPTED
     assert result.stderr == "interrupted; the trace is complete\n"
+
+
+@pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals reach the main thread")
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [("SIGINT", INTERRUPTED, "interrupted"), ("SIGTERM", STOPPED, "stopped")]
+)
+def test_a_signal_that_a_library_turns_into_an_error_is_still_no_bug(
+    monkeypatch: pytest.MonkeyPatch, number: str, code: int, word: str
+) -> None:
+    monkeypatch.setattr("shadowc.cli.guard._write_log", lambda _: pytest.fail("a traceback was written"))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def command() -> None:
+        try:
+            os.kill(os.getpid(), getattr(signal, number))
+            time.sleep(30)
+        except KeyboardInterrupt:
+            raise RuntimeError("a session failed") from None
+
+    before = signal.getsignal(signal.SIGTERM)
+    app = typer.Typer(pretty_exceptions_enable=False)
+    app.command()(guarded(command, kept="the trace is complete", again="type it again"))
+    result = CliRunner().invoke(app, [])
+    assert result.exit_code == code
+    assert result.stderr == f"{word}; the trace is complete\nnext: type it again\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def in_a_process(body: str, **options: object) -> subprocess.CompletedProcess[str]:

@@ -99,6 +99,14 @@ def test_plain_lines_tell_where_a_long_stage_stopped() -> None:
     assert lines == ["collect: stopped after 5.0 s"]
 
 
+def test_plain_lines_tell_what_a_stage_notes_at_once() -> None:
+    lines, _, progress = plain()
+    with progress.stage("trace"):
+        progress.note("waits for another process")
+    progress.note("no stage is open")
+    assert lines == ["trace: waits for another process", "no stage is open"]
+
+
 def test_live_line_leaves_nothing_behind_when_work_is_short() -> None:
     stream = io.StringIO()
     view = LiveLine(Console(file=stream, force_terminal=True, width=80))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -202,6 +203,63 @@ def test_an_engine_caught_between_two_renames_comes_back(tmp_path: Path) -> None
     with pytest.raises(RuntimeError), folder.staged(tmp_path / "mini.engine"):
         raise RuntimeError
     assert key(tmp_path / "mini.engine") == "old"
+
+
+def test_leftovers_of_a_process_that_had_our_number_are_cleared(tmp_path: Path) -> None:
+    """In a container every run may be process 1."""
+    (tmp_path / f".mini.engine.{os.getpid()}.00ff.tmp").mkdir()
+    with folder.staged(tmp_path / "mini.engine") as ours:
+        with folder.staged(tmp_path / "mini.engine") as inner:
+            (inner / MANIFEST_FILE).write_text(manifest("inner"))
+        assert ours.is_dir(), "a folder that this process is writing was taken for a leftover"
+        (ours / MANIFEST_FILE).write_text(manifest("ours"))
+    assert names(tmp_path) == ["mini.engine"]
+    assert key(tmp_path / "mini.engine") == "ours"
+
+
+@pytest.mark.parametrize("exchange", [True, False])
+def test_another_process_that_was_faster_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchange: bool
+) -> None:
+    """The place was free when it was looked at, and is not when the folder is renamed to it."""
+    if not exchange:
+        monkeypatch.setattr(output, "_exchange", lambda *_: False)
+    out, looked, really = tmp_path / "mini.engine", [], Path.exists
+
+    def exists(path: Path) -> bool:
+        if path == out and not looked:
+            looked.append(path)
+            out.mkdir()
+            (out / MANIFEST_FILE).write_text(manifest("faster"))
+            return False
+        return really(path)
+
+    monkeypatch.setattr(Path, "exists", exists)
+    write(out, "slower")
+    assert looked
+    assert key(out) == "slower"
+    assert names(tmp_path) == ["mini.engine"]
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "ü" * 127])
+def test_a_folder_may_have_the_longest_name_that_there_is(tmp_path: Path, name: str) -> None:
+    write(tmp_path / name, "new")
+    assert names(tmp_path) == [name]
+
+
+def test_more_bytes_than_are_free_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    free = shutil.disk_usage(tmp_path).free
+    figures = r"at least [\d,.]+ MB needed, [\d,.]+ MB free; no engine was written"
+    with pytest.raises(SetupError, match=figures), folder.staged(tmp_path / "mini.engine", needed=2 * free):
+        pytest.fail("something was begun")
+    assert names(tmp_path) == []
+
+
+def test_a_file_system_that_does_not_tell_its_size_is_tried(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=0, used=0, free=0))
+    with folder.staged(tmp_path / "mini.engine", needed=1000) as staging:
+        (staging / MANIFEST_FILE).write_text(manifest("new"))
+    assert key(tmp_path / "mini.engine") == "new"
 
 
 def test_a_full_disk_is_told_in_one_sentence(tmp_path: Path) -> None:

@@ -227,6 +227,57 @@ def test_waiting_for_another_maker_is_told_once(cache: StageCache) -> None:
     assert told == ["waiting"]
 
 
+def test_one_process_after_the_other_does_what_a_name_stands_for(cache: StageCache) -> None:
+    entered, leave, order = threading.Event(), threading.Event(), []
+
+    def first() -> None:
+        with cache.alone("/out/mini.engine"):
+            entered.set()
+            assert leave.wait(PATIENCE)
+            order.append("first")
+
+    other = threading.Thread(target=first)
+    other.start()
+    assert entered.wait(PATIENCE)
+    with StageCache(cache.root).alone("/out/other.engine", lambda: order.append("waited for nothing")):
+        pass
+    with StageCache(cache.root).alone("/out/mini.engine", leave.set):
+        order.append("second")
+    other.join(PATIENCE)
+    assert order == ["first", "second"]
+
+
+def test_nobody_waits_where_the_cache_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with StageCache(tmp_path / "file" / "cache").alone("/out/mini.engine"):
+        assert not (tmp_path / "file").is_dir()
+
+
+def test_full_disk_is_told_with_what_was_needed_and_is_free(cache: StageCache) -> None:
+    def fail(folder: Path) -> None:
+        (folder / "half").write_bytes(bytes(3_000_000))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(
+        SetupError, match=r"at least 3\.0 MB needed, [\d,.]+ MB free; stage train was not kept"
+    ) as caught:
+        cache.get_or_make("train", KEY, fail)
+    assert str(cache.root) in caught.value.message
+    assert "SHADOWC_CACHE" in caught.value.hint
+
+
+def test_file_system_without_locks_is_a_setup_error(cache: StageCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    import filelock
+
+    def refuse(*_: object, **__: object) -> None:
+        raise NotImplementedError("FileSystem does not appear to support flock; use SoftFileLock instead")
+
+    monkeypatch.setattr(filelock.FileLock, "acquire", refuse)
+    with pytest.raises(SetupError, match="has no locks") as caught:
+        cache.get_or_make("collect", KEY, unexpected)
+    assert "SHADOWC_CACHE" in caught.value.hint
+
+
 def test_maker_may_use_the_cache_itself(cache: StageCache) -> None:
     def make(folder: Path) -> None:
         inner, _ = cache.get_or_make("trace", KEY, write_result)
