@@ -10,6 +10,7 @@ import typer
 from shadowc._version import __version__
 from shadowc.cli import render
 from shadowc.cli.bench import bench
+from shadowc.cli.bisect import bisect
 from shadowc.cli.collect import collect
 from shadowc.cli.compile import compile_model
 from shadowc.cli.doctor import doctor
@@ -40,6 +41,7 @@ COMMANDS = (
     ("bench", bench, "the engine is unchanged"),
     ("inspect", inspect, "the engine is unchanged"),
     ("verify", verify, "the engine is unchanged"),
+    ("bisect", bisect, "the engine is unchanged"),
     ("doctor", doctor, "nothing was changed"),
 )
 """Name, function, and what Ctrl-C leaves behind."""

@@ -99,8 +99,13 @@ class LayerReference:
     ) -> Tensor:
         """Puts what a cache holds in the place of keys or values, and notes how far it is from their rounding."""
         stored_BSE = stored_BSHD.reshape(projected_BSE.shape)
-        grid = torch.finfo(stored_BSE.dtype)
-        rounding = projected_BSE.abs() * (grid.eps / 2) + grid.smallest_normal * grid.eps / 2
-        beyond = ((stored_BSE - projected_BSE).abs() - rounding).clamp(min=0).max().item()
-        self.stored_difference = worse(self.stored_difference, relative(beyond, projected_BSE.abs().max().item()))
+        self.stored_difference = worse(self.stored_difference, beyond_rounding(stored_BSE, projected_BSE))
         return stored_BSE.to(projected_BSE.dtype)
+
+
+def beyond_rounding(stored: Tensor, exact: Tensor) -> float:
+    """The most that stored values are off beyond the rounding of their type, of the largest exact one; equal shapes."""
+    grid = torch.finfo(stored.dtype)
+    rounding = exact.abs() * (grid.eps / 2) + grid.smallest_normal * grid.eps / 2
+    beyond = ((stored - exact).abs() - rounding).clamp(min=0).max().item()
+    return relative(beyond, exact.abs().max().item())

@@ -160,14 +160,13 @@ def check_parity(
     accuracy = weights if truth is None else "fp32"
     if truth is None:
         truth = source if weights == "fp32" else DequantisedSource(source, head_block, weights)
-    prefill, masked = _lengths(facts)
-    ids_BS = np.random.default_rng(seed).integers(4, facts.vocab, (1, prefill + DECODE_TOKENS), dtype=np.int64)
+    ids_BS, prefill, masked = tokens_of(facts, seed)
     densities = DENSITIES if sparse else DENSITIES[:1]
-    runs = [_run(new_probe(), ids_BS, density, prefill, masked) for density in densities]
+    runs = [run_of(new_probe(), ids_BS, density, prefill, masked) for density in densities]
     held: list[dict[str, Float]] = []
     if new_held_probe is not None:
         masked_held = min(masked, prefill - 1)  # one token must be left to make the mask
-        held = [_run(new_held_probe(), ids_BS, density, prefill, masked_held) for density in densities]
+        held = [run_of(new_held_probe(), ids_BS, density, prefill, masked_held) for density in densities]
     selection, scores = None, None
     if sparse and plan is not None:
         lengths = [masked] * len(runs) + [masked_held for _ in held]
@@ -179,9 +178,9 @@ def check_parity(
     runs += held
     return ParityReport(
         weights=weights,
-        embedding=_embedding_difference(runs[0], ids_BS, facts, truth),
+        embedding=embedding_difference(runs[0], ids_BS, facts, truth),
         layers=_layer_differences(runs, facts, truth, block, orders, advance),
-        logits=reduce(worse, (_logits_difference(run, facts, truth) for run in runs)),
+        logits=reduce(worse, (logits_difference(run, facts, truth) for run in runs)),
         layer_tolerance=LAYER_TOLERANCE[accuracy],
         logits_tolerance=LOGITS_TOLERANCE[accuracy],
         positions=ids_BS.shape[1] * len(runs),
@@ -192,21 +191,29 @@ def check_parity(
     )
 
 
-def _lengths(facts: OptFacts) -> tuple[int, int]:
+def tokens_of(facts: OptFacts, seed: int = 0) -> tuple[npt.NDArray[np.int64], int, int]:
+    """Random tokens [1,S], how many of them are one run at first, and how many of those are masked."""
     prefill = min(PREFILL_TOKENS, facts.positions - DECODE_TOKENS)
-    return prefill, min(MASKED_TOKENS, prefill)
+    ids_BS = np.random.default_rng(seed).integers(4, facts.vocab, (1, prefill + DECODE_TOKENS), dtype=np.int64)
+    return ids_BS, prefill, min(MASKED_TOKENS, prefill)
 
 
-def _run(probe: Probe, ids_BS: npt.NDArray[np.int64], density: Density, prefill: int, masked: int) -> dict[str, Float]:
-    """All tokens through the engine; every output joined along the token axis."""
+def run_of(
+    probe: Probe,
+    ids_BS: npt.NDArray[np.int64],
+    density: Density,
+    prefill: int,
+    masked: int,
+    further: Sequence[str] = (),
+) -> dict[str, Float]:
+    """All tokens through the engine; every output joined along the token axis, `further` inner tensors too."""
     parts = [probe.step(ids_BS[:, :prefill], density=density, sparse_tail=masked)]
     parts += [
         probe.step(ids_BS[:, at : at + 1], density=density, sparse_tail=-1) for at in range(prefill, ids_BS.shape[1])
     ]
     per_token = ("residual.", "cached.", "scores.", "threshold.", "active.", "logits")
-    return {
-        name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0] if name.startswith(per_token)
-    }
+    wanted = [name for name in parts[0] if name.startswith(per_token) or name in further]
+    return {name: np.concatenate([part[name] for part in parts], axis=1) for name in wanted}
 
 
 def _layer_differences(
@@ -271,16 +278,18 @@ def _normed(x_BSE: Float, norm: Affine, facts: OptFacts, truth: TensorSource) ->
     )
 
 
-def _embedding_difference(
+def embedding_difference(
     run: Mapping[str, Float], ids_BS: npt.NDArray[np.int64], facts: OptFacts, truth: TensorSource
 ) -> float:
+    """Of `residual.0`, the largest difference from the sum of both embeddings, of its largest value."""
     words_VE = truth.tensor("model.decoder.embed_tokens.weight")
     places_PE = truth.tensor("model.decoder.embed_positions.weight")
     wanted_BSE = words_VE[ids_BS] + places_PE[np.arange(ids_BS.shape[1]) + facts.position_offset]
     return relative(float(np.abs(run["residual.0"] - wanted_BSE).max()), float(np.abs(wanted_BSE).max()))
 
 
-def _logits_difference(run: Mapping[str, Float], facts: OptFacts, truth: TensorSource) -> float:
+def logits_difference(run: Mapping[str, Float], facts: OptFacts, truth: TensorSource) -> float:
+    """Of the logits, the largest difference from what the last residual gives, of the largest."""
     hidden_BSE = _normed(run[f"residual.{facts.layers}"], Affine.of(FINAL_NORM), facts, truth)
     wanted_BSV = hidden_BSE @ torch.from_numpy(truth.tensor("lm_head.weight")).T
     difference = (wanted_BSV - torch.from_numpy(run["logits"])).abs().max().item()

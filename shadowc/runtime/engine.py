@@ -26,6 +26,8 @@ from shadowc.runtime.stored import Ranking
 from shadowc.spec.density import Density
 
 if TYPE_CHECKING:
+    import onnx
+
     from shadowc.runtime.library import OpLibrary
     from shadowc.runtime.recording import Run
     from shadowc.runtime.weights_memory import WeightsMemory
@@ -164,6 +166,10 @@ class Engine(CausalEngine):
             InputError: the graph has none of this name.
         """
         return stored.initialiser(self._session.load_model(), self.folder, name)
+
+    def graph(self) -> onnx.ModelProto:
+        """The graph that makes a mask for every token, without its weights; do not change it."""
+        return self._session.load_model()
 
     def head_block(self) -> int:
         """Quantisation block of the LM head along its input; 0: it is float."""

@@ -213,3 +213,11 @@ def test_version_is_the_packages(shadowc: Shadowc) -> None:
     from shadowc import __version__
 
     assert shadowc("--version").stdout == f"shadowc {__version__}\n"
+
+
+def test_bisect_finds_nothing_on_a_fresh_engine(shadowc: Shadowc, engine: Path, tiny_checkpoint: Path) -> None:
+    result = shadowc("bisect", engine, "--against", tiny_checkpoint)
+    assert result.exit_code == 0, result.output
+    assert "35 tensors as in torch" in result.stdout
+    found = json.loads(shadowc("bisect", engine, "--against", tiny_checkpoint, "--json").stdout)
+    assert (found["first"], len(found["compared"])) == (None, 35)

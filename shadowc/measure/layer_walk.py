@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One decoder layer step by step: every tensor that the engine shows, beside torch's from the engine's one before it.
+
+Each step starts from the engine's own tensors, so a wrong one shows once, where it is made.
+
+Letters: B batch, S tokens, E hidden, H heads, D head size, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from shadowc.checkpoint.opt import layer_names
+from shadowc.measure.layer_reference import LayerReference, beyond_rounding
+from shadowc.measure.masks import relative, worse
+from shadowc.spec.errors import InternalError
+
+if TYPE_CHECKING:
+    import onnx
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One tensor of a layer and what makes it."""
+
+    tensor: str
+    """As the walk calls it, a key of LayerTensors.names."""
+    made_by: str
+    parameters: tuple[str, ...]
+    """Names of the parameters that go into it."""
+
+
+STEPS = ("attention.x", "keys", "values", "context", "attention.y", "ffn.x", "ffn.y", "output")
+"""In the order in which a layer makes them."""
+
+
+def steps_of(layer: int) -> tuple[Step, ...]:
+    """The steps of one model layer."""
+    names = layer_names(layer)
+
+    def of(*parts: Any) -> tuple[str, ...]:
+        return tuple(name for part in parts for name in (part.weight, part.bias))
+
+    made = (
+        ("layer norm", of(names.attention_norm)),
+        ("k_proj", of(names.k)),
+        ("v_proj", of(names.v)),
+        ("q_proj and attention to the cache", of(names.q)),
+        ("out_proj", of(names.out)),
+        ("residual and layer norm", of(names.ffn_norm)),
+        ("fc1, ReLU and fc2", of(names.fc1, names.fc2)),
+        ("residual", ()),
+    )
+    return tuple(Step(name, *how) for name, how in zip(STEPS, made, strict=True))
+
+
+def tensor_names(model: onnx.ModelProto, layer: int) -> dict[str, str]:
+    """What the engine's graph calls the tensors of a layer: step -> name; keys and values are read from the cache.
+
+    Raises:
+        InternalError: the graph has no such layer.
+    """
+    nodes = {node.name: node for node in model.graph.node}
+    attention, ffn = nodes.get(f"layers.{layer}.attention"), nodes.get(f"layers.{layer}.ffn")
+    if attention is None or ffn is None:
+        raise InternalError(f"the engine's graph has no operators of layer {layer}")
+    return {
+        "attention.x": attention.input[0],
+        "keys": f"cached.{layer}.key",
+        "values": f"cached.{layer}.value",
+        "context": attention.output[3],
+        "attention.y": attention.output[0],
+        "ffn.x": ffn.input[0],
+        "ffn.y": ffn.output[0],
+        "output": f"residual.{layer + 1}",
+    }
+
+
+@dataclass(slots=True)
+class _Walk:
+    """What one pass through a layer finds."""
+
+    seen: Mapping[str, Tensor]
+    found: dict[str, float] = field(default_factory=dict)
+
+    def take(self, step: str, exact: Tensor) -> Tensor:
+        """Compare torch's tensor with the engine's, and go on with the engine's."""
+        theirs = self.seen[step].reshape(exact.shape)
+        if step in ("keys", "values"):
+            self.found[step] = worse(self.found.get(step, 0.0), beyond_rounding(theirs, exact))
+        else:
+            difference = (theirs - exact).abs().max().item()
+            self.found[step] = worse(self.found.get(step, 0.0), relative(difference, exact.abs().max().item()))
+        return theirs.to(exact.dtype)
+
+
+class LayerWalk(LayerReference):
+    """As LayerReference, for single steps."""
+
+    def differences(
+        self, x_BSE: Tensor, head_mask_BSH: Tensor, neuron_mask_BSF: Tensor, seen: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """Step -> largest difference of the engine's tensor from torch's, of torch's largest value.
+
+        Args:
+            x_BSE: the engine's input of the layer.
+            head_mask_BSH: its masks, in checkpoint order.
+            neuron_mask_BSF: the same.
+            seen: step -> the engine's tensor, [B,S,E], keys and values [B,S,H,D] as stored.
+        """
+        walk, attention = _Walk(seen), self._module.self_attn
+        heads_BSE = head_mask_BSH.repeat_interleave(x_BSE.shape[2] // head_mask_BSH.shape[2], dim=2)
+
+        def masked_neurons(hidden: Tensor) -> Tensor:
+            return torch.where(neuron_mask_BSF.reshape(hidden.shape), hidden, 0.0)
+
+        before: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [
+            *((part, lambda x: walk.take("attention.x", x)) for part in (attention.q_proj, attention.k_proj)),
+            (attention.v_proj, lambda x: walk.take("attention.x", x)),
+            (attention.out_proj, lambda c: walk.take("context", torch.where(heads_BSE.reshape(c.shape), c, 0.0))),
+            (self._module.fc1, lambda x: walk.take("ffn.x", x)),
+            (self._module.fc2, masked_neurons),
+        ]
+        after: list[tuple[nn.Module, Callable[[Tensor], Tensor]]] = [
+            (attention.k_proj, lambda y: walk.take("keys", y)),
+            (attention.v_proj, lambda y: walk.take("values", y)),
+            (attention.out_proj, lambda y: walk.take("attention.y", y)),
+            (self._module.fc2, lambda y: walk.take("ffn.y", y)),
+        ]
+        with ExitStack() as stack:
+            for part, act in before:
+                stack.callback(part.register_forward_pre_hook(_on_input(act)).remove)
+            for part, act in after:
+                stack.callback(part.register_forward_hook(_on_output(act)).remove)
+            walk.take("output", self._forward(x_BSE, {}, {}))
+        return {step: walk.found[step] for step in STEPS}
+
+
+def _on_input(act: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:
+    return lambda _, inputs: (act(inputs[0]),)
+
+
+def _on_output(act: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
+    return lambda _, __, output: act(output)

@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The parameters of a layer as an engine stores them, back in the checkpoint's names, shapes and order.
+
+Written from the operators' description (docs/ops.md), not from the packing code.
+
+Letters: E hidden, H heads, D head size, F neurons.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shadowc.checkpoint.opt import HEAD, layer_names
+from shadowc.spec.errors import InputError
+from shadowc.spec.ops import INT4_GROUP
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from shadowc.runtime.engine import Engine
+
+    Floats = npt.NDArray[np.float32]
+
+_INT4_ZERO = 8
+_HEAD_IN_GRAPH = "lm_head"
+"""In the checkpoint it is tied to the embedding; in the graph it is a matrix of its own."""
+
+
+def stored_parameters(engine: Engine, layer: int) -> dict[str, Floats]:
+    """Parameter name -> float32 value, for everything that a model layer stores."""
+    names, order_F = layer_names(layer), engine.neuron_orders().get(layer)
+    attention, ffn = f"layers.{layer}.attention", f"layers.{layer}.ffn"
+    records_H4DE, bias_H3D = _records(engine, attention), engine.initialiser(f"{attention}.bqkv")
+    H, _, D, E = records_H4DE.shape
+    query, key, value, out = (records_H4DE[:, part].reshape(H * D, E) for part in range(4))
+    biases = (bias_H3D[:, part].reshape(H * D) for part in range(3))
+    records_F2E = _records(engine, ffn)
+    at_F = np.arange(len(records_F2E)) if order_F is None else np.argsort(order_F)  # record of a neuron
+    found = {
+        names.q.weight: query,
+        names.k.weight: key,
+        names.v.weight: value,
+        names.out.weight: np.ascontiguousarray(out.T),
+        **dict(zip((names.q.bias, names.k.bias, names.v.bias), biases, strict=True)),
+        names.out.bias: engine.initialiser(f"{attention}.bo"),
+        names.fc1.weight: records_F2E[at_F, 0],
+        names.fc2.weight: np.ascontiguousarray(records_F2E[at_F, 1].T),
+        names.fc1.bias: engine.initialiser(f"{ffn}.b1")[at_F],
+        names.fc2.bias: engine.initialiser(f"{ffn}.b2"),
+    }
+    return found | stored_as_they_are(engine, _parts(names.attention_norm, names.ffn_norm))
+
+
+def stored_as_they_are(engine: Engine, names: tuple[str, ...]) -> dict[str, Floats]:
+    """Those of the named parameters that the graph stores under their own names and as floats."""
+    found = {}
+    for name in names:
+        try:
+            value = engine.initialiser(_HEAD_IN_GRAPH if name == HEAD else name)
+        except InputError:
+            continue
+        if value.dtype == np.float32:
+            found[name] = value.T if name == HEAD else value  # stored as a product wants it
+    return found
+
+
+def _parts(*affine: Any) -> tuple[str, ...]:
+    return tuple(name for one in affine for name in (one.weight, one.bias))
+
+
+def _records(engine: Engine, operator: str) -> Floats:
+    """Records times their scales, [..., E]."""
+    records, scales = engine.initialiser(f"{operator}.w"), engine.initialiser(f"{operator}.scales")
+    if records.dtype != np.uint8:
+        return np.asarray(records.astype(np.float32) * scales[..., None], np.float32)
+    pairs = records.reshape(*scales.shape, INT4_GROUP // 2)  # a group's first half in the low halves of its bytes
+    steps = np.concatenate([pairs & 15, pairs >> 4], axis=-1).astype(np.float32) - _INT4_ZERO
+    return np.asarray((steps * scales[..., None]).reshape(*records.shape[:-1], -1), np.float32)

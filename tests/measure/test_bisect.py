@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`bisect` names the layer, the tensor and the stored parameter that were altered, and nothing on a sound engine."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from shadowc.checkpoint.opt import layer_names
+from shadowc.measure.bisect import BisectReport, bisect
+from shadowc.spec.errors import InputError, VerificationError
+from shadowc.spec.manifest import MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE
+
+LAYER = 2
+NAMES = layer_names(LAYER)
+ATTENTION, FFN = f"layers.{LAYER}.attention", f"layers.{LAYER}.ffn"
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Callable[[Path], Path]:
+    return lambda folder: Path(shutil.copytree(folder, tmp_path / "altered.engine"))
+
+
+def alter(folder: Path, name: str, index: tuple[int, ...], change: Callable[[np.ndarray], np.ndarray]) -> None:
+    """Change one stored element of weights.bin, found through the graph."""
+    graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+    tensor = next(one for one in graph.initializer if one.name == name)
+    where = {entry.key: entry.value for entry in tensor.external_data}
+    assert where["location"] == WEIGHTS_FILE
+    shape, dtype = tuple(tensor.dims), onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+    mapped = np.memmap(folder / WEIGHTS_FILE, dtype, "r+", int(where.get("offset", 0)), shape)
+    mapped[index] = change(mapped[index])
+    mapped.flush()
+
+
+def larger(value: np.ndarray) -> np.ndarray:
+    return value + np.asarray(1, value.dtype)
+
+
+def found(folder: Path, checkpoint: Path) -> BisectReport:
+    report = bisect(folder, str(checkpoint))
+    assert report.first is not None
+    return report
+
+
+PLANTED = {
+    "query": (f"{ATTENTION}.w", (1, 0, 3, 5), f"context.{LAYER}", NAMES.q.weight, (16 + 3, 5)),
+    "key": (f"{ATTENTION}.w", (1, 1, 3, 5), f"cached.{LAYER}.key", NAMES.k.weight, (16 + 3, 5)),
+    "value": (f"{ATTENTION}.w", (3, 2, 0, 63), f"cached.{LAYER}.value", NAMES.v.weight, (48, 63)),
+    "output": (f"{ATTENTION}.w", (2, 3, 7, 9), f"{ATTENTION}.y", NAMES.out.weight, (9, 32 + 7)),
+    "query bias": (f"{ATTENTION}.bqkv", (0, 0, 2), f"context.{LAYER}", NAMES.q.bias, (2,)),
+    "output bias": (f"{ATTENTION}.bo", (11,), f"{ATTENTION}.y", NAMES.out.bias, (11,)),
+    "attention norm": (NAMES.attention_norm.weight, (4,), f"{ATTENTION}.x", NAMES.attention_norm.weight, (4,)),
+    "FFN norm": (NAMES.ffn_norm.bias, (6,), f"{FFN}.x", NAMES.ffn_norm.bias, (6,)),
+    "second FFN bias": (f"{FFN}.b2", (8,), f"{FFN}.y", NAMES.fc2.bias, (8,)),
+}
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_altered_weight_is_named_with_layer_tensor_and_place(
+    sparse_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path], name: str
+) -> None:
+    stored, index, tensor, parameter, at = PLANTED[name]
+    folder = copied(sparse_engine)
+    alter(folder, stored, index, larger)
+    report = found(folder, tiny_checkpoint)
+    assert (report.first.layer, report.first.tensor) == (LAYER, tensor)
+    assert [(one.name, one.at, one.values) for one in report.altered] == [(parameter, at, 1)]
+    assert any(WEIGHTS_FILE in problem for problem in report.changed_files)
+    with pytest.raises(VerificationError, match=f"layer {LAYER}, {tensor}") as caught:
+        report.require()
+    assert parameter in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_altered_neuron_is_named_in_the_checkpoints_order(
+    sparse_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path], part: int
+) -> None:
+    """Any record will do whose neuron fires and is active; a whole column of them is altered, of two sizes."""
+    from shadowc.runtime.load import load_cpu
+
+    folder = copied(sparse_engine)
+    order = load_cpu(sparse_engine).neuron_orders()[LAYER]
+    assert (order != np.arange(len(order))).any()
+    for record in range(256):
+        alter(folder, f"{FFN}.w", (record, part, 5), lambda value: value + np.float32(0.1))
+    alter(folder, f"{FFN}.w", (17, part, 5), larger)
+    report = found(folder, tiny_checkpoint)
+    assert (report.first.layer, report.first.tensor) == (LAYER, f"{FFN}.y")
+    neuron = int(order[17])
+    (altered,) = report.altered
+    assert altered.name == (NAMES.fc2.weight if part else NAMES.fc1.weight)
+    assert altered.at == ((5, neuron) if part else (neuron, 5))
+    assert altered.values == 256
+
+
+def test_altered_record_of_an_int8_engine_is_named(
+    int8_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path]
+) -> None:
+    folder = copied(int8_engine)
+    alter(folder, f"{ATTENTION}.w", (1, 1, 3, 5), lambda value: np.int8(-value or 90))
+    report = found(folder, tiny_checkpoint)
+    assert (report.first.layer, report.first.tensor) == (LAYER, f"cached.{LAYER}.key")
+    assert [(one.name, one.at) for one in report.altered] == [(NAMES.k.weight, (19, 5))]
+
+
+def test_first_of_two_altered_layers_is_named(
+    sparse_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path]
+) -> None:
+    folder = copied(sparse_engine)
+    for layer in (3, 1):
+        alter(folder, f"layers.{layer}.ffn.b2", (0,), larger)
+    report = found(folder, tiny_checkpoint)
+    assert report.first.layer == 1
+    assert [(one.layer, one.tensor) for one in report.compared if one.deviates] == [
+        (1, "layers.1.ffn.y"),
+        (3, "layers.3.ffn.y"),
+    ]
+
+
+OUTSIDE = {
+    "model.decoder.embed_positions.weight": ("residual.0", (5, 1), "model.decoder.embed_positions.weight", (5, 1)),
+    "model.decoder.final_layer_norm.bias": ("logits", (1,), "model.decoder.final_layer_norm.bias", (1,)),
+    "lm_head": ("logits", (1, 7), "lm_head.weight", (7, 1)),
+}
+
+
+@pytest.mark.parametrize("stored", OUTSIDE)
+def test_what_lies_outside_the_layers_is_named_too(
+    sparse_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path], stored: str
+) -> None:
+    tensor, index, parameter, at = OUTSIDE[stored]
+    folder = copied(sparse_engine)
+    alter(folder, stored, index, larger)
+    report = found(folder, tiny_checkpoint)
+    assert (report.first.layer, report.first.tensor) == (None, tensor)
+    assert [(one.name, one.at) for one in report.altered] == [(parameter, at)]
+
+
+def test_nan_in_a_weight_is_a_deviation(
+    sparse_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path]
+) -> None:
+    folder = copied(sparse_engine)
+    alter(folder, f"{ATTENTION}.bo", (3,), lambda _: np.float32(np.nan))
+    report = found(folder, tiny_checkpoint)
+    assert (report.first.layer, report.first.tensor) == (LAYER, f"{ATTENTION}.y")
+    assert [(one.name, one.at) for one in report.altered] == [(NAMES.out.bias, (3,))]
+
+
+def test_graph_that_uses_another_layers_masks_is_told_from_altered_weights(
+    sparse_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path]
+) -> None:
+    folder = copied(sparse_engine)
+    model = onnx.load(folder / MODEL_FILE, load_external_data=False)
+    node = next(node for node in model.graph.node if node.name == FFN)
+    next(one for one in node.attribute if one.name == "layer").i = 0
+    size = (folder / MODEL_FILE).stat().st_size
+    written = model.SerializeToString()
+    assert len(written) == size
+    (folder / MODEL_FILE).write_bytes(written)
+    report = found(folder, tiny_checkpoint)
+    assert (report.first.layer, report.first.tensor, report.altered) == (LAYER, f"{FFN}.y", ())
+    with pytest.raises(VerificationError) as caught:
+        report.require()
+    assert MODEL_FILE in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("kind", ["sparse_engine", "int8_engine", "sequence_engine"])
+def test_sound_engine_has_no_deviation(kind: str, tiny_checkpoint: Path, request: pytest.FixtureRequest) -> None:
+    report = bisect(request.getfixturevalue(kind), str(tiny_checkpoint))
+    report.require()
+    assert report.first is None
+    assert (report.altered, report.changed_files) == ((), ())
+    assert len(report.compared) == 2 + 1 + 8 * 4
+    inner = [one.difference for one in report.compared if one.layer is not None]
+    assert 0 < max(inner) < 1e-5
+
+
+def test_reference_graph_is_compared_without_kernels(sparse_engine: Path, tiny_checkpoint: Path) -> None:
+    assert (sparse_engine / REFERENCE_FILE).is_file()
+    assert bisect(sparse_engine, str(tiny_checkpoint), reference=True).first is None
+
+
+def test_engine_of_another_checkpoint_is_refused(sparse_engine: Path, tiny_checkpoint: Path) -> None:
+    with pytest.raises(InputError, match="another checkpoint"):
+        bisect(sparse_engine, str(tiny_checkpoint), load_format="dummy")
