@@ -12,6 +12,7 @@ constexpr size_t kDepthAtOnce = 1024;  // of out_proj: two woven columns of tile
 struct Projection {
   const PanelKernels& kernels;
   const AttentionArgs& a;
+  WeightTable rows_of;
   const uint32_t* masks;
   const Panels& x;
   const uint8_t* left;
@@ -36,14 +37,19 @@ struct Projection {
 void Project32(const Projection& projection, size_t h, size_t part, size_t d0, size_t count, size_t p0,
                size_t p1, int8_t* room, int8_t* woven, PanelSums* sums) {
   const AttentionArgs& a = projection.a;
-  const int8_t* rows[32];
+  WeightRow rows[32];
+  float scale[32];
   const size_t first = (h * 4 + part) * a.head_size + d0;
-  for (size_t i = 0; i < count; ++i) rows[i] = static_cast<const int8_t*>(a.w) + (first + i) * a.width;
+  for (size_t i = 0; i < count; ++i) {
+    rows[i] = projection.rows_of.Row(first + i);
+    scale[i] = rows[i].factor;
+  }
   const RowDots dots(projection.kernels, projection.x, rows, count, a.width, room, woven);
-  const int8_t* next[32];
+  const std::byte* next[32];
   const size_t next_count = std::min<size_t>(32, a.head_size - d0 - count);
-  for (size_t i = 0; i < next_count; ++i) next[i] = rows[0] + (count + i) * a.width;
-  const float *scale = a.scales + first, *bias = a.bqkv + (h * 3 + part) * a.head_size + d0;
+  for (size_t i = 0; i < next_count; ++i) next[i] = projection.rows_of.Values(first + count + i);
+  const size_t later = LaterBytes(projection.rows_of.RowBytes(), projection.x.steps);
+  const float* bias = a.bqkv + (h * 3 + part) * a.head_size + d0;
   for (size_t p = p0; p < p1; ++p) {
     bool wanted[kPanelRows], any = false;
     for (size_t r = 0; r < kPanelRows; ++r) {
@@ -52,7 +58,7 @@ void Project32(const Projection& projection, size_t h, size_t part, size_t d0, s
       any |= wanted[r];
     }
     if (!any) continue;
-    dots.With(p, LaterOf(next, next_count, p - p0, p1 - p0), sums);
+    dots.With(p, LaterOf(next, next_count, p - p0, p1 - p0, later), sums);
     for (size_t i = 0; i < count; i += 16) {
       void* out[kPanelRows];
       for (size_t r = 0; r < kPanelRows; ++r) {
@@ -78,7 +84,8 @@ bool SplitForProjection(const PanelKernels& kernels, const AttentionArgs& a, con
 void ProjectPanels(const PanelKernels& kernels, const AttentionArgs& a, const uint32_t* masks,
                    const Panels& x, const uint8_t* left, float query_factor, float* query,
                    const Parallel& parallel) {
-  const Projection projection{kernels, a, masks, x, left, query_factor, query};
+  const WeightTable rows_of(kernels, a.type, a.w, a.scales, a.width);
+  const Projection projection{kernels, a, rows_of, masks, x, left, query_factor, query};
   const size_t panels = PanelsOf(a.batch * a.tokens), groups = (panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
   const size_t parts = a.heads * 3;
   parallel.For(parts * groups, [&](size_t task) {
@@ -105,22 +112,24 @@ bool ProjectOutPanels(const PanelKernels& kernels, const AttentionArgs& a, const
                       CallArena* arena, uint8_t* left, const Parallel& parallel) {
   const size_t rows = a.batch * a.tokens, panels = PanelsOf(rows), tiles = (rows + kTileRows - 1) / kTileRows;
   const size_t depth = std::min(a.width, kDepthAtOnce);
-  Panels context = TakePanels(arena, panels, depth, a.few_digits && kernels.few);
+  Panels context = TakePanels(kernels, arena, panels, depth, a.few_digits);
+  const WeightTable rows_of(kernels, a.type, a.w, a.scales, a.width);
   float* scale = arena->Take<float>(a.width);
-  const int8_t** records = arena->Take<const int8_t*>(a.width);
+  WeightRow* records = arena->Take<WeightRow>(a.width);
   for (size_t h = 0; h < a.heads; ++h) {
     bool any = false;
     for (size_t t = 0; t < tiles; ++t) any |= masks[t * a.heads + h] != 0;
     for (size_t d = 0; d < a.head_size; ++d) {
-      const size_t k = h * a.head_size + d, row = (h * 4 + 3) * a.head_size + d;
-      scale[k] = a.scales[row];
-      records[k] = any ? static_cast<const int8_t*>(a.w) + row * a.width : nullptr;
+      const size_t k = h * a.head_size + d;
+      records[k] = rows_of.Row((h * 4 + 3) * a.head_size + d);
+      scale[k] = records[k].factor;
+      if (!any) records[k].values = nullptr;
     }
   }
   std::fill(left, left + panels * kPanelRows, uint8_t{0});
   for (size_t k = 0; k < a.width; k += depth) {
     const size_t here = std::min(depth, a.width - k);
-    context.steps = (here + kPanelStep - 1) / kPanelStep;
+    context.steps = StepsOf(kernels, here);
     SplitRows(kernels, a.context + k, a.width, scale + k, rows, here, false, context, left, parallel);
     AddWeightRows(kernels, context, records + k, here, k == 0 ? a.bo : nullptr, rows, a.width, left, a.y,
                   parallel);

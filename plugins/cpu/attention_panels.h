@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The projections of SparseAttention over many rows with int8 weights, in integers (panels.h).
+// The projections of SparseAttention over many rows in panels (panels.h).
 #pragma once
 
 #include "arena.h"

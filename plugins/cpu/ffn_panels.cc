@@ -2,7 +2,9 @@
 // Neurons go by in blocks. Of each block: dot products of all rows with the fc1 halves, the hidden values as
 // panels, sums of the fc2 halves into y. A neuron that no row computes is left out; where some rows compute
 // it, the hidden values of the others are 0, and add exactly nothing. Blocks are cut by neuron, not by what
-// is computed, so a row has the same digits and sums whatever its neighbours leave out.
+// is computed, so a row has the same digits and sums whatever its neighbours leave out. (Sums of floats
+// depend on the place of a neuron in its block too. But they are for calls with tokens that are not masked
+// (few_digits), where every neuron is computed.)
 //
 // The weights pass once for all rows, but `read` counts as documented (types.h): once per tile of rows that
 // has a use for them.
@@ -20,12 +22,12 @@ constexpr size_t kNeuronsAtOnce = 64, kPanelsAtOnce = 8;
 struct Work {
   const PanelKernels& kernels;
   const FfnArgs& a;
+  WeightTable rows_of;  // row 2 f and row 2 f + 1: the halves of neuron f
   size_t rows, tiles;
   uint32_t* masks;    // [tiles, units]
   uint32_t* neurons;  // [count] those that any row computes
   size_t count;
 
-  const int8_t* Record(size_t f) const { return static_cast<const int8_t*>(a.w) + f * 2 * a.width; }
   uint16_t MaskOf(size_t p, size_t f) const {
     const uint32_t tile = masks[p * kPanelRows / kTileRows * a.selection.units + f / a.block];
     return static_cast<uint16_t>(tile >> p * kPanelRows % kTileRows);
@@ -36,8 +38,9 @@ struct Work {
 struct Block {
   const uint32_t* neurons;
   size_t count, stride;
-  float* hidden;    // [panels * kPanelRows, stride]
-  uint16_t* fired;  // [panels, kBlock], bit r: row r of the panel has a value that is not 0
+  float* hidden;      // [panels * kPanelRows, stride]
+  uint16_t* fired;    // [panels, kBlock], bit r: row r of the panel has a value that is not 0
+  WeightRow* second;  // [kBlock] fc2 halves
 };
 
 void MakeMasks(Work* work, const Parallel& parallel) {
@@ -58,12 +61,12 @@ void MakeMasks(Work* work, const Parallel& parallel) {
 // Adds the fc2 halves that will be read of the at most 32 neurons up to block.neurons[n], whose hidden values
 // of panels p0 ... p1 - 1 are there.
 size_t HalvesBefore(const Work& work, const Block& block, size_t p0, size_t p1, size_t n, size_t count,
-                    const int8_t** list) {
+                    const std::byte** list) {
   size_t found = 0;
   for (size_t i = n - count; i < n; ++i) {
     bool used = !work.a.skip_zeros;
     for (size_t p = p0; p < p1 && !used; ++p) used = block.fired[p * kBlock + i] != 0;
-    if (used) list[found++] = work.Record(block.neurons[i]) + work.a.width;
+    if (used) list[found++] = work.rows_of.Values(2 * block.neurons[i] + 1);
   }
   return found;
 }
@@ -74,20 +77,22 @@ void Hidden32(const Work& work, const Block& block, const Panels& x, size_t p0, 
               size_t before, size_t count, int8_t* room, int8_t* woven, PanelSums* sums) {
   const FfnArgs& a = work.a;
   const uint32_t* list = block.neurons + n;
-  const int8_t* records[32];
+  WeightRow rows[32];
   float scale[32], bias[32];
   for (size_t i = 0; i < count; ++i) {
-    records[i] = work.Record(list[i]);
-    scale[i] = a.scales[2 * list[i]];
+    rows[i] = work.rows_of.Row(2 * list[i]);
+    scale[i] = rows[i].factor;
     bias[i] = a.b1[list[i]];
+    if (p0 == 0) block.second[n + i] = work.rows_of.Row(2 * list[i] + 1);
   }
-  const RowDots dots(work.kernels, x, records, count, a.width, room, woven);
-  const int8_t* next[64];
+  const RowDots dots(work.kernels, x, rows, count, a.width, room, woven);
+  const std::byte* next[64];
   size_t next_count = std::min<size_t>(32, block.count - n - count);
-  for (size_t i = 0; i < next_count; ++i) next[i] = work.Record(list[count + i]);
+  for (size_t i = 0; i < next_count; ++i) next[i] = work.rows_of.Values(2 * list[count + i]);
   next_count += HalvesBefore(work, block, p0, p1, n, before, next + next_count);
+  const size_t later = LaterBytes(work.rows_of.RowBytes(), x.steps);
   for (size_t p = p0; p < p1; ++p) {
-    dots.With(p, LaterOf(next, next_count, p - p0, p1 - p0), sums);
+    dots.With(p, LaterOf(next, next_count, p - p0, p1 - p0, later), sums);
     for (size_t i0 = 0; i0 < count; i0 += 16) {
       uint16_t mask[16];
       void* out[kPanelRows];
@@ -147,6 +152,7 @@ bool FfnPanels(const PanelKernels& kernels, const FfnArgs& a, CallArena* arena, 
   const size_t rows = a.batch * a.tokens, panels = PanelsOf(rows), tiles = (rows + kTileRows - 1) / kTileRows;
   Work work{kernels,
             a,
+            WeightTable(kernels, a.type, a.w, a.scales, a.width),
             rows,
             tiles,
             arena->Take<uint32_t>(tiles * a.selection.units),
@@ -154,16 +160,19 @@ bool FfnPanels(const PanelKernels& kernels, const FfnArgs& a, CallArena* arena, 
             0};
   MakeMasks(&work, parallel);
   std::fill(left, left + panels * kPanelRows, uint8_t{0});
-  const bool few = a.few_digits && kernels.few;
-  const Panels x = TakePanels(arena, panels, a.width, few);
-  Panels hidden = TakePanels(arena, panels, kBlock, few);
+  const Panels x = TakePanels(kernels, arena, panels, a.width, a.few_digits);
+  Panels hidden = TakePanels(kernels, arena, panels, kBlock, a.few_digits);
   SplitRows(kernels, a.x, a.width, nullptr, rows, a.width, RowDots::IsByQuad(kernels), x, left, parallel);
   // Rows that are a power of two apart would share cache sets.
-  Block block{work.neurons, 0, kBlock + 16, nullptr, arena->Take<uint16_t>(panels * kBlock)};
+  Block block{work.neurons,
+              0,
+              kBlock + 16,
+              nullptr,
+              arena->Take<uint16_t>(panels * kBlock),
+              arena->Take<WeightRow>(kBlock)};
   block.hidden = arena->Take<float>(panels * kPanelRows * block.stride);
   float* scale = arena->Take<float>(kBlock);
   uint8_t* any = arena->Take<uint8_t>(kBlock);
-  const int8_t** records = arena->Take<const int8_t*>(kBlock);
   const uint32_t* const end = work.neurons + work.count;
   size_t halves = 0;
   for (size_t first = 0; first < a.neurons; first += kBlock, block.neurons += block.count) {
@@ -172,23 +181,22 @@ bool FfnPanels(const PanelKernels& kernels, const FfnArgs& a, CallArena* arena, 
     FirstLayer(work, block, x, parallel);
     halves += SecondHalves(work, block, any);
     for (size_t n = 0; n < block.count; ++n) {
-      const size_t f = block.neurons[n];
-      scale[n] = a.scales[2 * f + 1];
-      records[n] = any[n] != 0 ? work.Record(f) + a.width : nullptr;
+      scale[n] = block.second[n].factor;
+      if (any[n] == 0) block.second[n].values = nullptr;
     }
-    hidden.steps = (block.count + kPanelStep - 1) / kPanelStep;
+    hidden.steps = StepsOf(kernels, block.count);
     SplitRows(kernels, block.hidden, block.stride, scale, rows, block.count, false, hidden, left, parallel);
     const bool is_first = block.neurons == work.neurons;
-    AddWeightRows(kernels, hidden, records, block.count, is_first ? a.b2 : nullptr, rows, a.width, left, a.y,
-                  parallel);
+    AddWeightRows(kernels, hidden, block.second, block.count, is_first ? a.b2 : nullptr, rows, a.width, left,
+                  a.y, parallel);
   }
   for (size_t r = 0; work.count == 0 && r < rows; ++r) std::copy(a.b2, a.b2 + a.width, a.y + r * a.width);
   size_t touched = 0;
   for (size_t f = 0; f < a.neurons; ++f) {
     for (size_t t = 0; t < tiles; ++t) touched += work.masks[t * a.selection.units + f / a.block] != 0;
   }
-  const size_t half = a.width + sizeof(float);
-  *read = {static_cast<int64_t>(touched), static_cast<int64_t>((touched + halves) * half)};
+  *read = {static_cast<int64_t>(touched),
+           static_cast<int64_t>((touched + halves) * work.rows_of.ReadBytes())};
   return std::all_of(left, left + rows, [](uint8_t row) { return row == 0; });
 }
 

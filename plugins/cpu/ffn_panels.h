@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// SparseFFN over many rows with int8 weights, in integers (panels.h). Same meaning as SparseFfn.
+// SparseFFN over many rows in panels (panels.h). Same meaning as SparseFfn.
 #pragma once
 
 #include "arena.h"

@@ -131,6 +131,17 @@ bool HasVnni() {
 #endif
 }
 
+bool HasBf16() {
+#if HWY_ARCH_X86_64 && defined(__linux__)
+  constexpr unsigned kBf16 = 1u << 5;  // of eax
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return HasVnni() && TheChoice().target <= HWY_AVX3_ZEN4 &&
+         __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & kBf16) != 0;
+#else
+  return false;
+#endif
+}
+
 bool HasAmx() { return TheChoice().target == kAmx; }
 
 const char* ChosenIsa() { return TheChoice().isa; }

@@ -13,6 +13,9 @@ const std::string& ApplyIsaLimit();
 // Whether the chosen level includes the 8-bit dot products of AVX-512 (VNNI; VBMI comes with them).
 bool HasVnni();
 
+// Whether the chosen level includes products of bf16 (AVX512_BF16), and VNNI.
+bool HasBf16();
+
 // Whether the chosen level is that of AMX's int8 tiles.
 bool HasAmx();
 

@@ -117,8 +117,8 @@ struct OpBase : Ort::CustomOpBase<Op, Kernel, true> {
 };
 
 // Attribute of both sparse operators, set by the runtime alone: calls with tokens that are not masked, which
-// is what prompts are, may round activations (panels.h). Constant scores that mask nothing have a tail of one
-// token.
+// is what prompts are, may round activations and weights (panels.h). Constant scores that mask nothing have a
+// tail of one token.
 inline constexpr const char* kFewDigits = "few_digits";
 
 // The operators, one per ort_*.cc; they live as long as the library.

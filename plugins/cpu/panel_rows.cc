@@ -5,11 +5,27 @@
 
 namespace shadowc {
 
-const PanelKernels* KernelsFor(size_t rows, size_t weights) {
+const PanelKernels* KernelsFor(WeightType type, bool few_digits, size_t rows, size_t weights) {
   // A call has some ten parallel sections more than with floats: small matrices are done before those start.
   constexpr size_t kLeastWeights = size_t{1} << 16;
-  const PanelKernels* kernels = ChosenPanelKernels();
+  if (type != WeightType::kInt8 && !few_digits) return nullptr;
+  const PanelKernels* kernels = ChosenPanelKernels(type);
   return kernels != nullptr && rows >= kernels->least_rows && weights >= kLeastWeights ? kernels : nullptr;
+}
+
+WeightTable::WeightTable(const PanelKernels& kernels, WeightType type, const void* w, const float* scales,
+                         size_t width)
+    : kernels_(kernels), w_(static_cast<const std::byte*>(w)), scales_(scales) {
+  DispatchWeights(type, [&](auto element) {
+    using W = std::remove_cv_t<std::remove_pointer_t<decltype(element)>>;
+    row_bytes_ = RowElements<W>(width) * sizeof(W);
+    row_scales_ = RowScales<W>(width);
+  });
+}
+
+WeightRow WeightTable::Row(size_t row) const {
+  const float* scales = scales_ + row * row_scales_;
+  return {Values(row), scales, kernels_.factor == nullptr ? *scales : kernels_.factor(scales, row_scales_)};
 }
 
 void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const float* factor, size_t rows,
@@ -32,9 +48,12 @@ void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const
   });
 }
 
-RowDots::RowDots(const PanelKernels& kernels, const Panels& panels, const int8_t* const* rows, size_t count,
+RowDots::RowDots(const PanelKernels& kernels, const Panels& panels, const WeightRow* rows, size_t count,
                  size_t width, int8_t* room, int8_t* woven)
-    : kernels_(kernels), panels_(panels), weights_(RowsForDots(rows, count, width, room)), woven_(woven) {
+    : kernels_(kernels),
+      panels_(panels),
+      weights_(RowsForDots(kernels, rows, count, width, room)),
+      woven_(woven) {
   if (!IsByQuad(kernels)) kernels.weave_rows(weights_, panels.steps, woven);
 }
 
@@ -48,38 +67,51 @@ void RowDots::Finish(const PanelSums& sums, size_t p, const DotsTarget& target) 
   finish(sums, panels_.step + p * kPanelRows, target);
 }
 
-WeightRows RowsForDots(const int8_t* const* rows, size_t count, size_t width, int8_t* room) {
-  const size_t padded = (width + kPanelStep - 1) / kPanelStep * kPanelStep, halves = (count + 15) / 16;
-  bool as_they_lie = width == padded && count == halves * 16;
-  for (size_t n = 2; as_they_lie && n < count; ++n) as_they_lie = rows[n] - rows[n - 1] == rows[1] - rows[0];
-  if (as_they_lie && rows[1] > rows[0]) return {rows[0], static_cast<size_t>(rows[1] - rows[0]), halves};
-  // What lies between the rows meets digits that are zero.
-  for (size_t n = 0; n < count; ++n) std::memcpy(room + n * padded, rows[n], width);
+WeightRows RowsForDots(const PanelKernels& kernels, const WeightRow* rows, size_t count, size_t width,
+                       int8_t* room) {
+  const size_t bytes = width * kernels.element, halves = (count + 15) / 16;
+  const size_t padded = (bytes + kPanelStep - 1) / kPanelStep * kPanelStep;
+  bool as_they_lie = kernels.unpack == nullptr && bytes == padded && count == halves * 16;
+  const auto apart = [&](size_t n) { return rows[n].values - rows[n - 1].values; };
+  for (size_t n = 2; as_they_lie && n < count; ++n) as_they_lie = apart(n) == apart(1);
+  if (as_they_lie && apart(1) > 0) {
+    return {reinterpret_cast<const int8_t*>(rows[0].values), static_cast<size_t>(apart(1)), halves};
+  }
+  for (size_t n = 0; n < count; ++n) {
+    int8_t* to = room + n * padded;
+    if (kernels.unpack != nullptr) {
+      kernels.unpack(rows[n], 0, width, to);
+    } else {
+      std::memcpy(to, rows[n].values, bytes);
+    }
+    std::memset(to + bytes, 0, padded - bytes);  // meets zeros, which NaN would not leave zeros
+  }
   return {room, padded, halves};
 }
 
-void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const int8_t* const* rows, size_t count,
+void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const WeightRow* rows, size_t count,
                    const float* bias, size_t y_rows, size_t width, const uint8_t* left, float* y,
                    const Parallel& parallel) {
   // Two whole cache lines of each weight row, four if panels are small: they and the panels fill half of L2.
-  const size_t columns = panels.places == nullptr ? 128 : 256;
+  const bool small = panels.places != nullptr || panels.most == 1;
+  const size_t columns = (small ? kMostWovenBytes : kMostWovenBytes / 2) / kernels.element;
   constexpr size_t kPanelsAtOnce = 16;
-  const size_t depth = panels.steps * kPanelStep;
+  const size_t depth = panels.steps * kPanelStep / kernels.element;
   const size_t slabs = (width + columns - 1) / columns;
   const size_t all_panels = PanelsOf(y_rows), groups = (all_panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
   parallel.For(slabs * groups, [&](size_t task) {
     const size_t first = task % slabs * columns, here = std::min(columns, width - first);
     const size_t p0 = task / slabs * kPanelsAtOnce, p1 = std::min(all_panels, p0 + kPanelsAtOnce);
     Arena& arena = ThreadArena();
-    int8_t* woven = arena.Take<int8_t>(columns * depth);
-    const int8_t** from = arena.Take<const int8_t*>(depth);
-    for (size_t k = 0; k < depth; ++k) from[k] = k < count && rows[k] != nullptr ? rows[k] + first : nullptr;
-    kernels.weave(from, panels.steps, here, woven);
+    int8_t* woven = arena.Take<int8_t>(columns * panels.steps * kPanelStep);
+    WeightRow* from = arena.Take<WeightRow>(depth);
+    std::fill(std::copy(rows, rows + count, from), from + depth, WeightRow{});
+    kernels.weave(from, panels.steps, first, here, woven);
     PanelSums* sums = arena.Take<PanelSums>(2);
     const PanelScope scope(kernels);
     for (size_t c = 0; c < here; c += 32) {  // two columns of tiles stay in L1, the panels pass by
       for (size_t p = p0; p < p1; ++p) {
-        kernels.mix(panels, p, woven + c * depth, sums);
+        kernels.mix(panels, p, woven + c * panels.steps * kPanelStep, sums);
         for (size_t half = 0; half < 2 && c + 16 * half < here; ++half) {
           const size_t column = first + c + 16 * half;
           float* to[kPanelRows];

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What SparseFFN and SparseAttention share when many rows meet int8 weights: splitting rows into panels, dot
-// products with weight rows, and sums of weight rows (panels.h).
+// What SparseFFN and SparseAttention share when many rows meet weights in panels: splitting rows into panels,
+// dot products with weight rows, and sums of weight rows (panels.h).
 #pragma once
 
 #include <algorithm>
@@ -11,17 +11,43 @@
 
 namespace shadowc {
 
-// The kernels if panels pay for `rows` rows and `weights` int8 weights, else null.
-const PanelKernels* KernelsFor(size_t rows, size_t weights);
+// The kernels if panels pay for `rows` rows and `weights` weights, else null. Other weights than int8 meet
+// panels only with few_digits.
+const PanelKernels* KernelsFor(WeightType type, bool few_digits, size_t rows, size_t weights);
+
+// The rows of all records, by number.
+class WeightTable {
+ public:
+  WeightTable(const PanelKernels& kernels, WeightType type, const void* w, const float* scales, size_t width);
+  const std::byte* Values(size_t row) const { return w_ + row * row_bytes_; }
+  WeightRow Row(size_t row) const;
+  size_t RowBytes() const { return row_bytes_; }
+  // What reading a row counts: its weights and their scales.
+  size_t ReadBytes() const { return row_bytes_ + row_scales_ * sizeof(float); }
+
+ private:
+  const PanelKernels& kernels_;
+  const std::byte* w_;
+  const float* scales_;
+  size_t row_bytes_ = 0, row_scales_ = 0;
+};
 
 inline size_t PanelsOf(size_t rows) { return (rows + kPanelRows - 1) / kPanelRows; }
 
+inline size_t StepsOf(const PanelKernels& kernels, size_t width) {
+  return (width * kernels.element + kPanelStep - 1) / kPanelStep;
+}
+
 // With `few`, where the kernels know fewer digits, a panel has as many as its rows need (panels.h).
-inline Panels TakePanels(CallArena* arena, size_t panels, size_t width, bool few = false) {
-  const size_t steps = (width + kPanelStep - 1) / kPanelStep;
-  return {steps, arena->Take<int8_t>(panels * steps * kPanelDigits * kPanelBlock),
-          arena->Take<int32_t>(panels * kPanelDigits * kPanelRows), arena->Take<float>(panels * kPanelRows),
-          few ? arena->Take<uint8_t>(panels) : nullptr};
+inline Panels TakePanels(const PanelKernels& kernels, CallArena* arena, size_t panels, size_t width,
+                         bool few) {
+  const size_t steps = StepsOf(kernels, width);
+  return {steps,
+          kernels.digits,
+          arena->Take<int8_t>(panels * steps * kernels.digits * kPanelBlock),
+          arena->Take<int32_t>(panels * kPanelDigits * kPanelRows),
+          arena->Take<float>(panels * kPanelRows),
+          few && kernels.few ? arena->Take<uint8_t>(panels) : nullptr};
 }
 
 // Rows x[r * stride ... + width), times `factor` if not null, as panels; left[r] is set if row r has no
@@ -34,7 +60,7 @@ void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const
 class RowDots {
  public:
   // `room` and `woven` [32, panels.steps * kPanelStep].
-  RowDots(const PanelKernels& kernels, const Panels& panels, const int8_t* const* rows, size_t count,
+  RowDots(const PanelKernels& kernels, const Panels& panels, const WeightRow* rows, size_t count,
           size_t width, int8_t* room, int8_t* woven);
   static bool IsByQuad(const PanelKernels& kernels) { return kernels.weave_rows == nullptr; }
 
@@ -50,20 +76,24 @@ class RowDots {
 
 // At most 32 weight rows as `dots` takes them: where they lie if it can, else gathered into `room`
 // [32, steps * kPanelStep].
-WeightRows RowsForDots(const int8_t* const* rows, size_t count, size_t width, int8_t* room);
+WeightRows RowsForDots(const PanelKernels& kernels, const WeightRow* rows, size_t count, size_t width,
+                       int8_t* room);
 
 // y[r] = (bias, or y[r] if null) + sum over k < count of row r of `panels` (by row) times weight row rows[k],
-// for rows r of y (stride `width`) that are not left[r]. Null rows count as zeros and are not read; `rows`
-// has room for panels.steps * kPanelStep, null from count on.
-void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const int8_t* const* rows, size_t count,
+// for rows r of y (stride `width`) that are not left[r]. Null rows count as zeros and are not read. Factors
+// are the caller's.
+void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const WeightRow* rows, size_t count,
                    const float* bias, size_t y_rows, size_t width, const uint8_t* left, float* y,
                    const Parallel& parallel);
 
+// How much of each such row is fetched with every step.
+inline size_t LaterBytes(size_t row_bytes, size_t steps) { return (row_bytes + steps - 1) / steps; }
+
 // The rows that panel i of `panels` (all of which meet the same weight rows) fetches of the `count` next
 // ones.
-inline LaterRows LaterOf(const int8_t* const* next, size_t count, size_t i, size_t panels) {
+inline LaterRows LaterOf(const std::byte* const* next, size_t count, size_t i, size_t panels, size_t bytes) {
   const size_t from = count * i / panels;
-  return {next + from, count * (i + 1) / panels - from};
+  return {next + from, count * (i + 1) / panels - from, bytes};
 }
 
 // Between begin and end on this thread.

@@ -24,18 +24,29 @@ inline __m128i Columns(const int8_t* row, size_t c, __mmask16 some) {
   return row == nullptr ? _mm_setzero_si128() : _mm_maskz_loadu_epi8(some, row + c);
 }
 
-template <bool kShift>
-void Weave(const int8_t* const* rows, size_t steps, size_t columns, int8_t* woven) {
-  constexpr size_t kAhead = 48;
+inline void FetchColumns(const WeightRow& row, size_t first, size_t columns, size_t per_byte) {
+  if (row.values == nullptr) return;
+  const std::byte* from = row.values + first / per_byte;
+  for (size_t c = 0; c < columns / per_byte; c += 64) _mm_prefetch(from + c, _MM_HINT_T1);
+}
+
+template <bool kShift, bool kInt4>
+void Weave(const WeightRow* rows, size_t steps, size_t first, size_t columns, int8_t* woven) {
   const __m512i index = _mm512_load_si512(kWeaving.index);
   const __m512i shift = kShift ? _mm512_set1_epi8(static_cast<char>(0x80)) : _mm512_setzero_si512();
   const size_t tiles = (columns + 31) / 32 * 2, count = steps * kPanelStep;
+  alignas(64) int8_t room[4][kMostWovenBytes];
   for (size_t k = 0; k < count; k += 4) {
     const int8_t* row[4];
     for (size_t r = 0; r < 4; ++r) {
-      row[r] = rows[k + r];
-      const int8_t* later = k + r + kAhead < count ? rows[k + r + kAhead] : nullptr;
-      for (size_t c = 0; later != nullptr && c < columns; c += 64) _mm_prefetch(later + c, _MM_HINT_T1);
+      const WeightRow& from = rows[k + r];
+      if (k + r + kWeavesAhead < count) {
+        FetchColumns(rows[k + r + kWeavesAhead], first, columns, kInt4 ? 2 : 1);
+      }
+      row[r] = from.values == nullptr ? nullptr : reinterpret_cast<const int8_t*>(from.values) + first;
+      if (!kInt4 || from.values == nullptr) continue;
+      UnpackInt4(from, first, columns, room[r]);
+      row[r] = room[r];
     }
     for (size_t t = 0; t < tiles; ++t) {
       const size_t c = t * 16;
@@ -46,6 +57,21 @@ void Weave(const int8_t* const* rows, size_t steps, size_t columns, int8_t* wove
       four = _mm512_inserti32x4(four, Columns(row[3], c, some), 3);
       four = _mm512_xor_si512(_mm512_permutexvar_epi8(index, four), shift);
       _mm512_store_si512(woven + (t * steps + k / kPanelStep) * kPanelBlock + k % kPanelStep * 16, four);
+    }
+  }
+}
+
+template <bool kShift>
+void WeaveRows(const WeightRows& weights, size_t steps, int8_t* woven) {
+  const __m512i shift = kShift ? _mm512_set1_epi8(static_cast<char>(0x80)) : _mm512_setzero_si512();
+  for (size_t s = 0; s < steps; ++s) {
+    for (size_t half = 0; half < weights.halves; ++half) {
+      const int8_t* from = weights.first + half * 16 * weights.stride + s * kPanelStep;
+      int8_t* to = woven + (half * steps + s) * kPanelBlock;
+      __m512i v[16];
+      for (size_t n = 0; n < 16; ++n) v[n] = _mm512_loadu_si512(from + n * weights.stride);
+      Transpose(v);
+      for (size_t q = 0; q < 16; ++q) _mm512_store_si512(to + q * 64, _mm512_xor_si512(v[q], shift));
     }
   }
 }
@@ -123,25 +149,50 @@ void TurnPanel(const Panels& panels, size_t p) {
   }
 }
 
-void WeaveSigned(const int8_t* const* rows, size_t steps, size_t columns, int8_t* woven) {
-  Weave<false>(rows, steps, columns, woven);
-}
-void WeaveShifted(const int8_t* const* rows, size_t steps, size_t columns, int8_t* woven) {
-  Weave<true>(rows, steps, columns, woven);
+// The largest value of int4 becomes that of int8, in the group with the largest scale.
+float FactorOfGroups(const float* scales, size_t groups) {
+  // As in MeasureRow: a scale that is not finite is the largest, and spoils all of the row.
+  __m512i most = _mm512_setzero_si512();
+  for (size_t g = 0; g < groups; g += 16) {
+    const __m512 some = _mm512_maskz_loadu_ps(First(groups - g), scales + g);
+    most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(some)));
+  }
+  const __m512i all = _mm512_set1_epi32(static_cast<int>(_mm512_reduce_max_epu32(most)));
+  return _mm512_cvtss_f32(_mm512_castsi512_ps(all)) * (kInt4Most / 127.0f);
 }
 
-void WeaveRowsShifted(const WeightRows& weights, size_t steps, int8_t* woven) {
-  const __m512i shift = _mm512_set1_epi8(static_cast<char>(0x80));
-  for (size_t s = 0; s < steps; ++s) {
-    for (size_t half = 0; half < weights.halves; ++half) {
-      const int8_t* from = weights.first + half * 16 * weights.stride + s * kPanelStep;
-      int8_t* to = woven + (half * steps + s) * kPanelBlock;
-      __m512i v[16];
-      for (size_t n = 0; n < 16; ++n) v[n] = _mm512_loadu_si512(from + n * weights.stride);
-      Transpose(v);
-      for (size_t q = 0; q < 16; ++q) _mm512_store_si512(to + q * 64, _mm512_xor_si512(v[q], shift));
-    }
+// A group is 64 values of four bits, each of which is looked up in what the 16 there are become.
+void UnpackInt4(const WeightRow& row, size_t first, size_t columns, int8_t* to) {
+  static_assert(kInt4Group == 64);
+  const __m512 values = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i low = _mm512_set1_epi8(15);
+  for (size_t i = first; i < first + columns; i += kInt4Group, to += kInt4Group) {
+    const __m512 scale = _mm512_set1_ps(row.scales[i / kInt4Group] / row.factor);
+    const __m128i become = _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(_mm512_mul_ps(values, scale)));
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row.values + i / 2));
+    const __m512i halves = _mm512_inserti64x4(_mm512_castsi256_si512(both), _mm256_srli_epi16(both, 4), 1);
+    const __m512i bytes = _mm512_shuffle_epi8(_mm512_broadcast_i32x4(become), _mm512_and_si512(halves, low));
+    _mm512_storeu_si512(to, bytes);
   }
+}
+
+void WeaveSigned(const WeightRow* rows, size_t steps, size_t first, size_t columns, int8_t* woven) {
+  Weave<false, false>(rows, steps, first, columns, woven);
+}
+void WeaveShifted(const WeightRow* rows, size_t steps, size_t first, size_t columns, int8_t* woven) {
+  Weave<true, false>(rows, steps, first, columns, woven);
+}
+void WeaveInt4Signed(const WeightRow* rows, size_t steps, size_t first, size_t columns, int8_t* woven) {
+  Weave<false, true>(rows, steps, first, columns, woven);
+}
+void WeaveInt4Shifted(const WeightRow* rows, size_t steps, size_t first, size_t columns, int8_t* woven) {
+  Weave<true, true>(rows, steps, first, columns, woven);
+}
+void WeaveRowsShifted(const WeightRows& weights, size_t steps, int8_t* woven) {
+  WeaveRows<true>(weights, steps, woven);
+}
+void WeaveRowsSigned(const WeightRows& weights, size_t steps, int8_t* woven) {
+  WeaveRows<false>(weights, steps, woven);
 }
 
 }  // namespace shadowc

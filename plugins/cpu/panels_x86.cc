@@ -2,6 +2,7 @@
 #include "panels_x86.h"
 
 #include "isa.h"
+#include "panels_mix_x86.h"
 
 #if HWY_ARCH_X86_64
 
@@ -11,10 +12,6 @@
 HWY_PUSH_ATTRIBUTES(SHADOWC_PANEL_TARGETS)
 namespace shadowc {
 namespace {
-
-inline void Fetch(const LaterRows& later, size_t step) {
-  for (size_t i = 0; i < later.count; ++i) _mm_prefetch(later.rows[i] + step * kPanelStep, _MM_HINT_T1);
-}
 
 // ---- AMX
 
@@ -107,195 +104,28 @@ void MixAmx(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums
 
 void BeginNothing() {}
 
-void DotsVnni8(const int8_t* weights, size_t stride, const Panels& panels, size_t p, const LaterRows& later,
-               PanelSums* sums, size_t first) {
-  constexpr size_t kWeights = 8;
-  const __m512i shift = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i acc[kWeights][kPanelDigits];
-  for (size_t d = 0; d < kPanelDigits; ++d) {
-    const __m512i sum = _mm512_loadu_si512(panels.sums + (p * kPanelDigits + d) * kPanelRows);
-    for (size_t n = 0; n < kWeights; ++n) {
-      acc[n][d] = _mm512_sub_epi32(_mm512_setzero_si512(), _mm512_slli_epi32(sum, 7));
-    }
-  }
-  const int8_t* digit = panels.Panel(p);
-  for (size_t s = 0; s < panels.steps; ++s, digit += kPanelDigits * kPanelBlock) {
-    Fetch(later, s);
-    for (size_t q = 0; q < kPanelStep; q += 4) {
-      __m512i x[kPanelDigits];
-      for (size_t d = 0; d < kPanelDigits; ++d) x[d] = _mm512_load_si512(digit + d * kPanelBlock + q * 16);
-      for (size_t n = 0; n < kWeights; ++n) {
-        int32_t quad;
-        std::memcpy(&quad, weights + n * stride + s * kPanelStep + q, 4);
-        const __m512i w = _mm512_xor_si512(_mm512_set1_epi32(quad), shift);
-        for (size_t d = 0; d < kPanelDigits; ++d) acc[n][d] = _mm512_dpbusd_epi32(acc[n][d], w, x[d]);
-      }
-    }
-  }
-  HWY_UNROLL(8)
-  for (size_t n = 0; n < kWeights; ++n) {
-    HWY_UNROLL(3)
-    for (size_t d = 0; d < kPanelDigits; ++d) _mm512_storeu_si512(sums[0][d][first + n], acc[n][d]);
-  }
-}
-
-void DotsVnni(const WeightRows& weights, const Panels& panels, size_t p, const LaterRows& later,
-              PanelSums* sums) {
-  for (size_t n = 0; n < weights.halves * 16; n += 8) {
-    DotsVnni8(weights.first + n * weights.stride, weights.stride, panels, p, n == 0 ? later : LaterRows{},
-              sums + n / 16, n % 16);
-  }
-}
-
-// The sums of a panel with fewer digits take the last planes, so that joining them means the same.
-template <size_t kPlaces, size_t kRows>
-void MixRows(const int8_t* digit, const int32_t* row_sums, const int8_t* woven, size_t steps, size_t r0,
-             const LaterRows& later, PanelSums* sums) {
-  __m512i acc[kRows][kPlaces][2];
-  HWY_UNROLL(8)
-  for (size_t r = 0; r < kRows; ++r) {
-    HWY_UNROLL(3)
-    for (size_t d = 0; d < kPlaces; ++d) {
-      acc[r][d][0] = acc[r][d][1] = _mm512_set1_epi32(-128 * row_sums[d * kPanelRows + r0 + r]);
-    }
-  }
-  digit += r0 * kPanelStep;
-  for (size_t s = 0; s < steps; ++s, digit += kPlaces * kPanelBlock) {
-    Fetch(later, s);
-    const int8_t *w0 = woven + s * kPanelBlock, *w1 = w0 + steps * kPanelBlock;
-    for (size_t q = 0; q < kPanelStep; q += 4) {
-      const __m512i a = _mm512_load_si512(w0 + q * 16), b = _mm512_load_si512(w1 + q * 16);
-      HWY_UNROLL(8)
-      for (size_t r = 0; r < kRows; ++r) {
-        HWY_UNROLL(3)
-        for (size_t d = 0; d < kPlaces; ++d) {
-          int32_t quad;
-          std::memcpy(&quad, digit + d * kPanelBlock + r * kPanelStep + q, 4);
-          const __m512i x = _mm512_set1_epi32(quad);
-          acc[r][d][0] = _mm512_dpbusd_epi32(acc[r][d][0], a, x);
-          acc[r][d][1] = _mm512_dpbusd_epi32(acc[r][d][1], b, x);
-        }
-      }
-    }
-  }
-  HWY_UNROLL(8)
-  for (size_t r = 0; r < kRows; ++r) {
-    HWY_UNROLL(3)
-    for (size_t d = 0; d < kPlaces; ++d) {
-      const size_t plane = kPanelDigits - kPlaces + d;
-      _mm512_store_si512(sums[0][plane][r0 + r], acc[r][d][0]);
-      _mm512_store_si512(sums[1][plane][r0 + r], acc[r][d][1]);
-    }
-  }
-}
-
-template <size_t kPlaces, size_t kRows>
-void MixPlaces(const Panels& panels, size_t p, const int8_t* woven, const LaterRows& later, PanelSums* sums) {
-  const float* step = panels.step + p * kPanelRows;
-  // The last panel is seldom full, and what the sums of a row of zeros are does not matter: they are times
-  // step.
-  size_t rows = kPanelRows;
-  while (rows != 0 && step[rows - 1] == 0.0f) --rows;
-  if (rows < kPanelRows || kPlaces < kPanelDigits) {
-    const size_t all = kPanelDigits - (rows < kPanelRows ? 0 : kPlaces);
-    std::memset(sums[0], 0, all * sizeof(sums[0][0])), std::memset(sums[1], 0, all * sizeof(sums[0][0]));
-  }
-  const auto mix = [&]<size_t kSome>(size_t r0) {
-    MixRows<kPlaces, kSome>(panels.Panel(p), panels.sums + p * kPanelDigits * kPanelRows, woven, panels.steps,
-                            r0, r0 == 0 ? later : LaterRows{}, sums);
-  };
-  for (size_t r0 = 0; r0 < rows; r0 += kRows) {
-    if (2 * (rows - r0) <= kRows) {
-      mix.template operator()<kRows / 2>(r0);
-    } else {
-      mix.template operator()<kRows>(r0);
-    }
-  }
-}
+// What MixRows does with integers.
+struct Quads {
+  using Sum = __m512i;
+  static Sum Start(int32_t digits) { return _mm512_set1_epi32(-128 * digits); }
+  static Sum Add(Sum sum, __m512i weights, __m512i x) { return _mm512_dpbusd_epi32(sum, weights, x); }
+  static __m512i Bits(Sum sum) { return sum; }
+};
 
 void MixRowsVnni(const Panels& panels, size_t p, const int8_t* woven, const LaterRows& later,
                  PanelSums* sums) {
   switch (panels.Places(p)) {
     case 1:
-      return MixPlaces<1, 8>(panels, p, woven, later, sums);
+      return MixPlaces<Quads, 1, 8>(panels, p, woven, later, sums);
     case 2:
-      return MixPlaces<2, 4>(panels, p, woven, later, sums);
+      return MixPlaces<Quads, 2, 4>(panels, p, woven, later, sums);
     default:
-      return MixPlaces<3, 4>(panels, p, woven, later, sums);
+      return MixPlaces<Quads, 3, 4>(panels, p, woven, later, sums);
   }
 }
 
 void MixVnni(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums) {
   MixRowsVnni(panels, p, woven, LaterRows{}, sums);
-}
-
-// ---- from sums to floats
-
-// The sum of one row's 16 x 16 planes as floats, without the step.
-inline __m512 Joined(const PanelSums& sums, size_t i) {
-  const __m512 base = _mm512_set1_ps(256.0f);
-  __m512 v = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums[0][i]));
-  v = _mm512_fmadd_ps(v, base, _mm512_cvtepi32_ps(_mm512_loadu_si512(sums[1][i])));
-  return _mm512_fmadd_ps(v, base, _mm512_cvtepi32_ps(_mm512_loadu_si512(sums[2][i])));
-}
-
-// values[n]: joined sums of weight row n times the steps of the panel's rows.
-void StoreDots(__m512i* values, const DotsTarget& target) {
-  const __m512 factor = _mm512_set1_ps(target.factor);
-  for (size_t n = 0; n < kPanelRows; ++n) {
-    if (n >= target.count) {
-      values[n] = _mm512_setzero_si512();
-      continue;
-    }
-    __m512 v = _mm512_castsi512_ps(values[n]);
-    v = _mm512_fmadd_ps(v, _mm512_set1_ps(target.scale[n]), _mm512_set1_ps(target.bias[n]));
-    v = _mm512_mul_ps(v, factor);
-    if (target.relu) v = _mm512_max_ps(_mm512_setzero_ps(), v);  // in this order NaN stays
-    if (target.mask != nullptr) v = _mm512_maskz_mov_ps(target.mask[n], v);
-    if (target.fired != nullptr) target.fired[n] = _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ);
-    values[n] = _mm512_castps_si512(v);
-  }
-  Transpose(values);
-  const __mmask16 some = First(target.count);
-  for (size_t r = 0; r < kPanelRows; ++r) {
-    if (target.out[r] == nullptr) continue;
-    const __m512 v = _mm512_castsi512_ps(values[r]);
-    if (target.float16) {
-      _mm256_mask_storeu_epi16(target.out[r], some,
-                               _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    } else {
-      _mm512_mask_storeu_ps(target.out[r], some, v);
-    }
-  }
-}
-
-void FinishDots(const PanelSums& sums, const float* step, const DotsTarget& target) {
-  const __m512 row_step = _mm512_loadu_ps(step);
-  __m512i values[kPanelRows];
-  for (size_t n = 0; n < kPanelRows; ++n) {
-    values[n] = n < target.count ? _mm512_castps_si512(_mm512_mul_ps(Joined(sums, n), row_step))
-                                 : _mm512_setzero_si512();
-  }
-  StoreDots(values, target);
-}
-
-void FinishWovenDots(const PanelSums& sums, const float* step, const DotsTarget& target) {
-  __m512i values[kPanelRows];
-  for (size_t r = 0; r < kPanelRows; ++r) {
-    values[r] = _mm512_castps_si512(_mm512_mul_ps(Joined(sums, r), _mm512_set1_ps(step[r])));
-  }
-  Transpose(values);
-  StoreDots(values, target);
-}
-
-void FinishMix(const PanelSums& sums, const float* step, const float* bias, size_t columns, float* const* y) {
-  const __mmask16 some = First(columns);
-  for (size_t r = 0; r < kPanelRows; ++r) {
-    if (y[r] == nullptr) continue;
-    const __m512 before = _mm512_maskz_loadu_ps(some, bias != nullptr ? bias : y[r]);
-    const __m512 v = _mm512_fmadd_ps(Joined(sums, r), _mm512_set1_ps(step[r]), before);
-    _mm512_mask_storeu_ps(y[r], some, v);
-  }
 }
 
 }  // namespace
@@ -304,16 +134,74 @@ HWY_POP_ATTRIBUTES
 
 namespace shadowc {
 
-const PanelKernels* ChosenPanelKernels() {
-  // Measured at E = 2048: AMX needs as long for 2 rows as for 16, VNNI twice that.
-  static constexpr PanelKernels kAmx{8,           BeginAmx,  EndAmx,  false,      MeasureRow,
-                                     SplitRow,    TurnPanel, DotsAmx, FinishDots, FinishWovenDots,
-                                     WeaveSigned, nullptr,   MixAmx,  nullptr,    FinishMix};
-  static constexpr PanelKernels kVnni{16,         BeginNothing,    BeginNothing, true,
-                                      MeasureRow, SplitRow,        TurnPanel,    DotsVnni,
-                                      FinishDots, FinishWovenDots, WeaveShifted, WeaveRowsShifted,
-                                      MixVnni,    MixRowsVnni,     FinishMix};
-  return HasAmx() ? &kAmx : HasVnni() ? &kVnni : nullptr;
+namespace {
+
+// Measured at E = 2048: AMX needs as long for 2 rows as for 16, VNNI twice that.
+constexpr PanelKernels kAmx{
+    .least_rows = 8,
+    .element = 1,
+    .digits = kPanelDigits,
+    .few = false,
+    .factor = nullptr,
+    .unpack = nullptr,
+    .begin = BeginAmx,
+    .end = EndAmx,
+    .measure = MeasureRow,
+    .split = SplitRow,
+    .turn = TurnPanel,
+    .dots = DotsAmx,
+    .finish_dots = FinishDots,
+    .finish_woven_dots = nullptr,
+    .weave = WeaveSigned,
+    .weave_rows = nullptr,
+    .mix = MixAmx,
+    .mix_rows = nullptr,
+    .finish_mix = FinishMix<JoinedDigits>,
+};
+
+constexpr PanelKernels kVnni{
+    .least_rows = 16,
+    .element = 1,
+    .digits = kPanelDigits,
+    .few = true,
+    .factor = nullptr,
+    .unpack = nullptr,
+    .begin = BeginNothing,
+    .end = BeginNothing,
+    .measure = MeasureRow,
+    .split = SplitRow,
+    .turn = nullptr,
+    .dots = nullptr,
+    .finish_dots = nullptr,
+    .finish_woven_dots = FinishWovenDots<JoinedDigits>,
+    .weave = WeaveShifted,
+    .weave_rows = WeaveRowsShifted,
+    .mix = MixVnni,
+    .mix_rows = MixRowsVnni,
+    .finish_mix = FinishMix<JoinedDigits>,
+};
+
+constexpr PanelKernels OfInt4(PanelKernels kernels, decltype(PanelKernels::weave) weave) {
+  kernels.factor = FactorOfGroups;
+  kernels.unpack = UnpackInt4;
+  kernels.weave = weave;
+  return kernels;
+}
+
+}  // namespace
+
+const PanelKernels* ChosenPanelKernels(WeightType type) {
+  static constexpr PanelKernels kAmxInt4 = OfInt4(kAmx, WeaveInt4Signed);
+  static constexpr PanelKernels kVnniInt4 = OfInt4(kVnni, WeaveInt4Shifted);
+  if (!HasVnni()) return nullptr;
+  switch (type) {
+    case WeightType::kInt8:
+      return HasAmx() ? &kAmx : &kVnni;
+    case WeightType::kInt4:
+      return HasAmx() ? &kAmxInt4 : &kVnniInt4;
+    default:
+      return FloatPanelKernels(type, HasBf16());
+  }
 }
 
 }  // namespace shadowc
@@ -322,7 +210,7 @@ const PanelKernels* ChosenPanelKernels() {
 
 namespace shadowc {
 
-const PanelKernels* ChosenPanelKernels() { return nullptr; }
+const PanelKernels* ChosenPanelKernels(WeightType) { return nullptr; }
 
 }  // namespace shadowc
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the two files of x86 panels share: panels_x86.cc multiplies, panels_pack_x86.cc brings rows and
-// weights into the layouts for it. Intrinsics, not Highway: it has no tiles, and the layouts are those of AMX
-// and of 512-bit vectors.
+// What the files of x86 panels share: panels_x86.cc multiplies, panels_pack_x86.cc brings rows and weights
+// into the layouts for it, panels_float_x86.cc does both for weights that are floats. Intrinsics, not
+// Highway: it has no tiles, and the layouts are those of AMX and of 512-bit vectors.
 #pragma once
 
 #include "hwy/base.h"
@@ -11,10 +11,14 @@
 
 #include <immintrin.h>
 
-#define SHADOWC_PANEL_TARGETS "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,fma,amx-tile,amx-int8"
+#define SHADOWC_PANEL_TARGETS \
+  "avx512f,avx512bw,avx512dq,avx512vl,avx512vbmi,avx512vnni,avx512bf16,fma,amx-tile,amx-int8"
 
 HWY_PUSH_ATTRIBUTES(SHADOWC_PANEL_TARGETS)
 namespace shadowc {
+
+// How many weight rows ahead `weave` fetches.
+inline constexpr size_t kWeavesAhead = 48;
 
 inline __mmask16 First(size_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffff : (1u << n) - 1); }
 
@@ -50,9 +54,18 @@ RowDigits MeasureRow(const float* x, const float* factor, size_t n, bool few);
 void SplitRow(const float* x, const float* factor, size_t n, const RowDigits& digits, const Panels& panels,
               size_t p, size_t r);
 void TurnPanel(const Panels& panels, size_t p);
-void WeaveSigned(const int8_t* const* rows, size_t steps, size_t columns, int8_t* woven);
-void WeaveShifted(const int8_t* const* rows, size_t steps, size_t columns, int8_t* woven);
+float FactorOfGroups(const float* scales, size_t groups);
+void UnpackInt4(const WeightRow& row, size_t first, size_t columns, int8_t* to);
+// Signed for AMX; shifted by 128 for VNNI, which takes unsigned weights.
+void WeaveSigned(const WeightRow* rows, size_t steps, size_t first, size_t columns, int8_t* woven);
+void WeaveShifted(const WeightRow* rows, size_t steps, size_t first, size_t columns, int8_t* woven);
+void WeaveInt4Signed(const WeightRow* rows, size_t steps, size_t first, size_t columns, int8_t* woven);
+void WeaveInt4Shifted(const WeightRow* rows, size_t steps, size_t first, size_t columns, int8_t* woven);
 void WeaveRowsShifted(const WeightRows& weights, size_t steps, int8_t* woven);
+void WeaveRowsSigned(const WeightRows& weights, size_t steps, int8_t* woven);
+
+// For fp32 and bf16.
+const PanelKernels* FloatPanelKernels(WeightType type, bool bf16_products);
 
 }  // namespace shadowc
 HWY_POP_ATTRIBUTES

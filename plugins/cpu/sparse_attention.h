@@ -47,7 +47,7 @@ struct AttentionArgs {
   const int64_t* start;
   const int64_t* past;
   bool kv_active_only;
-  bool few_digits;  // many rows may meet int8 weights with as few digits as panels.h says
+  bool few_digits;  // some token is not masked, and many rows may meet weights as roughly as panels.h says
   float* y;
   void* present_key;
   void* present_value;

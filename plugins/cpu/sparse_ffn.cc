@@ -379,8 +379,7 @@ ReadCount Run(const FfnArgs& a, const Parallel& parallel) {
   const size_t rows = a.batch * a.tokens;
   if (rows == 0) return {};
   CallArena arena;
-  const PanelKernels* kernels =
-      std::is_same_v<W, int8_t> ? KernelsFor(rows, a.neurons * 2 * a.width) : nullptr;
+  const PanelKernels* kernels = KernelsFor(a.type, a.few_digits, rows, a.neurons * 2 * a.width);
   if (kernels == nullptr) return RunRows<W>(a, &arena, parallel);
   uint8_t* left = arena.Take<uint8_t>(rows + kPanelRows);
   ReadCount read;

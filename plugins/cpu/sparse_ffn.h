@@ -28,7 +28,7 @@ struct FfnArgs {
   const float* b2;
   size_t neurons, block;
   bool skip_zeros;
-  bool few_digits;  // many rows may meet int8 weights with as few digits as panels.h says
+  bool few_digits;  // some token is not masked, and many rows may meet weights as roughly as panels.h says
   float* y;
 };
 

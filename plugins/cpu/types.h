@@ -22,6 +22,7 @@ struct Int4Pair {
   uint8_t both;
 };
 inline constexpr size_t kInt4Group = 64;
+inline constexpr float kInt4Most = 7.0f;
 
 template <class W>
 inline constexpr bool kIsInt4 = std::is_same_v<W, Int4Pair>;

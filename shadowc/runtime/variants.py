@@ -81,7 +81,7 @@ def with_cut_logits(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def with_few_digits(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph whose operators round the activations of prompts to few digits (plugins/cpu/panels.h).
+    """The graph whose operators compute prompts in blocks that may round (plugins/cpu/panels.h).
 
     Layer 0's attention does not: what it gives decides the masks. Where every layer makes masks of its own (--style
     dejavu), no layer does.

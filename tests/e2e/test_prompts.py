@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What prompts lose by activations in few digits, on opt-mini: hardly any bits, and no unit of a mask."""
+"""What prompts lose by rounding, on opt-mini and with every type of weights: hardly any bits, and no unit of a mask."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ ROWS, SLOTS = 4, 256
 MOST_BITS = 2e-3
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["int8", "int4", "bf16", "fp32"])
+def folder(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     out = tmp_path_factory.mktemp("prompts") / "mini"
-    return shadowc.compile(options("opt-mini", out, weights="int8", offline=True))
+    return shadowc.compile(options("opt-mini", out, weights=request.param, offline=True))
 
 
 def text_ids(engine: Engine) -> npt.NDArray[np.int64]:
