@@ -24,8 +24,8 @@
 //
 // Where a call may round (few_digits), weights of every type meet activations in panels:
 //   int4   as int8, with one scale for a row in place of one for each of its groups. What that rounds is what
-//          int8 weights are rounded by: at most 1 / 254 of the row's largest, an 18th of int4's own rounding in
-//          the group with the largest scale.
+//          int8 weights are rounded by: at most 1 / 254 of the row's largest, an 18th of int4's own rounding
+//          in the group with the largest scale.
 //   bf16   as they are, with activations rounded to bf16 and sums in float32; where the CPU has no such
 //          products, as float32.
 //   fp32   as they are, with activations as they are.
