@@ -18,7 +18,7 @@ FAST := not slow and not network
 export OMP_NUM_THREADS ?= 2
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help demo test test-all gpu-test lint wheel setup rtx clean
+.PHONY: help demo test test-all gpu-test lint docs wheel setup rtx clean
 
 help: ## this list
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -42,6 +42,9 @@ lint: $(READY) ## style, format and types of Python and C++
 	@$(BIN)/ruff format --check .
 	@bash scripts/typecheck.sh
 	@$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
+
+docs: ## build the pages of docs/ as a site into build/docs/site; needs Python alone
+	@bash scripts/docs.sh
 
 wheel: $(READY) ## build dist/shadowc-*.whl
 	@mkdir -p dist build

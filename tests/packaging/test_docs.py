@@ -5,22 +5,51 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from shadowc.cli import guard
 from shadowc.cli.app import COMMANDS
+from shadowc.spec import errors
 
 TOP = Path(__file__).parents[2]
+PAGES = sorted(path.relative_to(TOP / "docs").as_posix() for path in (TOP / "docs").rglob("*.md"))
 
 
-def test_page_of_operators_is_generated_from_the_table() -> None:
-    spec = importlib.util.spec_from_file_location("ops_page", TOP / "scripts" / "ops_page.py")
+@pytest.mark.parametrize("script", ["ops_page", "errors_page", "engine_page"])
+def test_generated_pages_are_what_their_scripts_write(script: str) -> None:
+    spec = importlib.util.spec_from_file_location(script, TOP / "scripts" / f"{script}.py")
     assert spec is not None
     assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    assert (TOP / "docs" / "ops.md").read_text(encoding="utf-8") == script.page(), "run scripts/ops_page.py"
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page(), f"run scripts/{script}.py"
+
+
+def test_page_of_errors_has_every_class_and_every_exit_code() -> None:
+    page = (TOP / "docs" / "errors.md").read_text(encoding="utf-8")
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
+    assert len(kinds) == 7
+    for kind in kinds:
+        assert re.search(rf"^\| `{kind.__name__}` \| {kind.exit_code} \| [^|]+ \| [^|]+ \|$", page, re.MULTILINE), kind
+    codes = [value for name, value in vars(guard).items() if name.isupper() and isinstance(value, int)]
+    assert len(codes) == 3
+    for code in codes:
+        assert f"\n| {code} | " in page
+
+
+def test_menu_of_the_site_has_every_page_once() -> None:
+    menu = re.findall(r"^ +- .*: (\S+\.md)$", (TOP / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(menu) == PAGES
+
+
+def test_site_is_built_with_pinned_packages() -> None:
+    project = tomllib.loads((TOP / "pyproject.toml").read_text(encoding="utf-8"))
+    needs = project["project"]["optional-dependencies"]["docs"]
+    assert any(need.startswith("mkdocs-material==") for need in needs)
+    assert all("==" in need for need in needs)
 
 
 def test_every_decision_has_three_lines() -> None:
@@ -52,7 +81,7 @@ def test_readme_names_every_command() -> None:
     assert "make test" in readme
 
 
-@pytest.mark.parametrize("page", ["README.md", *(f"docs/{path.name}" for path in sorted((TOP / "docs").glob("*.md")))])
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in PAGES)])
 def test_links_between_pages_lead_somewhere(page: str) -> None:
     path = TOP / page
     for target in re.findall(r"\]\((?!https?://)([^)#]+)", path.read_text(encoding="utf-8")):
