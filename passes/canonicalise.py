@@ -9,9 +9,11 @@ Legal cases:
 5. Positions come from attention_mask and input_ids. The trace takes them from the size of the last layer's cache,
    which is a capacity here and says nothing about how much of it is filled.
 6. The tied weight, which the trace calls lm_head.weight, is called embed_tokens.weight where tokens are embedded.
-7. `Transpose` of that weight before the last product becomes a weight of its own, lm_head [E,V].
+7. `Transpose` of that weight before the last product becomes a weight of its own, lm_head [W,V]; so do those of the
+   projections between narrower embeddings and hidden states, project_in [W,E] and project_out [E,W].
 
-Letters: B batch, S new tokens, P mask length, E hidden, V vocabulary.
+Letters: B batch, S new tokens, P mask length, E hidden, W width of the token embeddings (E unless they are projected),
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,13 +21,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from shadowc.checkpoint.opt import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, layer_names
+from shadowc.checkpoint.opt import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT, layer_names
 from shadowc.passes.surgery import Builder, Scopes, replace_uses, scope_of, tidy
 from shadowc.spec.errors import InternalError
 from shadowc.spec.program import PassReport, Program, WeightRecipe
 
 NAME = "canonicalise"
 LM_HEAD = "lm_head"
+PROJECTIONS = {"project_in": PROJECT_IN, "project_out": PROJECT_OUT}
+"""Stored transpose -> parameter."""
 
 
 def apply(program: Program) -> PassReport:
@@ -38,7 +42,7 @@ def apply(program: Program) -> PassReport:
         "views": _bypass_views(program),
         "positions": _derive_positions(program),
         "tied": _rename_tied(program),
-        "head": _transpose_head(program),
+        "products": _store_transposes(program),
     }
     counts["removed"] = tidy(program)
     ensures(program)
@@ -69,8 +73,10 @@ def ensures(program: Program) -> None:
             linear = scopes.linear(affine.weight)
             if linear.x.shape is None or len(linear.x.shape) != 3:
                 raise InternalError(f"{NAME}: {affine.weight} is applied to {linear.x.shape}, expected [B, S, ...]")
-    scopes.one(FINAL_NORM, "LayerNormalization")
-    scopes.one(LM_HEAD, "MatMul")
+    if program.facts.final_norm:
+        scopes.one(FINAL_NORM, "LayerNormalization")
+    for scope in _products(program):
+        scopes.one(scope, "MatMul")
 
 
 def _layer_scope(layer: int) -> str:
@@ -190,13 +196,24 @@ def _rename_tied(program: Program) -> int:
     return 1
 
 
-def _transpose_head(program: Program) -> int:
-    product = Scopes(program.graph).one(LM_HEAD, "MatMul")
-    if product.inputs[1].name == LM_HEAD:
-        return 0
-    turn = product.inputs[1].inputs[0] if product.inputs[1].inputs else None
-    if turn is None or turn.op != "Transpose" or turn.inputs[0].name not in (HEAD, EMBEDDING):
-        raise InternalError(f"{NAME}: {product.name} does not multiply with the transposed embedding")
-    V, E = turn.inputs[0].shape
-    product.inputs[1] = Builder(program).weight(LM_HEAD, WeightRecipe("transpose", (HEAD,), (E, V)))
-    return 1
+def _products(program: Program) -> dict[str, str]:
+    """Scope -> name of the stored transpose, of every product without bias."""
+    projections = {weight.removesuffix(".weight"): name for name, weight in PROJECTIONS.items()}
+    return {LM_HEAD: LM_HEAD, **(projections if program.facts.projected else {})}
+
+
+def _store_transposes(program: Program) -> int:
+    scopes, builder = Scopes(program.graph), Builder(program)
+    count = 0
+    for scope, name in _products(program).items():
+        product = scopes.one(scope, "MatMul")
+        if product.inputs[1].name == name:
+            continue
+        turn = product.inputs[1].inputs[0] if product.inputs[1].inputs else None
+        expected = (HEAD, EMBEDDING) if name == LM_HEAD else (PROJECTIONS[name],)
+        if turn is None or turn.op != "Transpose" or turn.inputs[0].name not in expected:
+            raise InternalError(f"{NAME}: {product.name} does not multiply with the transpose of {expected[0]}")
+        rows, columns = turn.inputs[0].shape
+        product.inputs[1] = builder.weight(name, WeightRecipe("transpose", expected[:1], (columns, rows)))
+        count += 1
+    return count

@@ -20,6 +20,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from shadowc.checkpoint.opt import PROJECT_OUT
 from shadowc.passes.canonicalise import LM_HEAD
 from shadowc.passes.split_records import ATTENTION_ROWS, FFN_ROWS
 from shadowc.passes.surgery import Builder, Scopes, produce, tidy
@@ -190,11 +191,14 @@ def _finish(program: Program, op: str, inputs: list[gs.Tensor], result: gs.Tenso
 
 def _last_token(program: Program, builder: Builder) -> int:
     """Cut the tokens before the last from what the LM head multiplies."""
-    product = Scopes(program.graph).one(LM_HEAD, "MatMul")
+    scopes = Scopes(program.graph)
+    head = scopes.one(LM_HEAD, "MatMul")
+    product = scopes.one(PROJECT_OUT.removesuffix(".weight"), "MatMul") if program.facts.projected else head
     every = product.inputs[0]
     tokens = builder.tensor("tokens", "canonicalise")
     last = builder.node("Sub", [tokens, builder.ints(1)], "last_token.index", _I64, (1,))
     shape = ("B", 1, program.facts.hidden)  # a Gather, since TensorRT takes the length of a Slice for unknown
     product.inputs[0] = builder.node("Gather", [every, last], "last_token", _F32, shape, axis=1)
-    product.outputs[0].shape = ("B", 1, program.facts.vocab)
+    product.outputs[0].shape = ("B", 1, program.facts.embedding_width)
+    head.outputs[0].shape = ("B", 1, program.facts.vocab)
     return 1

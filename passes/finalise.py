@@ -16,7 +16,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from shadowc.checkpoint.opt import FINAL_NORM, layer_names
+from shadowc.checkpoint.opt import FINAL_NORM, POSITIONS, layer_names
 from shadowc.passes.surgery import Builder, scope_of, tidy
 from shadowc.spec.errors import InternalError
 from shadowc.spec.ops import DOMAIN, VERSION
@@ -124,20 +124,38 @@ def name_tensors(program: Program) -> int:
     operators = {node.name: node for node in graph.nodes}
     names: list[tuple[gs.Tensor, str]] = []
     for layer in range(program.facts.layers):
-        parameters = layer_names(layer)
-        first, second = norms[parameters.attention_norm.weight], norms[parameters.ffn_norm.weight]
-        names += [(first.inputs[0], f"residual.{layer}"), (second.inputs[0], f"layers.{layer}.middle")]
-        for norm, part in ((first, "attention"), (second, "ffn")):
-            names += [(norm.outputs[0], f"layers.{layer}.{part}.x")]
+        names += _layer_tensors(program, norms, layer)
+        for part in ("attention", "ffn"):
             if f"layers.{layer}.{part}" in operators:  # the prefill has none
                 names += [(operators[f"layers.{layer}.{part}"].outputs[0], f"layers.{layer}.{part}.y")]
-    last = norms[f"{FINAL_NORM}.weight"]
-    names += [(last.inputs[0], f"residual.{program.facts.layers}"), (last.outputs[0], f"{FINAL_NORM}.y")]
+    names += _last_tensors(program, norms)
     changed = 0
     for tensor, name in names:
         changed += tensor.name != name
         tensor.name, tensor.shape = name, ("B", "S", program.facts.hidden)
     return changed
+
+
+def _layer_tensors(program: Program, norms: dict[str, gs.Node], layer: int) -> list[tuple[gs.Tensor, str]]:
+    """What goes into a layer, what stands between its blocks, and what the blocks read where that is neither."""
+    parameters = layer_names(layer)
+    first, second = norms[parameters.attention_norm.weight], norms[parameters.ffn_norm.weight]
+    if not program.facts.norm_first:  # blocks read the residual, which the norm after the last block has made
+        ends = [(second.outputs[0], f"residual.{layer + 1}"), (first.outputs[0], f"layers.{layer}.middle")]
+        sums = [(first.inputs[0], f"layers.{layer}.attention.sum"), (second.inputs[0], f"layers.{layer}.ffn.sum")]
+        return [*ends, *sums]
+    ends = [(first.inputs[0], f"residual.{layer}"), (second.inputs[0], f"layers.{layer}.middle")]
+    return [*ends, (first.outputs[0], f"layers.{layer}.attention.x"), (second.outputs[0], f"layers.{layer}.ffn.x")]
+
+
+def _last_tensors(program: Program, norms: dict[str, gs.Node]) -> list[tuple[gs.Tensor, str]]:
+    """What goes into the first layer or comes out of the last, where no norm of a layer shows it."""
+    facts = program.facts
+    if not facts.norm_first:
+        (lookup,) = Builder(program).tensor(POSITIONS, "trace").outputs
+        return [(lookup.outputs[0].outputs[0].outputs[0], "residual.0")]
+    last = norms[f"{FINAL_NORM}.weight"]
+    return [(last.inputs[0], f"residual.{facts.layers}"), (last.outputs[0], f"{FINAL_NORM}.y")]
 
 
 def collect_read(program: Program) -> int:

@@ -3,9 +3,9 @@
 
 Legal cases, each for a plan in a graph that has no scores yet:
 1. Style shadow: layer 0's attention context, which its out_proj multiplies, makes the scores of all later layers.
-2. Style dejavu: what a layer's attention reads (the output of its first norm) makes the scores of that layer, and a
-   selection of its own ranks them: what later layers will score is not known then, so the scope is local. The graph
-   still puts out scores, thresholds and counts of all layers together.
+2. Style dejavu: what a layer's attention reads (the output of its first norm; the residual where norms come last)
+   makes the scores of that layer, and a selection of its own ranks them: what later layers will score is not known
+   then, so the scope is local. The graph still puts out scores, thresholds and counts of all layers together.
 
 The predictor runs on the last max(Z, 1) tokens: at least one, so that `mask_scores`, its last row, always exists;
 the operators get the last Z rows. Z is the input `sparse_tail` clamped to S; negative means 1 if S is 1, else 0.
@@ -143,8 +143,7 @@ def _layer_inputs(program: Program, builder: Builder) -> list[gs.Variable]:
     first = builder.node("Sub", [tokens, predicted], "predictor.first", np.int64, (1,))
     found = []
     for layer in range(1, program.facts.layers):
-        norm = scopes.one(layer_names(layer).attention_norm.weight.removesuffix(".weight"), "LayerNormalization")
-        rows = [norm.outputs[0], first, tokens, builder.ints(1)]
+        rows = [scopes.linear(layer_names(layer).q.weight).x, first, tokens, builder.ints(1)]
         found.append(builder.node("Slice", rows, layer_input(layer), np.float32, shape))
     return found
 

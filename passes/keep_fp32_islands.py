@@ -20,6 +20,7 @@ import onnx
 import onnx_graphsurgeon as gs
 
 from shadowc.checkpoint.opt import EMBEDDING, POSITIONS
+from shadowc.passes.canonicalise import PROJECTIONS
 from shadowc.passes.surgery import sort_nodes
 from shadowc.spec.errors import InternalError
 from shadowc.spec.ops import DOMAIN
@@ -83,7 +84,7 @@ def _narrow_weights(program: Program, dtype: str) -> int:
     inputs = {value.name: value for value in program.graph.inputs}
     count = 0
     for name, recipe in program.weights.items():
-        if recipe.quantised or not (recipe.kind in _ROWS or name in (EMBEDDING, POSITIONS)):
+        if recipe.quantised or not (recipe.kind in _ROWS or name in (EMBEDDING, POSITIONS, *PROJECTIONS)):
             continue
         program.weights[name] = replace(recipe, dtype=dtype)  # type: ignore[arg-type]  # one of TYPES
         inputs[name].dtype = np.dtype(dtype)

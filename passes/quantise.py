@@ -7,8 +7,9 @@ Legal cases:
 2. Whichever it is, a MatMul with a weight (LM head, predictor) becomes ONNX Runtime's MatMulNBits at 8 bits in
    symmetric blocks along the inner dimension: uint8 around the implicit zero point 128, one scale a block.
 
-Refused: a matrix whose inner dimension is not a multiple of the smallest block. Norms, biases and embeddings are read
-by the row or are tiny, and stay float32.
+Refused: a matrix whose inner dimension is not a multiple of the smallest block, and the two projections of narrower
+embeddings, 1 % of the bytes, whose rounding would reach every layer and every mask. Norms, biases and embeddings are
+read by the row or are tiny, and stay float32.
 
 Letters: K inner dimension, N columns.
 """
@@ -24,6 +25,7 @@ import ml_dtypes  # noqa: F401 (makes "bfloat16" a numpy type)
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from shadowc.passes.canonicalise import PROJECTIONS
 from shadowc.passes.surgery import Builder, tidy
 from shadowc.spec.errors import InternalError
 from shadowc.spec.ops import INT4_GROUP
@@ -61,6 +63,9 @@ def apply(program: Program, *, weights: str, products: bool = True) -> PassRepor
         recipe = program.weights.get(node.inputs[1].name)
         if recipe is None or recipe.kind != "transpose":
             refusals.append(f"{node.name}: {node.inputs[1].name} is no weight that was stored for a product")
+            continue
+        if node.inputs[1].name in PROJECTIONS:
+            refusals.append(f"{node.inputs[1].name} stays float32: every layer and every mask depends on it")
             continue
         K = recipe.shape[0]
         block = next((length for length in BLOCKS if K % length == 0), None)

@@ -11,7 +11,7 @@ Legal cases:
 An exact rewrite: the same numbers lie elsewhere. TensorRT's products can use such matrices, which is what the prefill
 does, and both plans then share one copy. The operators get the signature for TensorRT.
 
-Letters: E hidden, H heads, D head size, F neurons, V vocabulary.
+Letters: E hidden, H heads, D head size, F neurons.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _share_embedding(program: Program, builder: Builder) -> int:
     product = Scopes(program.graph).one(LM_HEAD, "MatMul")
     if product.inputs[1].name != LM_HEAD:
         return 0
-    V, E = program.facts.vocab, program.facts.hidden
+    shape = (program.facts.embedding_width, program.facts.vocab)
     embedding = builder.tensor(EMBEDDING, "canonicalise")
-    product.inputs[1] = builder.node("Transpose", [embedding], f"{LM_HEAD}.matrix", np.float32, (E, V), perm=[1, 0])
+    product.inputs[1] = builder.node("Transpose", [embedding], f"{LM_HEAD}.matrix", np.float32, shape, perm=[1, 0])
     return 1

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from transformers import OPTForCausalLM
 
 TINY = {
@@ -42,11 +44,16 @@ def tiny_model() -> OPTForCausalLM:
 
     Shared by the session: do not change it; take a `copy.deepcopy` where a test must.
     """
+    return random_model(TINY)
+
+
+def random_model(config: Mapping[str, Any]) -> OPTForCausalLM:
+    """A model whose weights are so large that every part of it moves the logits."""
     import torch
     from transformers import OPTConfig, OPTForCausalLM
 
     with torch.random.fork_rng():
-        model = OPTForCausalLM(OPTConfig(**TINY, attn_implementation="eager")).eval()
+        model = OPTForCausalLM(OPTConfig(**config, attn_implementation="eager")).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -63,11 +70,11 @@ def tiny_checkpoint(tiny_model: OPTForCausalLM, tmp_path_factory: pytest.TempPat
     """The tiny model as a folder: config.json, model.safetensors and a byte-level BPE tokenizer. Read only."""
     folder = tmp_path_factory.mktemp("tiny") / "opt-tiny"
     tiny_model.save_pretrained(folder)
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     return folder
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
     """Train a byte-level BPE that puts </s> in front of a text, as OPT's tokenizer does."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 

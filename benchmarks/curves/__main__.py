@@ -75,7 +75,7 @@ def _measure(model: str, ledger: Ledger, given: argparse.Namespace) -> None:
             for turn in range(done, given.rounds):
                 _say(f"{model}: round {turn + 1} of {given.rounds}")
                 ledger.add(model, measure(folder, ledger.asked, turn, given.launcher))
-    except UnsupportedError as error:  # opt-350m has its norms behind the blocks
+    except UnsupportedError as error:  # a folder may hold anything
         _say(f"left out: {error}")
         ledger.note(model, left_out=str(error))
 

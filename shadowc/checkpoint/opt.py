@@ -3,7 +3,7 @@
 
 In: a config.json as a dict. Out: `OptFacts`, the only description of a model that the other stages see.
 
-Letters: E hidden, F neurons, V vocabulary.
+Letters: E hidden, F neurons, V vocabulary, W width of the token embeddings.
 """
 
 from __future__ import annotations
@@ -18,6 +18,10 @@ from shadowc.spec.errors import InputError, UnsupportedError
 EMBEDDING = "model.decoder.embed_tokens.weight"
 POSITIONS = "model.decoder.embed_positions.weight"
 FINAL_NORM = "model.decoder.final_layer_norm"
+PROJECT_IN = "model.decoder.project_in.weight"
+"""[E,W]: makes hidden states of token embeddings that are narrower (opt-350m); it has no bias."""
+PROJECT_OUT = "model.decoder.project_out.weight"
+"""[W,E]: makes of hidden states what the tied head multiplies."""
 HEAD = "lm_head.weight"
 """Tied: it names the same tensor as EMBEDDING."""
 
@@ -35,7 +39,7 @@ POSITION_OFFSET = 2
 
 @dataclass(frozen=True, slots=True)
 class OptFacts:
-    """One OPT model without its weights: pre-LN, ReLU, learned positions, tied embeddings."""
+    """One OPT model without its weights: ReLU, learned positions, tied embeddings."""
 
     name: str
     layers: int
@@ -51,6 +55,20 @@ class OptFacts:
     pad: int
     norm_eps: float = 1e-5
     position_offset: int = POSITION_OFFSET
+    norm_first: bool = True
+    """False: each norm follows its block's sum, as in opt-350m; blocks then read the residual stream itself."""
+    projected: int = 0
+    """Width of token embeddings that are projected to the hidden size; 0: they have it."""
+
+    @property
+    def final_norm(self) -> bool:
+        """Whether a norm stands behind the last layer: not where that layer ends with one."""
+        return self.norm_first
+
+    @property
+    def embedding_width(self) -> int:
+        """W: columns of the embedding, and of the tied head."""
+        return self.projected or self.hidden
 
     @property
     def predicted_layers(self) -> int:
@@ -80,21 +98,13 @@ class OptFacts:
 
 
 def _refuse_variants(config: Mapping[str, object], name: str) -> None:
-    hidden = config.get("hidden_size")
-    width = config.get("word_embed_proj_dim")
     reasons: list[str] = []
-    if config.get("do_layer_norm_before", True) is not True:
-        reasons.append(
-            "layer norm after each block (do_layer_norm_before is false, as in opt-350m), expected before it"
-        )
+    if config.get("_remove_final_layer_norm", False) and config.get("do_layer_norm_before", True):
+        reasons.append("no final layer norm (_remove_final_layer_norm is true)")
     if config.get("activation_function", "relu") != "relu":
         reasons.append(
             f"activation {config.get('activation_function')!r}, expected 'relu': only ReLU makes neurons exactly zero"
         )
-    if width is not None and width != hidden:
-        reasons.append(f"embeddings of width {width} (word_embed_proj_dim), expected hidden_size {hidden}")
-    if config.get("_remove_final_layer_norm", False):
-        reasons.append("no final layer norm (_remove_final_layer_norm is true)")
     reasons += [
         f"{flag} is false, expected true"
         for flag in ("enable_bias", "layer_norm_elementwise_affine")
@@ -107,7 +117,7 @@ def _refuse_variants(config: Mapping[str, object], name: str) -> None:
     if reasons:
         raise UnsupportedError(
             f"{name}: this variant of OPT is not handled: {'; '.join(reasons)}",
-            hint="opt-125m, opt-1.3b, opt-2.7b, opt-6.7b, opt-13b, opt-30b and opt-66b are handled",
+            hint="opt-125m to opt-66b are handled, and what has their form",
             problems=reasons,
         )
 
@@ -136,6 +146,12 @@ def _read_sizes(config: Mapping[str, object], name: str) -> OptFacts:
             problems.append(
                 f"{key} is {value!r}, expected a positive whole number" if key in config else f"{key} is missing"
             )
+    width = config.get("word_embed_proj_dim")
+    if width is not None and (not isinstance(width, int) or isinstance(width, bool) or width <= 0):
+        problems.append(f"word_embed_proj_dim is {width!r}, expected a positive whole number")
+    norm_first = config.get("do_layer_norm_before", True)
+    if not isinstance(norm_first, bool):
+        problems.append(f"do_layer_norm_before is {norm_first!r}, expected true or false")
     tokens: dict[str, int] = {}
     for field, (key, usual) in _TOKEN_KEYS.items():
         value = config.get(key)
@@ -162,7 +178,14 @@ def _read_sizes(config: Mapping[str, object], name: str) -> OptFacts:
             hint="compare it with the config.json of facebook/opt-125m",
             problems=problems,
         )
-    return OptFacts(name=name, head_size=sizes["hidden"] // sizes["heads"], **sizes, **tokens)
+    return OptFacts(
+        name=name,
+        head_size=sizes["hidden"] // sizes["heads"],
+        norm_first=bool(norm_first),
+        projected=width if isinstance(width, int) and width != sizes["hidden"] else 0,
+        **sizes,
+        **tokens,
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +234,7 @@ def parameter_shapes(facts: OptFacts) -> dict[str, tuple[int, ...]]:
     """Canonical name -> shape of every parameter, sorted by name; the tied head is left out."""
     e, f = facts.hidden, facts.ffn
     shapes: dict[str, tuple[int, ...]] = {
-        EMBEDDING: (facts.vocab, e),
+        EMBEDDING: (facts.vocab, facts.embedding_width),
         POSITIONS: (facts.positions + facts.position_offset, e),
     }
 
@@ -219,7 +242,10 @@ def parameter_shapes(facts: OptFacts) -> dict[str, tuple[int, ...]]:
         shapes[names.weight] = shape
         shapes[names.bias] = shape[:1]
 
-    add(Affine.of(FINAL_NORM), e)
+    if facts.projected:
+        shapes |= {PROJECT_IN: (e, facts.projected), PROJECT_OUT: (facts.projected, e)}
+    if facts.final_norm:
+        add(Affine.of(FINAL_NORM), e)
     for layer in range(facts.layers):
         names = layer_names(layer)
         for projection in (names.q, names.k, names.v, names.out):
@@ -245,9 +271,9 @@ def config_dict(facts: OptFacts) -> dict[str, object]:
         "ffn_dim": facts.ffn,
         "num_attention_heads": facts.heads,
         "max_position_embeddings": facts.positions,
-        "word_embed_proj_dim": facts.hidden,
+        "word_embed_proj_dim": facts.embedding_width,
         "activation_function": "relu",
-        "do_layer_norm_before": True,
+        "do_layer_norm_before": facts.norm_first,
         "dropout": 0.0,
         "attention_dropout": 0.0,
         "layerdrop": 0.0,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import torch
 
-from shadowc.checkpoint.opt import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, Affine
+from shadowc.checkpoint.opt import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT, Affine
 from shadowc.measure import parity
 from shadowc.measure.dequantised import DequantisedSource
 from shadowc.measure.layer_walk import LayerWalk, steps_of, tensor_names
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
     import numpy.typing as npt
 
+    from shadowc.checkpoint.opt import OptFacts
     from shadowc.checkpoint.resolve import Checkpoint
     from shadowc.runtime.engine import Engine
     from shadowc.spec.manifest import EngineManifest, SparsityPart
@@ -202,7 +203,7 @@ def _compare(engine: Engine, checkpoint: Checkpoint, progress: Progress) -> tupl
     found = [
         Compared(
             None, "residual.0", "both embeddings", parity.embedding_difference(runs[0], ids_BS, facts, truth),
-            tolerance, (EMBEDDING, POSITIONS),
+            tolerance, (EMBEDDING, POSITIONS, PROJECT_IN) if facts.projected else (EMBEDDING, POSITIONS),
         )
     ]  # fmt: skip
     for layer in range(facts.layers):
@@ -212,12 +213,16 @@ def _compare(engine: Engine, checkpoint: Checkpoint, progress: Progress) -> tupl
             found.append(_selection(runs, sparsity, densities, masked))
         progress.advance(layer + 1, facts.layers, "layers")
     logits = reduce(worse, (parity.logits_difference(run, facts, truth) for run in runs))
-    norm = Affine.of(FINAL_NORM)
-    found.append(
-        Compared(None, "logits", "final norm and LM head", logits, parity.LOGITS_TOLERANCE[weights],
-                 (norm.weight, norm.bias, HEAD))
-    )  # fmt: skip
+    found.append(_logits(facts, logits, parity.LOGITS_TOLERANCE[weights]))
     return tuple(found), ids_BS.shape[1] * len(runs)
+
+
+def _logits(facts: OptFacts, difference: float, tolerance: float) -> Compared:
+    norm = Affine.of(FINAL_NORM)
+    made_by: dict[str, tuple[str, ...]] = {"final norm": (norm.weight, norm.bias)} if facts.final_norm else {}
+    made_by |= {"project_out": (PROJECT_OUT,)} if facts.projected else {}
+    parameters = tuple(name for names in made_by.values() for name in names)
+    return Compared(None, "logits", " and ".join((*made_by, "LM head")), difference, tolerance, (*parameters, HEAD))
 
 
 def _layer(
@@ -239,7 +244,7 @@ def _layer(
         worst = {step: worse(worst.get(step, 0.0), value) for step, value in differences.items()}
     return [
         Compared(layer, names[step.tensor], step.made_by, worst[step.tensor], tolerance, step.parameters)
-        for step in steps_of(layer)
+        for step in steps_of(layer, norm_first=checkpoint.facts.norm_first)
     ]
 
 

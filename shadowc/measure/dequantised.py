@@ -34,7 +34,10 @@ PRODUCT_BLOCKS = (128, 64, 32)
 """Lengths of the pieces of K that share a scale in a product of 8-bit integers; the first that divides K is used."""
 _PER_ROW = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight")
 _PER_COLUMN = ("out_proj.weight", "fc2.weight")
-_LOOKED_UP = ("embed_tokens.weight", "embed_positions.weight", "lm_head.weight")
+_OUTSIDE = (
+    "embed_tokens.weight", "embed_positions.weight", "lm_head.weight", "project_in.weight", "project_out.weight"
+)  # fmt: skip
+"""Matrices outside the layers that take the type of 16-bit activations."""
 
 
 def round_to_int8(matrix: npt.NDArray[np.float32], axis: int) -> npt.NDArray[np.float32]:
@@ -126,7 +129,7 @@ class NarrowSource:
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """One float32 tensor after rounding and back; tensors that stay float32 pass through."""
         value = self.source.tensor(name)
-        if name.endswith(_LOOKED_UP) or (self.matrices and name.endswith((*_PER_ROW, *_PER_COLUMN))):
+        if name.endswith(_OUTSIDE) or (self.matrices and name.endswith((*_PER_ROW, *_PER_COLUMN))):
             return round_to(self.dtype, value)
         return value
 

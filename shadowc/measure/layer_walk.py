@@ -40,22 +40,22 @@ STEPS = ("attention.x", "keys", "values", "context", "attention.y", "ffn.x", "ff
 """In the order in which a layer makes them."""
 
 
-def steps_of(layer: int) -> tuple[Step, ...]:
-    """The steps of one model layer."""
+def steps_of(layer: int, *, norm_first: bool = True) -> tuple[Step, ...]:
+    """The steps of one model layer, whose norms come before or behind the blocks."""
     names = layer_names(layer)
 
     def of(*parts: Any) -> tuple[str, ...]:
         return tuple(name for part in parts for name in (part.weight, part.bias))
 
     made = (
-        ("layer norm", of(names.attention_norm)),
+        ("layer norm", of(names.attention_norm)) if norm_first else ("the layer's input", ()),
         ("k_proj", of(names.k)),
         ("v_proj", of(names.v)),
         ("q_proj and attention to the cache", of(names.q)),
         ("out_proj", of(names.out)),
-        ("residual and layer norm", of(names.ffn_norm)),
+        ("residual and layer norm", of(names.ffn_norm if norm_first else names.attention_norm)),
         ("fc1, ReLU and fc2", of(names.fc1, names.fc2)),
-        ("residual", ()),
+        ("residual", ()) if norm_first else ("residual and layer norm", of(names.ffn_norm)),
     )
     return tuple(Step(name, *how) for name, how in zip(STEPS, made, strict=True))
 

@@ -261,14 +261,19 @@ def _scores_difference(
         """What the predictor reads, made by torch from the engine's residual stream."""
         if style == "shadow":
             return first.context(torch.from_numpy(run["residual.0"]), _stored(run, 0))
-        layers = range(1, facts.layers)
-        normed = (_normed(run[f"residual.{i}"], layer_names(i).attention_norm, facts, truth) for i in layers)
-        return torch.stack(list(normed), dim=2)
+        read = (_read_by_attention(run[f"residual.{layer}"], layer, facts, truth) for layer in range(1, facts.layers))
+        return torch.stack(list(read), dim=2)
 
     return reduce(
         worse,
         (score_difference(run, scorer, inputs_of(run), held=part is held) for part in (runs, held) for run in part),
     )
+
+
+def _read_by_attention(x_BSE: Float, layer: int, facts: OptFacts, truth: TensorSource) -> torch.Tensor:
+    if not facts.norm_first:
+        return torch.from_numpy(x_BSE)
+    return _normed(x_BSE, layer_names(layer).attention_norm, facts, truth)
 
 
 def _normed(x_BSE: Float, norm: Affine, facts: OptFacts, truth: TensorSource) -> torch.Tensor:
@@ -282,15 +287,20 @@ def embedding_difference(
     run: Mapping[str, Float], ids_BS: npt.NDArray[np.int64], facts: OptFacts, truth: TensorSource
 ) -> float:
     """Of `residual.0`, the largest difference from the sum of both embeddings, of its largest value."""
-    words_VE = truth.tensor("model.decoder.embed_tokens.weight")
+    words_BSE = truth.tensor("model.decoder.embed_tokens.weight")[ids_BS]
+    if facts.projected:
+        words_BSE = words_BSE @ truth.tensor("model.decoder.project_in.weight").T
     places_PE = truth.tensor("model.decoder.embed_positions.weight")
-    wanted_BSE = words_VE[ids_BS] + places_PE[np.arange(ids_BS.shape[1]) + facts.position_offset]
+    wanted_BSE = words_BSE + places_PE[np.arange(ids_BS.shape[1]) + facts.position_offset]
     return relative(float(np.abs(run["residual.0"] - wanted_BSE).max()), float(np.abs(wanted_BSE).max()))
 
 
 def logits_difference(run: Mapping[str, Float], facts: OptFacts, truth: TensorSource) -> float:
     """Of the logits, the largest difference from what the last residual gives, of the largest."""
-    hidden_BSE = _normed(run[f"residual.{facts.layers}"], Affine.of(FINAL_NORM), facts, truth)
-    wanted_BSV = hidden_BSE @ torch.from_numpy(truth.tensor("lm_head.weight")).T
+    last_BSE = run[f"residual.{facts.layers}"]
+    hidden = _normed(last_BSE, Affine.of(FINAL_NORM), facts, truth) if facts.final_norm else torch.from_numpy(last_BSE)
+    if facts.projected:
+        hidden = hidden @ torch.from_numpy(truth.tensor("model.decoder.project_out.weight")).T
+    wanted_BSV = hidden @ torch.from_numpy(truth.tensor("lm_head.weight")).T
     difference = (wanted_BSV - torch.from_numpy(run["logits"])).abs().max().item()
     return relative(difference, wanted_BSV.abs().max().item())

@@ -33,7 +33,12 @@ _OPERATORS: dict[str, Part] = {
     SPARSE_ATTENTION.name: "attention",
     SPARSE_FFN.name: "ffn",
 }
-_WORDS: dict[str, Part] = {"predictor": "predictor", "lm_head": "lm_head"}
+_WORDS: dict[str, Part] = {
+    "predictor": "predictor",
+    "lm_head": "lm_head",
+    "project_out": "lm_head",
+    "project_in": "framework",
+}
 """In a node's name."""
 _FIRST: dict[str, Part] = {
     "scores": "predictor",

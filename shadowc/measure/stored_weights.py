@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shadowc.checkpoint.opt import HEAD, layer_names
+from shadowc.checkpoint.opt import HEAD, PROJECT_IN, PROJECT_OUT, layer_names
 from shadowc.spec.errors import InputError
 from shadowc.spec.ops import INT4_GROUP
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float32]
 
 _INT4_ZERO = 8
-_HEAD_IN_GRAPH = "lm_head"
-"""In the checkpoint it is tied to the embedding; in the graph it is a matrix of its own."""
+_TRANSPOSED = {HEAD: "lm_head", PROJECT_IN: "project_in", PROJECT_OUT: "project_out"}
+"""Parameter -> matrix that the graph multiplies with; the head is tied to the embedding in the checkpoint only."""
 
 
 def stored_parameters(engine: Engine, layer: int) -> dict[str, Floats]:
@@ -58,11 +58,11 @@ def stored_as_they_are(engine: Engine, names: tuple[str, ...]) -> dict[str, Floa
     found = {}
     for name in names:
         try:
-            value = engine.initialiser(_HEAD_IN_GRAPH if name == HEAD else name)
+            value = engine.initialiser(_TRANSPOSED.get(name, name))
         except InputError:
             continue
         if value.dtype == np.float32:
-            found[name] = value.T if name == HEAD else value  # stored as a product wants it
+            found[name] = value.T if name in _TRANSPOSED else value
     return found
 
 

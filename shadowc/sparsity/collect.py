@@ -176,10 +176,10 @@ def _layer_inputs(model: Any, row_M: Tensor, position_M: Tensor) -> Iterator[lis
     """Give a list that a run of the model fills with [M,E] of layers 1.. in order; other positions are not kept."""
     seen: list[Tensor] = []
 
-    def keep(_: Any, __: Any, normed_BTE: Tensor) -> None:
-        seen.append(normed_BTE.detach()[row_M, position_M])
+    def keep(_: Any, inputs: tuple[Tensor]) -> None:
+        seen.append(inputs[0].detach()[row_M, position_M])
 
-    hooks = [layer.self_attn_layer_norm.register_forward_hook(keep) for layer in model.model.decoder.layers[1:]]
+    hooks = [layer.self_attn.q_proj.register_forward_pre_hook(keep) for layer in model.model.decoder.layers[1:]]
     try:
         yield seen
     finally:

@@ -160,7 +160,8 @@ def cost_share(facts: OptFacts, block: int, width: int, style: Style = "shadow")
     outputs = facts.predicted_layers * (facts.heads + blocks_of(facts.ffn, block))
     readers = 2 * (facts.predicted_layers if style == "dejavu" else 1)
     per_layer = 4 * facts.hidden * (facts.hidden + 1) + facts.ffn * (2 * facts.hidden + 1) + facts.hidden
-    dense = facts.layers * per_layer + facts.vocab * facts.hidden
+    projections = 2 * facts.hidden * facts.projected
+    dense = facts.layers * per_layer + facts.vocab * facts.embedding_width + projections
     return (width * (readers * (facts.hidden + 1) + outputs) + outputs) / dense
 
 

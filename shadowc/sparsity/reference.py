@@ -255,8 +255,7 @@ class MaskedOpt:
 
             if call.heads.mask is None and self.plan.style == "dejavu":
                 for layer, module in enumerate(self._layers[1:], start=1):
-                    handle = module.self_attn_layer_norm.register_forward_hook(self._predict_layer(call, layer))
-                    stack.callback(handle.remove)
+                    before(module.self_attn.q_proj, self._predict_layer(call, layer))
             elif call.heads.mask is None:
                 before(self._layers[0].self_attn.out_proj, lambda context: self._predict(call, context))
             for index, layer in enumerate(self._layers[1:]):
@@ -272,12 +271,12 @@ class MaskedOpt:
             source = _known(call.state.prompt_end)[:, None]
         self._select(call, self._scores.of_all_layers(source))
 
-    def _predict_layer(self, call: _Call, layer: int) -> Callable[[nn.Module, Any, Tensor], None]:
+    def _predict_layer(self, call: _Call, layer: int) -> Callable[[Tensor], None]:
         """Return what scores and selects the units of a model layer from what its attention reads."""
 
-        def act(_: nn.Module, __: Any, normed_BSE: Tensor) -> None:
+        def act(read_BSE: Tensor) -> None:
             exempt = (0,) if layer - 1 in self.plan.exempt else ()
-            self._select(call, self._scores.of_layer(layer, normed_BSE[:, call.tail]), exempt)
+            self._select(call, self._scores.of_layer(layer, read_BSE[:, call.tail]), exempt)
 
         return act
 

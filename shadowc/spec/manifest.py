@@ -74,7 +74,7 @@ class BytesPart(_Part):
     lm_head: int
     predictor: int
     other: int
-    """Norms, biases, one row of each embedding."""
+    """Norms, biases, one row of each embedding, the projections of narrower embeddings."""
     records: int
     """Weights and scales of all attention and FFN records: the dense cost per token."""
     cache: int = 0

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -58,12 +59,15 @@ def test_the_table_has_the_distance_to_the_floor_and_the_speed_over_the_twin(led
 
 @pytest.mark.usefixtures("drawable")
 def test_a_model_that_is_not_handled_is_left_out_and_named(tmp_path: Path) -> None:
-    arguments = ["--models", "opt-350m", "--out", str(tmp_path), "--densities", "0.5/0.5"]
+    model = tmp_path / "opt-gelu"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps({"model_type": "opt", "activation_function": "gelu"}))
+    arguments = ["--models", str(model), "--out", str(tmp_path), "--densities", "0.5/0.5"]
     with pytest.raises(SystemExit):  # nothing is measured
         curves.main(arguments)
     left = Ledger(tmp_path / "curves.json", Asked("int8", "token", ("dense", "0.5/0.5"), 16, curves.threads_of(None)))
     left.add("opt-x", Round(30e9, None, {"dense": Sample(1.0, 1e6), "0.5/0.5": Sample(1.0, 1e6)}))
-    assert "opt-350m is left out: " in table([series("opt-x", left)], left).markdown
+    assert f"{model} is left out: " in table([series("opt-x", left)], left).markdown
 
 
 @pytest.mark.usefixtures("drawable")

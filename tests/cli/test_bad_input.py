@@ -69,9 +69,9 @@ def test_hub_model_offline_says_what_to_do(shadowc: Shadowc, tmp_path: Path) -> 
     [
         ({"model_type": "llama"}, "llama"),
         ({"activation_function": "gelu"}, "gelu"),
-        ({"do_layer_norm_before": False}, "norm"),
+        ({"enable_bias": False}, "enable_bias"),
     ],
-    ids=["not OPT", "not ReLU", "post-LN"],
+    ids=["not OPT", "not ReLU", "no biases"],
 )
 def test_other_models_are_not_supported(
     shadowc: Shadowc, broken: Path, tmp_path: Path, change: dict[str, object], says: str

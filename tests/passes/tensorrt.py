@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 
+from shadowc.checkpoint.opt import OptFacts
 from shadowc.emit.records import groups, materialise
 from shadowc.measure.twin import DecodeProbe, GraphRunner, float32_twin
 from shadowc.pipeline import Pass, run_passes, schedule
@@ -21,10 +22,15 @@ def steps(weights: str = "fp16", *, prefill: bool = False, sparse: bool = True) 
 
 
 def compiled(
-    plan: SparsityPlan | None = None, *, weights: str = "fp16", prefill: bool = False, until: str = ""
+    plan: SparsityPlan | None = None,
+    *,
+    weights: str = "fp16",
+    prefill: bool = False,
+    until: str = "",
+    facts: OptFacts = deep.FACTS,
 ) -> Program:
     """A fresh program after the whole schedule, or after the pass `until`."""
-    program = deep.traced(plan)
+    program = deep.traced(plan, facts)
     passes = steps(weights, prefill=prefill, sparse=plan is not None)
     if not until:
         run_passes(program, passes)
@@ -44,11 +50,11 @@ def weights_of(program: Program, source: object | None = None) -> dict[str, np.n
     return made
 
 
-def runner(program: Program, *, as_is: bool = False) -> GraphRunner:
+def runner(program: Program, *, as_is: bool = False, source: object | None = None) -> GraphRunner:
     """The float32 twin, or the graph with its own types."""
     model = to_model(program)
     graph = attach_tensorrt(model) if as_is else float32_twin(model, program.weights)
-    return GraphRunner(graph, weights_of(program), 1)
+    return GraphRunner(graph, weights_of(program, source), 1)
 
 
 @cache

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import tempfile
 from functools import cache
 from pathlib import Path
@@ -29,17 +30,19 @@ if TYPE_CHECKING:
     from transformers import OPTForCausalLM
 
 FACTS = OptFacts("deep", 11, 64, 4, 16, ffn=200, vocab=96, positions=48, bos=2, eos=2, pad=1)
+NORMS_LAST = dataclasses.replace(FACTS, name="last", layers=3, norm_first=False, projected=32)
+"""The form of opt-350m: each norm behind its block, embeddings narrower than hidden states, no norm before the head."""
 BLOCK, WIDTH = 16, 32
 
 
 @cache
-def model() -> OPTForCausalLM:
+def model(facts: OptFacts = FACTS) -> OPTForCausalLM:
     """Random weights, large enough that every head and neuron moves the logits; do not change it."""
     import torch
     from transformers import OPTConfig, OPTForCausalLM
 
     with torch.random.fork_rng():
-        made = OPTForCausalLM(OPTConfig(**config_dict(FACTS), attn_implementation="eager")).eval()
+        made = OPTForCausalLM(OPTConfig(**config_dict(facts), attn_implementation="eager")).eval()
     generator = torch.Generator().manual_seed(7)
     for name, parameter in made.requires_grad_(False).named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -51,9 +54,9 @@ def model() -> OPTForCausalLM:
 
 
 @cache
-def predictor(block: int = BLOCK, style: Style = "shadow") -> Predictor:
+def predictor(block: int = BLOCK, style: Style = "shadow", facts: OptFacts = FACTS) -> Predictor:
     """Random networks and, for blocks, random orders of the neurons."""
-    return Predictor.dummy(FACTS, block, WIDTH, seed=3, style=style)
+    return Predictor.dummy(facts, block, WIDTH, seed=3, style=style)
 
 
 def plan(block: int = BLOCK, **changes: object) -> SparsityPlan:
@@ -63,10 +66,10 @@ def plan(block: int = BLOCK, **changes: object) -> SparsityPlan:
 class Tensors:
     """A TensorSource: the model's weights and the predictor's."""
 
-    def __init__(self, block: int = BLOCK, style: Style = "shadow") -> None:
-        self.values = {name: value.numpy() for name, value in model().state_dict().items()}
+    def __init__(self, block: int = BLOCK, style: Style = "shadow", facts: OptFacts = FACTS) -> None:
+        self.values = {name: value.numpy() for name, value in model(facts).state_dict().items()}
         self.values.setdefault(HEAD, self.values[EMBEDDING])
-        self.values |= {f"predictor.{name}": value for name, value in predictor(block, style).tensors().items()}
+        self.values |= {f"predictor.{name}": value for name, value in predictor(block, style, facts).tensors().items()}
 
     def names(self) -> tuple[str, ...]:
         return tuple(sorted(self.values))
@@ -93,10 +96,15 @@ def traced(sparsity: SparsityPlan | None = None, facts: OptFacts = FACTS) -> Pro
 
 
 def compiled(
-    sparsity: SparsityPlan | None = None, *, weights: str = "fp32", until: str = "", skip_zeros: bool = False
+    sparsity: SparsityPlan | None = None,
+    *,
+    weights: str = "fp32",
+    until: str = "",
+    skip_zeros: bool = False,
+    facts: OptFacts = FACTS,
 ) -> Program:
     """A fresh program after the whole schedule, or after the pass `until`."""
-    program = traced(sparsity)
+    program = traced(sparsity, facts)
     steps = schedule(target="cpu", weights=weights, skip_zeros=skip_zeros, sparse=sparsity is not None)
     if not until:
         run_passes(program, steps)
@@ -164,10 +172,10 @@ def padded_batch(tokens: int = 10) -> tuple[np.ndarray, np.ndarray]:
     return ids_BS, mask_BS
 
 
-def torch_logits(ids_BS: np.ndarray, mask_BS: np.ndarray) -> np.ndarray:
+def torch_logits(ids_BS: np.ndarray, mask_BS: np.ndarray, facts: OptFacts = FACTS) -> np.ndarray:
     """What transformers computes for all tokens at once."""
     import torch
 
     with torch.no_grad():
-        out = model()(input_ids=torch.from_numpy(ids_BS), attention_mask=torch.from_numpy(mask_BS))
+        out = model(facts)(input_ids=torch.from_numpy(ids_BS), attention_mask=torch.from_numpy(mask_BS))
     return out.logits.numpy()
