@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from shadowc.measure.resources import StageCost
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
-from shadowc.spec.manifest import MANIFEST_FILE, WEIGHTS_FILE, EngineManifest, SparsityPart
+from shadowc.spec.manifest import MANIFEST_FILE, WEIGHTS_FILE, EngineManifest, PassPart, SparsityPart
 from shadowc.spec.progress import NullProgress, Progress
 from shadowc.stages import Stages, content_hash, data_hash, source_hash, tool_versions
 
@@ -323,6 +323,10 @@ class _Compile:
             build_key=key,
             files=files,
             tensorrt=emitted.tensorrt,
+            passes={
+                name: tuple(PassPart(**asdict(report)) for report in reports)
+                for name, reports in self.stages.reports.items()
+            },
         )
         return manifest, emitted.build
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from shadowc.checkpoint.resolve import Checkpoint
     from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.options import CompileOptions
-    from shadowc.spec.program import Program
+    from shadowc.spec.program import PassReport, Program
 
 TOOLS = (
     "torch",
@@ -51,6 +51,8 @@ class Stages:
         self.progress = progress
         self.cache = StageCache()
         self.meter = StageMeter()
+        self.reports: dict[str, list[PassReport]] = {}
+        """Graph -> what its passes did, once `programs` has run."""
 
     def measured(self, name: str) -> MeteredStage:
         """Brackets a stage: reported, and its cost kept."""
@@ -165,7 +167,9 @@ class Stages:
             fixed=("all" if options.refresh else "active") if name == FIXED else None,
         )
         dump = options.dump_passes
-        run_passes(program, passes, dump=dump / name if dump is not None and name != "model" else dump)
+        self.reports[name] = run_passes(
+            program, passes, dump=dump / name if dump is not None and name != "model" else dump
+        )
         return program
 
 

@@ -1,27 +1,61 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`shadowc inspect`: what an engine folder holds, from its manifest alone."""
+"""`shadowc inspect`: what an engine folder holds, from its manifest and the list of tensors in its graph."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from shadowc.cli import flags, render
 from shadowc.cli.recall import layer_tables, summary_table
+from shadowc.measure.expected import expected_bytes
+from shadowc.spec.density import Density
+from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
     from shadowc.spec.manifest import EngineManifest
 
-KV_SHARE = 0.5
-"""Of a head's record, the k and v rows: read for every head while masks may change."""
+DENSITIES = "1,0.5,0.2,0.1,0.5/0.2"
 
 
-def inspect(engine: flags.Engine, json: flags.AsJson = False) -> None:
-    """Show the model, the sparsity plan, sizes, parity and the predictor's recall; nothing is loaded or changed."""
+def inspect(
+    engine: flags.Engine,
+    densities: Annotated[
+        str, typer.Option("--densities", help="Expected bytes per token are told for these, heads/neurons.")
+    ] = DENSITIES,
+    graph: Annotated[
+        Path | None,
+        typer.Option("--graph", help="Draw the sparse graph, layer by layer, into this SVG.", show_default=False),
+    ] = None,
+    density: flags.BothDensities = None,
+    head_density: flags.HeadDensity = None,
+    neuron_density: flags.NeuronDensity = None,
+    json: flags.AsJson = False,
+) -> None:
+    """Show model, sparsity plan, passes, sizes, expected bytes, parity and recall; nothing is run or changed."""
+    from shadowc.measure.expected import part_sizes
+
     manifest = read_manifest(engine)
+    listed, parts = flags.densities_of(densities), part_sizes(engine, manifest)
+    drawn = flags.density_of(density, head_density, neuron_density, manifest.sparsity)
+    if graph is not None:
+        _draw(manifest, graph, drawn)
+    elif drawn is not None:
+        raise InputError(
+            "--density says what --graph draws, and there is no --graph", hint="--densities for the table of bytes"
+        )
     if json:
-        render.as_json(manifest.model_dump(mode="json"))
+        render.as_json(
+            {
+                **manifest.model_dump(mode="json"),
+                "stored_bytes": parts,
+                "expected_bytes": [_expected_json(manifest, one) for one in _with_own(manifest, listed)],
+            }
+        )
         return
     render.facts(
         {
@@ -32,7 +66,14 @@ def inspect(engine: flags.Engine, json: flags.AsJson = False) -> None:
         },
         title=str(engine),
     )
+    if parts:
+        rows = [(part, render.size(size), render.share(size / sum(parts.values()))) for part, size in parts.items()]
+        render.table(("stored", "size", "share"), [*rows, ("all", render.size(sum(parts.values())), "")])
     render.table(("bytes per token", "dense", "at the default density"), bytes_rows(manifest))
+    if manifest.sparsity:
+        columns = ("expected per token at", "attention", "neurons", "predictor", "all", "of dense")
+        render.table(columns, [_expected_row(manifest, one) for one in listed])
+    _show_passes(manifest)
     report = recall_report(manifest)
     if manifest.sparsity and report:
         scope = manifest.sparsity.scope
@@ -46,6 +87,61 @@ def inspect(engine: flags.Engine, json: flags.AsJson = False) -> None:
         [(name, render.size(entry.size), entry.sha256[:16]) for name, entry in sorted(manifest.files.items())],
     )
     render.facts(dict(sorted(manifest.producer.items())), title="made with")
+
+
+def _draw(manifest: EngineManifest, path: Path, density: Density | None) -> None:
+    """Write the picture, and say where.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    from shadowc.cli.graph_svg import svg
+
+    own = manifest.sparsity
+    default = Density(own.head_density, own.neuron_density) if own else Density()
+    try:
+        path.write_text(svg(manifest, density or default), encoding="utf-8")
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror}", hint="name a file in a folder that exists"
+        ) from error
+    render.say(f"graph drawn to {path}")
+
+
+def _with_own(manifest: EngineManifest, listed: tuple[Density, ...]) -> tuple[Density, ...]:
+    """The engine's own density in front of those asked for."""
+    own = manifest.sparsity
+    return tuple(dict.fromkeys((Density(own.head_density, own.neuron_density), *listed))) if own else ()
+
+
+def _expected_json(manifest: EngineManifest, density: Density) -> dict[str, object]:
+    expected = expected_bytes(manifest, density)
+    return {"density": asdict(density), **asdict(expected), "total": expected.total}
+
+
+def _expected_row(manifest: EngineManifest, density: Density) -> tuple[str, ...]:
+    expected, dense = expected_bytes(manifest, density), expected_bytes(manifest)
+    sizes = (expected.attention, expected.neurons, expected.predictor, expected.total)
+    name = f"{density.heads:g} heads, {density.neurons:g} neurons"
+    return (name, *map(render.size, sizes), render.share(expected.total / dense.total))
+
+
+def _show_passes(manifest: EngineManifest) -> None:
+    """What each pass did to each graph; refusals are told in full."""
+    graphs = list(manifest.passes)
+    names = list(dict.fromkeys(step.name for steps in manifest.passes.values() for step in steps))
+    if not names:
+        return
+    told = {(graph, step.name): step for graph, steps in manifest.passes.items() for step in steps}
+
+    def counts(graph: str, name: str) -> str:
+        step = told.get((graph, name))
+        return "-" if step is None else ", ".join(f"{count} {what}" for what, count in step.counts.items()) or "done"
+
+    render.table(("pass", *graphs), [(name, *(counts(graph, name) for graph in graphs)) for name in names])
+    for (graph, name), step in told.items():
+        for refusal in step.refusals:
+            render.line(f"  {graph}, {name}: {refusal}")
 
 
 def read_manifest(folder: Path) -> EngineManifest:
@@ -138,38 +234,20 @@ def parity_text(manifest: EngineManifest) -> str:
 
 def bytes_rows(manifest: EngineManifest) -> list[tuple[str, str, str]]:
     """Return what one token reads, part by part, dense and at the engine's default density."""
-    part, plan, model = manifest.bytes_per_token, manifest.sparsity, manifest.model
-    records = attention, ffn = record_bytes(manifest)
-    heads, neurons = (plan.head_density, plan.neuron_density) if plan else (1.0, 1.0)
-    first = 1 / model.layers  # layer 0 stays dense
-    reads = first + (1 - first) * heads  # of the cache: active heads attend
-    held = plan is not None and plan.mask == "sequence"
-    again = 1 / plan.refresh if plan and plan.refresh else 0.0  # how often a mask is made
-    if not held or again:
-        heads = KV_SHARE + (1 - KV_SHARE) * heads  # a later token may need the K/V of a head that this one skips
-    predictor = part.predictor * again if held else part.predictor
-    context = first * again if held else 0.0  # layer 0's attention is computed once more for a mask
-    kept = (attention * (first + context + (1 - first) * heads), ffn * (first + (1 - first) * neurons))
-    other = part.lm_head + part.other
+    plan = manifest.sparsity
+    default = Density(plan.head_density, plan.neuron_density) if plan else None
+    dense, kept = expected_bytes(manifest), expected_bytes(manifest, default)
     rows = [
-        ("attention records", *map(render.size, (attention, kept[0]))),
-        ("neuron records", *map(render.size, (ffn, kept[1]))),
-        ("LM head", *[render.size(part.lm_head)] * 2),
-        ("predictor", "-", render.size(predictor)),
-        ("norms, biases, embedding rows", *[render.size(part.other)] * 2),
-        ("all", render.size(sum(records) + other), render.size(sum(kept) + other + predictor)),
+        ("attention records", dense.attention, kept.attention),
+        ("neuron records", dense.neurons, kept.neurons),
+        ("LM head", dense.lm_head, kept.lm_head),
+        ("predictor", None, kept.predictor),
+        ("norms, biases, embedding rows", dense.other, kept.other),
+        ("all", dense.total, kept.total),
     ]
-    if part.cache:
-        rows.append(("K/V, of each token before", render.size(part.cache), render.size(part.cache * reads)))
-    return [(name, dense, sparse) for name, dense, sparse in rows]
-
-
-def record_bytes(manifest: EngineManifest) -> tuple[float, float]:
-    """Return the bytes of all attention records and of all neuron records, split by their number of rows."""
-    model = manifest.model
-    attention, ffn = 4 * model.heads * model.head_size, 2 * model.ffn
-    records = manifest.bytes_per_token.records
-    return records * attention / (attention + ffn), records * ffn / (attention + ffn)
+    if dense.cache:
+        rows.append(("K/V, of each token before", dense.cache, kept.cache))
+    return [(name, "-" if one is None else render.size(one), render.size(other)) for name, one, other in rows]
 
 
 def recall_report(manifest: EngineManifest) -> Mapping[str, object] | None:

@@ -151,6 +151,15 @@ class TensorRtPart(_Part):
     weights: tuple[WeightPart, ...]
 
 
+class PassPart(_Part):
+    """What one graph pass did when the engine was compiled."""
+
+    name: str
+    counts: dict[str, int]
+    refusals: tuple[str, ...] = ()
+    """Why it left things alone."""
+
+
 class EngineManifest(_Part):
     """The whole of engine.json."""
 
@@ -173,6 +182,8 @@ class EngineManifest(_Part):
     """Every file of the folder except engine.json."""
     tensorrt: TensorRtPart | None = None
     """None: target cpu."""
+    passes: dict[str, tuple[PassPart, ...]] = Field(default_factory=dict)
+    """Graph -> the passes that made it, in order; empty: not recorded."""
 
 
 def needed_files(manifest: EngineManifest) -> tuple[str, ...]:

@@ -96,9 +96,43 @@ def test_inspect_shows_plan_sizes_parity_and_recall(shadowc: Shadowc, engine: Pa
     assert result.stderr == ""
 
 
-def test_inspect_json_is_the_manifest(shadowc: Shadowc, engine: Path) -> None:
-    found = json.loads(shadowc("inspect", engine, "--json").stdout)
-    assert found == json.loads((engine / MANIFEST_FILE).read_text())
+def test_inspect_json_is_the_manifest_with_sizes_and_expected_bytes(shadowc: Shadowc, engine: Path) -> None:
+    found = json.loads(shadowc("inspect", engine, "--json", "--densities", "1,0.5/0.2").stdout)
+    manifest = json.loads((engine / MANIFEST_FILE).read_text())
+    assert {name: found[name] for name in manifest} == manifest
+    assert [one["density"] for one in found["expected_bytes"]] == [
+        {"heads": 0.5, "neurons": 0.5},  # the engine's own
+        {"heads": 1.0, "neurons": 1.0},
+        {"heads": 0.5, "neurons": 0.2},
+    ]
+    own, dense, sparse = (one["total"] for one in found["expected_bytes"])
+    assert sparse < own < dense
+    assert 0 <= manifest["files"]["weights.bin"]["size"] - sum(found["stored_bytes"].values()) < 100_000  # gaps
+
+
+def test_inspect_tells_what_every_pass_did(shadowc: Shadowc, engine: Path) -> None:
+    lines = shadowc("inspect", engine).stdout.splitlines()
+    (row,) = (line for line in lines if line.startswith("sparsify_attention"))
+    assert "4 layers" in row
+    names = [step["name"] for step in json.loads((engine / MANIFEST_FILE).read_text())["passes"]["model"]]
+    at = next(at for at, line in enumerate(lines) if line.startswith("pass ")) + 1
+    assert [line.split()[0] for line in lines[at : at + len(names)]] == names
+
+
+def test_inspect_draws_the_sparse_graph(shadowc: Shadowc, engine: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "graph.svg"
+    result = shadowc("inspect", engine, "--graph", picture, "--head-density", "0.25")
+    assert (result.exit_code, result.stderr) == (0, f"graph drawn to {picture}\n")
+    assert "1 of 4 heads" in picture.read_text()
+    missing = shadowc("inspect", engine, "--graph", tmp_path / "none" / "graph.svg")
+    assert missing.exit_code == 2
+    assert "cannot write" in missing.stderr
+
+
+def test_inspect_refuses_a_density_that_nothing_is_drawn_at(shadowc: Shadowc, engine: Path) -> None:
+    result = shadowc("inspect", engine, "--density", "0.3")
+    assert result.exit_code == 2
+    assert "--densities" in result.stderr
 
 
 def test_verify_passes_on_a_fresh_engine(shadowc: Shadowc, engine: Path) -> None:

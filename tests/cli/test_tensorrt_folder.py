@@ -81,9 +81,11 @@ def test_inspect_shows_library_cards_and_profile(shadowc: Shadowc, plan_engine: 
         assert text in result.stdout
 
 
-def test_inspect_json_is_the_manifest(shadowc: Shadowc, plan_engine: Path) -> None:
+def test_inspect_json_is_the_manifest_and_the_sizes_of_its_weights(shadowc: Shadowc, plan_engine: Path) -> None:
     found = json.loads(shadowc("inspect", plan_engine, "--json").stdout)
-    assert found == json.loads((plan_engine / "engine.json").read_text())
+    manifest = json.loads((plan_engine / "engine.json").read_text())
+    assert {name: found[name] for name in manifest} == manifest
+    assert sum(found["stored_bytes"].values()) == sum(weight["bytes"] for weight in manifest["tensorrt"]["weights"])
 
 
 def test_verify_checks_every_file_without_a_device(shadowc: Shadowc, plan_engine: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ HEAVY = ("torch", "transformers", "onnx", "onnxruntime", "onnx_graphsurgeon", "o
 NOT_FOR_HELP = (*HEAVY, "pydantic", "huggingface_hub", "tokenizers")
 NOT_FOR_IMPORT = (*NOT_FOR_HELP, "typer", "rich")
 SPEC = ("errors", "density", "ops", "options", "manifest", "program", "progress")
-COMMANDS = ("compile", "collect", "train", "run", "eval", "bench", "inspect", "verify", "doctor")
+COMMANDS = ("compile", "collect", "train", "run", "eval", "bench", "inspect", "verify", "bisect", "doctor")
 
 
 def loaded_by(code: str) -> set[str]:
