@@ -140,6 +140,7 @@ def _cache() -> Finding:
     """The cache folder can be written."""
     import tempfile
 
+    from shadowc.runtime.file_system import file_system
     from shadowc.spec.errors import SetupError
     from shadowc.stage_cache import ROOT_VARIABLE, default_root
 
@@ -155,6 +156,10 @@ def _cache() -> Finding:
         return Finding(
             "cache", "fails", f"{folder}: {error.strerror}", f"set {ROOT_VARIABLE} to a folder that you may write to"
         )
+    place = file_system(folder)
+    if place is not None and place.is_remote:
+        hint = f"set {ROOT_VARIABLE} to a folder on a local disk: it is written to often, and needs locks"
+        return Finding("cache", "note", f"{folder}, on a network file system ({place})", hint)
     return Finding("cache", "ok", str(folder))
 
 

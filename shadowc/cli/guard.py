@@ -22,7 +22,7 @@ from typing import Any
 import typer
 
 from shadowc.cli import render
-from shadowc.spec.errors import InternalError, ShadowcError
+from shadowc.spec.errors import InternalError, ShadowcError, SlowPlaceWarning
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -107,6 +107,8 @@ def _quieten_libraries() -> None:
     if _debug():
         return
     warnings.simplefilter("ignore")
+    warnings.simplefilter("always", SlowPlaceWarning)
+    warnings.showwarning = _show_warning
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),
         ("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1"),
@@ -116,6 +118,10 @@ def _quieten_libraries() -> None:
         ("TORCH_LOGS", "-all"),
     ):
         os.environ.setdefault(name, value)
+
+
+def _show_warning(message: Warning | str, *_: object) -> None:
+    render.say(f"note: {message}")
 
 
 def _write_log(error: BaseException) -> Path | None:

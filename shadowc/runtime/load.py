@@ -3,19 +3,30 @@
 
 from __future__ import annotations
 
+import errno
+import warnings
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
+from shadowc.output import megabytes
 from shadowc.runtime import variants
 from shadowc.runtime.causal import SEQUENCE_FLAGS, CausalEngine
 from shadowc.runtime.cores import usable_cores
 from shadowc.runtime.engine import Engine, rewritten
+from shadowc.runtime.file_system import file_system
 from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.session import Session, check_ort
 from shadowc.runtime.verification import RECOMPILE, file_problems, read_manifest
 from shadowc.runtime.weights_memory import KINDS, Kind, WeightsMemory
-from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError, VerificationError
+from shadowc.spec.errors import (
+    InputError,
+    SetupError,
+    ShadowcError,
+    SlowPlaceWarning,
+    UnsupportedError,
+    VerificationError,
+)
 from shadowc.spec.manifest import FIXED_FILE, MANIFEST_FILE, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, EngineManifest
 from shadowc.spec.options import Mask
 
@@ -146,15 +157,11 @@ def load_cpu(
     per_sequence = _per_sequence(path, manifest, mask, refresh)
     _require_files(path, manifest, verify)
     check_ort()
-    if not isinstance(memory, WeightsMemory):
-        memory = WeightsMemory.open(path / WEIGHTS_FILE, memory or "shared")
     session = Session(
         path=path.resolve() / (REFERENCE_FILE if reference else MODEL_FILE),
         threads=threads or usable_cores(),
         library=None if reference else OpLibrary.installed().path,
-        weights=memory
-        if isinstance(memory, WeightsMemory)
-        else WeightsMemory.open(path / WEIGHTS_FILE, memory or "shared"),
+        weights=memory if isinstance(memory, WeightsMemory) else _weights(path / WEIGHTS_FILE, memory or "shared"),
     )
     if not reference:
         session = _for_prompts(session, exact_prompts)
@@ -165,6 +172,33 @@ def load_cpu(
         engine = engine.with_skip_zeros(skip_zeros)
     engine.prepare()
     return engine
+
+
+def _weights(path: Path, kind: Kind) -> WeightsMemory:
+    """The weights in memory; warns where their pages come over a network.
+
+    Raises:
+        SetupError: there is no memory for them.
+        VerificationError: they cannot be read.
+    """
+    try:
+        memory = WeightsMemory.open(path, kind)
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            size = megabytes(path.stat().st_size)
+            raise SetupError(
+                f"no memory for the {size} of {path}", hint="free some, or leave memory out (shared)"
+            ) from error
+        raise VerificationError(f"{path} cannot be read: {error.strerror or error}", hint=RECOMPILE) from error
+    place = file_system(path) if kind == "shared" else None
+    if place is not None and place.is_remote:
+        warnings.warn(
+            f"{path} lies on a network file system ({place}): tokens wait for it whenever memory is short. "
+            'memory="private" (--memory private) keeps a copy; or copy the folder to a local disk',
+            SlowPlaceWarning,
+            stacklevel=4,
+        )
+    return memory
 
 
 def _per_sequence(path: Path, manifest: EngineManifest, mask: Mask | None, refresh: int | None) -> bool:

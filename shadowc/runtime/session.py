@@ -143,7 +143,13 @@ class Session:
         return self.model if self.model is not None else onnx.load(self.path, load_external_data=False)
 
     def bind(self) -> Binding:
-        """A new, empty binding."""
+        """A new, empty binding.
+
+        Raises:
+            VerificationError: the weights changed after they were loaded.
+        """
+        if self.weights is not None:
+            self.weights.require_unchanged()
         return Binding(self.ort)
 
     def recording(self) -> tuple[Run, ...]:

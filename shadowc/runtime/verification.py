@@ -44,14 +44,9 @@ def read_manifest(folder: Path) -> EngineManifest:
         VerificationError: it is damaged.
     """
     path = folder / MANIFEST_FILE
-    if not folder.is_dir():
-        raise InputError(f"no engine folder at {folder}", hint=f"shadowc compile --model opt-mini --out {folder}")
-    if not path.is_file():
-        raise InputError(
-            f"{folder} is not an engine folder: it has no {MANIFEST_FILE}", hint="shadowc compile writes one"
-        )
+    text = _read(path)
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(text)
         schema = content["schema_version"]
     except (ValueError, KeyError, TypeError) as error:
         raise VerificationError(f"{path} is damaged: {error}", hint=RECOMPILE) from error
@@ -89,6 +84,23 @@ def read_manifest(folder: Path) -> EngineManifest:
     return manifest
 
 
+def _read(path: Path) -> bytes:
+    """The bytes of engine.json, or why there are none."""
+    folder = path.parent
+    try:
+        if not folder.is_dir():
+            raise InputError(f"no engine folder at {folder}", hint=f"shadowc compile --model opt-mini --out {folder}")
+        if not path.is_file():
+            raise InputError(
+                f"{folder} is not an engine folder: it has no {MANIFEST_FILE}", hint="shadowc compile writes one"
+            )
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read: {error.strerror or error}", hint="check permissions and the disk, or copy it again"
+        ) from error
+
+
 def _lacking_for_plans(manifest: EngineManifest) -> list[str]:
     """What everything that reads a TensorRT part takes for granted: both plans, and every file of it in the list."""
     if manifest.tensorrt is None:
@@ -116,14 +128,23 @@ def file_problems(folder: Path, manifest: EngineManifest, *, hashes: bool = True
     """
     problems = _unlisted(manifest)
     for name, entry in sorted(manifest.files.items()):
-        path = folder / name
-        if not path.is_file():
-            problems.append(f"{name} is missing")
-        elif (size := path.stat().st_size) != entry.size:
-            problems.append(f"{name} has {size} bytes, expected {entry.size}")
-        elif hashes and not _matches(path, entry, remember=remember):
-            problems.append(f"{name} has changed: its SHA-256 differs from the one in {MANIFEST_FILE}")
+        try:
+            problem = _problem(folder / name, entry, hashes=hashes, remember=remember)
+        except OSError as error:  # permissions, a damaged disk, a server that is gone
+            problem = f"cannot be read: {error.strerror or error}"
+        if problem:
+            problems.append(f"{name} {problem}")
     return problems
+
+
+def _problem(path: Path, entry: FileEntry, *, hashes: bool, remember: bool) -> str:
+    if not path.is_file():
+        return "is missing"
+    if (size := path.stat().st_size) != entry.size:
+        return f"has {size} bytes, expected {entry.size}"
+    if hashes and not _matches(path, entry, remember=remember):
+        return f"has changed: its SHA-256 differs from the one in {MANIFEST_FILE}"
+    return ""
 
 
 def _matches(path: Path, entry: FileEntry, *, remember: bool) -> bool:

@@ -12,10 +12,14 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+
+from shadowc.spec.errors import VerificationError
+from shadowc.spec.manifest import WEIGHTS_FILE
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -37,12 +41,17 @@ class WeightsMemory:
     Args:
         content: uint8 [size], read only.
         kind: how they came here.
+        file: an open file whose content is mapped, which belongs to this object; None: nobody can change the bytes.
     """
 
-    def __init__(self, content: npt.NDArray[np.uint8], kind: Kind) -> None:
+    def __init__(self, content: npt.NDArray[np.uint8], kind: Kind, file: int | None = None) -> None:
         self.content = content
         self.kind = kind
         self._lent: list[Any] = []
+        self._file = file
+        self._modified = 0 if file is None else os.fstat(file).st_mtime_ns
+        if file is not None:
+            weakref.finalize(self, os.close, file)
 
     @classmethod
     def open(cls, path: Path, kind: Kind = "shared") -> WeightsMemory:
@@ -55,7 +64,31 @@ class WeightsMemory:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
                 return cls(np.zeros(0, np.uint8), kind)
-            return cls(_mapped(file.fileno(), size) if kind == "shared" else _copied(file, size), kind)
+            if kind == "private":
+                return cls(_copied(file, size), kind)
+            return cls(_mapped(file.fileno(), size), kind, os.dup(file.fileno()))
+
+    def require_unchanged(self) -> None:
+        """Refuse to go on with bytes that are no longer those that were checked.
+
+        What is cut off a mapped file cannot be read: the system would end the process (SIGBUS). Moving, removing or
+        replacing the file is no change, its bytes stay where they are.
+
+        Raises:
+            VerificationError: the mapped file was cut or written to.
+        """
+        if self._file is None:
+            return
+        found = os.fstat(self._file)
+        if found.st_size != self.content.size:
+            change = f"has {found.st_size} bytes, expected {self.content.size}"
+        elif found.st_mtime_ns != self._modified:
+            change = "was written to"
+        else:
+            return
+        raise VerificationError(
+            f"{WEIGHTS_FILE} {change}: it changed after it was loaded", hint="restore the folder, then load it again"
+        )
 
     def lend(self, options: onnxruntime.SessionOptions, model: onnx.ModelProto) -> None:
         """Let a session take its initialisers from here instead of reading the file.

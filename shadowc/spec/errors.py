@@ -61,3 +61,7 @@ class InternalError(ShadowcError):
     """A promise that shadowc makes to itself was broken; a bug."""
 
     exit_code = 70
+
+
+class SlowPlaceWarning(UserWarning):
+    """Something works, but lies where it makes everything slow."""
