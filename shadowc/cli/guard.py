@@ -120,7 +120,7 @@ def _quieten_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
-def _show_warning(message: Warning | str, *_: object) -> None:
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     render.say(f"note: {message}")
 
 

@@ -13,7 +13,7 @@ NETWORK = frozenset(
     | {"smb3", "smbfs", "fuse.ceph", "fuse.gcsfuse", "fuse.glusterfs", "fuse.rclone", "fuse.s3fs", "fuse.sshfs"}
     | {"fuse.goofys", "fuse.juicefs", "fuse.mount-s3", "fuse.davfs2", "fuse.blobfuse2"}
 )
-"""Kinds whose files come from another machine. Not 9p and virtiofs: virtual machines see their host's disk through them."""
+"""Kinds whose files come from another machine. 9p and virtiofs show a virtual machine its own host's disk."""
 _ESCAPE = re.compile(r"\\([0-7]{3})")
 
 
