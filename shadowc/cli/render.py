@@ -165,6 +165,11 @@ def progress() -> Iterator[Progress]:
         view.close()
 
 
+def talk_console() -> Console:
+    """The console of standard error, for views that move."""
+    return _console(talk=True)
+
+
 def _console(talk: bool) -> Console:
     """A console on today's stream; streams may have been replaced since the last call (as test runners do)."""
     from rich.console import Console

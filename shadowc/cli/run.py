@@ -4,13 +4,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shadowc.cli import flags, render
+from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
+    from shadowc.measure.mask_map import MaskMap
+    from shadowc.runtime.causal import CausalEngine
     from shadowc.runtime.stats import RunStats
     from shadowc.spec.density import Density
 
@@ -38,10 +42,21 @@ def run(
     refresh: flags.Refresh = None,
     threads: flags.Threads = None,
     memory: flags.Memory = None,
+    show_map: Annotated[
+        bool, typer.Option("--map", help="Show which heads and neurons each token computes, as it comes.")
+    ] = False,
+    save_map: Annotated[
+        Path | None,
+        typer.Option(
+            "--save-map", help="Write how often each head and neuron was computed into this PNG.", show_default=False
+        ),
+    ] = None,
     json: flags.AsJson = False,
 ) -> None:
     """Generate text, greedily; the share of the model that is computed can differ from run to run."""
     flags.density_of(density, head_density, neuron_density, None)  # a bad share is told before anything is loaded
+    if save_map is not None:
+        _require_folder(save_map)
     from shadowc.runtime.load import load
 
     with render.progress() as progress, progress.stage("load"):
@@ -49,14 +64,80 @@ def run(
     plan = loaded.manifest.sparsity
     wanted = flags.density_of(density, head_density, neuron_density, plan)
     used = None if plan is None else wanted or loaded.density
-    stream = None if json else _Echo(prompt)
-    text = loaded.generate(prompt, max_new_tokens=max_new_tokens, density=wanted, stream=stream)
+    if not show_map and save_map is None:
+        stream = None if json else _Echo(prompt)
+        text = loaded.generate(prompt, max_new_tokens=max_new_tokens, density=wanted, stream=stream)
+    else:
+        text = _with_map(loaded, prompt, max_new_tokens, wanted, shown=show_map, saved=save_map, quiet=json)
     stats = loaded.last_stats
     if json:
         render.as_json(_as_dict(prompt, text, used, loaded.manifest.model.ffn, stats))
         return
     render.line("" if text else prompt)
     render.facts(_cost(used, loaded.manifest.model.ffn, stats), talk=True)
+
+
+def _with_map(
+    engine: CausalEngine,
+    prompt: str,
+    most: int,
+    density: Density | None,
+    *,
+    shown: bool,
+    saved: Path | None,
+    quiet: bool,
+) -> str:
+    """Generate with the masks on show; the text, which stands on standard output unless it is `quiet`."""
+    from shadowc.cli.mask_view import map_view
+    from shadowc.measure.mask_map import MaskMap
+
+    counted = MaskMap()
+    view = map_view(counted, prompt) if shown else None
+    moving = view is not None and view.shows_text
+    echo = None if quiet or moving else _Echo(prompt)
+
+    def stream(piece: str) -> None:
+        for shows in (echo, view.piece if view else None):
+            if shows is not None:
+                shows(piece)
+
+    try:
+        watch = counted.add if view is None else view.watch
+        text = engine.generate(prompt, max_new_tokens=most, density=density, stream=stream, watch=watch)
+    finally:
+        if view is not None:
+            view.close()
+    if moving and not quiet and text:
+        render.piece(prompt + text)
+    if saved is not None:
+        _save(counted, saved, engine.manifest.model.name)
+    return text
+
+
+def _save(counted: MaskMap, path: Path, name: str) -> None:
+    """Write the map as a picture.
+
+    Raises:
+        InputError: there is nothing to draw, or the file cannot be written.
+    """
+    from shadowc.measure.mask_map import png
+
+    if not counted.tokens:
+        raise InputError("no token was computed under a mask, so there is no map", hint="--max-new-tokens 2 or more")
+    about = f"{name}: share of {counted.tokens} tokens that computed a unit; layers down, heads, then neurons across"
+    try:
+        path.write_bytes(png(counted.picture(), about))
+    except OSError as error:
+        raise InputError(
+            f"cannot write {path}: {error.strerror}", hint="name a file in a folder that exists"
+        ) from error
+    render.say(f"map of {counted.tokens} tokens saved to {path}")
+
+
+def _require_folder(path: Path) -> None:
+    """Refuse a place that cannot take a file before a long generation, not after it."""
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"cannot write {path}: there is no folder {path.parent}", hint="name a folder that exists")
 
 
 class _Echo:

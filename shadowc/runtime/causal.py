@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shadowc.runtime import prompts, stored
-from shadowc.runtime.generation import TokenDecoder, greedy, limits_of, teacher_forced
+from shadowc.runtime.generation import TokenDecoder, Watch, greedy, limits_of, teacher_forced
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.runtime.stats import Meter, RunStats
 from shadowc.runtime.stored import Ranking
@@ -53,8 +53,8 @@ class CausalEngine(ABC):
         self._stats: RunStats | None = None
 
     @abstractmethod
-    def _decoder(self, batch: Batch, slots: int) -> TokenDecoder:
-        """A decoder for one batch that will hold at most so many slots."""
+    def _decoder(self, batch: Batch, slots: int, *, masks: bool = False) -> TokenDecoder:
+        """A decoder for one batch that will hold at most so many slots, and shows its masks if they are wanted."""
 
     @abstractmethod
     def logits(
@@ -120,18 +120,21 @@ class CausalEngine(ABC):
     def generate(
         self, prompt: str, max_new_tokens: int = ..., min_new_tokens: int = ...,
         density: float | Density | None = ..., stream: Stream | None = ..., attention_mask: object = ...,
+        watch: Watch | None = ...,
     ) -> str: ...  # fmt: skip
 
     @overload
     def generate(
         self, prompt: list[str], max_new_tokens: int = ..., min_new_tokens: int = ...,
         density: float | Density | None = ..., stream: Stream | None = ..., attention_mask: object = ...,
+        watch: Watch | None = ...,
     ) -> list[str]: ...  # fmt: skip
 
     @overload
     def generate(
         self, prompt: npt.NDArray[Any], max_new_tokens: int = ..., min_new_tokens: int = ...,
         density: float | Density | None = ..., stream: Stream | None = ..., attention_mask: object = ...,
+        watch: Watch | None = ...,
     ) -> Ids: ...  # fmt: skip
 
     def generate(
@@ -142,6 +145,7 @@ class CausalEngine(ABC):
         density: float | Density | None = None,
         stream: Stream | None = None,
         attention_mask: object = None,
+        watch: Watch | None = None,
     ) -> str | list[str] | Ids:
         """Continue prompts greedily; a row ends at the end token, at `max_new_tokens` or where the context ends.
 
@@ -152,14 +156,18 @@ class CausalEngine(ABC):
             density: share of the units to compute; a number for heads and neurons alike. None: the engine's own.
             stream: called with each new piece: text; for several texts a list of them; for ids the next ids [B].
             attention_mask: for ids, zeros, then ones in each row; None: leading pad tokens are padding.
+            watch: called with the masks of every new token but the first, which the prompt's dense pass gives.
 
         Returns:
             For text the new text (a list for several); for ids the ids [B,S+n], prompt included, and the pad token
             behind rows that ended early.
 
         Raises:
-            InputError: an argument is out of range, or the prompt leaves no room in the context.
+            InputError: an argument is out of range, the prompt leaves no room in the context, or there are no masks.
+            UnsupportedError: the engine's target does not show its masks.
         """
+        if watch is not None:
+            self._require_sparse()
         if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
             raise InputError(
                 "expected max_new_tokens of at least 1 and min_new_tokens from 0 to that; "
@@ -172,14 +180,14 @@ class CausalEngine(ABC):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             batch = prompts.from_ids(prompt, attention_mask, model)
             return np.concatenate(
-                [batch.ids, self._generate(batch, max_new_tokens, min_new_tokens, chosen, stream)], axis=1
+                [batch.ids, self._generate(batch, max_new_tokens, min_new_tokens, chosen, stream, watch)], axis=1
             )
         batch = prompts.from_texts(texts, self.tokenizer, model)
         show = stream
         if isinstance(prompt, str) and stream is not None:
             show = _only_row(stream)
         text = TextBatch(self.tokenizer, batch.ids, model.eos, show)
-        self._generate(batch, max_new_tokens, min_new_tokens, chosen, text.push)
+        self._generate(batch, max_new_tokens, min_new_tokens, chosen, text.push, watch)
         rows = text.finish()
         return rows[0] if isinstance(prompt, str) else rows
 
@@ -204,14 +212,16 @@ class CausalEngine(ABC):
 
         refuse_if_calibrated(fingerprint(text.encode(), [text]), sparsity.predictor)
 
-    def _generate(self, batch: Batch, most: int, least: int, density: Density, stream: Stream | None) -> Ids:
+    def _generate(
+        self, batch: Batch, most: int, least: int, density: Density, stream: Stream | None, watch: Watch | None
+    ) -> Ids:
         model = self.model
         batch = batch.trimmed()
         prompts.check_length(batch, model, room=1)
         limits = limits_of(model, most, least)
         meter = Meter(self.manifest)
-        decoder = self._decoder(batch, min(batch.slots + most, model.positions))
-        new, finish = greedy(decoder, batch, limits, density, meter, stream)
+        decoder = self._decoder(batch, min(batch.slots + most, model.positions), masks=watch is not None)
+        new, finish = greedy(decoder, batch, limits, density, meter, stream, watch)
         self._stats = meter.stats(new_tokens=new.shape[1], finish=finish)
         return new
 

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shadowc.runtime.cache import KvCache
+from shadowc.runtime.mask_trace import KINDS, TokenMasks
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.runtime.variants import LOGITS_FROM
 from shadowc.spec.errors import InternalError
@@ -64,6 +65,7 @@ class Decoder:
         batch: where each row starts; only `starts` and the number of rows are used.
         in_place: see KvCache.
         scores: for a graph whose scores are inputs.
+        shown: units of a layer, "heads" and "neurons", if `masks` will be asked for; None: it will not.
     """
 
     def __init__(
@@ -74,11 +76,13 @@ class Decoder:
         *,
         in_place: bool = True,
         scores: ScoreSource | None = None,
+        shown: Mapping[str, int] | None = None,
     ) -> None:
         self._session = session
         self._batch = batch
         self._model = model
         self._scores = scores
+        self._shown = shown or {}
         self._inputs: Mapping[str, npt.NDArray[Any]] = {}
         """Further inputs of the graph; a step reads what the arrays hold when it runs."""
         self._cache = KvCache(
@@ -105,6 +109,13 @@ class Decoder:
     def cached(self, start: int) -> Outputs:
         """A copy of keys and values from slot `start` on, `{layer}.key` and `{layer}.value` [B,slots,H,D]."""
         return self._cache.slots(start)
+
+    def masks(self) -> TokenMasks:
+        """What the last step computed; the decoder was made to show it."""
+        found = {
+            part: {kind: self._step_outputs[f"{part}.{kind}"] for kind in KINDS} for part in ("scores", "threshold")
+        }
+        return TokenMasks.of(found["scores"], found["threshold"])
 
     def set_density(self, heads: float | Floats, neurons: float | Floats) -> None:
         """Set the density of all rows (a number) or of each row ([B]); it holds from the next run on."""
@@ -208,6 +219,9 @@ class Decoder:
             "active.neurons": ((rows, 1, model.layers - 1), np.int32),
             "read": ((model.layers, 2, 2), np.int64),
         }
+        for kind, units in self._shown.items():
+            shapes[f"scores.{kind}"] = ((rows, 1, model.layers - 1, units), np.float32)
+            shapes[f"threshold.{kind}"] = ((rows, 1, model.layers - 1), np.float32)
         self._step_outputs = {name: np.zeros(*shapes[name]) for name in shapes if name in known}
         binding = self._bind(self._step_ids, AUTOMATIC)
         for name, array in self._step_outputs.items():

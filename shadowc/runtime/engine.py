@@ -179,8 +179,15 @@ class Engine(CausalEngine):
         """Model layer -> order [F]: entry i is the checkpoint's neuron that became record i. Empty: none was moved."""
         return stored.neuron_orders(self.folder, self.manifest)
 
-    def _decoder(self, batch: Batch, slots: int) -> Decoder:
-        return Decoder(self._session, self.manifest.model, batch, in_place=self._in_place)
+    def _decoder(self, batch: Batch, slots: int, *, masks: bool = False) -> Decoder:
+        shown = self._units if masks else None
+        return Decoder(self._session, self.manifest.model, batch, in_place=self._in_place, shown=shown)
+
+    @property
+    def _units(self) -> dict[str, int]:
+        """Units of a layer."""
+        model = self.manifest.model
+        return {"heads": model.heads, "neurons": -(-model.ffn // self._require_sparse().neuron_block)}
 
     def _forced(
         self,

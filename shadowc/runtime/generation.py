@@ -15,10 +15,14 @@ from typing import Protocol
 import numpy as np
 
 from shadowc.runtime.decoder import Floats, Outputs, chunks
+from shadowc.runtime.mask_trace import TokenMasks
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.runtime.stats import Meter
 from shadowc.spec.density import Density
 from shadowc.spec.manifest import ModelPart
+
+Watch = Callable[[TokenMasks], object]
+"""Called with the masks of every token after the first new one, in order."""
 
 
 class TokenDecoder(Protocol):
@@ -43,6 +47,9 @@ class TokenDecoder(Protocol):
     def step(self, ids_B: Ids) -> Outputs:
         """Run one masked token per row; the arrays returned are overwritten by the next step."""
 
+    def masks(self) -> TokenMasks:
+        """What the last step computed; the decoder was made to show it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Limits:
@@ -62,6 +69,7 @@ def greedy(
     density: Density,
     meter: Meter,
     stream: Callable[[Ids], object] | None,
+    watch: Watch | None = None,
 ) -> tuple[Ids, tuple[str, ...]]:
     """Dense pass over the prompt, then one masked token at a time.
 
@@ -90,6 +98,8 @@ def greedy(
             meter.add(outputs, live_B[:, None], predicted=decoder.predicts)
             logits_BV = outputs["logits"][:, 0]
             meter.seconds += perf_counter() - began
+            if watch is not None:
+                watch(decoder.masks())
         if stream is not None:
             stream(ids_B)
         if not going_on:

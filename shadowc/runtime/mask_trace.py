@@ -25,6 +25,21 @@ SEEN = tuple(f"{part}.{kind}" for part in PARTS for kind in KINDS)
 
 
 @dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """Which units one masked token of every row computed, in the predicted layers."""
+
+    heads: npt.NDArray[np.bool_]
+    """[B,L,heads]"""
+    neurons: npt.NDArray[np.bool_]
+    """[B,L,units of neurons]"""
+
+    @staticmethod
+    def of(scores: Mapping[str, Floats], threshold: Mapping[str, Floats]) -> TokenMasks:
+        """From "heads" and "neurons" -> scores [B,1,L,units] and thresholds [B,1,L]."""
+        return TokenMasks(*(~(scores[kind][:, 0] < threshold[kind][:, 0, :, None]) for kind in KINDS))
+
+
+@dataclass(frozen=True, slots=True)
 class MaskTrace:
     """Logits of all tokens, and scores and masks of the masked ones in order."""
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shadowc.runtime.decoder import Decoder
+from shadowc.runtime.mask_trace import TokenMasks
 from shadowc.runtime.variants import CONTEXT_READ, KINDS
 
 if TYPE_CHECKING:
@@ -124,6 +125,10 @@ class SequenceDecoder(Decoder):
     def mask(self) -> dict[str, Floats]:
         """What the masks are made of now: scores of "heads" and "neurons" [B,1,L,N]."""
         return {kind: self._scores_held[f"mask_scores.{kind}"] for kind in KINDS}
+
+    def masks(self) -> TokenMasks:
+        """See Decoder.masks."""
+        return TokenMasks.of(self.mask, {kind: self._selected[f"threshold.{kind}"] for kind in KINDS})
 
     def set_density(self, heads: float | Floats, neurons: float | Floats) -> None:
         """See Decoder.set_density."""

@@ -152,14 +152,12 @@ class SequenceEngine(Engine):
             decoding=rewritten(self._fixed, variants.with_thresholds_as_inputs),
         )
 
-    def _decoder(self, batch: Batch, slots: int) -> SequenceDecoder:
+    def _decoder(self, batch: Batch, slots: int, *, masks: bool = False) -> SequenceDecoder:
         return self._sequence_decoder(batch, np.full(batch.rows, batch.slots - 1))
 
     def _sequence_decoder(self, batch: Batch, origins_B: Ids, control: ScoreSource | None = None) -> SequenceDecoder:
-        model, block = self.manifest.model, self._require_sparse().neuron_block
         return SequenceDecoder(
-            self._graphs, model, batch,
-            units={"heads": model.heads, "neurons": -(-model.ffn // block)},
+            self._graphs, self.manifest.model, batch, units=self._units,
             origins_B=origins_B, refresh=self.refresh, in_place=self._in_place, control=control,
         )  # fmt: skip
 

@@ -255,3 +255,29 @@ def test_bisect_finds_nothing_on_a_fresh_engine(shadowc: Shadowc, engine: Path, 
     assert "35 tensors as in torch" in result.stdout
     found = json.loads(shadowc("bisect", engine, "--against", tiny_checkpoint, "--json").stdout)
     assert (found["first"], len(found["compared"])) == (None, 35)
+
+
+def test_run_shows_a_line_of_masks_per_token_and_the_same_text(shadowc: Shadowc, engine: Path) -> None:
+    plain = shadowc("run", engine, PROMPT, "--max-new-tokens", "6")
+    shown = shadowc("run", engine, PROMPT, "--max-new-tokens", "6", "--map")
+    assert shown.exit_code == 0, shown.output
+    assert shown.stdout == plain.stdout
+    lines = [line for line in shown.stderr.splitlines() if line.startswith("token ")]
+    assert [line.split(",")[0] for line in lines] == [f"token {at}" for at in range(2, 7)]
+    assert all(line.split("heads ")[1].startswith("4 ") for line in lines)  # layer 0 is dense
+
+
+def test_run_saves_the_map_as_a_picture(shadowc: Shadowc, engine: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "map.png"
+    result = shadowc("run", engine, PROMPT, "--max-new-tokens", "6", "--save-map", picture, "--json")
+    assert result.exit_code == 0, result.output
+    assert f"map of 5 tokens saved to {picture}" in result.stderr
+    assert json.loads(result.stdout)["new_tokens"] == 6
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_run_refuses_a_map_that_cannot_be_drawn_or_saved(shadowc: Shadowc, engine: Path, tmp_path: Path) -> None:
+    one = shadowc("run", engine, PROMPT, "--max-new-tokens", "1", "--save-map", tmp_path / "map.png")
+    assert (one.exit_code, "there is no map" in one.stderr) == (2, True)
+    nowhere = shadowc("run", engine, PROMPT, "--save-map", tmp_path / "none" / "map.png")
+    assert (nowhere.exit_code, nowhere.stdout) == (2, "")

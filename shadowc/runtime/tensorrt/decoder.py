@@ -17,6 +17,7 @@ from shadowc.spec.errors import InternalError
 
 if TYPE_CHECKING:
     from shadowc.runtime.decoder import Floats, Outputs
+    from shadowc.runtime.mask_trace import TokenMasks
     from shadowc.runtime.prompts import Batch, Ids
     from shadowc.runtime.tensorrt.workspace import Arrays, Prefill, Workspace
 
@@ -93,6 +94,10 @@ class DeviceDecoder:
     def step(self, ids_B: Ids) -> Outputs:
         """Run one masked token per row; the arrays returned are overwritten by the next step."""
         return self._run(ids_B[:, None], dense=False)
+
+    def masks(self) -> TokenMasks:
+        """Plans do not put their scores out; the engine refuses to be asked."""
+        raise InternalError("a plan shows no masks (callers check first)")
 
     def _run(self, ids_BS: Ids, *, dense: bool) -> Arrays:
         S = ids_BS.shape[1]

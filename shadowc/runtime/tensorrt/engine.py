@@ -142,8 +142,13 @@ class TensorRtEngine(CausalEngine):
             for plan in self.plans.values():
                 stack.callback(plan.keep)
 
-    def _decoder(self, batch: Batch, slots: int) -> TokenDecoder:
+    def _decoder(self, batch: Batch, slots: int, *, masks: bool = False) -> TokenDecoder:
         self._require_open()
+        if masks:
+            raise UnsupportedError(
+                f"masks are shown by engines of target cpu; this one is for {self.manifest.target}",
+                hint="leave the map of masks out",
+            )
         capacity = layout.capacity(self._part, slots)
         check_request(self._part.plans["prefill"], Run(batch.rows, batch.slots, batch.slots))
         check_request(self._part.plans["decode"], Run(batch.rows, 1, capacity))
