@@ -10,9 +10,13 @@ Heavy modules are imported on first use, so `import shadowc` is cheap.
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
 from shadowc._version import __version__
+
+# From 1.29 on ONNX Runtime's own packages tell Microsoft about every model unless this is set before they are imported.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from shadowc.compiler import compile as compile
