@@ -125,9 +125,9 @@ class StageCache:
             name: what is to be done by one at a time, and where.
             on_wait: called once if another process is at it right now.
         """
-        place = self.root / _LOCKS / hashlib.sha256(os.fsencode(name)).hexdigest()
         with ExitStack() as held:
             try:
+                place = self.root / _LOCKS / hashlib.sha256(os.fsencode(name)).hexdigest()
                 with _explained(self.root):
                     (place.parent / _LOCKS).mkdir(parents=True, exist_ok=True)
                 held.enter_context(self._locked(place, on_wait))

@@ -15,6 +15,7 @@ from shadowc.sparsity.calibration import check_data
 from shadowc.sparsity.criteria import find_criterion
 from shadowc.sparsity.importance import ImportanceTrace, Origin
 from shadowc.spec.progress import NullProgress
+from shadowc.stage_cache import StageCache
 
 if TYPE_CHECKING:
     from shadowc.checkpoint.resolve import Checkpoint
@@ -137,4 +138,6 @@ def _record(
     with progress.stage("weights"):
         check_finite(checkpoint, progress.advance)
     with progress.stage("collect"):
-        return collect(checkpoint, options, folder, progress, origin=origin)
+        waiting = f"waits for another process that records {folder}"
+        with StageCache().alone(f"trace {folder.resolve()}", lambda: progress.note(waiting)):
+            return collect(checkpoint, options, folder, progress, origin=origin)
