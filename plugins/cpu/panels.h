@@ -26,8 +26,8 @@
 //   int4   as int8, with one scale for a row in place of one for each of its groups. What that rounds is what
 //          int8 weights are rounded by: at most 1 / 254 of the row's largest, an 18th of int4's own rounding
 //          in the group with the largest scale.
-//   bf16   as they are, with activations rounded to bf16 and sums in float32; where the CPU has no such
-//          products, as float32.
+//   bf16   as they are, with activations rounded to bf16 and sums in float32; not where the CPU has no such
+//          products.
 //   fp32   as they are, with activations as they are.
 // A panel of floats has one "digit" of 2 or 4 bytes an element, no sums of digits, and step is 1. A sum is
 // one chain of additions in the order of the weight rows' elements, so a row has the same bits whatever its
@@ -147,7 +147,8 @@ struct PanelKernels {
 // How many columns `weave` takes at once, at most.
 inline constexpr size_t kMostWovenBytes = 256;  // of each weight row
 
-// Null if the CPU, or the level in SHADOWC_ISA, has neither VNNI nor AMX.
+// Null if the CPU, or the level in SHADOWC_ISA, has neither VNNI nor AMX; of bf16 if it has no products of
+// it.
 const PanelKernels* ChosenPanelKernels(WeightType type);
 
 }  // namespace shadowc

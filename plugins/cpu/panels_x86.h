@@ -64,7 +64,7 @@ void WeaveInt4Shifted(const WeightRow* rows, size_t steps, size_t first, size_t 
 void WeaveRowsShifted(const WeightRows& weights, size_t steps, int8_t* woven);
 void WeaveRowsSigned(const WeightRows& weights, size_t steps, int8_t* woven);
 
-// For fp32 and bf16.
+// For fp32, and for bf16 where there are products of it.
 const PanelKernels* FloatPanelKernels(WeightType type, bool bf16_products);
 
 }  // namespace shadowc

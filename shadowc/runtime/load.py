@@ -88,7 +88,7 @@ def load(
             large pages, which is faster where the page cache holds the file in small ones (`shadowc bench` tells).
         exact_prompts: prompts meet weights as all other tokens do: int8 with activations of 24 bits, others row by
             row. False: int8 and int4 with 8 bits, or 16 in a row with outliers (24 with AMX), int4 with one scale a
-            row, bf16 with activations of bf16, all in blocks where the CPU has VNNI; masks are the same
+            row, bf16 with activations of bf16 where the CPU multiplies those; masks are the same
             (docs/decisions.md).
 
     Raises:

@@ -21,6 +21,8 @@ TYPES = ("float32", "bfloat16", "int4")
 BLOCKED = OpLibrary.installed().isa in ("avx512_icelake", "avx512_zen4")
 """Elsewhere prompts meet these weights row by row, or (AMX) with other digits."""
 BF16_PRODUCTS = OpLibrary.installed().isa == "avx512_zen4"
+LEAST_ROWS = {"float32": 128, "bfloat16": 24, "int4": 16}
+"""From which prompts are blocked: below, single rows are faster (plugins/cpu/panels_float_x86.cc)."""
 LARGEST = {"float32": kernels.TOLERANCE, "bfloat16": 2.0**-8, "int4": 3e-2}
 """What a prompt may lose, of the largest value of a result: float32 sums; bf16's own step; an 8-bit digit's 1e-2."""
 IN_ATTENTION = {"float32": kernels.TOLERANCE, "bfloat16": 2.0**-6, "int4": 6e-2}
@@ -86,7 +88,7 @@ def bf16_operands(seed, **shape):
     return arrays
 
 
-SHAPES = [(600, 520, 33), (1020, 128, 16), (1000, 129, 70), (130, 640, 40)]
+SHAPES = [(600, 520, 33), (1020, 128, 24), (1000, 129, 70), (130, 640, 40)]
 """Neurons in one block, whose hidden values of a row are rounded together; width; rows."""
 
 
@@ -130,7 +132,7 @@ def test_activations_cut_to_bf16_would_be_noticed():
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    rows=st.tuples(st.integers(1, 3), st.integers(16, 60)),
+    rows=st.tuples(st.integers(1, 3), st.integers(0, 40)),
     F=st.integers(130, 300) | st.integers(1020, 1030),
     E=st.integers(256, 400),
     block=st.sampled_from([1, 3, 16]),
@@ -138,7 +140,8 @@ def test_activations_cut_to_bf16_would_be_noticed():
     skip_zeros=st.sampled_from([0, 1]),
 )
 def test_ffn_of_a_prompt_is_its_definition_but_for_the_rounding_of_the_type(seed, rows, F, E, block, dtype, skip_zeros):
-    arrays = ffn_operands(seed, dtype, B=rows[0], S=rows[1], Z=0, F=F, E=E, block=block)
+    S = LEAST_ROWS[dtype] // rows[0] + 1 + rows[1]
+    arrays = ffn_operands(seed, dtype, B=rows[0], S=S, Z=0, F=F, E=E, block=block)
     found = kernels.run(SPARSE_FFN, arrays, few_digits=1, block=block, skip_zeros=skip_zeros)
     expected, read = numpy_reference.sparse_ffn(**arrays, block=block)
     kernels.assert_close(found["y"], expected, LARGEST[dtype])
@@ -149,7 +152,7 @@ def test_ffn_of_a_prompt_is_its_definition_but_for_the_rounding_of_the_type(seed
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
-    rows=st.tuples(st.integers(1, 2), st.integers(16, 60)),
+    rows=st.tuples(st.integers(1, 2), st.integers(0, 40)),
     shape=st.sampled_from([(4, 64), (4, 80), (3, 128), (5, 64), (7, 37)]),
     dtype=st.sampled_from(TYPES),
     cache=st.sampled_from(test_sparse_attention.CACHES),
@@ -158,7 +161,8 @@ def test_attention_of_a_prompt_is_its_definition_but_for_the_rounding_of_the_typ
     if dtype == "int4" and shape[0] * shape[1] % INT4_GROUP != 0:
         shape = (4, 64)
     H, D = shape
-    arrays = attention_operands(seed, dtype, B=rows[0], S=rows[1], Z=0, H=H, D=D, T=70, cache=cache)
+    S = LEAST_ROWS[dtype] // rows[0] + rows[1]
+    arrays = attention_operands(seed, dtype, B=rows[0], S=S, Z=0, H=H, D=D, T=S + 5, cache=cache)
     found, exact = (kernels.run(SPARSE_ATTENTION, arrays, **choice) for choice in ({"few_digits": 1}, {}))
     for name in ("y", "context"):
         kernels.assert_close(found[name], exact[name], max(IN_ATTENTION[dtype], kernels.CACHE_TOLERANCE[cache]))
@@ -172,41 +176,48 @@ def test_attention_of_a_prompt_is_its_definition_but_for_the_rounding_of_the_typ
 @of_every_type
 def test_blocks_are_what_computes(dtype):
     """A prompt that fell back to single rows would pass every tolerance."""
-    arrays = ffn_operands(1, dtype, S=40, Z=0, F=600, E=200)
+    if dtype == "bfloat16" and not BF16_PRODUCTS:
+        pytest.skip("this processor, or level, has no products of bf16")
+    rows = LEAST_ROWS[dtype]
+    arrays = ffn_operands(1, dtype, S=rows, Z=0, F=600, E=200)
     assert (ffn(arrays) != kernels.run(SPARSE_FFN, arrays)["y"]).any()
-    arrays = attention_operands(1, dtype, S=40, Z=0, H=4, D=64, T=50)
+    short = arrays | {"x": arrays["x"][:, 1:]}
+    np.testing.assert_array_equal(ffn(short), kernels.run(SPARSE_FFN, short)["y"])
+    arrays = attention_operands(1, dtype, S=rows, Z=0, H=4, D=64, T=rows + 5)
     found, exact = (kernels.run(SPARSE_ATTENTION, arrays, **choice) for choice in ({"few_digits": 1}, {}))
     assert (found["y"] != exact["y"]).any()
 
 
 @of_every_type
-@pytest.mark.parametrize("Z", [40, 1])
+@pytest.mark.parametrize("Z", [140, 1])
 def test_tokens_that_are_all_masked_are_computed_as_ever(Z, dtype):
-    arrays = ffn_operands(2, dtype, B=40 // Z, S=Z, Z=Z, F=600, E=200)
+    arrays = ffn_operands(2, dtype, B=140 // Z, S=Z, Z=Z, F=600, E=200)
     np.testing.assert_array_equal(ffn(arrays), kernels.run(SPARSE_FFN, arrays)["y"])
-    arrays = attention_operands(2, dtype, B=40 // Z, S=Z, Z=Z, H=4, D=64, T=50)
+    arrays = attention_operands(2, dtype, B=140 // Z, S=Z, Z=Z, H=4, D=64, T=150)
     found, exact = (kernels.run(SPARSE_ATTENTION, arrays, **choice) for choice in ({"few_digits": 1}, {}))
     np.testing.assert_array_equal(found["y"], exact["y"])
 
 
 @of_every_type
 def test_a_row_has_the_same_bits_whatever_its_neighbours_are_and_leave_out(dtype):
-    arrays = ffn_operands(6, dtype, B=20, S=2, Z=1, F=2100, E=200, block=4)
+    B = LEAST_ROWS[dtype] // 2 + 11
+    arrays = ffn_operands(6, dtype, B=B, S=2, Z=1, F=2100, E=200, block=4)
     first = ffn(arrays, block=4)[3]
     arrays["x"][4:] *= 50
     arrays["x"][5, 0, 0] = np.nan
     arrays["x"][6, 1, 7] = np.inf
     arrays["threshold"][:3] = np.inf
     np.testing.assert_array_equal(ffn(arrays, block=4)[3], first)
-    arrays["threshold"][np.arange(20) != 3] = np.inf
+    arrays["threshold"][np.arange(B) != 3] = np.inf
     np.testing.assert_array_equal(ffn(arrays, block=4, skip_zeros=1)[3], first)
-    fewer = {name: arrays[name][:9] if name in ("x", "scores", "threshold") else arrays[name] for name in arrays}
+    fewer = {name: arrays[name][: B - 11] if name in ("x", "scores", "threshold") else arrays[name] for name in arrays}
     np.testing.assert_array_equal(ffn(fewer, block=4)[3], first)
 
 
 @of_every_type
 def test_keys_and_results_of_a_row_have_the_same_bits_in_any_batch(dtype):
-    arrays = attention_operands(7, dtype, B=3, S=30, Z=0, H=4, D=64, T=40)
+    S = LEAST_ROWS[dtype] // 3 + 10
+    arrays = attention_operands(7, dtype, B=3, S=S, Z=0, H=4, D=64, T=S + 10)
     first = kernels.run(SPARSE_ATTENTION, arrays, few_digits=1)
     arrays["x"][0] *= 30
     arrays["x"][2, 3, 1] = np.nan
@@ -221,12 +232,13 @@ def test_keys_and_results_of_a_row_have_the_same_bits_in_any_batch(dtype):
 @of_every_type
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e35, 1e-38])
 def test_a_value_that_has_no_digits_spoils_its_own_row_alone(value, dtype):
-    arrays = ffn_operands(3, dtype, S=20, Z=0, F=600, E=128)
+    rows = LEAST_ROWS[dtype] + 4
+    arrays = ffn_operands(3, dtype, S=rows, Z=0, F=600, E=128)
     clean = ffn(arrays)
     arrays["x"][0, 7] = 0
     arrays["x"][0, 7, 3] = value
     found, exact = ffn(arrays), kernels.run(SPARSE_FFN, arrays)["y"]
-    others = np.arange(20) != 7
+    others = np.arange(rows) != 7
     np.testing.assert_array_equal(found[0, others], clean[0, others])
     kernels.assert_close(found[0, 7], exact[0, 7], LARGEST[dtype])
 
@@ -234,7 +246,7 @@ def test_a_value_that_has_no_digits_spoils_its_own_row_alone(value, dtype):
 @of_every_type
 def test_nothing_beyond_the_rows_leaks_in(dtype):
     """A prompt's neurons are all computed, so it is the last one's neighbour in memory that is spoilt."""
-    arrays = ffn_operands(4, dtype, S=20, Z=0, F=601, E=129)
+    arrays = ffn_operands(4, dtype, S=LEAST_ROWS[dtype], Z=0, F=601, E=129)
     head = {name: arrays[name][:600] if name in ("w", "scales", "b1") else arrays[name] for name in arrays}
     head["scores"] = arrays["scores"][..., :600]
     clean = ffn(head)
@@ -243,9 +255,9 @@ def test_nothing_beyond_the_rows_leaks_in(dtype):
 
 
 @of_every_type
-@pytest.mark.parametrize("rows", [16, 70])
-def test_prompts_repeat_their_bits_at_any_number_of_threads(rows, dtype):
-    arrays = ffn_operands(5, dtype, S=rows, Z=0, F=2100, E=200)
+@pytest.mark.parametrize("more", [0, 54])
+def test_prompts_repeat_their_bits_at_any_number_of_threads(more, dtype):
+    arrays = ffn_operands(5, dtype, S=LEAST_ROWS[dtype] + more, Z=0, F=2100, E=200)
     first = ffn(arrays)
     for threads in (1, 3):
         np.testing.assert_array_equal(ffn(arrays, threads=threads), first)
@@ -253,7 +265,7 @@ def test_prompts_repeat_their_bits_at_any_number_of_threads(rows, dtype):
 
 @of_every_type
 def test_groups_of_zeros_and_a_row_of_zeros_are_zeros(dtype):
-    arrays = ffn_operands(8, dtype, S=20, Z=0, F=300, E=256)
+    arrays = ffn_operands(8, dtype, S=LEAST_ROWS[dtype], Z=0, F=300, E=256)
     arrays["scales"][5] = 0
     if dtype == "int4":
         arrays["scales"][:, :, 1] = 0
@@ -271,20 +283,14 @@ def at(level):
             yield
 
 
-def test_bf16_weights_are_widened_where_no_product_takes_them():
+def test_without_products_of_bf16_prompts_are_what_they_were():
     with at("avx512_icelake"):
-        for F, E, rows in SHAPES:
-            arrays = ffn_operands(rows, "bfloat16", S=rows, Z=0, F=F, E=E)
-            found = ffn(arrays)
-            kernels.assert_close(found, numpy_reference.sparse_ffn(**arrays)[0])
-            assert (found != kernels.run(SPARSE_FFN, arrays)["y"]).any()
-        arrays = attention_operands(1, "bfloat16", S=40, Z=0, H=3, D=80, T=50)
-        found, exact = (kernels.run(SPARSE_ATTENTION, arrays, **choice) for choice in ({"few_digits": 1}, {}))
-        kernels.assert_close(found["y"], exact["y"])
+        arrays = ffn_operands(2, "bfloat16", S=40, Z=0, F=600, E=200)
+        np.testing.assert_array_equal(ffn(arrays), kernels.run(SPARSE_FFN, arrays)["y"])
 
 
 @of_every_type
 def test_below_vnni_prompts_are_what_they_were(dtype):
     with at("avx2"):
-        arrays = ffn_operands(2, dtype, S=40, Z=0, F=600, E=200)
+        arrays = ffn_operands(2, dtype, S=140, Z=0, F=600, E=200)
         np.testing.assert_array_equal(ffn(arrays), kernels.run(SPARSE_FFN, arrays)["y"])
