@@ -207,7 +207,7 @@ def test_doctor_passes_here_and_names_the_library(shadowc: Shadowc) -> None:
 
 
 def test_doctor_fails_when_two_runtimes_overwrite_each_other(shadowc: Shadowc, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shadowc.cli import doctor
+    from shadowc.cli import doctor_checks as doctor
 
     real = doctor._version
     versions = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
@@ -222,7 +222,7 @@ def test_doctor_fails_when_two_runtimes_overwrite_each_other(shadowc: Shadowc, m
 def test_doctor_fails_when_a_package_is_too_old(
     shadowc: Shadowc, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
-    from shadowc.cli import doctor
+    from shadowc.cli import doctor_checks as doctor
 
     real = doctor._version
     monkeypatch.setattr(doctor, "_version", lambda name: version if name == "torch" else real(name))

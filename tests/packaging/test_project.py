@@ -52,7 +52,7 @@ def test_exactly_one_onnxruntime_is_required_on_every_platform(project: dict[str
 
 
 def test_doctor_knows_the_lowest_versions_of_the_project_file(project: dict[str, Any]) -> None:
-    from shadowc.cli.doctor import LOWEST
+    from shadowc.cli.doctor_checks import LOWEST
     from shadowc.runtime.session import LOWEST_ORT
 
     needs = dict(re.match(r"([\w-]+)>=([\d.]+)", need).groups() for need in project["project"]["dependencies"])  # type: ignore[union-attr]

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from shadowc.cli.app import app
-from shadowc.cli.doctor import _cache
+from shadowc.cli.doctor_checks import cache
 from shadowc.runtime import file_system
 from shadowc.runtime.file_system import FileSystem
 from shadowc.runtime.load import load
@@ -87,9 +87,9 @@ def test_doctor_names_a_cache_behind_a_network(
     tmp_path: Path, mounted: Callable[[str, Path], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("SHADOWC_CACHE", str(tmp_path / "cache"))
-    assert _cache().state == "ok"
+    assert cache().state == "ok"
     mounted("nfs4", tmp_path)
-    finding = _cache()
+    finding = cache()
     assert finding.state == "note"
     assert f"on a network file system (nfs4 at {tmp_path})" in finding.found
     assert "SHADOWC_CACHE" in finding.hint
