@@ -56,7 +56,8 @@ complete or not there; a killed run's temporary folders (`.NAME.*.tmp` beside th
 cleared by the next run. Two compiles of the same thing at once make it once; the second waits.
 
 A disk that is full is named with what is needed at least and what is free. A cache that is read-only still serves what
-it holds. Without a home folder `SHADOWC_CACHE` has to name a place.
+it holds. Without a home folder `SHADOWC_CACHE` has to name a place. [What may go wrong](faults.md) has all of it, with
+the tests.
 """
 
 

@@ -60,16 +60,20 @@ def test_every_decision_has_three_lines() -> None:
         assert len([line for line in lines if line.strip()]) == 3, heading
 
 
-def planted_defects() -> list[tuple[str, ...]]:
-    rows = (TOP / "docs" / "planted-defects.md").read_text(encoding="utf-8").splitlines()
+def rows_with_tests(page: str) -> list[tuple[str, ...]]:
+    """Cells of all rows whose last one is `file::test`."""
+    rows = (TOP / "docs" / page).read_text(encoding="utf-8").splitlines()
     cells = [tuple(cell.strip() for cell in row.strip("|").split("|")) for row in rows if row.startswith("|")]
-    return cells[2:]
+    return [row for row in cells if row[-1] not in ("test", "---")]
 
 
-def test_every_planted_defect_names_a_test_that_exists() -> None:
-    for defect, gate, test in planted_defects():
+@pytest.mark.parametrize(("page", "fewest"), [("planted-defects.md", 60), ("faults.md", 35)])
+def test_every_planted_defect_and_every_promise_names_a_test_that_exists(page: str, fewest: int) -> None:
+    rows = rows_with_tests(page)
+    assert len(rows) >= fewest
+    for *said, test in rows:
         path, _, name = test.strip("`").partition("::")
-        assert gate, defect
+        assert all(said), test
         assert re.search(rf"^def {re.escape(name)}\b", (TOP / path).read_text(encoding="utf-8"), re.MULTILINE), test
 
 
