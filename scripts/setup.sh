@@ -102,11 +102,11 @@ if ! "$py" -c 'import pip, sys; sys.exit(tuple(map(int, pip.__version__.split(".
 fi
 
 # --- packages -------------------------------------------------------------------------------------------------------
-if ! "$py" -c 'import importlib.metadata as m, sys; sys.exit(tuple(map(int, m.version("torch").split(".")[:2])) < (2, 9))' 2>/dev/null; then
+if ! "$py" -c 'import importlib.metadata as m, sys; sys.exit(tuple(map(int, m.version("torch").split(".")[:2])) < (2, 10))' 2>/dev/null; then
   index=$(bash scripts/torch_index.sh "$py")
   source="the configured package index"
   [ -z "$index" ] || source="PyTorch's CPU index"
-  logged "torch from ${source}" "${pip[@]}" 'torch>=2.9' $index
+  logged "torch from ${source}" "${pip[@]}" 'torch>=2.10' $index
 fi
 tools=()
 if ! cmake --version 2>/dev/null | awk 'NR == 1 { split($3, v, "."); exit !(v[1] > 3 || v[1] == 3 && v[2] >= 24) }'; then

@@ -347,11 +347,14 @@ class _Compile:
 
     def _sample(self, manifest: EngineManifest, folder: Path) -> RunStats:
         """Generates a few tokens at the default density, to say what is really computed and read."""
-        from shadowc.runtime.load import load
+        from shadowc.runtime.load import load_cpu
+        from shadowc.runtime.weights_memory import WeightsMemory
 
         ids_BS = np.random.default_rng(self.options.seed).integers(4, manifest.model.vocab, (1, SAMPLE_PROMPT))
-        engine = load(folder, verify=False)
-        engine.generate(ids_BS, max_new_tokens=SAMPLE_TOKENS, min_new_tokens=SAMPLE_TOKENS)
+        weights = WeightsMemory.open(folder / WEIGHTS_FILE, ahead=False)
+        with weights.passing():
+            engine = load_cpu(folder, verify=False, memory=weights)
+            engine.generate(ids_BS, max_new_tokens=SAMPLE_TOKENS, min_new_tokens=SAMPLE_TOKENS)
         return engine.last_stats
 
     def _sparsity(self, predictor: Predictor) -> SparsityPart:

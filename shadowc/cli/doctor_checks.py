@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 State = Literal["ok", "note", "fails"]
 LOWEST_PYTHON = (3, 11)
 LOWEST = {
-    "torch": (2, 9),
+    "torch": (2, 10),
     "transformers": (5,),
     "onnx": (1, 18),
-    "onnxscript": (0, 5),
+    "onnxscript": (0, 5, 7),
     "onnx-graphsurgeon": (0, 5, 8),
     "safetensors": (0, 5),
-    "tokenizers": (0, 21),
-    "huggingface-hub": (1,),
+    "tokenizers": (0, 22, 1),
+    "huggingface-hub": (1, 3),
     "numpy": (2,),
 }
 ORT_DISTRIBUTIONS = (

@@ -165,15 +165,17 @@ def _attention(recipes: Mapping[str, WeightRecipe], source: TensorSource, names:
 def _ffn(recipes: Mapping[str, WeightRecipe], source: TensorSource, names: Sequence[str]) -> tuple[Array, Floats]:
     recipe = recipes[names[0]]
     F = recipe.shape[0]
+    order = neuron_order(source, recipe, F)
     fc1_FE = source.tensor(recipe.sources[0])
     E = fc1_FE.shape[-1]
     records, scales = _room(recipes, names, (F, 2), E)
-    order = neuron_order(source, recipe, F)
-    for part, name in enumerate(recipe.sources):
-        rows_FE = _matrix(source, name, (F, E)) if part == 0 else _matrix(source, name, (E, F)).T
-        if order is not None and part == 1:
-            rows_FE = transposed(rows_FE.T)
-        _fill(records[:, part], scales[:, part] if recipe.quantised else None, rows_FE, order=order, where=name)
+    first, second = (scales[:, part] if recipe.quantised else None for part in range(2))
+    _fill(records[:, 0], first, _shaped(fc1_FE, recipe.sources[0], (F, E)), order=order, where=recipe.sources[0])
+    del fc1_FE  # of the widest models the two matrices are gigabytes
+    fc2_EF = _matrix(source, recipe.sources[1], (E, F))
+    rows_FE = fc2_EF.T if order is None else transposed(fc2_EF)
+    del fc2_EF
+    _fill(records[:, 1], second, rows_FE, order=order, where=recipe.sources[1])
     return records, scales
 
 
@@ -215,7 +217,10 @@ def neuron_order(source: TensorSource, recipe: WeightRecipe, F: int) -> npt.NDAr
 
 
 def _matrix(source: TensorSource, name: str, shape: tuple[int, int]) -> Floats:
-    tensor = source.tensor(name)
+    return _shaped(source.tensor(name), name, shape)
+
+
+def _shaped(tensor: Floats, name: str, shape: tuple[int, int]) -> Floats:
     if tensor.shape != shape:
         raise InternalError(f"{name} is {list(tensor.shape)}, the recipe needs {list(shape)}")
     return tensor

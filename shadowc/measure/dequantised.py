@@ -62,11 +62,14 @@ def round_to(dtype: str, matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.floa
 
 
 def _in_steps(values: npt.NDArray[np.float32], axis: int, limit: float) -> npt.NDArray[np.float32]:
-    scale = np.abs(values).max(axis=axis, keepdims=True) / np.float32(limit)
+    low, high = values.min(axis=axis, keepdims=True), values.max(axis=axis, keepdims=True)
+    scale = np.maximum(high, -low) / np.float32(limit)
     scale[scale == 0] = 1
-    steps = np.rint(values / scale)
+    steps: npt.NDArray[np.float32] = np.asarray(values / scale, dtype=np.float32)  # then in place: it may be a gigabyte
+    np.rint(steps, out=steps)
     np.clip(steps, -limit, limit, out=steps)
-    return np.asarray(steps * scale, dtype=np.float32)
+    steps *= scale
+    return steps
 
 
 _ROUNDINGS: dict[str, Callable[[npt.NDArray[np.float32], int], npt.NDArray[np.float32]]] = {

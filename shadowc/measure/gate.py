@@ -63,15 +63,18 @@ def check_engine(subject: Subject, manifest: EngineManifest, folder: Path, advan
     from shadowc.runtime.library import OpLibrary
     from shadowc.runtime.sequence_engine import SequenceEngine
     from shadowc.runtime.session import Session
+    from shadowc.runtime.weights_memory import WeightsMemory
 
     library, threads = OpLibrary.installed().path, usable_cores()
-    session = Session(folder / MODEL_FILE, threads, library)
+    weights = WeightsMemory.open(folder / WEIGHTS_FILE, ahead=False)
+    session = Session(folder / MODEL_FILE, threads, library, weights=weights)
     new_held_probe = None
     if manifest.sparsity is not None and manifest.sparsity.mask == "sequence":
-        fixed = Session(folder / FIXED_FILE, threads, library)
+        fixed = Session(folder / FIXED_FILE, threads, library, weights=weights)
         new_held_probe = SequenceEngine(folder, manifest, session, fixed).fixed_prober()
     new_probe = Engine(folder, manifest, session).prober()
-    report = _parity(subject, "model", manifest, new_probe, advance, new_held_probe)
+    with weights.passing():
+        report = _parity(subject, "model", manifest, new_probe, advance, new_held_probe)
     report.require()
     return report.as_dict()
 

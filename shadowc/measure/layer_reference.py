@@ -88,10 +88,11 @@ class LayerReference:
         ]
         try:
             with torch.no_grad():
-                result: Tensor = self._module(x_BSE, attention_mask=causal_11SS)
+                found = self._module(x_BSE, attention_mask=causal_11SS)
         finally:
             for hook in hooks:
                 hook.remove()
+        result: Tensor = found[0] if isinstance(found, tuple) else found  # transformers 5.0 gives a tuple
         return result
 
     def _attend_to(

@@ -5,6 +5,9 @@ Decoding reads every active weight once per token from all over a gigabyte. With
 miss of the address translation: on a virtual machine that has been measured to cost a fifth to a third of the memory's
 bandwidth. A mapping of the file is shared by all processes, and its pages are large if the page cache holds the file
 in large pieces, which the system decides. A private copy always has large pages, and belongs to one process.
+
+A compile reads its engine a few times only, and the engine may be larger than the machine's memory: it maps the file
+without reading it ahead, and gives pages back while it runs (`passing`).
 """
 
 from __future__ import annotations
@@ -13,7 +16,10 @@ import mmap
 import os
 import re
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -32,6 +38,8 @@ LARGE_PAGE = 1 << 21
 _PIECE = 1 << 24
 _POPULATE_READ = 22
 """madvise's MADV_POPULATE_READ (Linux 5.14), which Python has no name for."""
+_RELEASE_SECONDS = 0.02
+"""Between two times that pages are given back: at 10 GB/s of mapping, 200 MB."""
 _MAPPING = re.compile(r"^([0-9a-f]+)-([0-9a-f]+) ")
 
 
@@ -42,11 +50,19 @@ class WeightsMemory:
         content: uint8 [size], read only.
         kind: how they came here.
         file: an open file whose content is mapped, which belongs to this object; None: nobody can change the bytes.
+        mapping: of a mapped file, what `content` is a view of.
     """
 
-    def __init__(self, content: npt.NDArray[np.uint8], kind: Kind, file: int | None = None) -> None:
+    def __init__(
+        self,
+        content: npt.NDArray[np.uint8],
+        kind: Kind,
+        file: int | None = None,
+        mapping: mmap.mmap | None = None,
+    ) -> None:
         self.content = content
         self.kind = kind
+        self._mapping = mapping
         self._lent: list[Any] = []
         self._file = file
         self._modified = 0 if file is None else os.fstat(file).st_mtime_ns
@@ -54,8 +70,13 @@ class WeightsMemory:
             weakref.finalize(self, os.close, file)
 
     @classmethod
-    def open(cls, path: Path, kind: Kind = "shared") -> WeightsMemory:
+    def open(cls, path: Path, kind: Kind = "shared", *, ahead: bool = True) -> WeightsMemory:
         """Map a file, or copy it.
+
+        Args:
+            path: the file.
+            kind: "shared": map it; "private": copy it.
+            ahead: of a mapped file, read all of it now; False: what is needed, when it is needed.
 
         Raises:
             OSError: the file cannot be read.
@@ -66,7 +87,8 @@ class WeightsMemory:
                 return cls(np.zeros(0, np.uint8), kind)
             if kind == "private":
                 return cls(_copied(file, size), kind)
-            return cls(_mapped(file.fileno(), size), kind, os.dup(file.fileno()))
+            mapping = _mapped(file.fileno(), size, ahead)
+            return cls(np.frombuffer(mapping, np.uint8), kind, os.dup(file.fileno()), mapping)
 
     def require_unchanged(self) -> None:
         """Refuse to go on with bytes that are no longer those that were checked.
@@ -89,6 +111,31 @@ class WeightsMemory:
         raise VerificationError(
             f"{WEIGHTS_FILE} {change}: it changed after it was loaded", hint="restore the folder, then load it again"
         )
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Inside, what was read of a mapped file does not stay in this process's resident memory.
+
+        Pages are unmapped again and again; the system's page cache still has them, as far as there is room.
+        """
+        done = Event()
+
+        def release() -> None:
+            while not done.wait(_RELEASE_SECONDS):
+                self._release()
+
+        worker = Thread(target=release, name="shadowc-release", daemon=True)
+        worker.start()
+        try:
+            yield
+        finally:
+            done.set()
+            worker.join()
+            self._release()
+
+    def _release(self) -> None:
+        if self._mapping is not None:
+            _advise(self._mapping, getattr(mmap, "MADV_DONTNEED", None))  # clean pages of a file: they can come again
 
     def lend(self, options: onnxruntime.SessionOptions, model: onnx.ModelProto) -> None:
         """Let a session take its initialisers from here instead of reading the file.
@@ -126,12 +173,12 @@ class WeightsMemory:
         return min(large / self.content.size, 1.0)
 
 
-def _mapped(file: int, size: int) -> npt.NDArray[np.uint8]:
+def _mapped(file: int, size: int, ahead: bool) -> mmap.mmap:
     mapping = mmap.mmap(file, size, access=mmap.ACCESS_READ)
     # A file that is not in the page cache yet comes in as large pieces, if the file system can.
     _advise(mapping, getattr(mmap, "MADV_HUGEPAGE", None))
-    _advise(mapping, _POPULATE_READ if hasattr(mmap, "MADV_HUGEPAGE") else None)
-    return np.frombuffer(mapping, np.uint8)
+    _advise(mapping, _POPULATE_READ if ahead and hasattr(mmap, "MADV_HUGEPAGE") else None)
+    return mapping
 
 
 def _copied(file: Any, size: int) -> npt.NDArray[np.uint8]:

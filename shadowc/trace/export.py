@@ -17,6 +17,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import gc
+import io
 import logging
 import warnings
 from collections.abc import Iterator
@@ -195,13 +196,13 @@ def _forget_origins(model: onnx_ir.Model) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's warnings and log lines from the user; its errors are exceptions anyway."""
+    """Keep the exporter's warnings, log lines and prints (onnxscript 0.6) from the user; its errors are exceptions."""
     loggers = [logging.getLogger(name) for name in _CHATTY]
     levels = [logger.level for logger in loggers]
     try:
         for logger in loggers:
             logger.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -218,7 +218,7 @@ def test_doctor_fails_when_two_runtimes_overwrite_each_other(shadowc: Shadowc, m
     assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu" in result.stderr
 
 
-@pytest.mark.parametrize("version", ["2.8.1+cpu", "1.13"])
+@pytest.mark.parametrize("version", ["2.9.1+cpu", "1.13"])
 def test_doctor_fails_when_a_package_is_too_old(
     shadowc: Shadowc, monkeypatch: pytest.MonkeyPatch, version: str
 ) -> None:
@@ -228,7 +228,7 @@ def test_doctor_fails_when_a_package_is_too_old(
     monkeypatch.setattr(doctor, "_version", lambda name: version if name == "torch" else real(name))
     result = shadowc("doctor", "--json")
     assert result.exit_code == 6
-    assert {"name": "torch", "state": "fails", "found": f"{version}, too old", "hint": "pip install 'torch>=2.9'"} in (
+    assert {"name": "torch", "state": "fails", "found": f"{version}, too old", "hint": "pip install 'torch>=2.10'"} in (
         json.loads(result.stdout)["findings"]
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import mmap
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,6 +34,38 @@ def test_memory_holds_the_bytes_of_the_file(tmp_path, kind):
     memory = WeightsMemory.open(path, kind)
     np.testing.assert_array_equal(memory.content, content)
     assert not memory.content.flags.writeable
+
+
+def resident(memory: WeightsMemory) -> int:
+    """Bytes of a mapping that are resident in this process, from the system's own table."""
+    first, inside, total = memory.content.ctypes.data, False, 0
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if found := re.match(r"^([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(found[1], 16) <= first < int(found[2], 16)
+        elif inside and line.startswith("Rss:"):
+            total += int(line.split()[1]) << 10
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="the system does not tell what is resident")
+def test_pages_of_a_passing_file_do_not_stay_and_its_bytes_do_not_change(tmp_path):
+    """The planted opposite: without `passing` all of the file is resident after it was read."""
+    path, size = tmp_path / "weights.bin", 16 * LARGE_PAGE
+    content = np.random.default_rng(2).integers(0, 256, size).astype(np.uint8)
+    path.write_bytes(content.tobytes())
+    memory = WeightsMemory.open(path, ahead=False)
+    assert resident(memory) < size // 2
+    np.testing.assert_array_equal(memory.content, content)
+    assert resident(memory) == size
+    with memory.passing():
+        for _ in range(3):
+            np.testing.assert_array_equal(memory.content, content)
+        deadline = time.monotonic() + 30
+        while resident(memory) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert resident(memory) == 0, "pages are given back while the block runs"
+        np.testing.assert_array_equal(memory.content, content)
+    assert resident(memory) == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
