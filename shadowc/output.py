@@ -59,6 +59,7 @@ def check_output(out: Path, what: str, marker: str, listed: Listed) -> None:
     Raises:
         InputError: it is a file, a folder with other content, or in a place where nothing can be written.
     """
+    require_utf8(out)
     try:
         _check_length(out)
         if out.is_dir():
@@ -240,6 +241,18 @@ def _file_limit() -> str:
     except (ImportError, OSError):
         return "its file system takes"
     return "its file system takes" if limit < 0 else f"this process may write (ulimit -f: {megabytes(limit)})"
+
+
+def require_utf8(path: Path, hint: str = _ELSEWHERE) -> None:
+    """Refuse a path that is no text: libraries in other languages take paths as UTF-8.
+
+    Raises:
+        InputError: it has bytes that are not.
+    """
+    try:
+        str(path.absolute()).encode()
+    except UnicodeEncodeError as error:
+        raise InputError(f"{_shown(path)} cannot be used: the name is not UTF-8", hint=hint) from error
 
 
 def _check_length(out: Path) -> None:

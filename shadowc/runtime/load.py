@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-from shadowc.output import megabytes
+from shadowc.output import megabytes, require_utf8
 from shadowc.runtime import variants
 from shadowc.runtime.causal import SEQUENCE_FLAGS, CausalEngine
 from shadowc.runtime.cores import usable_cores
@@ -144,6 +144,7 @@ def load_cpu(
         UnsupportedError: the engine is of another target.
     """
     path = Path(folder)
+    require_utf8(path.resolve(), "rename the folder, or move it")
     if threads is not None and threads < 1:
         raise InputError(f"threads is {threads}, expected at least 1", hint="leave threads out: one per core")
     if not isinstance(memory, WeightsMemory) and memory not in (None, *KINDS):

@@ -155,6 +155,12 @@ def test_a_name_that_no_folder_can_have_is_refused_in_one_sentence(tmp_path: Pat
         folder.check_replaceable(tmp_path / name)
 
 
+def test_a_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the name is not UTF-8") as caught:
+        folder.check_replaceable(Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9")))
+    assert str(caught.value).isprintable()
+
+
 def test_a_folder_that_cannot_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "mini.engine", "old")
 

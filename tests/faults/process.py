@@ -22,7 +22,7 @@ from shadowc.cli.app import app
 CHILD = Path(__file__).with_name("child.py")
 STAGES = ("checkpoint", "collect", "train", "trace", "passes", "emit", "parity", "sample")
 """All stages of a compile that tell when they begin."""
-PATIENCE = 300
+PATIENCE = 1500
 """Seconds that a process may take on a busy machine."""
 TEXT = "The dog reads one record, the fox reads another, and both jump over neurons. " * 120
 

@@ -39,7 +39,7 @@ def test_a_signal_to_stop_says_the_same(whole_tiny: Place, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", STAGES)
 def test_opt_mini_interrupted_at_seeded_moments_of_a_stage(
     whole_mini: tuple[Place, Ended], tmp_path: Path, stage: str

@@ -96,7 +96,7 @@ def test_thirty_moments_lie_over_all_stages() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", COUNTS, ids=lambda stage: stage or "start")
 def test_opt_mini_killed_at_seeded_moments_of_a_stage(
     whole_mini: tuple[Place, Ended], tmp_path: Path, stage: str
@@ -111,7 +111,7 @@ def test_opt_mini_killed_at_seeded_moments_of_a_stage(
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_opt_mini_killed_while_it_replaces_an_older_engine(whole_mini: tuple[Place, Ended], tmp_path: Path) -> None:
     """The older engine or the new one stands there, never a mixture and never nothing."""
     whole, _ = whole_mini

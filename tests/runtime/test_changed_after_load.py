@@ -145,3 +145,17 @@ def test_no_file_stays_open_when_an_engine_is_gone(copied: Copied) -> None:
     assert opened() == 2, "the mapping's file and the one that is looked at"
     del memory
     assert opened() == 0
+
+
+def test_a_folder_whose_name_is_no_text_is_refused_in_one_sentence(copied: Copied, tmp_path: Path) -> None:
+    folder = copied("fp32")
+    odd = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    try:
+        folder.rename(odd)
+    except OSError:
+        pytest.skip("this file system takes UTF-8 only")
+    with pytest.raises(InputError, match="the name is not UTF-8") as caught:
+        load(odd)
+    assert str(caught.value).isprintable()
+    assert "rename" in caught.value.hint
+    odd.rename(folder)
