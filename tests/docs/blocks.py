@@ -14,7 +14,7 @@ from typing import Any
 
 RUN = ("sh", "python")
 """Blocks of these languages are run; `console` shows what is typed elsewhere, `text` what comes out."""
-PATIENCE = 1200
+PATIENCE = 3000
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tiny checkpoint compiled once, by a run that nobody disturbs."""
+"""The tiny checkpoint and opt-mini, compiled once by runs that nobody disturbs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.process import Place
+from tests.faults.process import Ended, Place
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +16,12 @@ def whole_tiny(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) 
     place = Place(tmp_path_factory.mktemp("whole") / "run", str(tiny_checkpoint))
     place.run_here()
     return place
+
+
+@pytest.fixture(scope="session")
+def whole_mini(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Ended]:
+    """opt-mini compiled by a run that nobody disturbs."""
+    place = Place(tmp_path_factory.mktemp("whole") / "run", "opt-mini")
+    ended = place.run()
+    assert ended.code == 0, ended.errors
+    return place, ended

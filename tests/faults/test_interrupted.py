@@ -9,9 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.process import STAGES, Ended, Moment, Place, entries, incomplete, moments
-from tests.faults.test_killed import whole_mini, with_cache_up_to
-
-__all__ = ["whole_mini"]
+from tests.faults.test_killed import with_cache_up_to
 
 SAID = (
     "interrupted; no engine is left half written, and finished stages stay in the cache\n"

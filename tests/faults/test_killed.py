@@ -81,15 +81,6 @@ def test_an_entry_of_the_cache_that_was_cut_would_be_noticed(whole_tiny: Place, 
     assert incomplete(cache) == [f"trace/{graph.parent.name}"]
 
 
-@pytest.fixture(scope="module")
-def whole_mini(tmp_path_factory: pytest.TempPathFactory) -> tuple[Place, Ended]:
-    """opt-mini compiled by a run that nobody disturbs."""
-    place = Place(tmp_path_factory.mktemp("whole") / "run", "opt-mini")
-    ended = place.run()
-    assert ended.code == 0, ended.errors
-    return place, ended
-
-
 def test_thirty_moments_lie_over_all_stages() -> None:
     assert sum(COUNTS.values()) == 30
     assert set(COUNTS) == {"", *STAGES}
