@@ -21,6 +21,7 @@ from shadowc.checkpoint.converted import STAGE
 from shadowc.checkpoint.finite import check_finite
 from shadowc.checkpoint.opt import EMBEDDING, HEAD
 from shadowc.checkpoint.resolve import Checkpoint, resolve
+from shadowc.output import NoSpaceError
 from shadowc.spec.errors import InputError, SetupError, ShadowcError, UnsupportedError
 from tests.checkpoint.handmade import (
     FACTS,
@@ -288,8 +289,8 @@ def test_full_disk_is_named_and_leaves_nothing(
 
     folder = write_pickled(tmp_path, some_tensors())
     monkeypatch.setattr(pickled.os, "fsync", full)
-    error = refusal(folder, SetupError)
-    assert f"no space left for the cache folder {own_cache}" in error.message
+    error = refusal(folder, NoSpaceError)
+    assert f"no space left on the disk of {own_cache}" in error.message
     assert cached(own_cache) == []
 
 
