@@ -11,7 +11,7 @@ from shadowc.sparsity import criteria
 from tests.docs.blocks import RUN, blocks, run
 
 DOCS = Path(__file__).parents[2] / "docs"
-SLOW = ("tutorial.md", "how-to/fine-tune.md", "how-to/add-a-pass.md")
+SLOW = ("tutorial.md", "how-to/fine-tune.md", "how-to/add-a-pass.md", "how-to/generate-and-look.md")
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in (DOCS / "tutorial.md", *(DOCS / "how-to").glob("*.md")))
 
 
