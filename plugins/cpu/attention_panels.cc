@@ -6,7 +6,7 @@
 namespace shadowc {
 namespace {
 
-constexpr size_t kPanelsAtOnce = 8;
+constexpr size_t kPanelsAtOnce = 16;
 constexpr size_t kDepthAtOnce = 1024;  // of out_proj: two woven columns of tiles fill 32 KiB of L1
 
 struct Projection {
