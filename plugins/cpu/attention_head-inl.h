@@ -18,6 +18,7 @@
 #include "attention_tile-inl.h"
 #include "digits-inl.h"
 #include "int4-inl.h"
+#include "int4_sum-inl.h"
 #include "rows-inl.h"
 #include "sparse_attention.h"
 

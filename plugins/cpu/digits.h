@@ -11,6 +11,7 @@ inline constexpr float kMostDigits = 8355000.0f;
 
 // Whether a row with this largest magnitude has digits. Not if it is tiny, infinite or NaN: it stays in
 // floats.
-constexpr bool HasDigits(float largest) { return largest > 1e-30f && largest < 1e30f; }
+inline constexpr float kLeastWithDigits = 1e-30f, kMostWithDigits = 1e30f;
+constexpr bool HasDigits(float largest) { return largest > kLeastWithDigits && largest < kMostWithDigits; }
 
 }  // namespace shadowc

@@ -13,6 +13,7 @@
 
 #include "digits-inl.h"
 #include "int4-inl.h"
+#include "int4_sum-inl.h"
 #include "rows-inl.h"
 #include "sparse_ffn.h"
 
@@ -61,6 +62,10 @@ HWY_INLINE void PrefetchFactors(const FfnArgs& a, size_t neuron) {
   __builtin_prefetch(a.b1 + neuron);
 }
 
+// Neurons that are computed together.
+template <class W>
+inline constexpr size_t kTogether = kIsInt4<W> ? kInt4Rows : 4;
+
 // Whole records, kCount at a time; while they are read, as many later ones are fetched into L2, line by line.
 template <size_t kCount, class W>
 void WholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
@@ -80,8 +85,10 @@ void WholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neur
     const bool more = k + ahead < neurons.with_next;
     for (size_t c = 0; c < kCount; ++c) PrefetchFactors(a, neurons[k + ahead + c]);
     const size_t here = std::min(kCount, neurons.count - k);
-    float h[kCount];
-    DotRows<1, kCount>(&row, first, width, more ? later_first : nullptr, h, kCount);
+    constexpr size_t kDots = std::min<size_t>(kCount, 4);
+    float h[kCount] = {};
+    for (size_t c = 0; c < here; c += kDots)
+      DotRows<1, kDots>(&row, first + c, width, more ? later_first + c : nullptr, h + c, kDots);
     Activate<kCount, W>(a, neurons, k, h);
     for (size_t c = 0; c < here; ++c) h[c] *= RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
     if constexpr (kCount == 1) {
@@ -102,50 +109,91 @@ ReadCount RowWholeRecords(const FfnArgs& a, const Activations<W>& x, const Neuro
       return CountRead<W>(neurons.count, neurons.count, a.width);
     }
   }
-  WholeRecords<4>(a, x, neurons, y);
+  WholeRecords<kTogether<W>>(a, x, neurons, y);
   return CountRead<W>(neurons.count, neurons.count, a.width);
 }
 
-// Only fc1 halves are certain to be needed. The fc2 halves of neurons that turn out nonzero are added four at
-// a time, while the next four are fetched.
+// The fc2 halves of neurons that turned out nonzero, in order, until they are added to y. Int4 rows are added
+// with those that were computed with them, as whole records are: the same bits.
+template <class W>
+class Nonzero {
+ public:
+  static constexpr size_t kHold = 8;  // as many wait for their lines to arrive
+
+  Nonzero(size_t width, float* y) : width_(width), y_(y) {}
+  size_t Added() const { return added_; }
+
+  void Push(Pointer<W> half, float factor) {
+    half_[queued_] = half;
+    factor_[queued_++] = factor;
+    if (added_ == 0 && queued_ <= 4) PrefetchStep(half, width_);
+  }
+  // After the neurons that were computed together.
+  HWY_INLINE void EndGroup(size_t pushed) {
+    if (kIsInt4<W> && pushed != 0) size_[groups_++] = pushed;
+    while (queued_ >= kHold) AddFirst();
+  }
+  HWY_INLINE void Finish() {
+    while (queued_ != 0) AddFirst();
+  }
+
+ private:
+  static constexpr size_t kMost = kHold - 1 + kTogether<W>;
+
+  HWY_INLINE void AddFirst() {
+    const size_t count = kIsInt4<W> ? size_[0] : std::min<size_t>(queued_, 4);
+    const size_t rest = queued_ - count;
+    AxpyRows<1>(&y_, Listed<W>{half_}, count, factor_, 0, width_, std::min(rest, kTogether<W>),
+                Listed<W>{half_ + count});
+    std::copy(half_ + count, half_ + queued_, half_);
+    std::copy(factor_ + count, factor_ + queued_, factor_);
+    if (kIsInt4<W>) std::copy(size_ + 1, size_ + groups_--, size_);
+    added_ += count;
+    queued_ = rest;
+  }
+
+  size_t width_;
+  float* y_;
+  Pointer<W> half_[kMost + kTogether<W>];
+  float factor_[kMost + kTogether<W>];
+  size_t size_[kMost + 1];
+  size_t queued_ = 0, groups_ = 0, added_ = 0;
+};
+
+// Only fc1 halves are certain to be needed. The fc2 halves of neurons that turn out nonzero are added while
+// the next ones are fetched.
 template <class W>
 ReadCount RowSkippingZeros(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
+  constexpr size_t kCount = kTogether<W>;
   const Pointer<W> w = PointerOf<W>(a.w, a.scales);
-  const size_t width = a.width, ahead = std::max<size_t>(4, Ahead(RowElements<W>(width) * sizeof(W)));
+  const size_t width = a.width, ahead = std::max(kCount, Ahead(RowElements<W>(width) * sizeof(W)));
   const Activations<W>* row = &x;
   for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, width);
-  Pointer<W> half[12];
-  float factor[12];
-  size_t queued = 0, added = 0;
-  const auto add = [&](size_t count, size_t later) HWY_ATTR {
-    AxpyRows<1>(&y, Listed<W>{half}, count, factor, 0, width, later, Listed<W>{half + count});
-    added += count;
-    queued -= count;
-    std::copy(half + count, half + count + queued, half);
-    std::copy(factor + count, factor + count + queued, factor);
-  };
-  for (size_t k = 0; k < neurons.count; k += 4) {
-    Pointer<W> first[4], later_first[4];
-    for (size_t c = 0; c < 4; ++c) {
+  Nonzero<W> nonzero(width, y);
+  for (size_t k = 0; k < neurons.count; k += kCount) {
+    Pointer<W> first[kCount], later_first[kCount];
+    for (size_t c = 0; c < kCount; ++c) {
       first[c] = w + size_t{neurons.Own(k + c)} * 2 * width;
       later_first[c] = w + size_t{neurons[k + ahead + c]} * 2 * width;
       PrefetchFactors(a, neurons[k + ahead + c]);
     }
-    float h[4];
-    DotRows<1, 4>(&row, first, width, k + ahead < neurons.with_next ? later_first : nullptr, h, 4);
-    Activate<4, W>(a, neurons, k, h);
-    for (size_t c = 0; c < std::min<size_t>(4, neurons.count - k); ++c) {
+    float h[kCount] = {};
+    const size_t here = std::min(kCount, neurons.count - k);
+    for (size_t c = 0; c < here; c += 4)
+      DotRows<1, 4>(&row, first + c, width, k + ahead < neurons.with_next ? later_first + c : nullptr, h + c,
+                    4);
+    Activate<kCount, W>(a, neurons, k, h);
+    size_t pushed = 0;
+    for (size_t c = 0; c < here; ++c) {
       if (h[c] == 0.0f) continue;
-      half[queued] = first[c] + width;
-      factor[queued++] = h[c] * RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
-      if (added == 0 && queued <= 4) PrefetchStep(first[c] + width, width);
+      nonzero.Push(first[c] + width, h[c] * RowScale<W>(a.scales, 2 * neurons[k + c] + 1));
+      ++pushed;
     }
-    if (queued >= 8) add(4, 4);
+    nonzero.EndGroup(pushed);
   }
-  while (queued > 4) add(4, queued - 4);
-  if (queued != 0) add(queued, 0);
-  return CountRead<W>(neurons.count, added, width);
+  nonzero.Finish();
+  return CountRead<W>(neurons.count, nonzero.Added(), width);
 }
 
 }  // namespace HWY_NAMESPACE

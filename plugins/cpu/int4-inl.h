@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products with int4 weight rows, and int4 weight rows added to rows of y, once per SIMD target.
+// Products with int4 weight rows, once per SIMD target.
 //
 // Unpacking to floats costs seven instructions for every sixteen weights, several times what their bytes
-// cost. With AVX-512 a group of 64 weights is one register of bytes instead: products are taken with the
-// digits of x (see digits-inl.h), and the second kind looks h * scale * value up in a register that holds it
-// for all 16 values.
+// cost. With AVX-512 two groups of 64 weights are two registers of bytes instead, one of the low and one of
+// the high halves: products are taken with the digits of x (see digits-inl.h), and the second kind with the
+// digits of the factors (int4_sum-inl.h).
 
 #if defined(SHADOWC_CPU_INT4_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SHADOWC_CPU_INT4_INL_H_
@@ -13,6 +13,9 @@
 #define SHADOWC_CPU_INT4_INL_H_
 #endif
 
+#include <algorithm>
+#include <cstring>
+
 #include "digits-inl.h"
 #include "rows-inl.h"
 
@@ -20,7 +23,8 @@ HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
 
-// Fetches a later row's bytes of group g, and its scales with the first group.
+// Fetches a later row's bytes of group g, and its scales with the first group. Once: these kernels are bound
+// by instructions, and rounds as in PrefetchRows cost a tenth of a token.
 HWY_INLINE void PrefetchGroup(const Int4Pointer& later, size_t g, size_t groups) {
   if (g % 2 == 0) PrefetchL2(later.pairs + g * (kInt4Group / 2));
   if (g != 0) return;
@@ -42,6 +46,18 @@ struct Activations<Int4Pair> : DigitRow {
     const auto eights = hn::Set(hn::ScalableTag<uint8_t>(), 8);
     for (size_t g = 0; Exact() && g < n / kInt4Group; ++g) {
       to[g] = hn::ReduceSum(DF(), hn::ConvertTo(DF(), GroupSums(eights, digits + g * kInt4Group, stride)));
+    }
+    if (Exact()) PairHalves(n, memory);
+  }
+
+  // Of every two groups the first halves, then the second halves, as LoadPair has the weights.
+  void PairHalves(size_t n, int8_t* memory) {
+    constexpr size_t kHalf = kInt4Group / 2;
+    for (size_t digit = 0; digit < 3; ++digit) {
+      for (size_t i = 0; i + 2 * kInt4Group <= n; i += 2 * kInt4Group) {
+        int8_t* pair = memory + digit * stride + i;
+        std::swap_ranges(pair + kHalf, pair + 2 * kHalf, pair + 2 * kHalf);
+      }
     }
   }
 
@@ -67,26 +83,68 @@ HWY_INLINE hn::Vec<hn::ScalableTag<uint8_t>> LoadGroup(const Int4Pair* pairs) {
   return hn::And(whole, hn::Set(d8, 15));
 }
 
+// Two groups: all that lies in the low halves of their bytes, and in the high halves.
+struct GroupPair {
+  hn::Vec<hn::ScalableTag<uint8_t>> low, high;
+};
+HWY_INLINE GroupPair LowAndHigh(hn::Vec<hn::ScalableTag<uint8_t>> pairs) {
+  const hn::ScalableTag<uint8_t> d8;
+  const hn::Repartition<uint16_t, decltype(d8)> d16;
+  const auto mask = hn::Set(d8, 15);
+  const auto high = hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, pairs)));
+  return {hn::And(pairs, mask), hn::And(high, mask)};
+}
+
+// Two neighbouring values, each in the half of the lanes that belongs to its group.
+HWY_INLINE VF SpreadPair(const float* two) {
+  alignas(64) static constexpr int32_t kFirstOrSecond[16] = {0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1};
+  int64_t both;
+  std::memcpy(&both, two, sizeof(both));
+  return VF{
+      _mm512_permutevar_ps(_mm512_castsi512_ps(_mm512_set1_epi64(both)), _mm512_load_si512(kFirstOrSecond))};
+}
+
 // One row with 4 weight rows.
 HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w, size_t n,
                           const Int4Pointer* later, float* out) {
   const DF df;
+  const hn::ScalableTag<int8_t> d8;
+  const hn::ScalableTag<int32_t> d32;
   const size_t groups = n / kInt4Group, stride = row.stride, lanes = hn::Lanes(df);
   const int8_t* HWY_RESTRICT digits = row.digits;
   const Int4Pointer w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
   VF a0 = hn::Zero(df), a1 = a0, a2 = a0, a3 = a0;
-  const auto add = [&](const Int4Pointer& weights, size_t g, VF sum) HWY_ATTR {
-    const auto bytes = LoadGroup(weights.pairs + g * (kInt4Group / 2));
-    const auto sums = Activations<Int4Pair>::GroupSums(bytes, digits + g * kInt4Group, stride);
-    return hn::MulAdd(hn::ConvertTo(df, sums), hn::Set(df, weights.scales[g]), sum);
-  };
-  for (size_t g = 0; g < groups; ++g) {
-    if (later != nullptr) {
-      for (size_t c = 0; c < 4; ++c) PrefetchGroup(later[c], g, groups);
-    }
-    a0 = add(w0, g, a0), a1 = add(w1, g, a1), a2 = add(w2, g, a2), a3 = add(w3, g, a3);
+  size_t g = 0;
+  for (; g + 2 <= groups; g += 2) {
+    for (size_t c = 0; later != nullptr && c < 4; ++c) PrefetchGroup(later[c], g, groups);
+    const int8_t* x = digits + g * kInt4Group;
+    const auto load = [=](size_t digit, size_t half)
+                          HWY_ATTR { return hn::LoadU(d8, x + digit * stride + half * kInt4Group); };
+    const auto top0 = load(0, 0), top1 = load(0, 1), upper0 = load(1, 0), upper1 = load(1, 1);
+    const auto all0 = load(2, 0), all1 = load(2, 1);
+    const auto add = [=](const Int4Pointer& weights, VF sum) HWY_ATTR {
+      const uint8_t* pairs = &weights.pairs[g * (kInt4Group / 2)].both;
+      const auto [low, high] = LowAndHigh(hn::LoadU(hn::ScalableTag<uint8_t>(), pairs));
+      // Eight elements in each lane: at most 8 * 15 * 2^23, which int32 holds.
+      auto s = hn::SumOfMulQuadAccumulate(d32, low, top0, hn::Zero(d32));
+      s = hn::ShiftLeft<8>(hn::SumOfMulQuadAccumulate(d32, high, top1, s));
+      s = hn::SumOfMulQuadAccumulate(d32, low, upper0, s);
+      s = hn::ShiftLeft<8>(hn::SumOfMulQuadAccumulate(d32, high, upper1, s));
+      s = hn::SumOfMulQuadAccumulate(d32, low, all0, s);
+      s = hn::SumOfMulQuadAccumulate(d32, high, all1, s);
+      return hn::MulAdd(hn::ConvertTo(df, s), SpreadPair(weights.scales + g), sum);
+    };
+    a0 = add(w0, a0), a1 = add(w1, a1), a2 = add(w2, a2), a3 = add(w3, a3);
   }
-  for (size_t g = 0; g < groups; g += lanes) {
+  if (g < groups) {
+    const auto add = [&](const Int4Pointer& weights, VF sum) HWY_ATTR {
+      const auto bytes = LoadGroup(weights.pairs + g * (kInt4Group / 2));
+      const auto sums = Activations<Int4Pair>::GroupSums(bytes, digits + g * kInt4Group, stride);
+      return hn::MulAdd(hn::ConvertTo(df, sums), hn::Set(df, weights.scales[g]), sum);
+    };
+    a0 = add(w0, a0), a1 = add(w1, a1), a2 = add(w2, a2), a3 = add(w3, a3);
+  }
+  for (g = 0; g < groups; g += lanes) {
     const size_t m = HWY_MIN(lanes, groups - g);
     const VF offset = hn::LoadN(df, row.offsets + g, m);
     a0 = hn::NegMulAdd(hn::LoadN(df, w0.scales + g, m), offset, a0);
@@ -110,56 +168,6 @@ HWY_INLINE void DotRows(const Activations<Int4Pair>* const* rows, const Int4Poin
                  out_stride);
     }
   }
-}
-
-// As AxpyTile, for one row.
-template <class Row, class Later>
-HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const float* h, size_t n,
-                           size_t later_count, Later later) {
-  const DF df;
-  const hn::RebindToSigned<DF> d32;
-  const hn::Rebind<uint8_t, DF> d8;
-  const size_t lanes = hn::Lanes(df), groups = n / kInt4Group;
-  const VF values = hn::ConvertTo(df, hn::Sub(hn::Iota(d32, 0), hn::Set(d32, 8)));
-  for (size_t g = 0; g < groups; ++g, y += kInt4Group) {
-    for (size_t k = 0; k < later_count; ++k) PrefetchGroup(later(k), g, groups);
-    VF a0 = hn::LoadU(df, y), a1 = hn::LoadU(df, y + lanes);
-    VF a2 = hn::LoadU(df, y + 2 * lanes), a3 = hn::LoadU(df, y + 3 * lanes);
-    for (size_t k = 0; k < count; ++k) {
-      const Int4Pointer w = row(k);
-      const uint8_t* pairs = &w.pairs[g * (kInt4Group / 2)].both;
-      const VF table = hn::Mul(values, hn::Set(df, h[k] * w.scales[g]));
-      // Only the lowest four bits of an index count.
-      const auto first = hn::PromoteTo(d32, hn::LoadU(d8, pairs));
-      const auto second = hn::PromoteTo(d32, hn::LoadU(d8, pairs + lanes));
-      const auto look_up = [&](auto index)
-                               HWY_ATTR { return VF{_mm512_permutexvar_ps(index.raw, table.raw)}; };
-      a0 = hn::Add(a0, look_up(first)), a1 = hn::Add(a1, look_up(second));
-      a2 = hn::Add(a2, look_up(hn::ShiftRight<4>(first))),
-      a3 = hn::Add(a3, look_up(hn::ShiftRight<4>(second)));
-    }
-    hn::StoreU(a0, df, y), hn::StoreU(a1, df, y + lanes);
-    hn::StoreU(a2, df, y + 2 * lanes), hn::StoreU(a3, df, y + 3 * lanes);
-  }
-}
-
-template <size_t kRows, class Row, class Later>
-HWY_INLINE void AxpyRows(float* const* y, Row row, size_t count, const float* h, size_t h_stride, size_t n,
-                         size_t later_count, Later later) {
-  if constexpr (std::is_same_v<decltype(row(0)), Int4Pointer>) {
-    for (size_t r = 0; r < kRows; ++r)
-      AxpyGroups(y[r], row, count, h + r * h_stride, n, r == 0 ? later_count : 0, later);
-  } else {
-    AxpyTile<kRows>(y, row, count, h, h_stride, n, later_count, later);
-  }
-}
-
-#else
-
-template <size_t kRows, class Row, class Later>
-HWY_INLINE void AxpyRows(float* const* y, Row row, size_t count, const float* h, size_t h_stride, size_t n,
-                         size_t later_count, Later later) {
-  AxpyTile<kRows>(y, row, count, h, h_stride, n, later_count, later);
 }
 
 #endif  // SHADOWC_DIGITS

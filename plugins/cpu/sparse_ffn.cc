@@ -17,6 +17,7 @@
 #include "ffn_row-inl.h"
 #include "hwy/highway.h"
 #include "int4-inl.h"
+#include "int4_sum-inl.h"
 #include "rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();

@@ -264,3 +264,24 @@ def test_ffn_names_the_types_it_takes_when_the_session_is_made():
         Exception, match=r"the element type of w must be float32, bfloat16, int8, or uint8 .*, found float16"
     ):
         ffn(arrays)
+
+
+@pytest.mark.parametrize("E", [64, 128, 192, 1088])
+@pytest.mark.parametrize("F", [1, 4, 5, 8, 19])
+def test_int4_columns_are_summed_exactly_whatever_the_number_of_rows_and_groups(E, F):
+    """Rows are added by eights and fours, columns by pairs of groups, with a rest of each; a digit less would show."""
+    arrays = operands(np.random.default_rng(E + F), F=F, E=E, Z=0, dtype="int4")
+    arrays["b1"] += 3  # all fire
+    kernels.assert_close(ffn(arrays)[0], numpy_reference.sparse_ffn(**arrays)[0], kernels.TOLERANCE / 10)
+
+
+@pytest.mark.parametrize("factor", [1e-34, 1e32, np.inf, np.nan])
+def test_int4_factors_without_digits_are_added_as_floats(factor):
+    arrays = operands(np.random.default_rng(15), F=12, E=192, Z=0, dtype="int4")
+    arrays["b1"] += 3
+    arrays["scales"][5, 1, 1] = factor  # of the second group of columns of one row
+    with np.errstate(invalid="ignore", over="ignore"):
+        expected = numpy_reference.sparse_ffn(**arrays)[0]
+        found = ffn(arrays)[0]
+    for columns in (slice(0, 64), slice(64, 128), slice(128, 192)):
+        kernels.assert_close(found[..., columns], expected[..., columns].astype(np.float32))

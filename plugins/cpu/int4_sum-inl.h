@@ -1,0 +1,243 @@
+// SPDX-License-Identifier: Apache-2.0
+// Int4 weight rows added to rows of y, once per SIMD target.
+//
+// With AVX-512, up to eight rows are added together. The factors h * scale of one group of columns become
+// integers X of 24 bits, relative to the largest of them, in three digits (see digits-inl.h). The bytes of
+// four rows are woven into lanes of four weights, one of each row, and multiplied with four digits at once. A
+// group's sum is an exact integer: the result depends on which rows with factors other than zero share a
+// call, not on where they stand in it.
+
+#if defined(SHADOWC_CPU_INT4_SUM_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SHADOWC_CPU_INT4_SUM_INL_H_
+#undef SHADOWC_CPU_INT4_SUM_INL_H_
+#else
+#define SHADOWC_CPU_INT4_SUM_INL_H_
+#endif
+
+#include <algorithm>
+#include <cstring>
+
+#include "digits-inl.h"
+#include "digits.h"
+#include "int4-inl.h"
+#include "rows-inl.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace shadowc {
+namespace HWY_NAMESPACE {
+
+// Rows of int4 that are added together; callers that want the same bits with some rows of zeros left out must
+// leave the others where they are.
+inline constexpr size_t kInt4Rows = 8;
+
+#if SHADOWC_DIGITS
+
+// The factors of up to eight rows for kGroups groups of columns.
+struct GroupFactors {
+  static constexpr size_t kGroups = 16;
+  // Digits, most significant first, of four rows in a word; words of rows 0-3, then of rows 4-7.
+  alignas(64) uint32_t words[2][3][kGroups];
+  alignas(64) int32_t offset[kGroups];  // 8 * sum of X: weights are stored plus 8
+  alignas(64) float step[kGroups];      // a factor is about step * X
+
+  // Of groups g ... g + count. False if a factor has no digits: it is tiny, infinite or NaN.
+  template <class Row>
+  HWY_INLINE bool Split(Row row, size_t rows, const float* h, size_t g, size_t count) {
+    const DF df;
+    const hn::RebindToSigned<DF> di;
+    const auto factor = [=](size_t k) HWY_ATTR {
+      return hn::Mul(hn::Set(df, h[k]), hn::LoadN(df, row(k).scales + g, count));
+    };
+    // Bits of non-negative floats are ordered as the floats are, infinities and NaN last.
+    auto most = hn::Zero(di);
+    for (size_t k = 0; k < rows; ++k) most = hn::Max(most, hn::BitCast(di, hn::Abs(factor(k))));
+    const VF largest = hn::BitCast(df, most);
+    const auto some = hn::RebindMask(df, hn::Gt(most, hn::Zero(di)));
+    const auto fits = hn::And(hn::Gt(largest, hn::Set(df, kLeastWithDigits)),
+                              hn::Lt(largest, hn::Set(df, kMostWithDigits)));
+    if (!hn::AllTrue(df, hn::Or(hn::Not(some), fits))) return false;
+    const VF scale = hn::IfThenElseZero(some, hn::Div(hn::Set(df, kMostDigits), largest));
+    hn::StoreU(hn::Mul(largest, hn::Set(df, 1.0f / kMostDigits)), df, step);
+    const auto half = hn::Set(di, 128), byte = hn::Set(di, 255);
+    auto sum = hn::Zero(di);
+    for (size_t four = 0; four < 2; ++four) {
+      auto top = hn::Zero(di), upper = top, all = top;
+      for (size_t k = std::min(rows, 4 * four + 4); k-- > 4 * four;) {
+        const auto x = hn::NearestInt(hn::Mul(factor(k), scale));
+        const auto x1 = hn::ShiftRight<8>(hn::Add(x, half)), x2 = hn::ShiftRight<8>(hn::Add(x1, half));
+        all = hn::Or(hn::ShiftLeft<8>(all), hn::And(x, byte));
+        upper = hn::Or(hn::ShiftLeft<8>(upper), hn::And(x1, byte));
+        top = hn::Or(hn::ShiftLeft<8>(top), hn::And(x2, byte));
+        sum = hn::Add(sum, x);
+      }
+      const auto store = [&](auto word, size_t digit) HWY_ATTR {
+        hn::StoreU(word, di, reinterpret_cast<int32_t*>(words[four][digit]));
+      };
+      store(top, 0), store(upper, 1), store(all, 2);
+    }
+    hn::StoreU(hn::ShiftLeft<3>(sum), di, offset);
+    return true;
+  }
+};
+
+using Bytes64 = hn::Vec<hn::ScalableTag<uint8_t>>;
+
+// Four vectors of 16 lanes as the weaving leaves them: lanes 4b ... 4b + 3 of vector c are columns 16b + 4c
+// ... of the 64. As columns: vector b holds columns 16b ... 16b + 15.
+HWY_INLINE void Unweave(VF* v) {
+  const auto a = _mm512_shuffle_f32x4(v[0].raw, v[1].raw, 0x44),
+             b = _mm512_shuffle_f32x4(v[0].raw, v[1].raw, 0xee);
+  const auto c = _mm512_shuffle_f32x4(v[2].raw, v[3].raw, 0x44),
+             d = _mm512_shuffle_f32x4(v[2].raw, v[3].raw, 0xee);
+  v[0] = VF{_mm512_shuffle_f32x4(a, c, 0x88)}, v[1] = VF{_mm512_shuffle_f32x4(a, c, 0xdd)};
+  v[2] = VF{_mm512_shuffle_f32x4(b, d, 0x88)}, v[3] = VF{_mm512_shuffle_f32x4(b, d, 0xdd)};
+}
+
+// Rows first ... first + 3 of one pair of groups: lanes of four weights, one of each row.
+template <class Row>
+HWY_INLINE void WeaveFour(Row row, size_t first, size_t count, size_t g, Bytes64* to) {
+  const hn::ScalableTag<uint8_t> d8;
+  const hn::Repartition<uint16_t, decltype(d8)> d16;
+  const auto load = [=](size_t c) HWY_ATTR {
+    return hn::LoadU(d8, &row(std::min(first + c, count - 1)).pairs[g * (kInt4Group / 2)].both);
+  };
+  const auto w0 = load(0), w1 = load(1), w2 = load(2), w3 = load(3);
+  const auto a = hn::BitCast(d16, hn::InterleaveLower(d8, w0, w1)),
+             b = hn::BitCast(d16, hn::InterleaveUpper(d8, w0, w1));
+  const auto c = hn::BitCast(d16, hn::InterleaveLower(d8, w2, w3)),
+             d = hn::BitCast(d16, hn::InterleaveUpper(d8, w2, w3));
+  to[0] = hn::BitCast(d8, hn::InterleaveLower(d16, a, c)),
+  to[1] = hn::BitCast(d8, hn::InterleaveUpper(d16, a, c));
+  to[2] = hn::BitCast(d8, hn::InterleaveLower(d16, b, d)),
+  to[3] = hn::BitCast(d8, hn::InterleaveUpper(d16, b, d));
+}
+
+// y [128] += the rows' groups g and g + 1, which are numbers j and j + 1 of `factors`; kFours: rows / 4,
+// rounded up.
+template <size_t kFours, class Row>
+HWY_INLINE void AddPair(const GroupFactors& factors, size_t j, Row row, size_t count, size_t g,
+                        float* HWY_RESTRICT y) {
+  const DF df;
+  const hn::ScalableTag<int8_t> d8;
+  const hn::ScalableTag<int32_t> d32;
+  using V32 = hn::Vec<decltype(d32)>;
+  const auto spread = [](const void* two) HWY_ATTR {
+    return hn::BitCast(hn::ScalableTag<int32_t>(), SpreadPair(static_cast<const float*>(two)));
+  };
+  Bytes64 woven[4 * kFours];
+  hn::Vec<decltype(d8)> x[kFours][3];
+  HWY_UNROLL(2)
+  for (size_t f = 0; f < kFours; ++f) {
+    WeaveFour(row, 4 * f, count, g, woven + 4 * f);
+    HWY_UNROLL(3)
+    for (size_t digit = 0; digit < 3; ++digit)
+      x[f][digit] = hn::BitCast(d8, spread(factors.words[f][digit] + j));
+  }
+  const V32 offset = spread(factors.offset + j);
+  const VF step0 = hn::Set(df, factors.step[j]), step1 = hn::Set(df, factors.step[j + 1]);
+  const auto add = [=](VF value, VF step, float* to)
+                       HWY_ATTR { hn::StoreU(hn::MulAdd(value, step, hn::LoadU(DF(), to)), DF(), to); };
+  HWY_UNROLL(2)
+  for (size_t high = 0; high < 2; ++high) {
+    VF values[4];
+    HWY_UNROLL(4)
+    for (size_t c = 0; c < 4; ++c) {
+      Bytes64 w[kFours];
+      HWY_UNROLL(2)
+      for (size_t f = 0; f < kFours; ++f) {
+        const auto pair = LowAndHigh(woven[4 * f + c]);
+        w[f] = high != 0 ? pair.high : pair.low;
+      }
+      V32 sum = hn::Zero(d32);
+      HWY_UNROLL(3)
+      for (size_t digit = 0; digit < 3; ++digit) {
+        if (digit != 0) sum = hn::ShiftLeft<8>(sum);
+        HWY_UNROLL(2)
+        for (size_t f = 0; f < kFours; ++f) sum = hn::SumOfMulQuadAccumulate(d32, w[f], x[f][digit], sum);
+      }
+      values[c] = hn::ConvertTo(df, hn::Sub(sum, offset));
+    }
+    Unweave(values);
+    float* to = y + high * (kInt4Group / 2);
+    add(values[0], step0, to), add(values[1], step0, to + 16);
+    add(values[2], step1, to + kInt4Group), add(values[3], step1, to + kInt4Group + 16);
+  }
+}
+
+// y [64] += the rows' group g, in floats: h * scale * value is looked up in a register that holds it for all
+// 16 values.
+template <class Row>
+HWY_INLINE void LookUpGroup(Row row, size_t count, const float* h, size_t g, float* HWY_RESTRICT y) {
+  const DF df;
+  const hn::RebindToSigned<DF> d32;
+  const hn::Rebind<uint8_t, DF> d8;
+  const size_t lanes = hn::Lanes(df);
+  const VF values = hn::ConvertTo(df, hn::Sub(hn::Iota(d32, 0), hn::Set(d32, 8)));
+  VF a0 = hn::LoadU(df, y), a1 = hn::LoadU(df, y + lanes);
+  VF a2 = hn::LoadU(df, y + 2 * lanes), a3 = hn::LoadU(df, y + 3 * lanes);
+  for (size_t k = 0; k < count; ++k) {
+    const Int4Pointer w = row(k);
+    const uint8_t* pairs = &w.pairs[g * (kInt4Group / 2)].both;
+    const VF table = hn::Mul(values, hn::Set(df, h[k] * w.scales[g]));
+    // Only the lowest four bits of an index count.
+    const auto first = hn::PromoteTo(d32, hn::LoadU(d8, pairs));
+    const auto second = hn::PromoteTo(d32, hn::LoadU(d8, pairs + lanes));
+    const auto look_up = [&](auto index) HWY_ATTR { return VF{_mm512_permutexvar_ps(index.raw, table.raw)}; };
+    a0 = hn::Add(a0, look_up(first)), a1 = hn::Add(a1, look_up(second));
+    a2 = hn::Add(a2, look_up(hn::ShiftRight<4>(first)));
+    a3 = hn::Add(a3, look_up(hn::ShiftRight<4>(second)));
+  }
+  hn::StoreU(a0, df, y), hn::StoreU(a1, df, y + lanes);
+  hn::StoreU(a2, df, y + 2 * lanes), hn::StoreU(a3, df, y + 3 * lanes);
+}
+
+// As AxpyTile, for one row and at most kInt4Rows weight rows.
+template <class Row, class Later>
+HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const float* h, size_t n,
+                           size_t later_count, Later later) {
+  const size_t groups = n / kInt4Group;
+  GroupFactors factors;
+  for (size_t first = 0; first < groups; first += GroupFactors::kGroups) {
+    const size_t here = std::min(GroupFactors::kGroups, groups - first);
+    const bool split = count != 0 && factors.Split(row, count, h, first, here);
+    for (size_t j = 0; j < here; j += 2) {
+      const size_t g = first + j;
+      for (size_t k = 0; k < later_count; ++k) PrefetchGroup(later(k), g, groups);
+      if (!split || j + 1 == here) {
+        for (size_t i = g; i < first + std::min(here, j + 2); ++i)
+          LookUpGroup(row, count, h, i, y + i * kInt4Group);
+      } else if (count <= 4) {
+        AddPair<1>(factors, j, row, count, g, y + g * kInt4Group);
+      } else {
+        AddPair<2>(factors, j, row, count, g, y + g * kInt4Group);
+      }
+    }
+  }
+}
+
+template <size_t kRows, class Row, class Later>
+HWY_INLINE void AxpyRows(float* const* y, Row row, size_t count, const float* h, size_t h_stride, size_t n,
+                         size_t later_count, Later later) {
+  if constexpr (std::is_same_v<decltype(row(0)), Int4Pointer>) {
+    for (size_t r = 0; r < kRows; ++r)
+      AxpyGroups(y[r], row, count, h + r * h_stride, n, r == 0 ? later_count : 0, later);
+  } else {
+    AxpyTile<kRows>(y, row, count, h, h_stride, n, later_count, later);
+  }
+}
+
+#else
+
+template <size_t kRows, class Row, class Later>
+HWY_INLINE void AxpyRows(float* const* y, Row row, size_t count, const float* h, size_t h_stride, size_t n,
+                         size_t later_count, Later later) {
+  AxpyTile<kRows>(y, row, count, h, h_stride, n, later_count, later);
+}
+
+#endif  // SHADOWC_DIGITS
+
+}  // namespace HWY_NAMESPACE
+}  // namespace shadowc
+HWY_AFTER_NAMESPACE();
+
+#endif  // include guard, toggled per target
