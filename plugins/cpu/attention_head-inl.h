@@ -48,11 +48,10 @@ struct Head {
 // out[r][d] = (x[r] . row d of the part * scale + bias) * factor, kColumns values of d at a time. The rows of
 // the record that follow are prefetched as these are read, kAhead bytes before they are needed; `following`
 // parts are read after this one.
-template <size_t kColumns, class W>
-HWY_INLINE void ProjectColumns(const AttentionArgs& a, const Head<W>& head, Part part, size_t following,
-                               float factor, const Activations<W>* const* x, size_t count,
-                               float* const* out) {
-  constexpr size_t kAhead = size_t{16} << 10;
+template <class W>
+HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, size_t following,
+                        float factor, const Activations<W>* const* x, size_t count, float* const* out) {
+  constexpr size_t kAhead = size_t{16} << 10, kColumns = 4;
   const size_t d_end = a.head_size, width = a.width;
   const size_t ahead_rows = std::max(kColumns, kAhead / (RowElements<W>(width) * sizeof(W)));
   const Pointer<W> w = head.w + part * head.part_size;
@@ -71,7 +70,7 @@ HWY_INLINE void ProjectColumns(const AttentionArgs& a, const Head<W>& head, Part
     const Pointer<W>* later = ahead;
     float dots[kTileRows * kColumns];
     ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
-      DotRows<group(), kColumns>(x + r, rows, width, later, dots + r * kColumns, kColumns);
+      DotRows<group()>(x + r, rows, width, later, dots + r * kColumns, kColumns);
       later = nullptr;
     });
     for (size_t r = 0; r < count; ++r) {
@@ -79,18 +78,6 @@ HWY_INLINE void ProjectColumns(const AttentionArgs& a, const Head<W>& head, Part
         out[r][d + c] = (dots[r * kColumns + c] * RowScale<W>(scales, d + c) + bias[d + c]) * factor;
     }
   }
-}
-
-template <class W>
-HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, size_t following,
-                        float factor, const Activations<W>* const* x, size_t count, float* const* out) {
-  // One stream is what the hardware's own prefetchers like best; digits are quick enough for it (see
-  // sparse_ffn.cc).
-  if constexpr (Activations<W>::kDigits) {
-    if (count == 1 && x[0]->Exact())
-      return ProjectColumns<1>(a, head, part, following, factor, x, count, out);
-  }
-  ProjectColumns<4>(a, head, part, following, factor, x, count, out);
 }
 
 // y[r][begin ... end) += context[r] (head_size values) times these columns of the head's output rows.

@@ -42,7 +42,6 @@ namespace HWY_NAMESPACE {
 // One row of x, ready for products with weight rows of type W. In general that is x itself.
 template <class W>
 struct Activations {
-  static constexpr bool kDigits = false;
   const float* x = nullptr;
 
   static size_t Bytes(size_t) { return 0; }
@@ -50,11 +49,10 @@ struct Activations {
   bool Exact() const { return false; }  // products are sums of floats, grouped as DotTile does
 };
 
-// out[r * out_stride + c] = row r . w[c] for kRows rows and kWeights weight rows; `later` as in DotTile.
-template <size_t kRows, size_t kWeights, class W>
+// out[r * out_stride + c] = row r . w[c] for kRows rows and 4 weight rows; `later` as in DotTile.
+template <size_t kRows, class W>
 HWY_INLINE void DotRows(const Activations<W>* const* rows, const Pointer<W>* w, size_t n,
                         const Pointer<W>* later, float* out, size_t out_stride) {
-  static_assert(kWeights == 4);
   const float* x[kRows];
   for (size_t r = 0; r < kRows; ++r) x[r] = rows[r]->x;
   DotTile<kRows>(x, w[0], w[1], w[2], w[3], n, later, out, out_stride);
@@ -68,7 +66,7 @@ struct DigitRow {
   const int8_t* digits = nullptr;  // [3, stride], most significant first, zeros from n on
   size_t stride = 0;
   double step = 0.0;    // x is about step * X
-  double offset = 0.0;  // 128 * sum of X, see DotDigits
+  double offset = 0.0;  // 128 * sum of X, see Shifted
 
   static size_t Bytes(size_t n) { return 3 * hwy::RoundUpTo(n, hn::Lanes(hn::ScalableTag<int8_t>())); }
   // `memory` holds Bytes(n).
@@ -119,9 +117,7 @@ struct DigitRow {
 };
 
 template <>
-struct Activations<int8_t> : DigitRow {
-  static constexpr bool kDigits = true;
-};
+struct Activations<int8_t> : DigitRow {};
 
 // The sums of a row's digits times one weight row.
 struct DigitSums {
@@ -136,9 +132,6 @@ struct DigitSums {
     top = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits), top);
     upper = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + stride), upper);
     all = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + 2 * stride), all);
-  }
-  HWY_INLINE void Add(const DigitSums& other) {
-    top = hn::Add(top, other.top), upper = hn::Add(upper, other.upper), all = hn::Add(all, other.all);
   }
   HWY_INLINE float Product(const DigitRow& row) const {
     const hn::ScalableTag<int32_t> d32;
@@ -156,29 +149,6 @@ HWY_INLINE hn::Vec<hn::ScalableTag<uint8_t>> Shifted(hn::Vec<hn::ScalableTag<int
 }
 HWY_INLINE hn::Vec<hn::ScalableTag<uint8_t>> LoadShifted(const int8_t* w) {
   return Shifted(hn::LoadU(hn::ScalableTag<int8_t>(), w));
-}
-
-// One row with one weight row: two sets of sums, for as many independent chains as the instruction's latency
-// asks.
-HWY_INLINE float DotDigits(const Activations<int8_t>& row, const int8_t* HWY_RESTRICT w, size_t n,
-                           const int8_t* later) {
-  const hn::ScalableTag<int8_t> d8;
-  const size_t lanes = hn::Lanes(d8), stride = row.stride;
-  const int8_t* HWY_RESTRICT digits = row.digits;
-  DigitSums even, odd;
-  size_t i = 0;
-  for (; i + 2 * lanes <= n; i += 2 * lanes) {
-    if (later != nullptr) PrefetchRows([=](size_t) HWY_ATTR { return later; }, 1, i, 2 * lanes);
-    even.Add(LoadShifted(w + i), digits + i, stride);
-    odd.Add(LoadShifted(w + i + lanes), digits + i + lanes, stride);
-  }
-  for (; i < n; i += lanes) {
-    const size_t m = HWY_MIN(lanes, n - i);
-    if (later != nullptr) PrefetchStep(later + i, m);
-    even.Add(Shifted(hn::LoadN(d8, w + i, m)), digits + i, stride);
-  }
-  even.Add(odd);
-  return even.Product(row);
 }
 
 // kRows rows with 4 weight rows; `later` as in DotTile.
@@ -213,21 +183,19 @@ HWY_INLINE void DotDigitsTile(const Activations<int8_t>* const* rows, const int8
   if constexpr (kRows == 2) store(out + out_stride, *rows[1], s10, s11, s12, s13);
 }
 
-template <size_t kRows, size_t kWeights>
+template <size_t kRows>
 HWY_INLINE void DotRows(const Activations<int8_t>* const* rows, const int8_t* const* w, size_t n,
                         const int8_t* const* later, float* out, size_t out_stride) {
   if constexpr (kRows == 4) {
-    DotRows<2, kWeights>(rows, w, n, later, out, out_stride);
-    DotRows<2, kWeights>(rows + 2, w, n, nullptr, out + 2 * out_stride, out_stride);
+    DotRows<2>(rows, w, n, later, out, out_stride);
+    DotRows<2>(rows + 2, w, n, nullptr, out + 2 * out_stride, out_stride);
   } else if constexpr (kRows == 2) {
     if (rows[0]->Exact() && rows[1]->Exact()) {
       DotDigitsTile<2>(rows, w, n, later, out, out_stride);
     } else {
-      DotRows<1, kWeights>(rows, w, n, later, out, out_stride);
-      DotRows<1, kWeights>(rows + 1, w, n, nullptr, out + out_stride, out_stride);
+      DotRows<1>(rows, w, n, later, out, out_stride);
+      DotRows<1>(rows + 1, w, n, nullptr, out + out_stride, out_stride);
     }
-  } else if constexpr (kWeights == 1) {
-    out[0] = DotDigits(*rows[0], w[0], n, later == nullptr ? nullptr : later[0]);
   } else if (rows[0]->Exact()) {
     DotDigitsTile<1>(rows, w, n, later, out, out_stride);
   } else {

@@ -44,7 +44,6 @@ struct Neurons {
   size_t count, with_next;
   uint32_t operator[](size_t k) const { return list[std::min(k, with_next - 1)]; }
   uint32_t Own(size_t k) const { return list[std::min(k, count - 1)]; }
-  bool Contiguous() const { return count != 0 && list[count - 1] - list[0] + 1 == count; }
 };
 
 // h of kCount neurons from their dot products with x.
@@ -66,9 +65,10 @@ HWY_INLINE void PrefetchFactors(const FfnArgs& a, size_t neuron) {
 template <class W>
 inline constexpr size_t kTogether = kIsInt4<W> ? kInt4Rows : 4;
 
-// Whole records, kCount at a time; while they are read, as many later ones are fetched into L2, line by line.
-template <size_t kCount, class W>
-void WholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
+// Whole records; while they are read, as many later ones are fetched into L2, line by line.
+template <class W>
+ReadCount RowWholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
+  constexpr size_t kCount = kTogether<W>;
   const Pointer<W> w = PointerOf<W>(a.w, a.scales);
   const size_t width = a.width, ahead = std::max(kCount, Ahead(2 * RowElements<W>(width) * sizeof(W)));
   const Activations<W>* row = &x;
@@ -85,31 +85,13 @@ void WholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neur
     const bool more = k + ahead < neurons.with_next;
     for (size_t c = 0; c < kCount; ++c) PrefetchFactors(a, neurons[k + ahead + c]);
     const size_t here = std::min(kCount, neurons.count - k);
-    constexpr size_t kDots = std::min<size_t>(kCount, 4);
     float h[kCount] = {};
-    for (size_t c = 0; c < here; c += kDots)
-      DotRows<1, kDots>(&row, first + c, width, more ? later_first + c : nullptr, h + c, kDots);
+    for (size_t c = 0; c < here; c += 4)
+      DotRows<1>(&row, first + c, width, more ? later_first + c : nullptr, h + c, 4);
     Activate<kCount, W>(a, neurons, k, h);
     for (size_t c = 0; c < here; ++c) h[c] *= RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
-    if constexpr (kCount == 1) {
-      Axpy(h[0], second[0], y, width, more ? later_second[0] : nullptr);
-    } else {
-      AxpyRows<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later_second});
-    }
+    AxpyRows<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later_second});
   }
-}
-
-template <class W>
-ReadCount RowWholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
-  // In a run of neurons the hardware's own prefetchers help along one stream, less so along four. Digits
-  // alone are quick enough for one record at a time, and their sums do not depend on the grouping.
-  if constexpr (Activations<W>::kDigits) {
-    if (x.Exact() && neurons.Contiguous()) {
-      WholeRecords<1>(a, x, neurons, y);
-      return CountRead<W>(neurons.count, neurons.count, a.width);
-    }
-  }
-  WholeRecords<kTogether<W>>(a, x, neurons, y);
   return CountRead<W>(neurons.count, neurons.count, a.width);
 }
 
@@ -181,8 +163,7 @@ ReadCount RowSkippingZeros(const FfnArgs& a, const Activations<W>& x, const Neur
     float h[kCount] = {};
     const size_t here = std::min(kCount, neurons.count - k);
     for (size_t c = 0; c < here; c += 4)
-      DotRows<1, 4>(&row, first + c, width, k + ahead < neurons.with_next ? later_first + c : nullptr, h + c,
-                    4);
+      DotRows<1>(&row, first + c, width, k + ahead < neurons.with_next ? later_first + c : nullptr, h + c, 4);
     Activate<kCount, W>(a, neurons, k, h);
     size_t pushed = 0;
     for (size_t c = 0; c < here; ++c) {

@@ -35,8 +35,7 @@ HWY_INLINE void PrefetchGroup(const Int4Pointer& later, size_t g, size_t groups)
 
 template <>
 struct Activations<Int4Pair> : DigitRow {
-  static constexpr bool kDigits = false;  // four rows at a time are better, see WholeRecords
-  const float* offsets = nullptr;         // [groups], 8 * sum of X in the group: weights are stored plus 8
+  const float* offsets = nullptr;  // [groups], 8 * sum of X in the group: weights are stored plus 8
 
   static size_t Bytes(size_t n) { return DigitRow::Bytes(n) + n / kInt4Group * sizeof(float); }
   void Prepare(const float* row, size_t n, int8_t* memory) {
@@ -156,10 +155,9 @@ HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w
   for (size_t c = 0; c < 4; ++c) out[c] = static_cast<float>(out[c] * row.step);
 }
 
-template <size_t kRows, size_t kWeights>
+template <size_t kRows>
 HWY_INLINE void DotRows(const Activations<Int4Pair>* const* rows, const Int4Pointer* w, size_t n,
                         const Int4Pointer* later, float* out, size_t out_stride) {
-  static_assert(kWeights == 4);
   for (size_t r = 0; r < kRows; ++r) {
     if (rows[r]->Exact()) {
       DotGroups(*rows[r], w, n, r == 0 ? later : nullptr, out + r * out_stride);

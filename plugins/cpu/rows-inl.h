@@ -85,25 +85,6 @@ HWY_INLINE void PrefetchRows(Row row, size_t count, size_t i, size_t elements) {
   }
 }
 
-// y += h * w; one line of `later`, if not null, is prefetched per line read.
-template <class W>
-HWY_INLINE void Axpy(float h, const W* HWY_RESTRICT w, float* HWY_RESTRICT y, size_t n, const W* later) {
-  const DF df;
-  const size_t lanes = hn::Lanes(df), step = HWY_MAX(4 * lanes, kLine / sizeof(W));
-  const VF vh = hn::Set(df, h);
-  size_t i = 0;
-  for (; i + step <= n; i += step) {
-    if (later != nullptr) PrefetchRows([=](size_t) HWY_ATTR { return later; }, 1, i, step);
-    for (size_t j = i; j < i + step; j += lanes) {
-      hn::StoreU(hn::MulAdd(LoadWide(df, w + j), vh, hn::LoadU(df, y + j)), df, y + j);
-    }
-  }
-  for (; i < n; i += lanes) {
-    const size_t m = HWY_MIN(lanes, n - i);
-    hn::StoreN(hn::MulAdd(LoadWideN(df, w + i, m), vh, hn::LoadN(df, y + i, m)), df, y + i, m);
-  }
-}
-
 // A position in int4 weights, for all that takes a pointer to other weights; what is loaded has its scale.
 // Offsets are counted from the beginning of a group.
 struct Int4Pointer {

@@ -99,7 +99,7 @@ HWY_INLINE void FirstLayer(const FfnArgs& a, const Group<W>& g, const Group<W>& 
   for (size_t c = 0; c < g.count; c += 4) {
     const Pointer<W>* later = c < next.count ? next.half[0] + c : nullptr;
     ForRowGroups(t->count, [&](auto rows, size_t r) HWY_ATTR {
-      DotRows<rows(), 4>(t->x + r, g.half[0] + c, a.width, later, t->h + r * kGroup + c, kGroup);
+      DotRows<rows()>(t->x + r, g.half[0] + c, a.width, later, t->h + r * kGroup + c, kGroup);
       later = nullptr;
     });
   }
