@@ -22,7 +22,7 @@ LOWEST_PYTHON = (3, 11)
 LOWEST = {
     "torch": (2, 10),
     "transformers": (5,),
-    "onnx": (1, 18),
+    "onnx": (1, 19),
     "onnxscript": (0, 5, 7),
     "onnx-graphsurgeon": (0, 5, 8),
     "safetensors": (0, 5),
