@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shadowc.measure.resources import StageCost
+from shadowc.output import clear_leftovers
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
 from shadowc.spec.manifest import MANIFEST_FILE, WEIGHTS_FILE, EngineManifest, PassPart, SparsityPart
 from shadowc.spec.progress import NullProgress, Progress
@@ -149,6 +150,7 @@ class _Compile:
         )
 
     def _up_to_date(self, manifest: EngineManifest, checkpoint: Checkpoint) -> CompileSummary:
+        clear_leftovers(self.out)
         costs = tuple(self.stages.meter.costs)
         return CompileSummary(self.out, manifest, costs, up_to_date=True, left_out=checkpoint.unused)
 

@@ -117,6 +117,12 @@ def staged(out: Path, check: Callable[[Path], None], what: str, needed: int = 0)
         _being_written.discard(staging)
 
 
+def clear_leftovers(out: Path) -> None:
+    """Remove what killed runs left beside `out`, as far as that is possible."""
+    with suppress(OSError):
+        _recover(out.resolve())
+
+
 @contextmanager
 def writing(folder: Path, needed: int = 0) -> Iterator[None]:
     """Turn the operating system's refusal to write into one sentence.

@@ -202,6 +202,14 @@ def test_leftovers_of_killed_compiles_are_cleared(tmp_path: Path) -> None:
     )
 
 
+def test_leftovers_are_cleared_where_nothing_is_to_be_written(tmp_path: Path) -> None:
+    write(tmp_path / "mini.engine", "new")
+    (tmp_path / f".mini.engine.{dead_process()}.00ff.tmp").mkdir()
+    output.clear_leftovers(tmp_path / "mini.engine")
+    assert names(tmp_path) == ["mini.engine"]
+    output.clear_leftovers(tmp_path / "no" / "such.engine")
+
+
 def test_an_engine_caught_between_two_renames_comes_back(tmp_path: Path) -> None:
     aside = tmp_path / f".mini.engine.{dead_process()}.00ff.old"
     aside.mkdir()

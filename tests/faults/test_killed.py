@@ -112,11 +112,15 @@ def test_opt_mini_killed_while_it_replaces_an_older_engine(whole_mini: tuple[Pla
     assert older.run().code == 0
     with_older = dict(entries(place.cache))
     assert (before := older.left()) != whole.left()
+    kept = shutil.copytree(place.out, tmp_path / "kept")
     for moment in AFTER:
+        shutil.rmtree(place.out)
+        shutil.copytree(kept, place.out)
         ended = place.run(moment)
         assert ended.code in (-signal.SIGKILL, 0), ended.errors
         assert ended.stage == "after"
         assert place.left() in (before, whole.left())
     assert place.run().code == 0
     assert place.left() == whole.left()
+    assert place.leftovers() == []
     assert dict(entries(place.cache)) == with_older
