@@ -105,7 +105,7 @@ def test_missing_package_stops_the_cpu_target(shadowc: Shadowc, versions: dict[s
     result = shadowc("doctor")
     assert result.exit_code == 6
     assert "cannot build or run: see onnxscript" in result.stdout
-    assert "pip install 'onnxscript>=0.5'" in result.stderr
+    assert "pip install 'onnxscript>=" in result.stderr
 
 
 def test_machine_is_told_with_what_its_container_grants() -> None:
