@@ -49,7 +49,7 @@ struct Activations<Int4Pair> : DigitRow {
     if (Exact()) PairHalves(n, memory);
   }
 
-  // Of every two groups the first halves, then the second halves, as LoadPair has the weights.
+  // Of every two groups the first halves, then the second halves, as LowAndHigh has the weights.
   void PairHalves(size_t n, int8_t* memory) {
     constexpr size_t kHalf = kInt4Group / 2;
     for (size_t digit = 0; digit < 3; ++digit) {

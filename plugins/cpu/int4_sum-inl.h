@@ -15,7 +15,6 @@
 #endif
 
 #include <algorithm>
-#include <cstring>
 
 #include "digits-inl.h"
 #include "digits.h"
