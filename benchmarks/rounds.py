@@ -34,6 +34,24 @@ class LedgerError(Exception):
     """The file was made with other options, or a round failed; the message says what to do."""
 
 
+def say(text: str) -> None:
+    """One line on standard error."""
+    sys.stderr.write(f"{text}\n")
+
+
+def compile_dummy(name: str, model: str, folder: Path, *flags: str) -> None:
+    """Compile with random weights where `folder` is not up to date, in a process that gives its memory back.
+
+    Raises:
+        LedgerError: it did not compile; the message has the command.
+    """
+    command = [str(Path(sys.executable).with_name("shadowc")), "compile", "--model", model, "--load-format", "dummy"]
+    command += [*flags, "--offline", "--out", str(folder)]
+    say(f"{name}: compiling")
+    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0:
+        raise LedgerError(f"{name}: it did not compile; {' '.join(command)} says why")
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What is measured; rounds of other options are not mixed."""

@@ -25,12 +25,10 @@ from shadowc.checkpoint.opt import layer_names
 from shadowc.passes.surgery import Builder, Scopes, sort_nodes, units_of
 from shadowc.spec.errors import InternalError
 from shadowc.spec.ops import DOMAIN, SELECT_THRESHOLD
-from shadowc.spec.program import PassReport, Program, SparsityPlan, WeightRecipe
+from shadowc.spec.program import SMALLEST_SPAN, PassReport, Program, SparsityPlan, WeightRecipe
 
 NAME = "insert_predictor"
 CONTEXT = "context.0"
-SMALLEST_RANGE = 1e-12
-"""Divisor at least this: the context of a token that sees nothing is constant."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,7 +128,7 @@ def _scaled_context(program: Program, builder: Builder) -> gs.Variable:
     low = builder.node("ReduceMin", [rows, last_axis], "predictor.low", f32, column)
     high = builder.node("ReduceMax", [rows, last_axis], "predictor.high", f32, column)
     span = builder.node("Sub", [high, low], "predictor.span", f32, column)
-    smallest = builder.constant("predictor.smallest", np.array(SMALLEST_RANGE, f32))
+    smallest = builder.constant("predictor.smallest", np.array(SMALLEST_SPAN, f32))
     divisor = builder.node("Max", [span, smallest], "predictor.divisor", f32, column)
     shifted = builder.node("Sub", [rows, low], "predictor.shifted", f32, shape)
     return builder.node("Div", [shifted, divisor], "predictor.input", f32, shape)

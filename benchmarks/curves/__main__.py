@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,7 +17,7 @@ from pathlib import Path
 from benchmarks.curves import drawing
 from benchmarks.curves.series import series, table
 from benchmarks.decoding import DENSE, Setting
-from benchmarks.rounds import Asked, Ledger, LedgerError, measure, threads_of
+from benchmarks.rounds import Asked, Ledger, LedgerError, compile_dummy, measure, say, threads_of
 from shadowc.checkpoint.resolve import resolve
 from shadowc.measure import plot
 from shadowc.spec.errors import ShadowcError, UnsupportedError
@@ -73,10 +72,10 @@ def _measure(model: str, ledger: Ledger, given: argparse.Namespace) -> None:
     try:
         with _engine(model, given) as folder:
             for turn in range(done, given.rounds):
-                _say(f"{model}: round {turn + 1} of {given.rounds}")
+                say(f"{model}: round {turn + 1} of {given.rounds}")
                 ledger.add(model, measure(folder, ledger.asked, turn, given.launcher))
     except UnsupportedError as error:  # a folder may hold anything
-        _say(f"left out: {error}")
+        say(f"left out: {error}")
         ledger.note(model, left_out=str(error))
 
 
@@ -88,20 +87,12 @@ def _engine(model: str, given: argparse.Namespace) -> Iterator[Path]:
     need, free = parameters * PARAMETER_BYTES[given.weights] + SPARE, shutil.disk_usage(given.out).free
     if not folder.is_dir() and free < need:
         raise LedgerError(f"{model}: {given.out} has {free / 1e9:.1f} GB free, expected {need / 1e9:.1f}: free some")
-    command = [str(Path(sys.executable).with_name("shadowc")), "compile", "--model", model, "--load-format", "dummy"]
-    command += ["--weights", given.weights, "--mask", given.mask, "--offline", "--out", str(folder)]
     try:
-        _say(f"{model}: compiling")
-        if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0:
-            raise LedgerError(f"{model}: it did not compile; {' '.join(command)} says why")
+        compile_dummy(model, model, folder, "--weights", given.weights, "--mask", given.mask)
         yield folder
     finally:
         if not given.keep:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.decoding import DENSE, Setting
 from benchmarks.quality import heldout
-from benchmarks.rounds import Asked, Ledger, LedgerError, measure, threads_of
+from benchmarks.rounds import Asked, Ledger, LedgerError, compile_dummy, measure, say, threads_of
 from benchmarks.styles import parts, quality, table
 from benchmarks.styles.contestants import BLOCK, Contestant, contestants
 from shadowc.checkpoint.resolve import resolve
@@ -38,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             texts.append(_speed(given))
         if given.only != "speed":
             texts.append(_quality(given))
-    except (LedgerError, ShadowcError, ValueError) as error:
+    except ShadowcError as error:
+        parser.error(f"{error}: {error.hint}" if error.hint else str(error))
+    except (LedgerError, ValueError) as error:
         parser.error(str(error))
     text = "\n".join(texts)
     (given.out / "styles.md").write_text(text, "utf-8")
@@ -64,11 +65,11 @@ def _speed(given: argparse.Namespace) -> str:
         for turn in range(given.rounds):
             for name, folder in folders.items():
                 if len(ledger.rounds(name)) <= turn:
-                    _say(f"{name}: round {turn + 1} of {given.rounds}")
+                    say(f"{name}: round {turn + 1} of {given.rounds}")
                     ledger.add(name, measure(folder, ledger.asked, turn, given.launcher))
         for name, folder in folders.items():
             if "parts" not in ledger.facts(name):
-                _say(f"{name}: parts of a token")
+                say(f"{name}: parts of a token")
                 shown = parts.in_process(folder, settings[1:], ledger.asked.threads, given.launcher)
                 ledger.note(name, parts=shown)
     finally:
@@ -83,13 +84,9 @@ def _complete(ledger: Ledger, name: str, rounds: int) -> bool:
 
 
 def _compile(one: Contestant, folder: Path, ledger: Ledger, given: argparse.Namespace) -> None:
-    """Compile where it is not up to date, in a process that gives its memory back."""
-    command = [str(Path(sys.executable).with_name("shadowc")), "compile", "--model", given.model]
-    command += ["--load-format", "dummy", "--weights", given.weights, "--scope", "local", "--style", one.style]
-    command += ["--width", str(one.width), "--neuron-block", str(BLOCK), "--offline", "--out", str(folder)]
-    _say(f"{one.name}: compiling")
-    if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode != 0:
-        raise LedgerError(f"{one.name} did not compile; {' '.join(command)} says why")
+    """Compile where it is not up to date, and note what the manifest says."""
+    flags = ("--weights", given.weights, "--scope", "local", "--style", one.style, "--width", str(one.width))
+    compile_dummy(one.name, given.model, folder, *flags, "--neuron-block", str(BLOCK))
     part = read_manifest(folder).bytes_per_token
     ledger.note(one.name, predictor_bytes=part.predictor, dense_bytes=part.records + part.lm_head + part.other)
 
@@ -98,11 +95,7 @@ def _quality(given: argparse.Namespace) -> str:
     facts = resolve(given.mini, offline=True).facts
     found = contestants(facts, given.mini_width)
     text = heldout() if given.text is None else given.text.read_bytes().decode()
-    return table.quality(quality.measure(given.mini, found, text, given.densities.split(","), given.out, _say))
-
-
-def _say(text: str) -> None:
-    sys.stderr.write(f"{text}\n")
+    return table.quality(quality.measure(given.mini, found, text, given.densities.split(","), given.out, say))
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shadowc.spec.options import Style
+from shadowc.spec.program import SMALLEST_SPAN
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
 
-SMALLEST_SPAN = 1e-12
 BUDGET = 0.03
 """Share of a dense token's parameters that the predictor may cost."""
 WIDTH_STEP = 32

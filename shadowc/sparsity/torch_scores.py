@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn import functional
 
-SMALLEST_SPAN = 1e-12
+from shadowc.spec.program import SMALLEST_SPAN
+
 KINDS = ("heads", "neurons")
 
 

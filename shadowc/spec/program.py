@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from shadowc.checkpoint.opt import OptFacts
 
+SMALLEST_SPAN = 1e-12
+"""What a predictor's input is divided by at least: the context of a token that sees nothing is constant."""
+
 RecipeKind = Literal[
     "copy",  # sources[0] as it is
     "transpose",  # sources[0] [a, b] -> [b, a]

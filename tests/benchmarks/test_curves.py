@@ -90,7 +90,7 @@ def test_an_engine_that_the_disk_has_no_room_for_is_refused_before_it_is_compile
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(curves.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 5 * 10**9})())
-    monkeypatch.setattr(curves.subprocess, "run", lambda *_, **__: pytest.fail("it was compiled"))
+    monkeypatch.setattr(curves, "compile_dummy", lambda *_, **__: pytest.fail("it was compiled"))
     with pytest.raises(SystemExit):
         curves.main(["--models", "opt-6.7b", "--out", str(tmp_path)])
     assert "has 5.0 GB free, expected 9.5" in capsys.readouterr().err

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds kernel_driver: for 64-bit Arm with a cross compiler, and for this machine under ThreadSanitizer."""
+"""Builds kernel_driver: for 64-bit Arm with a cross compiler, and for this machine under sanitizers."""
 
 from __future__ import annotations
 
@@ -20,6 +20,12 @@ FLAGS = {
     "tsan": (
         "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
         "-DCMAKE_CXX_FLAGS=-fsanitize=thread -O1 -g1 -march=native -DHWY_COMPILE_ONLY_STATIC",
+    ),
+    "asan": (
+        "-DCMAKE_BUILD_TYPE=RelWithDebInfo",
+        "-DSHADOWC_WERROR=OFF",  # both together make GCC see uninitialised values that there are not
+        "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all -O1 -g1 -march=native "
+        "-DHWY_COMPILE_ONLY_STATIC",
     ),
 }
 

@@ -127,3 +127,14 @@ def under_tsan() -> AbstractContextManager[Driver]:
         command = command[2:]
     # The longest history: a race whose first access has been forgotten is not reported.
     return started(*command, environment={"TSAN_OPTIONS": "halt_on_error=1:history_size=7"})
+
+
+def under_asan() -> AbstractContextManager[Driver]:
+    """The driver under AddressSanitizer and UndefinedBehaviorSanitizer: the first finding ends it.
+
+    Raises:
+        UnavailableError: no compiler.
+    """
+    # Leaks are looked for with ptrace, which a container may forbid.
+    options = {"ASAN_OPTIONS": "detect_leaks=0:halt_on_error=1", "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1"}
+    return started(str(build.driver("asan")), environment=options)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cases of tests/plugins on kernels of another build: for 64-bit Arm under qemu, and under ThreadSanitizer."""
+"""The cases of tests/plugins on kernels of another build: for 64-bit Arm under qemu, and under sanitizers."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ BUILDS: dict[str, Callable[[], AbstractContextManager[process.Driver]]] = {
     "arm_neon": lambda: process.on_arm("cortex-a72"),
     "arm_sve2": lambda: process.on_arm("max"),
     "tsan": process.under_tsan,
+    "asan": process.under_asan,
 }
 
 
