@@ -83,7 +83,11 @@ PARTS = ("embeddings", "attention", "neurons", "LM head", "predictor", "norms", 
 
 
 def part_sizes(folder: Path, manifest: EngineManifest) -> dict[str, int]:
-    """Stored bytes of every part of the model in weights.bin, those it has; empty if the graph's file is missing."""
+    """Stored bytes of every part of the model in weights.bin, those it has; empty if the graph's file is missing.
+
+    Raises:
+        VerificationError: the graph's file is damaged.
+    """
     sizes = dict.fromkeys(PARTS, 0)
     for name, size in _stored(folder, manifest):
         sizes[_part_of(name)] += size
@@ -97,9 +101,9 @@ def _stored(folder: Path, manifest: EngineManifest) -> list[tuple[str, int]]:
 
     if not (folder / MODEL_FILE).is_file():
         return []
-    import onnx
+    from shadowc.runtime.graph_file import read_graph
 
-    graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+    graph = read_graph(folder / MODEL_FILE).graph
     places = [(tensor.name, {entry.key: entry.value for entry in tensor.external_data}) for tensor in graph.initializer]
     return [(name, int(where["length"])) for name, where in places if "length" in where]
 

@@ -15,6 +15,7 @@ from shadowc.runtime.causal import SEQUENCE_FLAGS, CausalEngine
 from shadowc.runtime.cores import usable_cores
 from shadowc.runtime.engine import Engine, rewritten
 from shadowc.runtime.file_system import file_system
+from shadowc.runtime.graph_file import read_graph
 from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.session import Session, check_ort
 from shadowc.runtime.verification import RECOMPILE, file_problems, read_manifest
@@ -225,15 +226,13 @@ def _for_prompts(session: Session, exact: bool) -> Session:
 
 
 def _with_fixed_masks(engine: Engine, session: Session, refresh: int | None, exact_prompts: bool) -> Engine:
-    import onnx
-
     from shadowc.runtime.sequence_engine import SequenceEngine
     from shadowc.spec import oracle
 
     sparsity, path = engine.manifest.sparsity, session.path.parent / FIXED_FILE
     compiled = 0 if sparsity is None else sparsity.refresh
     reference = session.library is None
-    graph = oracle.attach(onnx.load(path, load_external_data=False)) if reference else None
+    graph = oracle.attach(read_graph(path)) if reference else None
     fixed = replace(session, path=path, model=graph)
     made = SequenceEngine(
         engine.folder, engine.manifest, session, fixed if reference else _for_prompts(fixed, exact_prompts),

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from shadowc.runtime.graph_file import read_graph
 from shadowc.runtime.library import REINSTALL
 from shadowc.runtime.recording import Run, read_recording
 from shadowc.spec.errors import IncompatibleEngineError, InternalError, SetupError
@@ -137,10 +138,12 @@ class Session:
             ) from error
 
     def load_model(self) -> onnx.ModelProto:
-        """The graph as a message, without the weights that lie beside it."""
-        import onnx
+        """The graph as a message, without the weights that lie beside it.
 
-        return self.model if self.model is not None else onnx.load(self.path, load_external_data=False)
+        Raises:
+            VerificationError: the file is damaged.
+        """
+        return self.model if self.model is not None else read_graph(self.path)
 
     def bind(self) -> Binding:
         """A new, empty binding.

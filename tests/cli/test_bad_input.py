@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from shadowc.spec.manifest import MANIFEST_FILE, SCHEMA, WEIGHTS_FILE
+from shadowc.spec.manifest import MANIFEST_FILE, MODEL_FILE, SCHEMA, WEIGHTS_FILE
 from tests.cli.conftest import Shadowc
 
 INPUT, UNSUPPORTED, INCOMPATIBLE, VERIFICATION, SETUP = 2, 3, 4, 5, 6
@@ -172,6 +172,13 @@ def test_missing_files_are_all_named(shadowc: Shadowc, damaged: Path) -> None:
         (damaged / name).unlink()
     text = refused(shadowc, VERIFICATION, "verify", damaged, says=f"{WEIGHTS_FILE} is missing")
     assert "tokenizer.json is missing" in text
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 64, b""], ids=["no message", "empty"])
+def test_a_damaged_graph_is_named(shadowc: Shadowc, damaged: Path, content: bytes) -> None:
+    (damaged / MODEL_FILE).write_bytes(content)
+    text = refused(shadowc, VERIFICATION, "inspect", damaged, says=f"{damaged / MODEL_FILE} is damaged")
+    assert "compile the engine again" in text
 
 
 def test_newer_schema_is_incompatible(shadowc: Shadowc, damaged: Path) -> None:

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 
 from shadowc.runtime import library, verification
 from shadowc.runtime.load import load, read_manifest, verify
 from shadowc.spec.errors import IncompatibleEngineError, InputError, SetupError, VerificationError
-from shadowc.spec.manifest import MANIFEST_FILE, SCHEMA, WEIGHTS_FILE
+from shadowc.spec.manifest import FIXED_FILE, MANIFEST_FILE, SCHEMA, WEIGHTS_FILE
 
 Copied = Callable[[str], Path]
 
@@ -162,6 +163,15 @@ def test_sizes_are_checked_even_without_hashes(copied: Copied) -> None:
         load(folder, verify=False)
 
 
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_graph_of_the_right_size_that_is_no_graph_is_named(copied: Copied, reference: bool) -> None:
+    path = copied("sequence") / FIXED_FILE
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(VerificationError, match=f"{FIXED_FILE} is damaged") as caught:
+        load(path.parent, verify=False, reference=reference)
+    assert caught.value.hint.startswith("compile the engine again")
+
+
 def test_a_large_file_is_hashed_once_and_again_when_it_changes(copied: Copied, monkeypatch: pytest.MonkeyPatch) -> None:
     hashed: list[str] = []
     real = verification.hash_file
@@ -247,7 +257,9 @@ def test_the_folders_own_copy_of_the_op_library_is_not_used(copied: Copied) -> N
 
 def test_a_graph_that_does_not_run_is_an_incompatible_engine(copied: Copied) -> None:
     folder = copied("fp32")
-    (folder / "model.onnx").write_bytes(b"\x08\x0a")
+    graph = onnx.load(folder / "model.onnx", load_external_data=False)
+    graph.ir_version = 999
+    (folder / "model.onnx").write_bytes(graph.SerializeToString())
     edit_manifest(
         folder,
         files={

@@ -6,7 +6,9 @@ from __future__ import annotations
 import shlex
 from pathlib import Path
 
+from shadowc.runtime.graph_file import read_graph
 from shadowc.runtime.tensorrt.bindings import TARGETS
+from shadowc.spec.errors import VerificationError
 from shadowc.spec.manifest import EngineManifest, SparsityPart, TensorRtPart, TrtFamily
 from shadowc.spec.options import WEIGHTS, CompileOptions, TrainOptions
 
@@ -57,12 +59,9 @@ def command(manifest: EngineManifest, family: TrtFamily, capability: str = "", *
 
 def skips_zeros(graph: Path) -> bool:
     """Whether a decode graph leaves out the second half of neurons whose ReLU is 0; also true if it cannot be read."""
-    import onnx
-    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
-
     try:
-        nodes = onnx.load(graph, load_external_data=False).graph.node
-    except (OSError, DecodeError):
+        nodes = read_graph(graph).graph.node
+    except VerificationError:
         return True
     return all(attribute.i for node in nodes for attribute in node.attribute if attribute.name == "skip_zeros")
 
