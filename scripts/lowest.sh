@@ -39,6 +39,9 @@ if [ ! -e "$stamp" ]; then
 fi
 # The same sources and the same compiled operators as in .venv: only the packages differ.
 site() { "$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'; }
-rm -rf "$(site "$venv")"/*shadowc*
-cp -r "$(site .venv)"/*shadowc* "$(site "$venv")/"
+from=$(site .venv)
+to=$(site "$venv")
+[ -n "$from" ] && [ -n "$to" ] || stop "no site-packages in .venv or in $venv" "to type: rm -r $venv, and again"
+rm -rf "$to"/*shadowc*
+cp -r "$from"/*shadowc* "$to/"
 echo "$venv/bin/python"
