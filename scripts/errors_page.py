@@ -65,10 +65,14 @@ def page() -> str:
     """The whole page."""
     classes = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, ShadowcError)]
     rows = ["| class | exit code | meaning | what to do |", "| --- | --- | --- | --- |"]
-    rows += [f"| `{kind.__name__}` | {kind.exit_code} | {_first(kind)} | {DO[kind.__name__]} |" for kind in classes]
+    rows += [_row(f"`{kind.__name__}`", kind.exit_code, _first(kind), DO[kind.__name__]) for kind in classes]
     others = ["", "| exit code | meaning | what to do |", "| --- | --- | --- |"]
-    others += [f"| {code} | {meaning} | {do} |" for code, (meaning, do) in sorted(OTHERS.items())]
+    others += [_row(code, meaning, do) for code, (meaning, do) in sorted(OTHERS.items())]
     return HEAD + "\n".join(rows + others) + "\n" + FOOT
+
+
+def _row(*cells: object) -> str:
+    return f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in cells)} |"
 
 
 def _first(kind: type) -> str:

@@ -77,6 +77,27 @@ def test_every_planted_defect_and_every_promise_names_a_test_that_exists(page: s
         assert re.search(rf"^def {re.escape(name)}\b", (TOP / path).read_text(encoding="utf-8"), re.MULTILINE), test
 
 
+def rows_that_are_split(text: str) -> list[str]:
+    """Rows of tables, outside code, whose cells are not as many as their heading's."""
+    split, cells = [], 0
+    for line in re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL).splitlines():
+        found = len(re.findall(r"(?<!\\)\|", line)) if line.startswith("|") else 0
+        split += [line] if cells and found not in (0, cells) else []
+        cells = (cells or found) if found else 0
+    return split
+
+
+@pytest.mark.parametrize("page", ["README.md", *(f"docs/{page}" for page in PAGES)])
+def test_every_row_of_a_table_has_the_cells_of_its_heading(page: str) -> None:
+    assert rows_that_are_split((TOP / page).read_text(encoding="utf-8")) == []
+
+
+def test_a_bar_that_splits_a_row_would_be_noticed() -> None:
+    table = "| a | b |\n| --- | --- |\n| `x \\| y` | 1 |\n"
+    assert rows_that_are_split(table) == []
+    assert rows_that_are_split(table + "| `x | y` | 1 |\n") == ["| `x | y` | 1 |"]
+
+
 def test_readme_names_every_command() -> None:
     readme = (TOP / "README.md").read_text(encoding="utf-8")
     for name, _, _ in COMMANDS:
