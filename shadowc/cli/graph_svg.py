@@ -70,7 +70,8 @@ def svg(manifest: EngineManifest, density: Density) -> str:
         parts += _masks(manifest)
     for picture in layers:
         parts += _layer(manifest, picture)
-    head = f"norm and LM head, {render.size(expected.lm_head)}"
+    before = ["norm"] * model.norm_first + ["projection"] * (model.projected > 0)
+    head = f"{' and '.join([*before, 'LM head'])}, {render.size(expected.lm_head)}"
     parts += [_box(_STREAM - 300, bottom + 10, 330, head), *_legend(manifest, bottom + 29)]
     height = bottom + 56
     return (

@@ -140,10 +140,16 @@ class Decoder:
         """Run a prompt without masks; returns the logits [B,V] after its last token."""
         outputs: Outputs = {}
         B, S = ids_BS.shape
+        self._begin_prompt(S)
         for start, stop in chunks(0, S, B, PROMPT_CHUNKS):
             wanted = ("logits",) if stop == S else ()
             outputs = self.feed(ids_BS[:, start:stop], sparse_tail=0, outputs=wanted, logits_from=-1)
         return np.ascontiguousarray(outputs["logits"][:, -1], np.float32)
+
+    def prompt_logits(self, ids_BS: Ids) -> Floats:
+        """Run a prompt without masks; returns the logits [B,S,V] after each of its tokens."""
+        self._begin_prompt(ids_BS.shape[1])
+        return np.asarray(self.feed(ids_BS, sparse_tail=0, outputs=("logits",))["logits"], np.float32)
 
     def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str], logits_from: int = 0) -> Outputs:
         """Run any number of tokens and return the named outputs; logits from one of them on (below 0: from the end)."""
@@ -171,6 +177,9 @@ class Decoder:
         if self._cache.advance(1):
             self._cache.bind(self._step)
         return self._step_outputs
+
+    def _begin_prompt(self, tokens: int) -> None:
+        """So many tokens of a prompt come next; nothing is kept of where it ends."""
 
     def _reserve(self, tokens: int) -> None:
         """Make room in the cache for so many more tokens."""

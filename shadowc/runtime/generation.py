@@ -41,6 +41,9 @@ class TokenDecoder(Protocol):
     def prefill(self, ids_BS: Ids) -> Floats:
         """Run a prompt without masks; returns the logits [B,V] after its last token."""
 
+    def prompt_logits(self, ids_BS: Ids) -> Floats:
+        """Run a prompt without masks; returns the logits [B,S,V] after each of its tokens."""
+
     def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str]) -> Outputs:
         """Run any number of tokens and return the named outputs; the last `sparse_tail` tokens are masked."""
 

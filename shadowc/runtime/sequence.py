@@ -148,11 +148,6 @@ class SequenceDecoder(Decoder):
         self._origins_B = self._origins_B[rows_B]
         self._stale = True
 
-    def prefill(self, ids_BS: Ids) -> Floats:
-        """See Decoder.prefill; the last token makes the masks from there on."""
-        self._origins_B = np.full(self._batch.rows, self.filled + ids_BS.shape[1] - 1)
-        return super().prefill(ids_BS)
-
     def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str], logits_from: int = 0) -> Outputs:
         """See Decoder.feed; `sparse_tail` is 0, or all of the tokens, where rows at density 1 are dense."""
         self.predicts, read, of_steps = False, None, self._inputs
@@ -185,6 +180,10 @@ class SequenceDecoder(Decoder):
                 self._selected[name][:] = array_B1L
             self._stale = False
         return _with_read(super().step(ids_B) | self._selected, read)
+
+    def _begin_prompt(self, tokens: int) -> None:
+        """Let the last of the next tokens make the masks from there on."""
+        self._origins_B = np.full(self._batch.rows, self.filled + tokens - 1)
 
     def _make(self, ids_B1: Ids, past: int, rows_B: npt.NDArray[np.bool_]) -> Read:
         """Let the tokens in slot `past` make the masks of some rows."""

@@ -91,10 +91,7 @@ class EngineCache:
                 hint="give the whole text as one prompt",
             )
         began = perf_counter()
-        if every:
-            logits = self._decoder.feed(ids_BS, sparse_tail=0, outputs=("logits",))["logits"]
-        else:
-            logits = self._decoder.prefill(ids_BS)[:, None]
+        logits = self._decoder.prompt_logits(ids_BS) if every else self._decoder.prefill(ids_BS)[:, None]
         self.meter.prefill_seconds += perf_counter() - began
         self._decoder.set_density(self._density.heads, self._density.neurons)
         self.tokens += ids_BS.shape[1]
@@ -192,7 +189,8 @@ class OPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
             InputError: the prompt leaves no room in the context, or the padding is not on the left.
             UnsupportedError: it would have to run without a cache, or with one of another kind.
         """
-        _refuse(named, arguments[0] if arguments else named.get("generation_config"))
+        given = arguments[0] if arguments else named.get("generation_config")
+        _refuse(named, (given, self.generation_config))
         ids_BS = named.get("input_ids") if inputs is None else inputs
         slots = 1 if ids_BS is None else int(ids_BS.shape[-1])
         positions, name = self.engine.model.positions, self.engine.model.name
@@ -312,11 +310,16 @@ _ARGUMENTS = ("generation_config", "logits_processor", "stopping_criteria")
 """How transformers' `generate` orders what comes after the ids."""
 
 
-def _refuse(named: dict[str, Any], config: Any) -> None:
-    """Settings of a generation that would silently give other tokens."""
+def _refuse(named: dict[str, Any], configs: tuple[Any, ...]) -> None:
+    """Settings of a generation that would silently give other tokens; what one configuration leaves open the next says.
+
+    Raises:
+        UnsupportedError: there is one.
+    """
 
     def setting(name: str) -> Any:
-        return named[name] if name in named else getattr(config, name, None)
+        found = (named.get(name), *(getattr(config, name, None) for config in configs))
+        return next((value for value in found if value is not None), None)
 
     if setting("use_cache") is False:
         raise UnsupportedError(
@@ -356,7 +359,8 @@ def _config(model: ModelPart) -> OPTConfig:
         ffn_dim=model.ffn,
         num_attention_heads=model.heads,
         max_position_embeddings=model.positions,
-        word_embed_proj_dim=model.hidden,
+        word_embed_proj_dim=model.projected or model.hidden,
+        do_layer_norm_before=model.norm_first,
         bos_token_id=model.bos,
         eos_token_id=model.eos,
         pad_token_id=model.pad,

@@ -49,6 +49,10 @@ class ModelPart(_Part):
     bos: int
     eos: int
     pad: int
+    norm_first: bool = True
+    """Whether each norm is in front of its block and one stands before the LM head; False: behind it, and none."""
+    projected: int = 0
+    """Width of token embeddings that are projected to the hidden size and back; 0: they have it."""
 
 
 class SparsityPart(_Part):

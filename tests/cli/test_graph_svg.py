@@ -67,6 +67,21 @@ def test_dense_engine_has_no_predictor_and_no_masks() -> None:
 
 
 @pytest.mark.parametrize(
+    ("facts", "says"),
+    [
+        ({}, "norm and LM head, "),
+        ({"norm_first": False}, "LM head, "),
+        ({"norm_first": False, "projected": 32}, "projection and LM head, "),
+        ({"projected": 32}, "norm and projection and LM head, "),
+    ],
+)
+def test_what_stands_before_the_logits_is_what_the_model_has(facts: dict[str, object], says: str) -> None:
+    engine = sparse()
+    found = texts(parsed(engine.model_copy(update={"model": engine.model.model_copy(update=facts)})))
+    assert [text for text in found if "LM head" in text and text.startswith(says)]
+
+
+@pytest.mark.parametrize(
     ("changes", "says"),
     [
         ({"mask": "sequence"}, "once per prompt"),

@@ -16,10 +16,12 @@ from types import SimpleNamespace
 import pytest
 
 from shadowc import output
+from shadowc.checkpoint.opt import OptFacts
 from shadowc.emit import folder
 from shadowc.emit.genai import genai_config
 from shadowc.spec.errors import InputError, SetupError
 from shadowc.spec.manifest import MANIFEST_FILE
+from tests.conftest import TINY
 from tests.emit import engines
 
 
@@ -310,3 +312,10 @@ def test_genai_config_names_files_and_tensors_of_the_folder(engine_folder: Path)
     assert (engine_folder / decoder["filename"]).is_file()
     assert (engine_folder / decoder["session_options"]["custom_ops_library"]).is_file()
     assert decoder["inputs"]["past_key_names"] % 3 == "past_key_values.3.key"
+
+
+@pytest.mark.parametrize("width", [32, 64])
+def test_manifest_says_where_norms_are_and_how_wide_embeddings(width: int) -> None:
+    config = {**TINY, "model_type": "opt", "word_embed_proj_dim": width, "do_layer_norm_before": False}
+    part = folder.model_part(OptFacts.from_config(config, "opt-last"), "tiny")
+    assert (part.norm_first, part.projected) == (False, 32 if width == 32 else 0)

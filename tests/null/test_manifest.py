@@ -65,6 +65,12 @@ def test_manifest_refuses_what_it_does_not_know(changes: dict[str, object]) -> N
         EngineManifest.model_validate(content)
 
 
+def test_manifest_of_an_engine_from_before_a_field_is_read() -> None:
+    content = json.loads(manifest().model_dump_json())
+    del content["model"]["norm_first"], content["model"]["projected"]
+    assert EngineManifest.model_validate(content) == manifest()
+
+
 def test_manifest_cannot_be_changed() -> None:
     with pytest.raises(ValidationError, match="frozen"):
         manifest().build_key = "3"  # type: ignore[misc]

@@ -23,12 +23,14 @@ from transformers.generation.streamers import BaseStreamer
 import shadowc
 from shadowc.runtime.cache import KvCache
 from shadowc.runtime.tensorrt.engine import TensorRtEngine
-from shadowc.runtime.transformers_model import OPTForCausalLM
+from shadowc.runtime.transformers_model import CACHE, OPTForCausalLM, _config
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
 from tests.conftest import TINY
 from tests.emit import engines
+from tests.runtime.host_engine import on_host
 from tests.runtime.masked_torch import MaskedTorch
+from tests.runtime.tensorrt_folder import write_folder
 
 if TYPE_CHECKING:
     from transformers import OPTForCausalLM as TorchOpt
@@ -130,10 +132,23 @@ def test_reference_graph_follows_its_beams_too(folders: dict[str, Path], judge: 
     np.testing.assert_array_equal(generated(slow, random_ids(), **BEAMS), generated(judge, random_ids(), **BEAMS))
 
 
-def test_int8_engine_samples_and_searches(folders: dict[str, Path]) -> None:
-    int8 = OPTForCausalLM.from_pretrained(folders["int8"])
-    for way in ("beams", "sampled"):
-        assert generated(int8, **padded(), **WAYS[way]).shape == (3, 9 + 14)
+@pytest.mark.parametrize("kind", ["int8", "int4", "bf16"])
+def test_engines_of_narrow_weights_choose_what_they_generate_themselves_and_search(
+    folders: dict[str, Path], kind: str
+) -> None:
+    """One beam, and a sample of the likeliest token alone, are greedy; more beams find what is at least as likely."""
+    narrow = OPTForCausalLM.from_pretrained(folders[kind], density=DENSITY)
+    asked = padded()
+    ids, mask = (tensor.numpy() for tensor in asked.values())
+    settings = {"max_new_tokens": 14, "min_new_tokens": 14}
+    expected = narrow.engine.generate(ids, attention_mask=mask, density=DENSITY, **settings)
+    np.testing.assert_array_equal(generated(narrow, **asked, **GREEDY), expected)
+    np.testing.assert_array_equal(generated(narrow, **asked, **{**SAMPLED, "top_k": 1}), expected)
+    assert (expected != narrow.engine.generate(ids, attention_mask=mask, density=1.0, **settings)).any()
+    beams, sampled = (generated(narrow, **asked, **WAYS[way]) for way in ("beams", "sampled"))
+    assert beams.shape == sampled.shape == expected.shape
+    assert (beams != expected).any()
+    assert (sampled != expected).any()
 
 
 def test_density_can_be_given_per_call_and_is_the_models_own_otherwise(
@@ -281,6 +296,25 @@ def test_a_text_that_goes_on_from_its_cache_equals_the_whole(kind: str, request:
     np.testing.assert_array_equal(again.numpy(), expected)
 
 
+@pytest.mark.parametrize("refresh", [0, 3])
+@pytest.mark.parametrize("keep", [0, 1, 3])
+def test_a_second_prompt_makes_the_masks_anew_however_many_logits_are_kept(
+    held: OPTForCausalLM, keep: int, refresh: int
+) -> None:
+    """Two prompts without a token between them are one: what follows them has the masks of the second one's end."""
+    engine = held.engine.with_refresh(refresh)
+    one = OPTForCausalLM(engine, DENSITY)
+    ids = random_ids(2, 20, seed=11)
+    first = one(ids[:, :5], logits_to_keep=keep)
+    cache = getattr(first, CACHE)
+    one(ids[:, 5:12], **{CACHE: cache}, logits_to_keep=keep)
+    steps = [one(ids[:, at : at + 1], **{CACHE: cache}).logits for at in range(12, 20)]
+    expected = engine.logits(ids.numpy(), DENSITY, "prompt", prompt_tokens=12)[:, 12:]
+    np.testing.assert_allclose(torch.cat(steps, dim=1).numpy(), expected, rtol=0, atol=1e-4)
+    other = engine.logits(ids.numpy(), DENSITY, "prompt", prompt_tokens=5)[:, 12:]
+    assert np.abs(other - expected).max() > 1e-2
+
+
 REFUSED: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "no cache": (UnsupportedError, {"use_cache": False}),
     "another cache": (UnsupportedError, {"cache_implementation": "static"}),
@@ -303,6 +337,24 @@ def test_no_cache_in_a_configuration_is_refused_too(model: OPTForCausalLM) -> No
         model.generate(random_ids(1), GenerationConfig(use_cache=False, max_new_tokens=3))
 
 
+@pytest.mark.parametrize("given", [None, GenerationConfig(max_new_tokens=3)])
+def test_no_cache_in_the_models_own_configuration_is_refused_too(
+    model: OPTForCausalLM, monkeypatch: pytest.MonkeyPatch, given: GenerationConfig | None
+) -> None:
+    monkeypatch.setattr(model.generation_config, "use_cache", False)
+    with pytest.raises(UnsupportedError, match="use_cache"):
+        model.generate(random_ids(1), given, max_new_tokens=3)
+
+
+@pytest.mark.parametrize(("norm_first", "projected"), [(True, 0), (False, 32), (False, 0)])
+def test_configuration_says_where_norms_are_and_how_wide_embeddings(
+    model: OPTForCausalLM, norm_first: bool, projected: int
+) -> None:
+    part = model.engine.model.model_copy(update={"norm_first": norm_first, "projected": projected})
+    config = _config(part)
+    assert (config.do_layer_norm_before, config.word_embed_proj_dim) == (norm_first, projected or part.hidden)
+
+
 def test_an_engine_is_not_saved_as_a_checkpoint(model: OPTForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="cannot be saved"):
         model.save_pretrained(tmp_path)
@@ -314,3 +366,18 @@ def test_engine_for_tensorrt_samples_and_refuses_beams(host: TensorRtEngine, jud
     np.testing.assert_array_equal(generated(device, random_ids(), **SAMPLED), generated(judge, random_ids(), **SAMPLED))
     with pytest.raises(UnsupportedError, match="target cpu"):
         device.generate(random_ids(1), pad_token_id=PAD, **BEAMS)
+
+
+def test_engine_built_for_a_shorter_context_ends_and_refuses_there(
+    folders: dict[str, Path], judge: MaskedTorch, tmp_path: Path
+) -> None:
+    write_folder(folders["fp32"], tmp_path / "e", max_context=24)
+    short = OPTForCausalLM(on_host(tmp_path / "e"), DENSITY)
+    settings = {"do_sample": False, "eos_token_id": []}
+    found = generated(short, random_ids(1, 20), max_new_tokens=30, **settings)
+    np.testing.assert_array_equal(found, generated(judge, random_ids(1, 20), max_new_tokens=4, **settings))
+    with pytest.raises(InputError, match=r"24 tokens.*holds 24"):
+        short.generate(random_ids(1, 24))
+    with pytest.raises(InputError, match=r"25 tokens.*24"):
+        short(random_ids(1, 25))
+    assert short.config.max_position_embeddings == 24

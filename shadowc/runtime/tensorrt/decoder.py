@@ -77,6 +77,10 @@ class DeviceDecoder:
         self._filled = S
         return logits_BV
 
+    def prompt_logits(self, ids_BS: Ids) -> Floats:
+        """Run a prompt without masks; returns the logits [B,S,V] after each of its tokens."""
+        return np.asarray(self.feed(ids_BS, sparse_tail=0, outputs=("logits",))["logits"], np.float32)
+
     def feed(self, ids_BS: Ids, *, sparse_tail: int, outputs: Sequence[str]) -> Outputs:
         """Run any number of tokens, all of them masked or none, and return the named outputs."""
         S = ids_BS.shape[1]
