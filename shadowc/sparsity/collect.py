@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from shadowc.spec.options import CollectOptions
     from shadowc.spec.progress import Progress
 
-__all__ = ["ImportanceTrace", "collect", "record_batch", "sampled_positions"]
+__all__ = ["ImportanceTrace", "collect", "record_batch", "sampled_positions", "trace_key"]
 
 BATCH_BYTES = 1 << 30
 """Rough bound on activations, gradients and logits of one batch."""
@@ -69,7 +69,7 @@ def collect(
     """
     progress = progress or NullProgress()
     criterion = find_criterion(options.criterion)
-    writer = TraceWriter(out, _key(checkpoint, options))
+    writer = TraceWriter(out, trace_key(checkpoint, options))
     if model is None:
         from shadowc.sparsity.reference import load_torch_model
 
@@ -268,7 +268,7 @@ def _batch(facts: OptFacts, length: int, criterion: Criterion) -> int:
     return max(BATCH_BYTES // (4 * length * kept), 1)
 
 
-def _key(checkpoint: Checkpoint, options: CollectOptions) -> str:
+def trace_key(checkpoint: Checkpoint, options: CollectOptions) -> str:
     """Return a hash of everything that decides the trace."""
     text = SELF if options.data == SELF else read_text(Path(options.data))[1].sha256
     counts = [sequence_count(options, checkpoint.facts), sequence_length(options, checkpoint.facts)]

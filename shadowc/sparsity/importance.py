@@ -78,7 +78,8 @@ class ImportanceTrace:
 
     folder: Path
     meta: dict[str, Any]
-    """criterion, model, facts, text (fingerprint), source, seed, counts, and the dense model's mean token loss."""
+    """key (of what decides all of it), criterion, model, facts, text (fingerprint), source, seed, counts, and the dense
+    model's mean token loss."""
     facts: OptFacts
     """Of the model that was recorded."""
     tokens_NT: npt.NDArray[np.int32]
@@ -136,6 +137,15 @@ class ImportanceTrace:
         return ImportanceTrace(
             folder, meta, facts, part["tokens"], part["sequence"], part["position"], part["context"], part["heads"]
         )
+
+    @staticmethod
+    def finished(folder: Path, key: str) -> ImportanceTrace | None:
+        """Read a trace if it is whole and was recorded under this key, see `TraceWriter`; None otherwise."""
+        try:
+            trace = ImportanceTrace.load(folder)
+        except InputError:
+            return None
+        return trace if trace.meta.get("key") == key else None
 
 
 def _described(folder: Path) -> tuple[dict[str, Any], OptFacts]:
@@ -272,7 +282,7 @@ class TraceWriter:
         self._maps.clear()
         with writing(self._place.parent):
             (self._partial / STATE_FILE).unlink()
-            _write_json(self._partial / META_FILE, {"schema": SCHEMA, **self.meta})
+            _write_json(self._partial / META_FILE, {"schema": SCHEMA, "key": self._key, **self.meta})
             if origin is not None:
                 _write_json(self._partial / ORIGIN_FILE, asdict(origin))
             replace_folder(self._partial, self._place, check_out)

@@ -131,13 +131,22 @@ def _record(
     checkpoint: Checkpoint, origin: Origin, options: CollectOptions, out: Path | None, progress: Progress
 ) -> ImportanceTrace:
     from shadowc.checkpoint.finite import check_finite
-    from shadowc.sparsity.collect import collect
+    from shadowc.sparsity.collect import collect, trace_key
 
     folder = out or Path(f"{checkpoint.facts.name}.trace")
     importance.check_out(folder)
     with progress.stage("weights"):
         check_finite(checkpoint, progress.advance)
-    with progress.stage("collect"):
-        waiting = f"waits for another process that records {folder}"
-        with StageCache().alone(f"trace {folder.resolve()}", lambda: progress.note(waiting)):
-            return collect(checkpoint, options, folder, progress, origin=origin)
+    waited = False
+
+    def tell_waiting() -> None:
+        nonlocal waited
+        waited = True
+        progress.note(f"waits for another process that records {folder}")
+
+    with progress.stage("collect"), StageCache().alone(f"trace {folder.resolve()}", tell_waiting):
+        found = ImportanceTrace.finished(folder, trace_key(checkpoint, options)) if waited else None
+        if found is not None:
+            progress.note(f"{folder} is what the other process recorded")
+            return found
+        return collect(checkpoint, options, folder, progress, origin=origin)
