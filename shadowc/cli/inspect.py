@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shadowc.cli import flags, render
+from shadowc.cli import drawings, flags, render
 from shadowc.cli.recall import layer_tables, summary_table
 from shadowc.measure.expected import expected_bytes
 from shadowc.spec.density import Density
@@ -39,6 +39,8 @@ def inspect(
     """Show model, sparsity plan, passes, sizes, expected bytes, parity and recall; nothing is run or changed."""
     from shadowc.measure.expected import part_sizes
 
+    if graph is not None:
+        drawings.require_place(graph)
     manifest = read_manifest(engine)
     listed, parts = flags.densities_of(densities), part_sizes(engine, manifest)
     drawn = flags.density_of(density, head_density, neuron_density, manifest.sparsity)
@@ -57,6 +59,15 @@ def inspect(
             }
         )
         return
+    _show_model(manifest, str(engine), parts)
+    _show_bytes(manifest, listed)
+    _show_passes(manifest)
+    _show_recall(manifest)
+    _show_files(manifest)
+
+
+def _show_model(manifest: EngineManifest, title: str, parts: Mapping[str, int]) -> None:
+    """The model, how it was compiled, and what its parts take on the disk."""
     render.facts(
         {
             **model_facts(manifest),
@@ -64,16 +75,23 @@ def inspect(
             **sparsity_facts(manifest),
             "parity": parity_text(manifest),
         },
-        title=str(engine),
+        title=title,
     )
     if parts:
         rows = [(part, render.size(size), render.share(size / sum(parts.values()))) for part, size in parts.items()]
         render.table(("stored", "size", "share"), [*rows, ("all", render.size(sum(parts.values())), "")])
+
+
+def _show_bytes(manifest: EngineManifest, listed: tuple[Density, ...]) -> None:
+    """What a token reads: part by part, and at the densities asked for."""
     render.table(("bytes per token", "dense", "at the default density"), bytes_rows(manifest))
     if manifest.sparsity:
         columns = ("expected per token at", "attention", "neurons", "predictor", "all", "of dense")
         render.table(columns, [_expected_row(manifest, one) for one in listed])
-    _show_passes(manifest)
+
+
+def _show_recall(manifest: EngineManifest) -> None:
+    """What the training found on held-out text, if the predictor has a report."""
     report = recall_report(manifest)
     if manifest.sparsity and report:
         scope = manifest.sparsity.scope
@@ -82,6 +100,10 @@ def inspect(
         )
         for kind, table in layer_tables(report, scope).items():
             render.table(*table, title=f"recall per layer: {kind}, {scope} ranking")
+
+
+def _show_files(manifest: EngineManifest) -> None:
+    """Every file with its hash, and the versions of what made them."""
     render.table(
         ("file", "size", "sha256"),
         [(name, render.size(entry.size), entry.sha256[:16]) for name, entry in sorted(manifest.files.items())],
@@ -99,12 +121,7 @@ def _draw(manifest: EngineManifest, path: Path, density: Density | None) -> None
 
     own = manifest.sparsity
     default = Density(own.head_density, own.neuron_density) if own else Density()
-    try:
-        path.write_text(svg(manifest, density or default), encoding="utf-8")
-    except OSError as error:
-        raise InputError(
-            f"cannot write {path}: {error.strerror}", hint="name a file in a folder that exists"
-        ) from error
+    drawings.write(path, svg(manifest, density or default).encode())
     render.say(f"graph drawn to {path}")
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shadowc.cli import flags, render
+from shadowc.cli import drawings, flags, render
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def run(
     """Generate text, greedily; the share of the model that is computed can differ from run to run."""
     flags.density_of(density, head_density, neuron_density, None)  # a bad share is told before anything is loaded
     if save_map is not None:
-        _require_folder(save_map)
+        _check_map(save_map, max_new_tokens)
     from shadowc.runtime.load import load
 
     with render.progress() as progress, progress.stage("load"):
@@ -110,11 +110,11 @@ def _with_map(
     if moving and not quiet and text:
         render.piece(prompt + text)
     if saved is not None:
-        _save(counted, saved, engine.manifest.model.name)
+        _save(counted, saved, engine.manifest.model.name, engine.last_stats.finish[0])
     return text
 
 
-def _save(counted: MaskMap, path: Path, name: str) -> None:
+def _save(counted: MaskMap, path: Path, name: str, finish: str) -> None:
     """Write the map as a picture.
 
     Raises:
@@ -123,21 +123,23 @@ def _save(counted: MaskMap, path: Path, name: str) -> None:
     from shadowc.measure.mask_map import png
 
     if not counted.tokens:
-        raise InputError("no token was computed under a mask, so there is no map", hint="--max-new-tokens 2 or more")
-    about = f"{name}: share of {counted.tokens} tokens that computed a unit; layers down, heads, then neurons across"
-    try:
-        path.write_bytes(png(counted.picture(), about))
-    except OSError as error:
         raise InputError(
-            f"cannot write {path}: {error.strerror}", hint="name a file in a folder that exists"
-        ) from error
+            f"there is no map, since no token was computed under a mask: {ENDINGS[finish]} after one token",
+            hint="give a shorter prompt" if finish == "context" else "give another prompt",
+        )
+    about = f"{name}: share of {counted.tokens} tokens that computed a unit; layers down, heads, then neurons across"
+    drawings.write(path, png(counted.picture(), about))
     render.say(f"map of {counted.tokens} tokens saved to {path}")
 
 
-def _require_folder(path: Path) -> None:
-    """Refuse a place that cannot take a file before a long generation, not after it."""
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"cannot write {path}: there is no folder {path.parent}", hint="name a folder that exists")
+def _check_map(path: Path, most: int) -> None:
+    """Refuse, before anything is loaded, a map that could not be drawn or saved."""
+    drawings.require_place(path)
+    if most < 2:
+        raise InputError(
+            "there is no map of one token: the prompt's pass, which has no masks, gives the first",
+            hint="--max-new-tokens 2 or more",
+        )
 
 
 class _Echo:
