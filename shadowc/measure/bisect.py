@@ -22,7 +22,7 @@ from shadowc.checkpoint.opt import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, PROJE
 from shadowc.measure import parity
 from shadowc.measure.dequantised import DequantisedSource
 from shadowc.measure.layer_walk import LayerWalk, steps_of, tensor_names
-from shadowc.measure.masks import forced_masks, relative, worse, wrong_selections
+from shadowc.measure.masks import SMALLEST_SCALE, forced_masks, relative, worse, wrong_selections
 from shadowc.measure.stored_weights import stored_as_they_are, stored_parameters
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, VerificationError
@@ -92,10 +92,14 @@ class BisectReport:
     compared: tuple[Compared, ...]
     altered: tuple[Altered, ...]
     """Parameters of the first deviation that are not the checkpoint's."""
+    matched: tuple[str, ...]
+    """Parameters of the first deviation that are; those in neither are stored in a form that is not compared."""
     changed_files: tuple[str, ...]
     """What `verify` would say about the folder."""
     positions: int
     """Token positions that were compared."""
+    reference: bool
+    """Whether the graph was reference.onnx, without kernels of ours."""
 
     @property
     def first(self) -> Compared | None:
@@ -109,14 +113,23 @@ class BisectReport:
         raise VerificationError(
             f"{self.folder} parts from torch at {self.first.where} ({self.first.made_by}): {self.first.difference:.1e} "
             f"of the largest value, tolerance {self.first.tolerance:.0e}",
-            hint="compile the engine again" if self.altered or self.changed_files
-            else "its parameters are the checkpoint's: the graph or a kernel is wrong; run it with --reference",
+            hint=self._hint(self.first),
             problems=[
                 f"{one.name} is stored with {one.values} other values, the worst at {list(one.at)} "
                 f"({one.difference:.1e} of the largest)"
                 for one in self.altered
             ] + list(self.changed_files),
         )  # fmt: skip
+
+    def _hint(self, first: Compared) -> str:
+        if self.altered or self.changed_files:
+            return "compile the engine again"
+        unseen = [name for name in first.parameters if name not in self.matched]
+        known = f"{', '.join(self.matched)}: as in the checkpoint; " if self.matched else ""
+        known += f"{', '.join(unseen)}: stored in a form that is not compared; " if unseen else ""
+        if not self.reference:
+            return f"{known}run it again with --reference to tell a kernel from the graph"
+        return f"{known}the graph{' or one of the latter' if unseen else ''} is wrong: compile the engine again"
 
 
 def bisect(
@@ -173,8 +186,8 @@ def bisect(
     with progress.stage("tensors"):
         compared, positions = _compare(engine, checkpoint, progress)
     first = next((one for one in compared if one.deviates), None)
-    altered = () if first is None else _altered(engine, _truth(engine, checkpoint), first)
-    return BisectReport(str(folder), compared, altered, changed, positions)
+    altered, matched = ((), ()) if first is None else _stored(engine, _truth(engine, checkpoint), first)
+    return BisectReport(str(folder), compared, altered, matched, changed, positions, reference)
 
 
 def compiled_from(manifest: EngineManifest) -> tuple[bool, int]:
@@ -259,19 +272,22 @@ def _selection(runs: Runs, sparsity: SparsityPart, densities: Sequence[Density],
     return Compared(None, "threshold.heads, threshold.neurons", "SelectThreshold", wrong / max(every, 1), 0.0)
 
 
-def _altered(engine: Engine, truth: TensorSource, first: Compared) -> tuple[Altered, ...]:
+def _stored(engine: Engine, truth: TensorSource, first: Compared) -> tuple[tuple[Altered, ...], tuple[str, ...]]:
+    """Of the parameters behind a tensor: those that are not the checkpoint's, and the names of those that are."""
     stored = (
         stored_as_they_are(engine, first.parameters)
         if first.layer is None
         else stored_parameters(engine, first.layer)
     )  # fmt: skip
-    found = []
+    found, matched = [], []
     for name in (name for name in first.parameters if name in stored):
         exact = truth.tensor(name)
         difference = np.abs(stored[name] - exact)
         scale = float(np.abs(exact).max())
-        wrong = ~(difference <= PARAMETER_TOLERANCE * max(scale, 1e-12))
+        wrong = ~(difference <= PARAMETER_TOLERANCE * max(scale, SMALLEST_SCALE))
         if wrong.any():
             at = np.unravel_index(int(np.argmax(np.where(np.isnan(difference), np.inf, difference))), difference.shape)
             found.append(Altered(name, relative(float(difference[at]), scale), tuple(map(int, at)), int(wrong.sum())))
-    return tuple(found)
+        else:
+            matched.append(name)
+    return tuple(found), tuple(matched)

@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
-from shadowc.checkpoint.opt import layer_names
+from shadowc.checkpoint.opt import HEAD, layer_names
 from shadowc.measure.bisect import BisectReport, bisect
 from shadowc.spec.errors import InputError, VerificationError
 from shadowc.spec.manifest import MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE
@@ -168,6 +169,46 @@ def test_graph_that_uses_another_layers_masks_is_told_from_altered_weights(
     with pytest.raises(VerificationError) as caught:
         report.require()
     assert MODEL_FILE in caught.value.problems[0]
+
+
+def stored_head(folder: Path) -> str:
+    graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
+    (name,) = [one.name for one in graph.initializer if "lm_head" in one.name and one.data_type in WHOLE_NUMBERS]
+    return name
+
+
+WHOLE_NUMBERS = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+
+
+def test_parameter_stored_in_a_form_that_is_not_compared_is_not_said_to_be_the_checkpoints(
+    int8_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the engine was compiled with the defect, and its files are what its manifest says."""
+    folder = copied(int8_engine)
+    alter(folder, stored_head(folder), (Ellipsis, slice(0, 8)), lambda values: 127 - values)
+    monkeypatch.setattr("shadowc.runtime.verification.file_problems", lambda *_, **__: [])
+    report = found(folder, tiny_checkpoint)
+    assert (report.first.tensor, report.altered, HEAD in report.matched) == ("logits", (), False)
+    for one, command in ((report, "with --reference"), (replace(report, reference=True), "or one of the latter")):
+        with pytest.raises(VerificationError) as caught:
+            one.require()
+        assert f"{HEAD}: stored in a form that is not compared" in caught.value.hint
+        assert "final_layer_norm.bias: as in the checkpoint" in caught.value.hint
+        assert command in caught.value.hint
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_parameters_that_were_compared_are_named_where_the_graph_is_wrong(
+    sparse_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, reference: bool
+) -> None:
+    monkeypatch.setattr("shadowc.measure.parity.LAYER_TOLERANCE", {"fp32": 0.0})
+    report = bisect(sparse_engine, str(tiny_checkpoint), reference=reference)
+    assert report.first is not None
+    assert report.matched == report.first.parameters != ()
+    with pytest.raises(VerificationError) as caught:
+        report.require()
+    assert "not compared" not in caught.value.hint
+    assert ("--reference" in caught.value.hint) == (not reference)
 
 
 @pytest.mark.parametrize("kind", ["sparse_engine", "int8_engine", "sequence_engine"])
