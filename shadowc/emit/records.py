@@ -117,14 +117,6 @@ def quantise_rows(rows_RE: Floats, *, where: str = "weights") -> tuple[npt.NDArr
     return out_RE, scales_R
 
 
-def quantise_groups(rows_RE: Floats, group: int, *, where: str = "weights") -> tuple[npt.NDArray[np.uint8], Floats]:
-    """Symmetric int4 in groups along E: pairs [R, E/2] as docs/ops.md has them, scales [R, E/group]."""
-    R, E = rows_RE.shape
-    pairs, scales = np.empty((R, E // 2), np.uint8), np.empty((R, E // group), np.float32)
-    _fill(pairs, scales, rows_RE, where=where)
-    return pairs, scales
-
-
 def quantise_nbits(weight_NK: Floats, block: int, *, where: str = "weight") -> tuple[npt.NDArray[np.uint8], Floats]:
     """MatMulNBits operands at 8 bits: values [N, ceil(K/block), block] around 128, scales [N * ceil(K/block)].
 

@@ -148,18 +148,33 @@ def test_narrow_packing_equals_rounding_in_the_checkpoints_layout(dtype: Literal
     np.testing.assert_array_equal(unpacked[1], rounded(source.tensor("fc2"), 0))
 
 
+def int4_rows(weight_FE: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs [F, E/2] and scales [F, E/group] of rows that are packed as the first ones of neurons."""
+    (neurons, width), source = weight_FE.shape, Tensors()
+    source.values |= {"fc1": weight_FE, "fc2": np.zeros((width, neurons), np.float32)}
+    records_shape, scales_shape = (neurons, 2, width // 2), (neurons, 2, width // INT4_GROUP)
+    packed = pack(
+        source,
+        {
+            "records": WeightRecipe("ffn_records", ("fc1", "fc2"), records_shape, "uint8", True, "", INT4_GROUP),
+            "scales": WeightRecipe("ffn_scales", ("fc1", "fc2"), scales_shape, "float32", True, "", INT4_GROUP),
+        },
+    )
+    return packed["records"][:, 0], packed["scales"][:, 0]
+
+
 def test_int4_puts_the_first_half_of_a_group_into_the_low_halves_of_its_bytes() -> None:
     row = np.zeros((1, 2 * INT4_GROUP), np.float32)
     row[0, :3], row[0, 32:35] = (7, -7, 1), (-1, 2, 0)
     row[0, 64], row[0, 127] = 14, -14
-    pairs, scales = records.quantise_groups(row, INT4_GROUP)
+    pairs, scales = int4_rows(row)
     assert scales.tolist() == [[1, 2]]
     assert pairs[0, :4].tolist() == [0x7F, 0xA1, 0x89, 0x88]
     assert (pairs[0, 32], pairs[0, 63]) == (0x8F, 0x18)
 
 
 def test_a_group_of_zeros_gets_scale_one_in_int4() -> None:
-    pairs, scales = records.quantise_groups(np.zeros((2, INT4_GROUP), np.float32), INT4_GROUP)
+    pairs, scales = int4_rows(np.zeros((2, INT4_GROUP), np.float32))
     assert (scales == 1).all()
     assert (pairs == 0x88).all()
 
@@ -167,7 +182,7 @@ def test_a_group_of_zeros_gets_scale_one_in_int4() -> None:
 @settings(max_examples=60, deadline=None)
 @given(hnp.arrays(np.float32, (3, 2 * INT4_GROUP), elements=st.floats(-(2.0**40), 2.0**40, width=32)))
 def test_int4_rounding_stays_within_half_a_step_and_never_uses_minus_eight(weight: np.ndarray) -> None:
-    pairs, scales = records.quantise_groups(weight, INT4_GROUP)
+    pairs, scales = int4_rows(weight)
     assert min((pairs & 15).min(), (pairs >> 4).min()) >= 1
     error = np.abs(unpack.dequantise(pairs, scales).astype(np.float64) - weight)
     rounding = HALF_STEP * scales.astype(np.float64).repeat(INT4_GROUP, axis=1)
