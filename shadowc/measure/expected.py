@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowc.spec.density import Density
+from shadowc.spec.errors import VerificationError
 
 if TYPE_CHECKING:
     from shadowc.spec.manifest import EngineManifest
@@ -102,10 +103,14 @@ def _stored(folder: Path, manifest: EngineManifest) -> list[tuple[str, int]]:
     if not (folder / MODEL_FILE).is_file():
         return []
     from shadowc.runtime.graph_file import read_graph
+    from shadowc.runtime.verification import RECOMPILE
 
     graph = read_graph(folder / MODEL_FILE).graph
     places = [(tensor.name, {entry.key: entry.value for entry in tensor.external_data}) for tensor in graph.initializer]
-    return [(name, int(where["length"])) for name, where in places if "length" in where]
+    try:
+        return [(name, int(where["length"])) for name, where in places if "length" in where]
+    except ValueError as error:
+        raise VerificationError(f"{folder / MODEL_FILE} is damaged: {error}", hint=RECOMPILE) from error
 
 
 def _part_of(name: str) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,14 @@ def test_missing_files_are_all_named(shadowc: Shadowc, damaged: Path) -> None:
     assert "tokenizer.json is missing" in text
 
 
-@pytest.mark.parametrize("content", [b"\xff" * 64, b""], ids=["no message", "empty"])
-def test_a_damaged_graph_is_named(shadowc: Shadowc, damaged: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    ("written", "instead"),
+    [(rb"^.+$", b"\xff" * 64), (rb"^.+$", b""), (rb"(length\x12.)\d", rb"\1x")],
+    ids=["no message", "empty", "a length that is no number"],
+)
+def test_a_damaged_graph_is_named(shadowc: Shadowc, damaged: Path, written: bytes, instead: bytes) -> None:
+    content, changed = re.subn(written, instead, (damaged / MODEL_FILE).read_bytes(), flags=re.DOTALL)
+    assert changed
     (damaged / MODEL_FILE).write_bytes(content)
     text = refused(shadowc, VERIFICATION, "inspect", damaged, says=f"{damaged / MODEL_FILE} is damaged")
     assert "compile the engine again" in text
