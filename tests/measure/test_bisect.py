@@ -222,9 +222,24 @@ def test_sound_engine_has_no_deviation(kind: str, tiny_checkpoint: Path, request
     assert 0 < max(inner) < 1e-5
 
 
-def test_reference_graph_is_compared_without_kernels(sparse_engine: Path, tiny_checkpoint: Path) -> None:
-    assert (sparse_engine / REFERENCE_FILE).is_file()
-    assert bisect(sparse_engine, str(tiny_checkpoint), reference=True).first is None
+@pytest.mark.parametrize("kind", ["sparse_engine", "int8_engine"])
+def test_reference_graph_is_compared_without_kernels(
+    kind: str, tiny_checkpoint: Path, request: pytest.FixtureRequest
+) -> None:
+    folder = request.getfixturevalue(kind)
+    assert (folder / REFERENCE_FILE).is_file()
+    assert bisect(folder, str(tiny_checkpoint), reference=True).first is None
+
+
+def test_altered_query_is_found_in_the_reference_graph_of_an_int8_engine(
+    int8_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path]
+) -> None:
+    folder = copied(int8_engine)
+    alter(folder, f"{ATTENTION}.w", (1, 0, 3), lambda values: np.negative(values))
+    report = bisect(folder, str(tiny_checkpoint), reference=True)
+    assert report.first is not None
+    assert (report.first.layer, report.first.tensor) == (LAYER, f"context.{LAYER}")
+    assert [(one.name, one.at[0]) for one in report.altered] == [(NAMES.q.weight, 19)]
 
 
 def test_engine_of_another_checkpoint_is_refused(sparse_engine: Path, tiny_checkpoint: Path) -> None:
