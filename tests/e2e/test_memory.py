@@ -18,6 +18,7 @@ LIMIT = 4e9
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.long,
     pytest.mark.timeout(3000),
     pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="resident memory is read from /proc"),
 ]

@@ -89,7 +89,9 @@ def test_predictor_of_an_int8_engine_is_int8(int8_engine: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
-@pytest.mark.parametrize("name", PUBLISHED_NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] if name in GIGABYTES else []) for name in PUBLISHED_NAMES]
+)
 def test_two_layers_of_every_published_model_are_transformers_when_dense(
     shaped: Callable[..., Path], tmp_path: Path, name: str
 ) -> None:
@@ -105,6 +107,7 @@ def test_two_layers_of_every_published_model_are_transformers_when_dense(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(3000)
 @pytest.mark.parametrize("name", ["opt-125m", "opt-350m"])
 def test_whole_depth_is_transformers_when_dense_and_passes_when_sparse(tmp_path: Path, name: str) -> None:

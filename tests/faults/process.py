@@ -181,11 +181,13 @@ def incomplete(cache: Path) -> list[str]:
 def moments(run: Ended, stage: str, count: int, seed: int, signal: int = signal.SIGKILL) -> Sequence[Moment]:
     """Seeded moments within a stage, as a measured run went: the first right at an event, the others between two.
 
-    A process may be faster than the measured one: it is hit in the first half of the time up to the next event.
+    A process may be faster than the measured one: it is hit in the first half of the time up to the next event, and
+    once at the very beginning of the time before the first.
     """
     chance = random.Random(f"{stage} {seed}")
     if stage == "":
-        return [Moment("", 0, chance.uniform(0.01, 0.8 * run.events[0][0]), signal) for _ in range(count)]
+        shares = (0.1, *(0.8,) * (count - 1))
+        return [Moment("", 0, chance.uniform(0.01, share * run.events[0][0]), signal) for share in shares]
     times = [seconds for seconds, _, stages in run.events if stages[0] == stage]
     found = [Moment(stage, chance.randrange(len(times) - 1), 0.0, signal)]
     while len(found) < count:
