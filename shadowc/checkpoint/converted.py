@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pickled weight files as safetensors in shadowc's cache: converted once, found again by the content of the original.
+"""Pickled weights and GGUF files as safetensors in shadowc's cache: converted once, found again by their content.
 
 The user's folder is never written to. The cache makes an entry beside its place and renames it, under a lock, so a
 killed conversion leaves nothing that would be found, and two at once make one.
@@ -19,6 +19,10 @@ from shadowc.stage_cache import StageCache
 STAGE = "safetensors"
 SCHEME = 1
 """Raise it when the same pickle gives another file than before."""
+
+GGUF_STAGE = "gguf"
+GGUF_SCHEME = 1
+"""Raise it when the same GGUF file gives other weights, facts or tokens than before."""
 
 _FILE = "weights.safetensors"
 
@@ -65,3 +69,24 @@ def read_converted(
         return {}, [f"{path.name}: cannot be read: {error.strerror or error}"]
     entries, problems = read_header(file)
     return {name: replace(entry, given=path.name) for name, entry in entries.items()}, problems
+
+
+def converted_gguf(path: Path, cache: StageCache) -> Path:
+    """The folder with config.json, safetensors and tokenizer of one GGUF file, made now if it is not in the cache.
+
+    Raises:
+        InputError: the file is damaged, or changed while it was read.
+        UnsupportedError: it holds a model of another architecture.
+        SetupError: packages that read it are missing, or the cache cannot be written to.
+    """
+    before = stamp(path)
+
+    def make(folder: Path) -> None:
+        from shadowc.checkpoint.gguf import convert_gguf
+
+        convert_gguf(path, folder)
+        if stamp(path) != before:
+            raise InputError(f"{path}: changed while it was read", hint="run the same command again")
+
+    folder, _ = cache.get_or_make(GGUF_STAGE, {"sha256": file_digest(path, cache), "scheme": GGUF_SCHEME}, make)
+    return folder

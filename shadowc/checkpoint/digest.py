@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from shadowc.checkpoint.opt import OptFacts
+from shadowc.checkpoint.facts import ModelFacts
 from shadowc.spec.errors import SetupError
 from shadowc.stage_cache import StageCache
 
@@ -32,7 +32,7 @@ Stamp = Mapping[str, int]
 
 
 def identity(
-    facts: OptFacts, files: Sequence[Path], cache: StageCache, advance: Callable[[int, int], None] | None = None
+    facts: ModelFacts, files: Sequence[Path], cache: StageCache, advance: Callable[[int, int], None] | None = None
 ) -> str:
     """Hash of everything that decides what the model computes; its name and place do not.
 
@@ -53,7 +53,7 @@ def identity(
     return fingerprint({"facts": facts_key(facts), "files": parts})
 
 
-def facts_key(facts: OptFacts) -> dict[str, object]:
+def facts_key(facts: ModelFacts) -> dict[str, object]:
     """The facts without the name, which decides nothing."""
     return {field: value for field, value in asdict(facts).items() if field != "name"}
 

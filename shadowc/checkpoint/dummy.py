@@ -12,13 +12,12 @@ from __future__ import annotations
 import hashlib
 import math
 import os
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import numpy.typing as npt
 
-from shadowc.checkpoint.opt import EMBEDDING, HEAD, OptFacts, parameter_shapes
+from shadowc.checkpoint.facts import ModelFacts, layout_of
 
 STD = 0.02
 SCHEME = 1
@@ -55,16 +54,16 @@ def seeded_uniform(seed: int, name: str, shape: tuple[int, ...], centre: float =
 class DummyWeights:
     """A TensorSource of seeded random weights, made when they are read."""
 
-    def __init__(self, facts: OptFacts, seed: int) -> None:
-        self._shapes: Mapping[str, tuple[int, ...]] = parameter_shapes(facts)
+    def __init__(self, facts: ModelFacts, seed: int) -> None:
+        self._layout = layout_of(facts)
         self._seed = seed
 
     def names(self) -> tuple[str, ...]:
         """All tensor names, sorted, with the tied head."""
-        return tuple(sorted((*self._shapes, HEAD)))
+        return tuple(sorted({*self._layout.shapes, self._layout.head}))
 
     def tensor(self, name: str) -> npt.NDArray[np.float32]:
         """One tensor; raises KeyError for a name that the model does not have."""
-        name = EMBEDDING if name == HEAD else name
-        centre = 1.0 if name.endswith("layer_norm.weight") else 0.0
-        return seeded_uniform(self._seed, name, self._shapes[name], centre)
+        name = self._layout.embedding if self._layout.tied and name == self._layout.head else name
+        centre = 1.0 if name.endswith("norm.weight") else 0.0
+        return seeded_uniform(self._seed, name, self._layout.shapes[name], centre)

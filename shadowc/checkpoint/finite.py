@@ -6,15 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from shadowc.checkpoint.opt import HEAD
 from shadowc.checkpoint.weights import SafetensorsWeights, join
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
-    from shadowc.checkpoint.resolve import Checkpoint
+    from shadowc.checkpoint.resolve import ModelCheckpoint
 
 
-def check_finite(checkpoint: Checkpoint, advance: Callable[[int, int], None] | None = None) -> None:
+def check_finite(checkpoint: ModelCheckpoint, advance: Callable[[int, int], None] | None = None) -> None:
     """Read all weights once and refuse NaN and infinities. Dummy weights are finite by construction.
 
     Args:
@@ -27,7 +26,7 @@ def check_finite(checkpoint: Checkpoint, advance: Callable[[int, int], None] | N
     weights = checkpoint.weights
     if not isinstance(weights, SafetensorsWeights):
         return
-    names = [name for name in weights.names() if name != HEAD]
+    names = weights.parameters
     problems = []
     for done, name in enumerate(names, start=1):
         count = weights.count_nonfinite(name)

@@ -75,6 +75,33 @@ class OptFacts:
         """All layers but the first, which stays dense because the predictor reads its attention."""
         return self.layers - 1
 
+    @property
+    def family(self) -> str:
+        """What messages call the kind of model."""
+        return "OPT"
+
+    @property
+    def head_values(self) -> int:
+        """Weights of a layer that an inactive head leaves out: its rows of q_proj, its columns of out_proj."""
+        return 2 * self.head_size * self.hidden
+
+    @property
+    def kept_values(self) -> int:
+        """Weights of a layer that every token reads, whatever its mask: k_proj and v_proj."""
+        return 2 * self.hidden * self.hidden
+
+    @property
+    def neuron_values(self) -> int:
+        """Weights of a layer that an inactive neuron leaves out: its row of fc1, its column of fc2."""
+        return 2 * self.hidden
+
+    @property
+    def token_parameters(self) -> int:
+        """Parameters that a dense token reads: all layers and the LM head."""
+        per_layer = 4 * self.hidden * (self.hidden + 1) + self.ffn * (2 * self.hidden + 1) + self.hidden
+        projections = 2 * self.hidden * self.projected
+        return self.layers * per_layer + self.vocab * self.embedding_width + projections
+
     @staticmethod
     def from_config(config: Mapping[str, object], name: str) -> OptFacts:
         """Read the facts from a config.json.
@@ -88,6 +115,8 @@ class OptFacts:
             InputError: sizes that are missing or do not fit together; all of them at once.
         """
         family = config.get("model_type")
+        if family == "llama":
+            raise llama_is_not_compiled(name, "config.json says model_type 'llama'")
         if family != "opt":
             raise UnsupportedError(
                 f"{name}: shadowc compiles OPT models; config.json says model_type {family!r}",
@@ -95,6 +124,15 @@ class OptFacts:
             )
         _refuse_variants(config, name)
         return _read_sizes(config, name)
+
+
+def llama_is_not_compiled(model: str, reason: str) -> UnsupportedError:
+    """Return the refusal of a Llama-type model where an engine is wanted: what can be done with it instead."""
+    return UnsupportedError(
+        f"{model}: {reason}; engines are compiled from OPT models only. Of Llama-type models shadowc measures what "
+        "matters and learns to predict it, in torch: collect, train",
+        hint="shadowc train --model MODEL",
+    )
 
 
 def _refuse_variants(config: Mapping[str, object], name: str) -> None:

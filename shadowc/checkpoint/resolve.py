@@ -18,8 +18,9 @@ from typing import Literal
 
 from shadowc.checkpoint.digest import facts_key, fingerprint, identity
 from shadowc.checkpoint.dummy import SCHEME, DummyWeights
-from shadowc.checkpoint.files import find_weight_files
-from shadowc.checkpoint.opt import PUBLISHED_NAMES, OptFacts, parameter_shapes, published_config
+from shadowc.checkpoint.facts import ModelFacts, layout_of
+from shadowc.checkpoint.files import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, find_weight_files
+from shadowc.checkpoint.opt import PUBLISHED_NAMES, OptFacts, llama_is_not_compiled, published_config
 from shadowc.checkpoint.tokenizer import has_tokenizer, highest_token_id, tokenizer_files
 from shadowc.checkpoint.weights import join, open_weights
 from shadowc.spec.errors import InputError, SetupError
@@ -32,16 +33,17 @@ LoadFormat = Literal["auto", "dummy"]
 OPT_MINI = "opt-mini"
 SHORT_NAMES = (OPT_MINI, *PUBLISHED_NAMES)
 CONFIG_FILE = "config.json"
+GGUF_SUFFIX = ".gguf"
 _OWNER = "facebook/"
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model that can be compiled."""
+class ModelCheckpoint:
+    """A model of any family that the torch side handles: collect, train, the masked model."""
 
-    facts: OptFacts
+    facts: ModelFacts
     weights: TensorSource
-    """All parameters as float32 by canonical name, the tied head included."""
+    """All parameters as float32 by canonical name, a tied head included."""
     identity: str
     """Equal for equal facts, weights and tokenizer, wherever they lie and whatever they are called."""
     folder: Path | None
@@ -53,6 +55,13 @@ class Checkpoint:
     """Of all parameters in float32."""
     unused: tuple[str, ...] = ()
     """Tensors in the files that are not part of the language model, and so not of the engine."""
+
+
+@dataclass(frozen=True)
+class Checkpoint(ModelCheckpoint):
+    """An OPT, which can be compiled."""
+
+    facts: OptFacts
 
 
 def resolve(
@@ -79,16 +88,47 @@ def resolve(
     """
     dummy = load_format == "dummy"
     short = model.removeprefix(_OWNER)
-    if short in PUBLISHED_NAMES and (short == model or not _is_folder(Path(model))):
+    if is_short_name(model) and model != OPT_MINI:
         facts = OptFacts.from_config(published_config(short), short)
         if dummy:
             return _dummy(facts, None, seed)
         folder = _download(_OWNER + short, offline, weights=True)
         return _from_folder(folder, short, advance)
-    folder, name = _find_folder(model, offline, dummy)
+    file = gguf_file(model)
+    if file is not None:
+        raise llama_is_not_compiled(model, f"{file.name} is a GGUF file")
+    folder, name = find_folder(model, offline, dummy)
     if dummy:
         return _dummy(OptFacts.from_config(read_config(folder), name), folder, seed)
     return _from_folder(folder, name, advance)
+
+
+def is_short_name(model: str) -> bool:
+    """Whether this names a published OPT, or opt-mini, and not a folder of that name below here."""
+    short = model.removeprefix(_OWNER)
+    return model == OPT_MINI or (short in PUBLISHED_NAMES and (short == model or not _is_folder(Path(model))))
+
+
+def gguf_file(model: str) -> Path | None:
+    """The GGUF file that is named, or the one in a folder that holds no weights of another form.
+
+    Raises:
+        InputError: the folder holds several.
+    """
+    path = _expanded(model)
+    if _is_file(path):
+        return path if path.suffix == GGUF_SUFFIX else None
+    if not model or not _is_folder(path):
+        return None
+    found = sorted(file for file in path.iterdir() if file.suffix == GGUF_SUFFIX)
+    if not found or any((path / form).exists() for form in (SINGLE_FILE, INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE)):
+        return None
+    if len(found) > 1:
+        raise InputError(
+            f"{path} holds {len(found)} GGUF files, expected one: {', '.join(file.name for file in found)}",
+            hint=f"name the file: --model {found[0]}",
+        )
+    return found[0]
 
 
 def bundled_opt_mini() -> Path:
@@ -132,7 +172,12 @@ def read_config(folder: Path) -> dict[str, object]:
     return content
 
 
-def _find_folder(model: str, offline: bool, dummy: bool) -> tuple[Path, str]:
+def find_folder(model: str, offline: bool, dummy: bool) -> tuple[Path, str]:
+    """The folder that is named or downloaded, and what the model is called.
+
+    Raises:
+        InputError, UnsupportedError, SetupError: as `resolve`.
+    """
     if model == OPT_MINI:
         return bundled_opt_mini(), OPT_MINI
     path = _expanded(model)
@@ -186,7 +231,7 @@ def _from_folder(folder: Path, name: str, advance: Callable[[int, int], None] | 
         raise _with_damage(error, folder) from error
     tokenizer = folder if has_tokenizer(folder) else None
     if tokenizer is not None:
-        _check_vocabulary(facts, tokenizer)
+        check_vocabulary(facts, tokenizer)
     opened = open_weights(folder, facts, advance)
     tokens = tokenizer_files(folder) if tokenizer else ()
     return Checkpoint(
@@ -196,7 +241,7 @@ def _from_folder(folder: Path, name: str, advance: Callable[[int, int], None] | 
         folder=folder,
         tokenizer=tokenizer,
         dummy=False,
-        total_bytes=_total_bytes(facts),
+        total_bytes=total_bytes(facts),
         unused=opened.unused,
     )
 
@@ -204,7 +249,7 @@ def _from_folder(folder: Path, name: str, advance: Callable[[int, int], None] | 
 def _dummy(facts: OptFacts, folder: Path | None, seed: int) -> Checkpoint:
     tokenizer = folder if folder is not None and has_tokenizer(folder) else None
     if tokenizer is not None:
-        _check_vocabulary(facts, tokenizer)
+        check_vocabulary(facts, tokenizer)
     return Checkpoint(
         facts=facts,
         weights=DummyWeights(facts, seed),
@@ -212,7 +257,7 @@ def _dummy(facts: OptFacts, folder: Path | None, seed: int) -> Checkpoint:
         folder=folder,
         tokenizer=tokenizer,
         dummy=True,
-        total_bytes=_total_bytes(facts),
+        total_bytes=total_bytes(facts),
     )
 
 
@@ -225,7 +270,12 @@ def _with_damage(error: InputError, folder: Path) -> InputError:
     return InputError(message, hint=error.hint, problems=(*error.problems, *damaged))
 
 
-def _check_vocabulary(facts: OptFacts, folder: Path) -> None:
+def check_vocabulary(facts: ModelFacts, folder: Path) -> None:
+    """Refuse a tokenizer with ids that the model does not have.
+
+    Raises:
+        InputError: it has such ids, or its files are damaged.
+    """
     highest = highest_token_id(folder)
     if highest >= facts.vocab:
         raise InputError(
@@ -235,5 +285,6 @@ def _check_vocabulary(facts: OptFacts, folder: Path) -> None:
         )
 
 
-def _total_bytes(facts: OptFacts) -> int:
-    return 4 * sum(math.prod(shape) for shape in parameter_shapes(facts).values())
+def total_bytes(facts: ModelFacts) -> int:
+    """Bytes of all parameters in float32."""
+    return 4 * sum(math.prod(shape) for shape in layout_of(facts).shapes.values())

@@ -16,8 +16,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from shadowc.checkpoint.facts import ModelFacts, WeightLayout, layout_of
 from shadowc.checkpoint.files import Advance, WeightFiles, find_weight_files
-from shadowc.checkpoint.opt import EMBEDDING, HEAD, MODEL_SCOPES, OptFacts, is_known_buffer, parameter_shapes
+from shadowc.checkpoint.opt import EMBEDDING, HEAD, MODEL_SCOPES
 from shadowc.checkpoint.stored import Stored
 from shadowc.spec.errors import InputError, UnsupportedError
 
@@ -28,11 +29,19 @@ _NAMED = 5
 
 
 class SafetensorsWeights:
-    """A TensorSource over safetensors files."""
+    """A TensorSource over safetensors files.
 
-    def __init__(self, stored: Mapping[str, Stored]) -> None:
+    Args:
+        stored: where each parameter lies.
+        tied: a name for a tensor that has one already: (the other name, its own). None: it has no such tensor.
+    """
+
+    def __init__(self, stored: Mapping[str, Stored], tied: tuple[str, str] | None = (HEAD, EMBEDDING)) -> None:
         self._stored = dict(stored)
-        self._stored[HEAD] = self._stored[EMBEDDING]
+        self.parameters = tuple(sorted(stored))
+        """Names of the tensors, each once."""
+        if tied is not None:
+            self._stored[tied[0]] = self._stored[tied[1]]
 
     def names(self) -> tuple[str, ...]:
         """All tensor names, sorted, with the tied head."""
@@ -83,7 +92,7 @@ class OpenedWeights:
     """Tensors beside the language model (another head, say) that are not part of what is compiled."""
 
 
-def open_weights(folder: Path, facts: OptFacts, advance: Advance | None = None) -> OpenedWeights:
+def open_weights(folder: Path, facts: ModelFacts, advance: Advance | None = None) -> OpenedWeights:
     """Open the weights of a checkpoint folder and check names, types and shapes of all tensors.
 
     Args:
@@ -97,18 +106,20 @@ def open_weights(folder: Path, facts: OptFacts, advance: Advance | None = None) 
         SetupError: pickled files cannot be converted on this machine.
     """
     found = find_weight_files(folder, advance=advance)
+    layout = layout_of(facts)
     stored = dict(found.stored)
-    if EMBEDDING not in stored and not found.excuses(EMBEDDING) and HEAD in stored:
-        stored[EMBEDDING] = stored[HEAD]
-    damaged = [*found.damaged, *_tensor_problems(stored, facts, found)]
+    head, embedding = layout.head, layout.embedding
+    if layout.tied and embedding not in stored and not found.excuses(embedding) and head in stored:
+        stored[embedding] = stored[head]
+    damaged = [*found.damaged, *_tensor_problems(stored, facts, layout, found)]
     if damaged:
         raise InputError(
             f"{folder}: the checkpoint is damaged or incomplete: {join(damaged)}",
             hint="download the checkpoint again, or correct its config.json if the sizes there are wrong",
             problems=damaged,
         )
-    unused = _check_others(folder, stored, facts)
-    shapes = parameter_shapes(facts)
+    unused = _check_others(folder, stored, layout)
+    shapes = layout.shapes
     foreign = [
         f"{entry.file}: {name} has type {entry.dtype}, expected F32, F16 or BF16"
         for name, entry in sorted(stored.items())
@@ -120,13 +131,19 @@ def open_weights(folder: Path, facts: OptFacts, advance: Advance | None = None) 
             hint="give the original checkpoint; shadowc quantises by itself with --weights int8",
             problems=foreign,
         )
-    if HEAD in stored and not _is_equal(stored[HEAD], stored[EMBEDDING]):
+    if layout.tied and head in stored and not _is_equal(stored[head], stored[embedding]):
         raise UnsupportedError(
-            f"{folder}: {HEAD} in {stored[HEAD].file} differs from {EMBEDDING}; "
-            "expected the tied head that all published OPT models have",
-            hint=f"if the head is a leftover, remove {HEAD} from {stored[HEAD].file}; if it was trained, train it tied",
+            f"{folder}: {head} in {stored[head].file} differs from {embedding}; {_expected_tie(facts)}",
+            hint=f"if the head is a leftover, remove {head} from {stored[head].file}; if it was trained, train it tied",
         )
-    return OpenedWeights(SafetensorsWeights({name: stored[name] for name in shapes}), found.files, unused)
+    tied = (head, embedding) if layout.tied else None
+    return OpenedWeights(SafetensorsWeights({name: stored[name] for name in shapes}, tied), found.files, unused)
+
+
+def _expected_tie(facts: ModelFacts) -> str:
+    if facts.family == "OPT":
+        return "expected the tied head that all published OPT models have"
+    return "config.json says that they are tied"
 
 
 def join(problems: Sequence[str]) -> str:
@@ -135,26 +152,29 @@ def join(problems: Sequence[str]) -> str:
     return "; ".join(problems[:_NAMED]) + more
 
 
-def _tensor_problems(stored: Mapping[str, Stored], facts: OptFacts, found: WeightFiles) -> list[str]:
+def _tensor_problems(
+    stored: Mapping[str, Stored], facts: ModelFacts, layout: WeightLayout, found: WeightFiles
+) -> list[str]:
     problems = []
-    for name, shape in parameter_shapes(facts).items():
+    for name, shape in layout.shapes.items():
         if name not in stored:
             if not found.excuses(name):
                 problems.append(f"{name} is missing")
         elif stored[name].shape != shape:
-            reason = f" (vocab_size is {facts.vocab})" if name == EMBEDDING else ""
+            reason = f" (vocab_size is {facts.vocab})" if name == layout.embedding else ""
             problems.append(
                 f"{stored[name].file}: {name} has shape {list(stored[name].shape)}, expected {list(shape)}{reason}"
             )
-    others = _others(stored, facts)
+    others = _others(stored, layout)
     if others and any(problem.endswith(" is missing") for problem in problems):
-        problems.append(f"{len(others)} tensors have names that OPT does not know, such as {others[0]}")
+        known = "OPT" if facts.family == "OPT" else "the family"
+        problems.append(f"{len(others)} tensors have names that {known} does not know, such as {others[0]}")
     return problems
 
 
-def _check_others(folder: Path, stored: Mapping[str, Stored], facts: OptFacts) -> tuple[str, ...]:
+def _check_others(folder: Path, stored: Mapping[str, Stored], layout: WeightLayout) -> tuple[str, ...]:
     """Refuse tensors that are part of the model but not of what config.json describes; return those beside it."""
-    others = _others(stored, facts)
+    others = _others(stored, layout)
     inside = [name for name in others if name.startswith(MODEL_SCOPES)]
     if inside:
         raise InputError(
@@ -166,9 +186,9 @@ def _check_others(folder: Path, stored: Mapping[str, Stored], facts: OptFacts) -
     return tuple(others)
 
 
-def _others(stored: Mapping[str, Stored], facts: OptFacts) -> list[str]:
-    known = {*parameter_shapes(facts), HEAD}
-    return [name for name in sorted(stored) if name not in known and not is_known_buffer(name)]
+def _others(stored: Mapping[str, Stored], layout: WeightLayout) -> list[str]:
+    known = {*layout.shapes, layout.head}
+    return [name for name in sorted(stored) if name not in known and not layout.is_buffer(name)]
 
 
 def _is_equal(a: Stored, b: Stored) -> bool:

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from torch import Tensor
 
-    from shadowc.checkpoint.opt import OptFacts
-    from shadowc.checkpoint.resolve import Checkpoint
+    from shadowc.checkpoint.facts import ModelFacts
+    from shadowc.checkpoint.resolve import ModelCheckpoint
     from shadowc.spec.options import CollectOptions
     from shadowc.spec.progress import Progress
 
@@ -58,20 +58,20 @@ class CalibrationText:
     """"self" or the file's name."""
 
 
-def sequence_length(options: CollectOptions, facts: OptFacts) -> int:
+def sequence_length(options: CollectOptions, facts: ModelFacts) -> int:
     """Return the tokens per sequence: what was asked for, or the model's context if that is shorter."""
     return min(options.length, facts.positions)
 
 
-def sequence_count(options: CollectOptions, facts: OptFacts) -> int:
+def sequence_count(options: CollectOptions, facts: ModelFacts) -> int:
     """Return how many sequences give the positions asked for."""
     usable = sequence_length(options, facts) - EDGE_TOKENS
     return max(-(-options.positions // max(usable // TOKENS_PER_POSITION, 1)), LEAST_SEQUENCES)
 
 
 def calibration_text(
-    model: Any,  # transformers' OPTForCausalLM, which has no types
-    checkpoint: Checkpoint,
+    model: Any,  # transformers' model, which has no types
+    checkpoint: ModelCheckpoint,
     options: CollectOptions,
     progress: Progress | None = None,
 ) -> CalibrationText:
@@ -92,7 +92,7 @@ def calibration_text(
             f"{path} cannot be tokenised: the checkpoint {facts.name} has no tokenizer files",
             hint="put tokenizer.json (or vocab.json and merges.txt) beside the weights, or use --data self",
         )
-    return CalibrationText(pack(tokenise(documents, checkpoint.tokenizer), facts, count, length, path), text, path.name)
+    return CalibrationText(pack(tokenise(documents, checkpoint), facts, count, length, path), text, path.name)
 
 
 def check_data(data: str) -> None:
@@ -158,20 +158,20 @@ def _json_texts(path: Path, text: str) -> list[str]:
     return documents
 
 
-def tokenise(documents: list[str], folder: Path) -> list[list[int]]:
+def tokenise(documents: list[str], checkpoint: ModelCheckpoint) -> list[list[int]]:
     """Tokenise each document, without special tokens.
 
     Raises:
         InputError: the tokenizer's files are damaged.
     """
-    from shadowc.checkpoint.tokenizer import load_tokenizer
+    from shadowc.checkpoint.models import tokenizer_of
 
-    tokenizer = load_tokenizer(folder)
+    tokenizer = tokenizer_of(checkpoint)
     # verbose would warn about texts beyond the model's context; they are cut into sequences later.
     return [tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in documents]
 
 
-def pack(documents: list[list[int]], facts: OptFacts, count: int, length: int, origin: Path) -> npt.NDArray[np.int64]:
+def pack(documents: list[list[int]], facts: ModelFacts, count: int, length: int, origin: Path) -> npt.NDArray[np.int64]:
     """Cut the documents, joined by eos, into `count` sequences spread evenly over the text, each after a bos.
 
     Raises:
@@ -193,7 +193,7 @@ def pack(documents: list[list[int]], facts: OptFacts, count: int, length: int, o
 
 def sample_text(
     model: Any,
-    facts: OptFacts,
+    facts: ModelFacts,
     count: int,
     length: int,
     seed: int,
@@ -222,13 +222,13 @@ def sample_text(
     return ids_NT
 
 
-def sampling_batch(facts: OptFacts, length: int) -> int:
+def sampling_batch(facts: ModelFacts, length: int) -> int:
     """Return how many texts are written at once within `CACHE_BYTES`."""
     row_bytes = 2 * 4 * facts.layers * facts.hidden * length
     return min(max(CACHE_BYTES // row_bytes, 1), LARGEST_BATCH)
 
 
-def _continue(model: Any, facts: OptFacts, draws_BT: Tensor) -> Tensor:
+def _continue(model: Any, facts: ModelFacts, draws_BT: Tensor) -> Tensor:
     """Write one batch of texts."""
     import torch
     from transformers import StaticCache

@@ -1,5 +1,4 @@
 # SPDX-License-Identifier: Apache-2.0
-# ruff: noqa: N815 - fields carry their shape letters
 """Criteria: how important a head or a neuron was for one token.
 
 In: what one layer did for a batch of sequences (`LayerSignals`). Out: head scores [B,T,H] and neuron scores
@@ -8,8 +7,9 @@ In: what one layer did for a batch of sequences (`LayerSignals`). Out: head scor
 
 Letters: B sequences, T tokens, H heads, D head size, F neurons, E hidden.
 In the formulas a is the attention context of a head before out_proj, g = dLoss/da, u the fc1 output with its
-bias before ReLU, q = dLoss/du. Loss is the *sum* of the token losses in float32: a mean, or half precision,
-pushes small gradients below the smallest number (statistics of the published fp16 code show such zeros).
+bias before ReLU, q = dLoss/du, h what fc2 reads, p = dLoss/dh; of a gated neuron u := h (signals.py). Loss is the
+*sum* of the token losses in float32: a mean, or half precision, pushes small gradients below the smallest number
+(statistics of the published fp16 code show such zeros).
 """
 
 from __future__ import annotations
@@ -19,32 +19,13 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
+from shadowc.sparsity.signals import LayerSignals
 from shadowc.spec.errors import InputError, InternalError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 Scores = tuple["Tensor", "Tensor"]
-
-
-@dataclass(frozen=True, slots=True)
-class LayerSignals:
-    """One layer's activations, and their gradients if the criterion asked for them."""
-
-    context_BTHD: Tensor
-    fc1_BTF: Tensor
-    context_gradient_BTHD: Tensor | None = None
-    fc1_gradient_BTF: Tensor | None = None
-
-    def gradients(self) -> tuple[Tensor, Tensor]:
-        """Return both gradients.
-
-        Raises:
-            InternalError: they were not recorded.
-        """
-        if self.context_gradient_BTHD is None or self.fc1_gradient_BTF is None:
-            raise InternalError("a criterion used gradients that it did not ask for when it was registered")
-        return self.context_gradient_BTHD, self.fc1_gradient_BTF
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,7 +92,7 @@ def plainact(signals: LayerSignals) -> Scores:
     """
     gradient_BTHD, gradient_BTF = signals.gradients()
     heads_BTH = (gradient_BTHD * signals.context_BTHD).sum(-1).abs()
-    return heads_BTH, (gradient_BTF * signals.fc1_BTF).abs()
+    return heads_BTH, (gradient_BTF * signals.preactivation_BTF).abs()
 
 
 @criterion("l2norm", gradients=False)
@@ -122,14 +103,14 @@ def l2norm(signals: LayerSignals) -> Scores:
     Kept as published, with its weakness: u is taken *before* ReLU, so a neuron with a large negative u, which adds
     nothing to the output, ranks high. Use it as a baseline, not for good masks.
     """
-    return signals.context_BTHD.norm(dim=-1), signals.fc1_BTF.abs()
+    return signals.context_BTHD.norm(dim=-1), signals.preactivation_BTF.abs()
 
 
 @criterion("activation", gradients=False)
 def activation(signals: LayerSignals) -> Scores:
-    """Heads ||a||_2, neurons max(u, 0): how much the unit says, whatever the loss makes of it.
+    """Heads ||a||_2, neurons |h|: how much the unit says, whatever the loss makes of it.
 
-    Source: DejaVu (arXiv 2310.17157), whose labels are the heads of largest norm and the neurons that ReLU lets pass;
-    with labels "top" these are its labels, but for neurons a fixed number of a layer instead of all that fire.
+    Source: DejaVu (arXiv 2310.17157), whose labels are the heads of largest norm and the neurons that ReLU lets pass
+    (h > 0); with labels "top" these are its labels, but for neurons a fixed number of a layer instead of all that fire.
     """
-    return signals.context_BTHD.norm(dim=-1), signals.fc1_BTF.relu()
+    return signals.context_BTHD.norm(dim=-1), signals.hidden_BTF.abs()

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
-from shadowc.checkpoint.opt import OptFacts
+from shadowc.checkpoint.facts import ModelFacts, facts_of
 from shadowc.output import check_output, label, replace_folder, writing
 from shadowc.spec.errors import InputError
 
@@ -80,7 +80,7 @@ class ImportanceTrace:
     meta: dict[str, Any]
     """key (of what decides all of it), criterion, model, facts, text (fingerprint), source, seed, counts, and the dense
     model's mean token loss."""
-    facts: OptFacts
+    facts: ModelFacts
     """Of the model that was recorded."""
     tokens_NT: npt.NDArray[np.int32]
     sequence_M: npt.NDArray[np.int32]
@@ -148,7 +148,7 @@ class ImportanceTrace:
         return trace if trace.meta.get("key") == key else None
 
 
-def _described(folder: Path) -> tuple[dict[str, Any], OptFacts]:
+def _described(folder: Path) -> tuple[dict[str, Any], ModelFacts]:
     """Return the content of trace.json, and the facts in it."""
     path = folder / META_FILE
     try:
@@ -166,7 +166,7 @@ def _described(folder: Path) -> tuple[dict[str, Any], OptFacts]:
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
         raise InputError(f"{path} does not have schema {SCHEMA}", hint=_AGAIN)
     try:
-        return meta, OptFacts(**meta["facts"])
+        return meta, facts_of(meta["facts"])
     except (KeyError, TypeError) as error:
         raise InputError(f"{path} is damaged: it lacks facts of the model", hint=_AGAIN) from error
 
@@ -180,7 +180,7 @@ def _opened(folder: Path) -> Any:
         raise InputError(f"{folder / TENSORS_FILE} is missing or damaged: {error}", hint=_AGAIN) from error
 
 
-def trace_layout(facts: OptFacts, positions: int, sequences: int, length: int) -> Layout:
+def trace_layout(facts: ModelFacts, positions: int, sequences: int, length: int) -> Layout:
     """Return name -> (type, shape) of all tensors of a trace.
 
     Neuron scores are stored relative to the largest of their position and layer, in float16: 11 bits of each value

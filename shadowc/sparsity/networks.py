@@ -20,7 +20,7 @@ from shadowc.spec.program import SMALLEST_SPAN
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from shadowc.checkpoint.opt import OptFacts
+    from shadowc.checkpoint.facts import ModelFacts
 
     Floats = npt.NDArray[np.float32]
 
@@ -155,17 +155,14 @@ def blocks_of(neurons: int, block: int) -> int:
     return -(-neurons // block)
 
 
-def cost_share(facts: OptFacts, block: int, width: int, style: Style = "shadow") -> float:
+def cost_share(facts: ModelFacts, block: int, width: int, style: Style = "shadow") -> float:
     """Return the parameters of a predictor as a share of those that a dense token reads (layers and LM head)."""
     outputs = facts.predicted_layers * (facts.heads + blocks_of(facts.ffn, block))
     readers = 2 * (facts.predicted_layers if style == "dejavu" else 1)
-    per_layer = 4 * facts.hidden * (facts.hidden + 1) + facts.ffn * (2 * facts.hidden + 1) + facts.hidden
-    projections = 2 * facts.hidden * facts.projected
-    dense = facts.layers * per_layer + facts.vocab * facts.embedding_width + projections
-    return (width * (readers * (facts.hidden + 1) + outputs) + outputs) / dense
+    return (width * (readers * (facts.hidden + 1) + outputs) + outputs) / facts.token_parameters
 
 
-def default_width(facts: OptFacts, block: int, style: Style = "shadow") -> int:
+def default_width(facts: ModelFacts, block: int, style: Style = "shadow") -> int:
     """Return the largest multiple of 32, 32 to 1024, with which a predictor costs at most 3 % of a dense token.
 
     Counted in parameters, since the predictor is quantised as the model is. A model too small for the budget gets 32.

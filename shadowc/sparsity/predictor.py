@@ -33,7 +33,7 @@ from shadowc.spec.program import SparsityPlan
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from shadowc.checkpoint.opt import OptFacts
+    from shadowc.checkpoint.facts import ModelFacts
     from shadowc.spec.options import CompileOptions
 
     Floats = npt.NDArray[np.float32]
@@ -167,7 +167,7 @@ class Predictor:
             (staging / META_FILE).write_text(text + "\n", "utf-8")
 
     @staticmethod
-    def load(folder: Path, facts: OptFacts | None = None) -> Predictor:
+    def load(folder: Path, facts: ModelFacts | None = None) -> Predictor:
         """Read a predictor; with `facts`, also check that it fits the model.
 
         Raises:
@@ -201,7 +201,7 @@ class Predictor:
             predictor.require_fit(facts)
         return predictor
 
-    def require_fit(self, facts: OptFacts) -> None:
+    def require_fit(self, facts: ModelFacts) -> None:
         """Check that every tensor has the shape that the model needs.
 
         A predictor of another model of the same shape passes (fine-tuned copies share one); `meta["model"]` tells
@@ -226,7 +226,7 @@ class Predictor:
             )
 
     @staticmethod
-    def dummy(facts: OptFacts, block: int, width: int = 0, seed: int = 0, style: Style = "shadow") -> Predictor:
+    def dummy(facts: ModelFacts, block: int, width: int = 0, seed: int = 0, style: Style = "shadow") -> Predictor:
         """Return a seeded random predictor of the true shape, for latency work; width 0: the default."""
         width = width or default_width(facts, block, style)
         generator = np.random.default_rng([seed, 2])

@@ -24,8 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, OPTConfig, OPTForCausalLM
+from transformers import DynamicCache, OPTForCausalLM
 
+from shadowc.sparsity.families import empty_model, restore_buffers
 from shadowc.sparsity.selection import select_threshold, unit_mask
 from shadowc.sparsity.torch_scores import TorchScores
 from shadowc.spec.density import Density
@@ -33,7 +34,7 @@ from shadowc.spec.errors import InputError, InternalError
 from shadowc.spec.program import SparsityPlan
 
 if TYPE_CHECKING:
-    from shadowc.checkpoint.resolve import Checkpoint
+    from shadowc.checkpoint.resolve import ModelCheckpoint
 
 Granularity = Literal["token", "sequence"]
 Array: TypeAlias = Tensor | npt.NDArray[Any]
@@ -364,19 +365,17 @@ def _known(tensor: Tensor | None) -> Tensor:
     return tensor
 
 
-def load_torch_model(checkpoint: Checkpoint) -> OPTForCausalLM:
-    """Return the checkpoint as transformers' model: float32, eval mode, eager attention.
+def load_torch_model(checkpoint: ModelCheckpoint) -> Any:
+    """Return the checkpoint as transformers' model, which has no types: float32, eval mode, eager attention.
 
     It is built on the meta device and filled tensor by tensor, so that no weight is in memory twice.
     """
-    from shadowc.checkpoint.opt import config_dict
-
-    config = OPTConfig(**config_dict(checkpoint.facts), attn_implementation="eager")
     with torch.device("meta"):
-        model = OPTForCausalLM(config)
+        model = empty_model(checkpoint.facts)
     for name, _ in list(model.named_parameters()):
         array = np.require(checkpoint.weights.tensor(name), np.float32, ["C", "W"])
         owner = model.get_submodule(name.rpartition(".")[0])
         setattr(owner, name.rpartition(".")[2], nn.Parameter(torch.from_numpy(array), requires_grad=False))
     model.tie_weights()
+    restore_buffers(model)
     return model.eval()

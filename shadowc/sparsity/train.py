@@ -47,7 +47,7 @@ from shadowc.spec.progress import NullProgress
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from shadowc.checkpoint.opt import OptFacts
+    from shadowc.checkpoint.facts import ModelFacts
     from shadowc.sparsity.importance import ImportanceTrace
     from shadowc.spec.options import TrainOptions
     from shadowc.spec.progress import Progress
@@ -60,7 +60,7 @@ KINDS = ("heads", "neurons")
 
 def train(
     trace: ImportanceTrace,
-    facts: OptFacts,
+    facts: ModelFacts,
     options: TrainOptions,
     out: Path | None = None,
     progress: Progress | None = None,
@@ -225,7 +225,7 @@ def _report(predictor: Predictor, inputs: Floats, raw: dict[str, Floats], seed: 
     return report
 
 
-def _require_fit(trace: ImportanceTrace, facts: OptFacts, options: TrainOptions) -> None:
+def _require_fit(trace: ImportanceTrace, facts: ModelFacts, options: TrainOptions) -> None:
     problems = [
         f"{size} {getattr(trace.facts, size)}, expected {getattr(facts, size)}"
         for size in ("layers", "hidden", "heads", "ffn")
@@ -244,7 +244,7 @@ def _require_fit(trace: ImportanceTrace, facts: OptFacts, options: TrainOptions)
         )
 
 
-def _meta(trace: ImportanceTrace, facts: OptFacts, options: TrainOptions, width: int) -> dict[str, Any]:
+def _meta(trace: ImportanceTrace, facts: ModelFacts, options: TrainOptions, width: int) -> dict[str, Any]:
     return {
         "origin": "trained",
         "criterion": trace.meta["criterion"],

@@ -18,7 +18,7 @@ from shadowc.spec.progress import NullProgress
 from shadowc.stage_cache import StageCache
 
 if TYPE_CHECKING:
-    from shadowc.checkpoint.resolve import Checkpoint
+    from shadowc.checkpoint.resolve import ModelCheckpoint
     from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.options import CollectOptions, TrainOptions
     from shadowc.spec.progress import Progress
@@ -114,11 +114,11 @@ def _predictor_folder(out: Path | None, name: str) -> Path:
     return folder
 
 
-def _checkpoint(origin: Origin, offline: bool, progress: Progress) -> Checkpoint:
-    from shadowc.checkpoint.resolve import resolve
+def _checkpoint(origin: Origin, offline: bool, progress: Progress) -> ModelCheckpoint:
+    from shadowc.checkpoint.models import resolve_model
 
     with progress.stage("checkpoint"):
-        return resolve(
+        return resolve_model(
             origin.model,
             load_format=origin.load_format,
             offline=offline,
@@ -128,7 +128,7 @@ def _checkpoint(origin: Origin, offline: bool, progress: Progress) -> Checkpoint
 
 
 def _record(
-    checkpoint: Checkpoint, origin: Origin, options: CollectOptions, out: Path | None, progress: Progress
+    checkpoint: ModelCheckpoint, origin: Origin, options: CollectOptions, out: Path | None, progress: Progress
 ) -> ImportanceTrace:
     from shadowc.checkpoint.finite import check_finite
     from shadowc.sparsity.collect import collect, trace_key

@@ -19,6 +19,7 @@ from hypothesis.extra import numpy as hnp
 
 from shadowc.checkpoint.resolve import Checkpoint
 from shadowc.sparsity import collect as module
+from shadowc.sparsity import record
 from shadowc.sparsity.collect import collect, sampled_positions
 from shadowc.sparsity.importance import (
     META_FILE,
@@ -204,7 +205,7 @@ def test_an_interrupted_run_leaves_no_trace_and_is_continued(
         return original(*arguments)
 
     monkeypatch.setattr(module, "record_batch", count)
-    monkeypatch.setattr(module, "BATCH_BYTES", 1)  # one sequence a batch
+    monkeypatch.setattr(record, "BATCH_BYTES", 1)  # one sequence a batch
     with pytest.raises(InterruptedRunError):
         collect(checkpoint, OPTIONS, tmp_path / "t", model=tiny_model)
     assert not (tmp_path / "t").exists()

@@ -12,8 +12,9 @@ import torch
 from torch.nn import functional as F
 
 from shadowc.checkpoint.opt import OptFacts
-from shadowc.sparsity.collect import record_batch
-from shadowc.sparsity.criteria import LayerSignals, criterion, criterion_names, find_criterion
+from shadowc.sparsity.criteria import criterion, criterion_names, find_criterion
+from shadowc.sparsity.record import record_batch
+from shadowc.sparsity.signals import LayerSignals
 from shadowc.spec.errors import InputError, InternalError
 
 FLOAT32 = 1e-4
@@ -119,7 +120,7 @@ def test_plainact_is_zero_for_a_neuron_that_did_not_fire(
 def test_l2norm_is_the_published_formula_per_token() -> None:
     generator = torch.Generator().manual_seed(1)
     context_BTHD, fc1_BTF = (torch.randn(2, 3, 4, 5, generator=generator), torch.randn(2, 3, 7, generator=generator))
-    heads_BTH, neurons_BTF = find_criterion("l2norm").score(LayerSignals(context_BTHD, fc1_BTF))
+    heads_BTH, neurons_BTF = find_criterion("l2norm").score(LayerSignals(context_BTHD, fc1_BTF, fc1_BTF.relu()))
     torch.testing.assert_close(heads_BTH, (context_BTHD**2).sum(-1).sqrt())
     torch.testing.assert_close(neurons_BTF, (fc1_BTF**2).sqrt())
 
@@ -127,7 +128,7 @@ def test_l2norm_is_the_published_formula_per_token() -> None:
 def test_activation_is_what_a_unit_says_and_zero_for_a_neuron_that_did_not_fire() -> None:
     generator = torch.Generator().manual_seed(1)
     context_BTHD, fc1_BTF = (torch.randn(2, 3, 4, 5, generator=generator), torch.randn(2, 3, 7, generator=generator))
-    heads_BTH, neurons_BTF = find_criterion("activation").score(LayerSignals(context_BTHD, fc1_BTF))
+    heads_BTH, neurons_BTF = find_criterion("activation").score(LayerSignals(context_BTHD, fc1_BTF, fc1_BTF.relu()))
     torch.testing.assert_close(heads_BTH, (context_BTHD**2).sum(-1).sqrt())
     torch.testing.assert_close(neurons_BTF, torch.where(fc1_BTF > 0, fc1_BTF, 0.0))
 
@@ -147,10 +148,10 @@ def test_unknown_criterion_is_refused_with_the_nearest_name() -> None:
 
 def test_registering_a_name_twice_is_a_bug() -> None:
     with pytest.raises(InternalError, match="two criteria"):
-        criterion("l2norm", gradients=False)(lambda signals: (signals.context_BTHD, signals.fc1_BTF))
+        criterion("l2norm", gradients=False)(lambda signals: (signals.context_BTHD, signals.preactivation_BTF))
 
 
 def test_using_gradients_without_asking_is_a_bug() -> None:
-    signals = LayerSignals(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1))
+    signals = LayerSignals(torch.zeros(1, 1, 1, 1), torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
     with pytest.raises(InternalError, match="did not ask"):
         find_criterion("plainact").score(signals)

@@ -1,0 +1,273 @@
+# SPDX-License-Identifier: Apache-2.0
+# ruff: noqa: N815 - fields carry their shape letters
+"""One batch of texts through the dense model: each layer's signals, one after the other, and what is kept of them.
+
+Without gradients a layer's signals are given while the model runs. With gradients the layers are walked backwards in
+groups: only the last group's graph exists after the forward pass, every other group is run once more from its stored
+input when its turn has come. So memory holds one group, whatever the depth of the model; a single group runs once.
+
+Letters: B sequences, T tokens, M recorded positions, L model layers, E hidden, H heads, D head size, F neurons.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from shadowc.sparsity.families import Block, Decoder, decoder_of, watched
+from shadowc.sparsity.signals import LayerSignals
+from shadowc.spec.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from shadowc.checkpoint.facts import ModelFacts
+    from shadowc.sparsity.criteria import Criterion
+
+Give = Callable[[int, LayerSignals], None]
+
+BATCH_BYTES = 1 << 30
+"""Rough bound on the activations, gradients and logits of one batch that are in memory at once."""
+
+
+@dataclass(slots=True)
+class Rows:
+    """What one batch gives: M recorded positions."""
+
+    sequence_M: npt.NDArray[np.int32]
+    """Row within the batch."""
+    position_M: npt.NDArray[np.int32]
+    context_ME: npt.NDArray[np.float32]
+    heads_MLH: npt.NDArray[np.float32]
+    neurons_LMF: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    inputs_LME: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    """What the attentions of layers 1.. read."""
+    loss: float = 0.0
+    """Sum of all token losses."""
+
+
+def record_batch(
+    model: Any,
+    facts: ModelFacts,
+    criterion: Criterion,
+    ids_BT: npt.NDArray[np.int64],
+    positions: list[npt.NDArray[np.int64]],
+) -> Rows:
+    """Run one batch and score its recorded positions.
+
+    Args:
+        model: transformers' model.
+        facts: its sizes, and its name for messages.
+        criterion: what scores.
+        ids_BT: the texts.
+        positions: of every text, those recorded.
+
+    Raises:
+        InputError: an activation or gradient is not finite.
+    """
+    decoder = decoder_of(model)
+    row_M = torch.from_numpy(np.repeat(np.arange(len(ids_BT)), [len(p) for p in positions]))
+    position_M = torch.from_numpy(np.concatenate(positions))
+    heads: dict[int, Tensor] = {}
+    neurons: dict[int, Tensor] = {}
+    seen: dict[int, Tensor] = {}
+
+    def score(layer: int, signals: LayerSignals) -> None:
+        heads_BTH, neurons_BTF = criterion.score(signals)
+        heads[layer], neurons[layer] = heads_BTH[row_M, position_M], neurons_BTF[row_M, position_M]
+        if not bool(torch.isfinite(heads[layer]).all() and torch.isfinite(neurons[layer]).all()):
+            raise InputError(
+                f"{facts.name}: importance in layer {layer} is not finite; the weights may be damaged",
+                hint="check the checkpoint for NaN and Inf",
+            )
+
+    def keep(layer: int) -> Callable[[Tensor], None]:
+        def act(tensor: Tensor) -> None:
+            if layer not in seen:  # a group that is run again shows the same
+                seen[layer] = tensor.detach()[row_M, position_M]
+
+        return act
+
+    inputs = [(block.reads, keep(layer)) for layer, block in enumerate(decoder.blocks) if layer]
+    with watched((decoder.blocks[0].context, keep(0)), *inputs):
+        group = layers_at_once(facts, *ids_BT.shape)
+        loss = stream_signals(decoder, torch.from_numpy(ids_BT), score, gradients=criterion.gradients, group=group)
+    layers = range(len(decoder.blocks))
+    return Rows(
+        row_M.numpy().astype(np.int32),
+        position_M.numpy().astype(np.int32),
+        seen[0].numpy(),
+        torch.stack([heads[layer] for layer in layers], dim=1).numpy(),
+        [neurons[layer].numpy() for layer in layers],
+        [seen[layer].numpy() for layer in layers[1:]],
+        loss,
+    )
+
+
+def texts_at_once(facts: ModelFacts, length: int, *, gradients: bool) -> int:
+    """Return how many texts of so many tokens run at once within `BATCH_BYTES`, as one group of layers; at least 1."""
+    layers = facts.layers if gradients else 1
+    return max(BATCH_BYTES // (4 * length * (layers * _layer_floats(facts, length) + _other_floats(facts))), 1)
+
+
+def layers_at_once(facts: ModelFacts, texts: int, length: int) -> int:
+    """Return how many layers make a group, so that one fits into `BATCH_BYTES`; at least 1."""
+    left = BATCH_BYTES // (4 * texts * length) - _other_floats(facts)
+    return min(max(left // _layer_floats(facts, length), 1), facts.layers)
+
+
+def _layer_floats(facts: ModelFacts, length: int) -> int:
+    """Numbers per token in the graph of one layer, with the gradients that criteria see."""
+    return 14 * facts.hidden + 6 * facts.ffn + 3 * facts.heads * length
+
+
+def _other_floats(facts: ModelFacts) -> int:
+    """Numbers per token beside the groups: logits with their gradients, what every layer reads."""
+    return 3 * facts.vocab + facts.layers * facts.hidden
+
+
+def stream_signals(decoder: Decoder, ids_BT: Tensor, give: Give, *, gradients: bool, group: int = 0) -> float:
+    """Run the model and give every layer's signals once, in no fixed order; return the sum of the token losses.
+
+    Args:
+        decoder: the model; its weights need no gradients.
+        ids_BT: the texts, each from its first token on.
+        give: called with the layer and its signals, which are freed afterwards.
+        gradients: whether the signals have gradients, of the sum of the token losses.
+        group: with gradients, layers whose graph is in memory at once; 0: all.
+    """
+    embedded = decoder.embed(ids_BT).detach()
+    if gradients:
+        return _Backwards(decoder, ids_BT, give, group or len(decoder.blocks)).run(embedded)
+    watches = [pair for layer, block in enumerate(decoder.blocks) for pair in _Held(block).given(layer, decoder, give)]
+    with torch.no_grad(), watched(*watches):
+        return float(summed_loss(decoder.model(inputs_embeds=embedded, use_cache=False).logits, ids_BT))
+
+
+def summed_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Return the sum of the losses of all tokens but the first."""
+    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
+
+
+class _Held:
+    """The three tensors of one block, from its sites."""
+
+    def __init__(self, block: Block) -> None:
+        self._block = block
+        self._tensors: dict[str, Tensor] = {}
+
+    def watches(self) -> list[tuple[Any, Any]]:
+        """Return what keeps the tensors during a run."""
+        sites = {"context": self._block.context, "u": self._block.preactivation, "h": self._block.hidden}
+        return [(site, self._keep(name)) for name, site in sites.items()]
+
+    def _keep(self, name: str) -> Callable[[Tensor], None]:
+        return lambda tensor: self._tensors.__setitem__(name, tensor)
+
+    def given(self, layer: int, decoder: Decoder, give: Give) -> list[tuple[Any, Any]]:
+        """Return what gives the layer's signals as soon as the last of them is known, without gradients."""
+
+        def act(_: Tensor) -> None:
+            give(layer, self.signals(decoder, self._tensors["context"].shape[:2]))
+            self._tensors.clear()
+
+        return [*self.watches(), (self._block.hidden, act)]
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Context, u and h as the model made them; u and h may be one tensor."""
+        return self._tensors["context"], self._tensors["u"], self._tensors["h"]
+
+    def signals(self, decoder: Decoder, rows: torch.Size, gradients: tuple[Tensor, ...] = ()) -> LayerSignals:
+        """Return the signals in the shapes that criteria see; `rows` is [B,T]."""
+        context, u, h = (tensor.detach() for tensor in self.tensors)
+        split = (*rows, decoder.heads, decoder.head_size)
+        flat = (*rows, decoder.neurons)
+        shaped = [context.reshape(split), u.reshape(flat), h.reshape(flat)]
+        if gradients:
+            g, q, p = gradients
+            shaped += [g.reshape(split), q.reshape(flat), p.reshape(flat)]
+        return LayerSignals(*shaped)
+
+
+class _Backwards:
+    """One forward and one backward pass, by groups of layers."""
+
+    def __init__(self, decoder: Decoder, ids_BT: Tensor, give: Give, group: int) -> None:
+        self._decoder = decoder
+        self._ids_BT = ids_BT
+        self._give = give
+        layers = len(decoder.blocks)
+        self._groups = [range(max(end - group, 0), end) for end in range(layers, 0, -group)]
+        """From the last to the first."""
+        self._starts: dict[int, Tensor] = {}
+        """What each group's first layer read."""
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        """What each layer was called with beside that."""
+
+    def run(self, embedded_BTE: Tensor) -> float:
+        """Return the sum of the token losses."""
+        last, *earlier = self._groups
+        held = {layer: _Held(self._decoder.blocks[layer]) for layer in last}
+        handles = [
+            block.layer.register_forward_pre_hook(self._entered(layer), with_kwargs=True)
+            for layer, block in enumerate(self._decoder.blocks)
+        ]
+        try:
+            with torch.no_grad(), watched(*(pair for one in held.values() for pair in one.watches())):
+                logits_BTV = self._decoder.model(inputs_embeds=embedded_BTE, use_cache=False).logits
+        finally:
+            for handle in handles:
+                handle.remove()
+        with torch.enable_grad():
+            loss = summed_loss(logits_BTV, self._ids_BT)
+        del logits_BTV
+        slope = self._differentiate(last, held, loss, None)
+        for group in earlier:
+            held = {layer: _Held(self._decoder.blocks[layer]) for layer in group}
+            slope = self._differentiate(group, held, self._again(group, held), slope)
+        return float(loss.detach())
+
+    def _entered(self, layer: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]:
+        """Return a hook that notes a layer's arguments, and begins the graph where the last group begins."""
+        starts = {group[0] for group in self._groups}
+
+        def hook(_: Any, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+            self._arguments.append((inputs[1:], named))
+            if layer not in starts:
+                return None
+            start = inputs[0].detach()
+            if layer == self._groups[0][0]:
+                torch.set_grad_enabled(True)  # until the end of the forward pass
+                start.requires_grad_()
+            self._starts[layer] = start
+            return (start, *inputs[1:]), named
+
+        return hook
+
+    def _again(self, group: range, held: dict[int, _Held]) -> Tensor:
+        """Run a group once more from its stored input, now with its graph."""
+        with torch.enable_grad(), watched(*(pair for one in held.values() for pair in one.watches())):
+            passed = self._starts[group[0]].requires_grad_()
+            for layer in group:
+                more, named = self._arguments[layer]
+                result = self._decoder.blocks[layer].layer(passed, *more, **named)
+                passed = result[0] if isinstance(result, tuple) else result
+        return passed
+
+    def _differentiate(self, group: range, held: dict[int, _Held], end: Tensor, slope: Tensor | None) -> Tensor:
+        """Give the signals of a group, and return the gradient at its input."""
+        wanted = [self._starts.pop(group[0])]
+        for one in held.values():
+            wanted += one.tensors
+        found = torch.autograd.grad(end, wanted, None if slope is None else (slope,))
+        for number, layer in enumerate(group):
+            gradients = found[1 + 3 * number : 4 + 3 * number]
+            self._give(layer, held.pop(layer).signals(self._decoder, self._ids_BT.shape, gradients))
+        return found[0]
