@@ -169,7 +169,7 @@ def _free_runs(
     progress: Progress,
 ) -> list[FreeRun]:
     from shadowc.sparsity.calibration import sample_text
-    from shadowc.sparsity.reference import MaskedOpt, load_torch_model
+    from shadowc.sparsity.reference import MaskedModel, load_torch_model
 
     torch_model = load_torch_model(checkpoint)
     prompts_BS = sample_text(torch_model, checkpoint.facts, prompts, PROMPT_TOKENS, seed + 1)
@@ -177,7 +177,7 @@ def _free_runs(
     settings: Sequence[tuple[Scope, Density]] = [(scope, density) for scope in scopes for density in DENSITIES]
     runs = []
     for done, (scope, density) in enumerate(settings, start=1):
-        masked = MaskedOpt(torch_model, predictor.plan(scope, sparsity.exempt), predictor)
+        masked = MaskedModel(torch_model, predictor.plan(scope, sparsity.exempt), predictor)
         runs.append(free_run(engine.with_scope(scope), masked, prompts_BS, tokens=tokens, density=density))
         progress.advance(done, len(settings), "settings")
     return runs

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from shadowc.runtime.engine import Engine
     from shadowc.runtime.probe import Probe
-    from shadowc.sparsity.reference import MaskedOpt
+    from shadowc.sparsity.reference import MaskedModel
 
 NEAR_THRESHOLD = 1e-5
 """A unit this close to the threshold may fall either way: a share of the spread of the scores ranked together, which
@@ -74,7 +74,7 @@ class FreeRun:
 
 def free_run(
     engine: Engine,
-    masked: MaskedOpt,
+    masked: MaskedModel,
     prompts_BS: npt.NDArray[np.int64],
     *,
     tokens: int,
@@ -216,7 +216,7 @@ def _engine_steps(
 
 
 def _torch_steps(
-    masked: MaskedOpt, prompts_BS: npt.NDArray[np.int64], density: Density
+    masked: MaskedModel, prompts_BS: npt.NDArray[np.int64], density: Density
 ) -> Callable[[npt.NDArray[np.int64] | None], Step]:
     """The same for the masked torch model."""
     from shadowc.sparsity.reference import MaskedState

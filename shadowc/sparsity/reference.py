@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The masked torch model: transformers' own OPT, with inactive heads and neurons set to zero by hooks.
+"""The masked torch model: transformers' own, of any family, with inactive heads and neurons set to zero by hooks.
 
 In: token ids, a density and where masking begins. Out: logits, and the scores, thresholds and masks behind them.
 It is the truth for the quality of a sparse model and the yardstick of every engine; it saves no work.
 
-Heads are zeroed in the attention context before out_proj, neurons after ReLU before fc2, in the predicted layers
-(model layers 1 to n-1). Keys and values of inactive heads are kept, as the engine keeps them. A predictor of style
-dejavu reads what the attention of a layer reads under the masks of the layers before it, as the engine does.
+Heads are zeroed in the attention context before the output projection, neurons in what the last projection of the FFN
+reads (after ReLU; of a gated neuron the product), in the predicted layers (model layers 1 to n-1). Keys and values of
+inactive heads are kept, as the engine keeps them; where query heads share them they are nobody's own. A predictor of
+style dejavu reads what the attention of a layer reads under the masks of the layers before it, as the engine does.
 
 Letters: B batch, S new tokens, Z the last Z of them (those masked in at least one row), P tokens so far, the new
 ones included, E hidden, F neurons, N units of a layer, L predicted layers.
@@ -16,7 +17,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias
 
@@ -24,9 +24,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, OPTForCausalLM
+from transformers import DynamicCache
 
-from shadowc.sparsity.families import empty_model, restore_buffers
+from shadowc.sparsity.families import Site, decoder_of, empty_model, restore_buffers, watched
 from shadowc.sparsity.selection import select_threshold, unit_mask
 from shadowc.sparsity.torch_scores import TorchScores
 from shadowc.spec.density import Density
@@ -133,24 +133,26 @@ class _Call:
         return slice(self.tokens - self.dense.shape[1], self.tokens)
 
 
-class MaskedOpt:
-    """An OPT whose heads and neurons can be masked per token.
+class MaskedModel:
+    """A model whose heads and neurons can be masked per token.
 
     Args:
-        model: in eval mode; it is shared, and left as it was after each call.
+        model: transformers' OPTForCausalLM or LlamaForCausalLM in eval mode; it is shared, and left as it was after
+            each call.
         plan: block size, scope, exempt layers and least numbers of active units.
         predictor: scores every unit and fixes the order of the neurons. Without it scores or masks must be given,
             and units are blocks of neurons in the order of the checkpoint.
     """
 
-    def __init__(self, model: OPTForCausalLM, plan: SparsityPlan, predictor: NamedTensors | None = None) -> None:
+    def __init__(self, model: Any, plan: SparsityPlan, predictor: NamedTensors | None = None) -> None:
         self.model = model
         self.plan = plan
-        self._layers = model.model.decoder.layers
+        self.decoder = decoder_of(model)
+        layers = len(self.decoder.blocks)
         tensors = {} if predictor is None else predictor.tensors()
         self._tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
-        self._scores = TorchScores(self._tensors, len(self._layers) - 1)
-        self._unit_of_neuron = [self._units(layer) for layer in range(1, len(self._layers))]
+        self._scores = TorchScores(self._tensors, layers - 1)
+        self._unit_of_neuron = [self._units(layer) for layer in range(1, layers)]
 
     def logits(
         self,
@@ -194,12 +196,13 @@ class MaskedOpt:
                 self._select(call, scores)
             elif not self._tensors:
                 raise InputError("a model without a predictor needs scores or masks")
-            with self._hooks(call):
+            given = {} if attention_mask_BP is None else self._placed(torch.as_tensor(attention_mask_BP), call.tokens)
+            with watched(*self._sites(call)):
                 output = self.model(
                     input_ids=ids_BS,
-                    attention_mask=None if attention_mask_BP is None else torch.as_tensor(attention_mask_BP),
                     past_key_values=None if state is None else state.cache,
                     use_cache=state is not None,
+                    **given,
                 )
         heads, neurons = call.kinds
         return MaskedResult(
@@ -245,24 +248,21 @@ class MaskedOpt:
             neurons=_Kind(torch.tensor([row.neurons for row in rows]), self.plan.min_active_neurons),
         )
 
-    @contextmanager
-    def _hooks(self, call: _Call) -> Iterator[None]:
-        """Predict unless the masks are known, and mask the layers from 1 on, for one run of the model."""
-        with ExitStack() as stack:
+    def _placed(self, attention_mask_BP: Tensor, tokens: int) -> dict[str, Tensor]:
+        """Return the model's arguments that tell tokens from pads."""
+        return {"attention_mask": attention_mask_BP, **self.decoder.placed(attention_mask_BP, tokens)}
 
-            def before(module: nn.Module, act: Callable[[Tensor], None]) -> None:
-                handle = module.register_forward_pre_hook(lambda _, inputs: act(inputs[0]))
-                stack.callback(handle.remove)
-
-            if call.heads.mask is None and self.plan.style == "dejavu":
-                for layer, module in enumerate(self._layers[1:], start=1):
-                    before(module.self_attn.q_proj, self._predict_layer(call, layer))
-            elif call.heads.mask is None:
-                before(self._layers[0].self_attn.out_proj, lambda context: self._predict(call, context))
-            for index, layer in enumerate(self._layers[1:]):
-                before(layer.self_attn.out_proj, _mask_heads(call, index))
-                before(layer.fc2, _mask_neurons(call, index, self._unit_of_neuron[index]))
-            yield
+    def _sites(self, call: _Call) -> Iterator[tuple[Site, Callable[[Tensor], None]]]:
+        """Give the places and what happens there: predict unless the masks are known, mask the layers from 1 on."""
+        first, *later = self.decoder.blocks
+        if call.heads.mask is None and self.plan.style == "dejavu":
+            for layer, block in enumerate(later, start=1):
+                yield block.reads, self._predict_layer(call, layer)
+        elif call.heads.mask is None:
+            yield first.context, lambda context: self._predict(call, context)
+        for index, block in enumerate(later):
+            yield block.context, _mask_heads(call, index)
+            yield block.hidden, _mask_neurons(call, index, self._unit_of_neuron[index])
 
     def _predict(self, call: _Call, context_BSE: Tensor) -> None:
         """Score the units from the layer-0 context, before out_proj, and select."""
@@ -306,7 +306,7 @@ class MaskedOpt:
 
     def _units(self, layer: int) -> Tensor:
         """Return the unit of each neuron of the checkpoint, [F]."""
-        neurons = self._layers[layer].fc1.out_features
+        neurons = self.decoder.neurons
         order_F = self._tensors.get(f"order.{layer}", torch.arange(neurons))
         unit_F = torch.empty(neurons, dtype=torch.int64)
         unit_F[order_F.to(torch.int64)] = torch.arange(neurons) // self.plan.block
@@ -338,7 +338,7 @@ def _remember_prompt_end(call: _Call, context_BSE: Tensor) -> None:
 
 
 def _mask_heads(call: _Call, index: int) -> Callable[[Tensor], None]:
-    """Return what zeroes the inactive heads of predicted layer `index` in its context [B,S,E], in place."""
+    """Return what zeroes the inactive heads of predicted layer `index` in its context [B,S,H*D], in place."""
 
     def act(context_BSE: Tensor) -> None:
         inactive_BZH1 = ~_known(call.heads.mask)[:, :, index, :, None]
@@ -349,7 +349,7 @@ def _mask_heads(call: _Call, index: int) -> Callable[[Tensor], None]:
 
 
 def _mask_neurons(call: _Call, index: int, unit_F: Tensor) -> Callable[[Tensor], None]:
-    """Return what zeroes the inactive neurons of predicted layer `index` after ReLU, [B*S,F], in place."""
+    """Return what zeroes the inactive neurons of predicted layer `index` in [B*S,F] or [B,S,F], in place."""
 
     def act(fired: Tensor) -> None:
         inactive_BZF = ~_known(call.neurons.mask)[:, :, index, unit_F]

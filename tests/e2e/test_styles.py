@@ -28,7 +28,7 @@ from shadowc.runtime import variants
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import read_manifest
 from shadowc.sparsity.predictor import Predictor
-from shadowc.sparsity.reference import MaskedOpt, load_torch_model
+from shadowc.sparsity.reference import MaskedModel, load_torch_model
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
 from shadowc.spec.manifest import MODEL_FILE
@@ -107,7 +107,7 @@ def test_engine_and_masked_torch_model_generate_alike(
     engine = shadowc.load(dejavu_engine)
     assert engine.manifest.sparsity is not None
     predictor = stored_predictor(engine, engine.manifest.sparsity)
-    masked = MaskedOpt(load_torch_model(resolve(str(tiny_checkpoint))), predictor.plan(None), predictor)
+    masked = MaskedModel(load_torch_model(resolve(str(tiny_checkpoint))), predictor.plan(None), predictor)
     prompts_BS = np.random.default_rng(1).integers(4, 320, (4, 8))
     run = free_run(engine, masked, prompts_BS, tokens=24, density=density)
     assert run.passed(), run
@@ -122,7 +122,7 @@ def test_int8_is_modelled_by_the_gate(tiny_checkpoint: Path, tmp_path: Path) -> 
 
 def test_controls_take_the_place_of_every_layers_scores(dejavu_engine: Path, tiny_checkpoint: Path) -> None:
     engine, predictor = shadowc.load(dejavu_engine), predictor_of(tiny_checkpoint)
-    masked = MaskedOpt(load_torch_model(resolve(str(tiny_checkpoint))), predictor.plan(None), predictor)
+    masked = MaskedModel(load_torch_model(resolve(str(tiny_checkpoint))), predictor.plan(None), predictor)
     rng = np.random.default_rng(3)
     pair = rng.random((1, 1, 3, 4), np.float32), rng.random((1, 1, 3, 16), np.float32)
     ids = rng.integers(4, 320, (1, 12))

@@ -14,7 +14,7 @@ from shadowc.checkpoint.resolve import resolve
 from shadowc.measure.free_running import EXCUSED_LIMIT, FreeRun, free_run, near_threshold
 from shadowc.runtime.engine import Engine
 from shadowc.sparsity.predictor import Predictor
-from shadowc.sparsity.reference import MaskedOpt, load_torch_model
+from shadowc.sparsity.reference import MaskedModel, load_torch_model
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
@@ -24,28 +24,28 @@ from tests.measure.test_parity import changed, ignore_density
 
 
 @pytest.fixture(scope="module")
-def masked(tiny_checkpoint: Path, sparse_engine: Path) -> MaskedOpt:
+def masked(tiny_checkpoint: Path, sparse_engine: Path) -> MaskedModel:
     """The masked torch model of the engine's checkpoint and predictor."""
     checkpoint = resolve(str(tiny_checkpoint))
     predictor = Stages(compiled.options(tiny_checkpoint, sparse_engine), NullProgress()).predictor(checkpoint)
     assert isinstance(predictor, Predictor)
-    return MaskedOpt(load_torch_model(checkpoint), predictor.plan("global"), predictor)
+    return MaskedModel(load_torch_model(checkpoint), predictor.plan("global"), predictor)
 
 
-def run(engine: Engine, masked: MaskedOpt, density: Density) -> FreeRun:
+def run(engine: Engine, masked: MaskedModel, density: Density) -> FreeRun:
     prompts = np.random.default_rng(0).integers(4, 320, (6, 8), dtype=np.int64)
     return free_run(engine, masked, prompts, tokens=24, density=density)
 
 
 @pytest.mark.parametrize("density", [Density(), Density(0.5, 0.5), Density(0.5, 0.2)])
-def test_both_generate_the_same_when_free(sparse_engine: Path, masked: MaskedOpt, density: Density) -> None:
+def test_both_generate_the_same_when_free(sparse_engine: Path, masked: MaskedModel, density: Density) -> None:
     found = run(shadowc.load(sparse_engine), masked, density)
     assert found.passed()
     assert found.masks_after == 0
     assert found.tokens >= 100
 
 
-def test_masks_differ_when_the_engine_ignores_its_density(sparse_engine: Path, masked: MaskedOpt) -> None:
+def test_masks_differ_when_the_engine_ignores_its_density(sparse_engine: Path, masked: MaskedModel) -> None:
     found = run(changed(sparse_engine, ignore_density), masked, Density(0.5, 0.5))
     assert found.masks_wrong > 0
     assert not found.passed()
@@ -83,6 +83,6 @@ def test_no_unit_is_near_when_the_spread_is_not_finite(wild: float) -> None:
         assert not near_threshold(scores, np.array([[1.0]], np.float32), scope=scope, exempt=()).any()
 
 
-def test_a_dense_engine_has_no_free_run(sparse_engine: Path, masked: MaskedOpt) -> None:
+def test_a_dense_engine_has_no_free_run(sparse_engine: Path, masked: MaskedModel) -> None:
     with pytest.raises(InputError, match="dense engine"):
         run(shadowc.load(sparse_engine).dense_twin(), masked, Density())

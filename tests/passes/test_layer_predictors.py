@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from shadowc.pipeline import schedule
-from shadowc.sparsity.reference import MaskedOpt
+from shadowc.sparsity.reference import MaskedModel
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InternalError
 from shadowc.spec.program import Program, SparsityPlan
@@ -117,7 +117,7 @@ def test_graph_equals_transformers_when_everything_is_kept() -> None:
 @pytest.mark.parametrize("kept", [(0.5, 0.5), (0.2, 0.2), (0.5, 0.2), (0.0, 0.0)])
 @pytest.mark.parametrize("plan", [PLAN, UNEVEN], ids=["plain", "exempt and least"])
 def test_sparse_steps_equal_the_masked_torch_model(plan: SparsityPlan, kept: tuple[float, float]) -> None:
-    reference = MaskedOpt(deep.model(), plan, PREDICTOR)
+    reference = MaskedModel(deep.model(), plan, PREDICTOR)
     logits, found = decode(sound(plan), **deep.dials(*kept))
     forced = reference.logits(IDS, MASK, density=Density(*kept), masks=masks_of(found))
     assert distance(logits, forced.logits.numpy()) < FP32
@@ -129,7 +129,7 @@ def test_sparse_steps_equal_the_masked_torch_model(plan: SparsityPlan, kept: tup
     ("steps", "tail", "first"), [(((0, 10),), 3, 7), (((0, 6), (6, 10)), 99, 0)], ids=["last three", "all"]
 )
 def test_teacher_forced_text_is_masked_in_the_sparse_tail(steps, tail: int, first: int) -> None:
-    reference = MaskedOpt(deep.model(), PLAN, PREDICTOR)
+    reference = MaskedModel(deep.model(), PLAN, PREDICTOR)
     logits, found = decode(sound(PLAN), steps, **deep.dials(0.5, tail=tail))
     free = reference.logits(IDS, MASK, density=HALF, masked_from=first)
     assert_same_selection(found, free)
@@ -183,7 +183,7 @@ def _predictor_of_another_layer(program: Program) -> None:
 def test_planted_defect_moves_the_logits_far_beyond_the_tolerance(defect: Callable[[Program], None]) -> None:
     program = deep.compiled(PLAN)
     defect(program)
-    free = MaskedOpt(deep.model(), PLAN, PREDICTOR).logits(IDS, MASK, density=HALF, masked_from=7)
+    free = MaskedModel(deep.model(), PLAN, PREDICTOR).logits(IDS, MASK, density=HALF, masked_from=7)
     good, _ = decode(sound(PLAN), STEPS, **deep.dials(0.5))
     bad, _ = decode(runnable(program), STEPS, **deep.dials(0.5))
     assert distance(good, free.logits.numpy()) < FP32

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 
-from shadowc.sparsity.reference import MaskedOpt
+from shadowc.sparsity.reference import MaskedModel
 from shadowc.spec.density import Density
 from shadowc.spec.program import Program
 from tests.passes import tensorrt
@@ -56,7 +56,7 @@ def test_everything_kept_is_transformers_and_masks_are_those_of_the_masked_torch
     runner = decoder(deep.compiled(plan, facts=FACTS), style)
     logits, _ = decode(runner, **deep.dials(1.0))
     assert distance(logits, expected()) < FP32
-    reference = MaskedOpt(deep.model(FACTS), plan, deep.predictor(style=style, facts=FACTS))
+    reference = MaskedModel(deep.model(FACTS), plan, deep.predictor(style=style, facts=FACTS))
     logits, found = decode(runner, **deep.dials(0.5, 0.2))
     forced = reference.logits(IDS, MASK, density=Density(0.5, 0.2), masks=masks_of(found))
     assert distance(logits, forced.logits.numpy()) < FP32

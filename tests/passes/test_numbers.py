@@ -18,7 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from shadowc.emit.records import groups, materialise, quantise_nbits
 from shadowc.passes.quantise import ACCURACY_LEVEL, BITS, BLOCKS
-from shadowc.sparsity.reference import MaskedOpt, MaskedResult, MaskedState
+from shadowc.sparsity.reference import MaskedModel, MaskedResult, MaskedState
 from shadowc.spec.density import Density
 from shadowc.spec.program import Program, SparsityPlan
 from tests.emit.unpack import dequantise_nbits, unpack_attention, unpack_ffn
@@ -118,7 +118,7 @@ def test_graph_equals_transformers_when_everything_is_kept(plan: SparsityPlan | 
     ids=["global", "local", "single"],
 )
 def test_sparse_steps_equal_the_masked_torch_model(plan: SparsityPlan, kept: tuple[float, float]) -> None:
-    reference = MaskedOpt(deep.model(), plan, deep.predictor(plan.block))
+    reference = MaskedModel(deep.model(), plan, deep.predictor(plan.block))
     logits, found = decode(_decoder(plan, "fp32"), **deep.dials(*kept))
     forced = reference.logits(IDS, MASK, density=Density(*kept), masks=masks_of(found))
     assert distance(logits, forced.logits.numpy()) < FP32
@@ -127,7 +127,7 @@ def test_sparse_steps_equal_the_masked_torch_model(plan: SparsityPlan, kept: tup
 
 
 def test_rows_may_have_their_own_densities() -> None:
-    reference = MaskedOpt(deep.model(), deep.plan(), deep.predictor())
+    reference = MaskedModel(deep.model(), deep.plan(), deep.predictor())
     logits, found = decode(_decoder(deep.plan(), "fp32"), **deep.dials([1.0, 0.2]))
     rows = [Density(1.0, 1.0), Density(0.2, 0.2)]
     forced = reference.logits(IDS, MASK, density=rows, masks=masks_of(found))
@@ -139,7 +139,7 @@ def test_rows_may_have_their_own_densities() -> None:
     ("steps", "tail", "first"), [(((0, 10),), 3, 7), (((0, 6), (6, 10)), 99, 0)], ids=["last three", "all"]
 )
 def test_teacher_forced_text_is_masked_in_the_sparse_tail(steps, tail: int, first: int) -> None:
-    reference = MaskedOpt(deep.model(), deep.plan(), deep.predictor())
+    reference = MaskedModel(deep.model(), deep.plan(), deep.predictor())
     logits, found = decode(_decoder(deep.plan(), "fp32"), steps, **deep.dials(0.5, tail=tail))
     forced = reference.logits(IDS, MASK, density=Density(0.5, 0.5), masks=masks_of(found))
     assert distance(logits, forced.logits.numpy()) < FP32
@@ -204,7 +204,7 @@ def _dequantised(weights: str) -> torch.nn.Module:
 )
 def test_narrow_graph_equals_torch_with_dequantised_weights(weights: str, kept: float) -> None:
     logits, found = decode(_decoder(deep.plan(), weights), **deep.dials(kept))
-    reference, state = MaskedOpt(_dequantised(weights), deep.plan(), deep.predictor()), MaskedState()
+    reference, state = MaskedModel(_dequantised(weights), deep.plan(), deep.predictor()), MaskedState()
     forced = reference.logits(IDS, MASK, density=Density(kept, kept), masks=masks_of(found), state=state)
     assert distance(logits, forced.logits.numpy()) < INT8_HEAD
     # before the LM head nothing but the cache is rounded a second time
@@ -306,7 +306,7 @@ def test_planted_defect_moves_the_logits_far_beyond_the_tolerance(defect) -> Non
     program = deep.compiled(deep.plan())
     defect(program)
     decoder = deep.Decoder(deep.filled(program, deep.Tensors()), batch=2)
-    reference = MaskedOpt(deep.model(), deep.plan(), deep.predictor())
+    reference = MaskedModel(deep.model(), deep.plan(), deep.predictor())
     logits, _ = decode(decoder, **deep.dials(0.5))
     free = reference.logits(IDS, MASK, density=Density(0.5, 0.5), masked_from=7)
     assert distance(logits, free.logits.numpy()) > 100 * FP32

@@ -14,7 +14,7 @@ import onnx_graphsurgeon as gs
 import pytest
 import torch
 
-from shadowc.sparsity.reference import MaskedOpt
+from shadowc.sparsity.reference import MaskedModel
 from shadowc.spec.density import Density
 from shadowc.spec.program import Program
 from tests.passes import tensorrt
@@ -64,7 +64,7 @@ def test_decode_equals_transformers_when_everything_is_kept() -> None:
 @pytest.mark.parametrize("kept", [0.5, 0.2, 0.0])
 def test_decode_equals_the_masked_torch_model(kept: float) -> None:
     logits, found = decode(tensorrt.shared_runner("fp32", False, False), kept)
-    reference = MaskedOpt(deep.model(), deep.plan(), deep.predictor())
+    reference = MaskedModel(deep.model(), deep.plan(), deep.predictor())
     forced = reference.logits(IDS, MASK, density=Density(kept, kept), masks=masks_of(found[1:]))
     assert distance(logits, forced.logits.numpy()) < FP32
     assert distance(logits, EXPECTED) > 100 * FP32  # masks do matter

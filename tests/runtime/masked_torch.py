@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import GenerationMixin, OPTForCausalLM, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from shadowc.sparsity.reference import MaskedOpt
+from shadowc.sparsity.reference import MaskedModel
 from shadowc.spec.density import Density
 from shadowc.spec.program import SparsityPlan
 from tests.emit import engines, handmade
@@ -35,7 +35,7 @@ class MaskedTorch(PreTrainedModel, GenerationMixin):
         self, model: OPTForCausalLM, density: Density, granularity: Literal["token", "sequence"] = "token"
     ) -> None:
         super().__init__(model.config)
-        self.masked = MaskedOpt(model, SparsityPlan(0, 0, engines.BLOCK, "global", ()), HandmadePredictor())
+        self.masked = MaskedModel(model, SparsityPlan(0, 0, engines.BLOCK, "global", ()), HandmadePredictor())
         self.density, self.granularity, self.prompt = density, granularity, 0
 
     @property

@@ -17,7 +17,7 @@ from shadowc.runtime.load import load_cpu
 from shadowc.runtime.prompts import from_ids
 from shadowc.runtime.sequence import SequenceDecoder
 from shadowc.runtime.sequence_engine import SequenceEngine
-from shadowc.sparsity.reference import MaskedOpt
+from shadowc.sparsity.reference import MaskedModel
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
 from shadowc.spec.manifest import FIXED_FILE
@@ -47,7 +47,7 @@ def engine(folders: dict[str, Path]) -> SequenceEngine:
 
 
 @pytest.fixture(scope="module")
-def masked(tiny_model: OPTForCausalLM) -> MaskedOpt:
+def masked(tiny_model: OPTForCausalLM) -> MaskedModel:
     """The masked torch model with the predictor of the handmade engines."""
     named = handmade.predictor_tensors(engines.tiny_facts(), engines.BLOCK)
 
@@ -56,7 +56,7 @@ def masked(tiny_model: OPTForCausalLM) -> MaskedOpt:
             return {name.removeprefix("predictor."): tensor for name, tensor in named.items()}
 
     plan = SparsityPlan(handmade.WIDTH, handmade.WIDTH, engines.BLOCK, "global")
-    return MaskedOpt(tiny_model, plan, Predictor())
+    return MaskedModel(tiny_model, plan, Predictor())
 
 
 def sequence_engine(folders: dict[str, Path], **options: Any) -> SequenceEngine:
@@ -83,7 +83,7 @@ def without_end(logits: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("density", DENSITIES)
 def test_generated_tokens_are_those_of_the_masked_torch_model(
-    engine: SequenceEngine, masked: MaskedOpt, density: Density
+    engine: SequenceEngine, masked: MaskedModel, density: Density
 ) -> None:
     """Each token is the one that torch chooses after all before it, so torch alone would generate the same."""
     found = engine.generate(random_ids(2, 9), max_new_tokens=20, min_new_tokens=20, density=density)
@@ -94,7 +94,7 @@ def test_generated_tokens_are_those_of_the_masked_torch_model(
 @pytest.mark.parametrize("prompt_tokens", [1, 6])
 @pytest.mark.parametrize("density", DENSITIES)
 def test_logits_are_those_of_the_masked_torch_model(
-    engine: SequenceEngine, masked: MaskedOpt, density: Density, prompt_tokens: int
+    engine: SequenceEngine, masked: MaskedModel, density: Density, prompt_tokens: int
 ) -> None:
     ids = random_ids(2, 30)
     found = engine.logits(ids, density, "prompt", prompt_tokens=prompt_tokens)
@@ -104,7 +104,7 @@ def test_logits_are_those_of_the_masked_torch_model(
 
 
 def test_rows_whose_prompts_end_elsewhere_are_those_of_the_masked_torch_model(
-    engine: SequenceEngine, masked: MaskedOpt
+    engine: SequenceEngine, masked: MaskedModel
 ) -> None:
     ids, mask = random_ids(2, 24), np.ones((2, 24), np.int64)
     mask[1, :9] = 0
@@ -255,7 +255,7 @@ def test_a_step_neither_selects_nor_binds_a_mask_that_stays(
 # --- refresh -------------------------------------------------------------------------------------------------
 
 
-def refreshed_masks(masked: MaskedOpt, ids: np.ndarray, prompt: int, refresh: int, density: Density) -> Any:
+def refreshed_masks(masked: MaskedModel, ids: np.ndarray, prompt: int, refresh: int, density: Density) -> Any:
     """The masks of every token after the prompt if each `refresh`-th token makes one; the prompt's last is the first.
 
     Scores depend on layer 0 alone, so a token's own mask is the same whatever masks the others have.
@@ -267,7 +267,7 @@ def refreshed_masks(masked: MaskedOpt, ids: np.ndarray, prompt: int, refresh: in
 
 @pytest.mark.parametrize("refresh", [1, 3, 100])
 def test_refresh_makes_a_fresh_mask_every_so_many_tokens(
-    engine: SequenceEngine, masked: MaskedOpt, refresh: int
+    engine: SequenceEngine, masked: MaskedModel, refresh: int
 ) -> None:
     density, prompt, ids = Density(0.5, 0.2), 5, random_ids(2, 20)
     again = engine.with_refresh(refresh)
@@ -289,7 +289,9 @@ def test_refresh_at_every_token_is_a_mask_per_token(engine: SequenceEngine) -> N
     assert difference(never, engine.logits(ids, 0.5, "prompt", prompt_tokens=4)) <= TOLERANCE
 
 
-def test_a_refreshed_mask_without_the_k_and_v_of_all_heads_is_caught(engine: SequenceEngine, masked: MaskedOpt) -> None:
+def test_a_refreshed_mask_without_the_k_and_v_of_all_heads_is_caught(
+    engine: SequenceEngine, masked: MaskedModel
+) -> None:
     density, ids = Density(0.5, 0.5), random_ids(1, 25)
     planted = engine.with_refresh(2)
     planted._fixed = engine._fixed
@@ -330,7 +332,7 @@ def test_bits_under_a_mask_per_sequence_are_those_of_its_own_protocol(engine: Se
 # --- controls and other protocols ----------------------------------------------------------------------------
 
 
-def test_controls_take_the_place_of_the_predictor(engine: SequenceEngine, masked: MaskedOpt) -> None:
+def test_controls_take_the_place_of_the_predictor(engine: SequenceEngine, masked: MaskedModel) -> None:
     ranking, ids, density = engine.controls("static"), random_ids(2, 20), Density(0.5, 0.5)
     found = engine.logits(
         ids, density, "prompt", prompt_tokens=4,

@@ -37,15 +37,16 @@ def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
 
 
 LLAMA = {
-    "vocab_size": 320, "hidden_size": 48, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 2,
-    "intermediate_size": 80, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
+    "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "intermediate_size": 256, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
 }  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def llama_model() -> Any:
-    """A random Llama-type model with three query heads to a head of keys and values; weights so large that every part
-    moves the logits. Shared: take a `copy.deepcopy` to change it.
+    """A random Llama-type model, two query heads to a head of keys and values; every part of it moves the logits.
+
+    Shared: take a `copy.deepcopy` to change it.
     """
     return random_llama(LLAMA)
 

@@ -22,7 +22,7 @@ from shadowc.sparsity.fit import Examples, fit
 from shadowc.sparsity.importance import ImportanceTrace, TraceWriter, relative, trace_layout
 from shadowc.sparsity.networks import BUDGET, LayerNetworks, cost_share, default_width
 from shadowc.sparsity.predictor import META_FILE, Predictor, check_style, style_in
-from shadowc.sparsity.reference import MaskedOpt, MaskedState
+from shadowc.sparsity.reference import MaskedModel, MaskedState
 from shadowc.sparsity.train import targets_of, train
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
@@ -255,8 +255,8 @@ def layered(tiny_facts: OptFacts) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def masked(tiny_model: OPTForCausalLM, layered: Predictor) -> MaskedOpt:
-    return MaskedOpt(tiny_model, layered.plan("local"), layered)
+def masked(tiny_model: OPTForCausalLM, layered: Predictor) -> MaskedModel:
+    return MaskedModel(tiny_model, layered.plan("local"), layered)
 
 
 @pytest.fixture(scope="module")
@@ -265,7 +265,7 @@ def ids(tiny_facts: OptFacts) -> Tensor:
 
 
 def test_masked_model_scores_each_layer_by_what_its_attention_reads_under_masks(
-    masked: MaskedOpt, layered: Predictor, ids: Tensor
+    masked: MaskedModel, layered: Predictor, ids: Tensor
 ) -> None:
     seen: list[Tensor] = []
     layers = masked.model.model.decoder.layers
@@ -285,7 +285,7 @@ def test_masked_model_scores_each_layer_by_what_its_attention_reads_under_masks(
 
 
 @pytest.mark.parametrize("ends", [(6, 7, 8, 14), (3, 10, 14)])
-def test_pieces_equal_the_whole(masked: MaskedOpt, ids: Tensor, ends: tuple[int, ...]) -> None:
+def test_pieces_equal_the_whole(masked: MaskedModel, ids: Tensor, ends: tuple[int, ...]) -> None:
     whole = masked.logits(ids, density=HALF, masked_from=6)
     state, start, parts = MaskedState(), 0, []
     for end in ends:
@@ -294,6 +294,6 @@ def test_pieces_equal_the_whole(masked: MaskedOpt, ids: Tensor, ends: tuple[int,
     torch.testing.assert_close(torch.cat(parts, dim=1), whole.logits, rtol=0, atol=TINY_STEP)
 
 
-def test_masked_model_makes_no_masks_of_a_sequence(masked: MaskedOpt, ids: Tensor) -> None:
+def test_masked_model_makes_no_masks_of_a_sequence(masked: MaskedModel, ids: Tensor) -> None:
     with pytest.raises(InputError, match="makes a mask for every token"):
         masked.logits(ids, density=HALF, masked_from=6, granularity="sequence")

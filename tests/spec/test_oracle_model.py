@@ -18,7 +18,7 @@ from transformers import DynamicCache, OPTForCausalLM
 
 from shadowc.checkpoint.opt import OptFacts
 from shadowc.sparsity.predictor import Predictor
-from shadowc.sparsity.reference import MaskedOpt, MaskedResult
+from shadowc.sparsity.reference import MaskedModel, MaskedResult
 from shadowc.spec import oracle
 from shadowc.spec.density import Density
 from tests.spec import decode_graph
@@ -75,7 +75,7 @@ def largest_difference(logits: Array, expected: Array, attention_mask: Array) ->
 
 
 def masked(tiny_model, predictor, plan, text, densities, masked_from=PROMPT) -> MaskedResult:
-    return MaskedOpt(tiny_model, plan, predictor).logits(*text, density=densities, masked_from=masked_from)
+    return MaskedModel(tiny_model, plan, predictor).logits(*text, density=densities, masked_from=masked_from)
 
 
 def test_graph_equals_transformers_when_density_is_one(tiny_model: OPTForCausalLM, facts: OptFacts, text) -> None:
@@ -137,7 +137,7 @@ def test_sparse_tail_says_which_tokens_are_masked(tiny_model, facts, text, piece
         masks = free.mask_heads.clone(), free.mask_neurons.clone()
         for mask in masks:
             mask[:, : 5 - 3] = mask[:, 5 : TEXT - 3] = True
-        expected = MaskedOpt(tiny_model, plan, predictor).logits(*text, density=DENSE, masks=masks).logits
+        expected = MaskedModel(tiny_model, plan, predictor).logits(*text, density=DENSE, masks=masks).logits
     assert largest_difference(found["logits"], expected.numpy(), text[1]) < FP32_TOLERANCE
 
 
