@@ -150,9 +150,15 @@ def stream_signals(decoder: Decoder, ids_BT: Tensor, give: Give, *, gradients: b
         return float(summed_loss(decoder.model(inputs_embeds=embedded, use_cache=False).logits, ids_BT))
 
 
+def token_losses(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
+    """Return the loss of every token but the first, [B,T-1]."""
+    losses = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids_BT), -1)
+
+
 def summed_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     """Return the sum of the losses of all tokens but the first."""
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten(), reduction="sum")
+    return token_losses(logits_BTV, ids_BT).sum()
 
 
 class _Held:
@@ -189,7 +195,7 @@ class _Held:
         context, u, h = (tensor.detach() for tensor in self.tensors)
         split = (*rows, decoder.heads, decoder.head_size)
         flat = (*rows, decoder.neurons)
-        shaped = [context.reshape(split), u.reshape(flat), h.reshape(flat)]
+        shaped: list[Any] = [context.reshape(split), u.reshape(flat), h.reshape(flat)]
         if gradients:
             g, q, p = gradients
             shaped += [g.reshape(split), q.reshape(flat), p.reshape(flat)]

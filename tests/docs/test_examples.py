@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from shadowc.sparsity import criteria
+from shadowc.sparsity.criteria import registry
 from tests.docs.blocks import RUN, blocks, run
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -21,7 +21,7 @@ def environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, st
     folder = tmp_path / "reader"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    monkeypatch.setattr(criteria, "_REGISTRY", dict(criteria._REGISTRY))
+    monkeypatch.setattr(registry, "_REGISTRY", dict(registry._REGISTRY))
     wanted = {"SHADOWC_CACHE": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "2"}
     for name, value in wanted.items():
         monkeypatch.setenv(name, value)
