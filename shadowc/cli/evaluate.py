@@ -1,29 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`shadowc eval`: quality on a text, beside the controls."""
+"""`shadowc eval`: quality on texts and tasks, beside the controls, in torch or on an engine."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from shadowc.cli import flags, render
 
 if TYPE_CHECKING:
-    from shadowc.measure.evaluate import EvalReport
+    from shadowc.cli.eval_inputs import Ground, Masks, Subject
+    from shadowc.eval.run import Evaluation
+    from shadowc.spec.progress import Progress
 
-
-Protocol = Literal["decode", "prompt"]
+TORCH_ONLY = ("predictor", "scope", "load_format", "offline")
+ENGINE_ONLY = ("refresh", "threads")
+TASKS_ONLY = ("task", "shots")
 
 
 def evaluate(
-    engine: flags.Engine,
+    context: typer.Context,
+    engine: Annotated[
+        Path | None, typer.Argument(metavar="[ENGINE]", help="Engine folder; or --model.", show_default=False)
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option("--model", "-m", help="Instead of an engine: a checkpoint, in torch.", show_default=False),
+    ] = None,
+    predictor: Annotated[
+        Path | None,
+        typer.Option("--predictor", help="With --model: what `shadowc train` made of it.", show_default=False),
+    ] = None,
     text: Annotated[
-        Path,
-        typer.Option("--text", help="UTF-8 text that neither trained nor calibrated the engine.", show_default=False),
-    ],
+        Path | None,
+        typer.Option(
+            "--text", help="UTF-8 text, or .jsonl with a field text: bits per byte. Unseen text.", show_default=False
+        ),
+    ] = None,
+    wikitext: Annotated[
+        Path | None,
+        typer.Option("--wikitext", help="Raw WikiText split: word perplexity as in lm-eval.", show_default=False),
+    ] = None,
+    tasks: Annotated[
+        Path | None,
+        typer.Option("--tasks", help="Folder with TASK/eval.jsonl and TASK/fewshot.jsonl.", show_default=False),
+    ] = None,
+    task: Annotated[
+        str, typer.Option("--task", help="all, or of piqa, copa, openbookqa, winogrande, rte, hellaswag, arc_easy.")
+    ] = "all",
+    shots: Annotated[str, typer.Option("--shots", help="Solved examples before a question; several: 0,5.")] = "0",
+    limit: Annotated[
+        int | None,
+        typer.Option("--limit", help="First windows, pages and examples only.", min=1, show_default=False),
+    ] = None,
     densities: Annotated[
         str, typer.Option("--densities", help="Heads/neurons, separated by commas; one number means both.")
     ] = "1,0.5,0.2,1/0.5,1/0.2",
@@ -31,18 +62,23 @@ def evaluate(
         str | None,
         typer.Option(
             "--methods",
-            help="Whose masks: predictor, static, normalised, random; default: all, for plans the predictor's.",
+            help="Whose masks: predictor, static, normalised, random; default: all that there are.",
             show_default=False,
         ),
+    ] = None,
+    scope: Annotated[
+        str | None,
+        typer.Option("--scope", help="local, global, or both; default: the predictor's.", show_default=False),
     ] = None,
     window: Annotated[
         int | None, typer.Option("--window", help="Tokens per window; default: the context.", min=2, show_default=False)
     ] = None,
     protocol: Annotated[
-        Protocol | None,
+        str | None,
         typer.Option(
             "--protocol",
-            help="decode: a mask for every token; prompt: one for all tokens after a prompt; default: as compiled.",
+            help="decode: a mask for every token; prompt: one for all tokens after a prompt; paper: the last token's "
+            "for all, not causal; several with commas; default: decode, of an engine as compiled.",
             show_default=False,
         ),
     ] = None,
@@ -50,81 +86,56 @@ def evaluate(
         int | None,
         typer.Option(
             "--prompt-tokens",
-            help="Dense tokens that a window begins with; default: 1, for protocol prompt 16.",
+            help="Dense tokens at the start; default: 1 of a window, for protocol prompt 16, of a task the prompt.",
             min=0,
             show_default=False,
         ),
     ] = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option("--sweep", help="Folder for CSV, JSON, plots and a table; goes on there.", show_default=False),
+    ] = None,
+    load_format: flags.LoadFormatFlag = "auto",
+    offline: flags.Offline = False,
     refresh: flags.Refresh = None,
     threads: flags.Threads = None,
     seed: flags.Seed = 0,
     json: flags.AsJson = False,
 ) -> None:
-    """Measure bits per byte on a text at several densities, under the predictor's masks and under controls."""
-    from typing import get_args
+    """Measure quality on texts and tasks at several densities, under the predictor's masks and under controls."""
+    from shadowc.cli.eval_inputs import Ground, Masks, Subject
 
-    from shadowc.measure.evaluate import Method
-    from shadowc.measure.evaluate import evaluate as run_evaluate
-    from shadowc.runtime.load import load, read_manifest
-    from shadowc.spec.errors import InputError
-
-    wanted = flags.densities_of(densities)
-    names = None if methods is None else tuple(name.strip() for name in methods.split(","))
-    unknown = [name for name in names or () if name not in get_args(Method)]
-    if unknown:
-        raise InputError(
-            f"unknown method {', '.join(map(repr, unknown))}", hint=f"--methods takes {', '.join(get_args(Method))}"
-        )
-    content = _read(text)
-    exact = read_manifest(engine).tensorrt is None  # dense text is read as masked text is
+    flags.refuse_unused(context, *((TORCH_ONLY, "for an engine") if model is None else (ENGINE_ONLY, "with --model")))
+    if tasks is None:
+        flags.refuse_unused(context, TASKS_ONLY, "without --tasks")
+    subject = Subject(engine, model, predictor, load_format, offline, refresh, threads, seed)
+    masks = Masks.read(methods, densities, protocol, scope, prompt_tokens)
+    ground = Ground.read(text, wikitext, tasks, task, shots, window, limit)
     with render.progress() as progress:
-        report = run_evaluate(
-            load(engine, threads=threads, refresh=refresh, exact_prompts=exact),
-            content,
-            densities=wanted,
-            methods=names,  # type: ignore[arg-type]  # checked above
-            window=window,
-            protocol=protocol,
-            prompt_tokens=prompt_tokens,
-            seed=seed,
-            progress=progress,
-        )
+        evaluation = _evaluate(subject, masks, ground, sweep, progress)
     if json:
-        render.as_json(asdict(report))
-    else:
-        _show(report)
+        from shadowc.eval.report import as_data
+
+        render.as_json(as_data(evaluation))
+        return
+    from shadowc.cli.eval_tables import show
+
+    show(evaluation)
+    if sweep is not None:
+        render.line(f"written: {sweep}")
 
 
-def _read(path: Path) -> str:
-    from shadowc.spec.errors import InputError
+def _evaluate(subject: Subject, masks: Masks, ground: Ground, sweep: Path | None, progress: Progress) -> Evaluation:
+    """Load, evaluate, and write what a sweep leaves."""
+    from shadowc.eval.run import evaluate as run_evaluate
 
-    try:
-        return path.read_bytes().decode("utf-8")  # text mode would change line ends, and with them bytes and hash
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", hint="--text takes a UTF-8 text file") from None
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 at byte {error.start}", hint=f"iconv -t UTF-8 {path} converts it"
-        ) from None
+    if sweep is None:
+        model = subject.load(progress)
+        return run_evaluate(
+            model, list(ground.corpora(model)), masks.settings(model), seed=subject.seed, progress=progress
+        )
+    from shadowc.eval import sweep as sweeps
 
-
-def _show(report: EvalReport) -> None:
-    render.line(
-        f"{report.text_bytes:,} bytes, {report.tokens:,} tokens in windows of {report.window}, "
-        f"protocol {report.protocol} after {report.prompt_tokens} dense; dense: {report.dense:.4f} bits per byte"
-    )
-    render.table(
-        ("masks", "heads", "neurons", "bits/byte", "over dense", "active heads", "active neurons"),
-        [
-            (
-                row.method,
-                f"{row.density.heads:g}",
-                f"{row.density.neurons:g}",
-                f"{row.bits_per_byte:.4f}",
-                f"{row.bits_per_byte - report.dense:+.4f}",
-                render.share(row.active_heads),
-                render.share(row.active_neurons),
-            )
-            for row in report.rows
-        ],
-    )
+    sweeps.check(sweep)
+    model = subject.load(progress)
+    return sweeps.run(sweep, model, ground.corpora(model), masks.settings(model), subject.seed, progress)

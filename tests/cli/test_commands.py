@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import ANY
 
 import pytest
 from typer.testing import Result
@@ -192,12 +193,15 @@ def test_eval_compares_methods_on_a_text(shadowc: Shadowc, engine: Path, tmp_pat
     text = tmp_path / "text.txt"
     text.write_text("A sparse engine reads what a token needs. " * 4, encoding="utf-8")
     arguments = ("eval", engine, "--text", text, "--densities", "1,0.5/0.2", "--methods", "predictor,random")
-    found = json.loads(shadowc(*arguments, "--json").stdout)
-    assert [(row["method"], row["density"]) for row in found["rows"]][-1] == ("random", {"heads": 0.5, "neurons": 0.2})
-    assert found["rows"][0]["bits_per_byte"] == pytest.approx(found["dense"], abs=1e-6)
+    (found,) = json.loads(shadowc(*arguments, "--json").stdout)["corpora"]
+    dense, *rows = found["rows"]
+    last = rows[-1]
+    assert (last["method"], last["head_density"], last["neuron_density"]) == ("random", 0.5, 0.2)
+    assert rows[0]["metrics"]["bits_per_byte"] == dense["metrics"]["bits_per_byte"] | {"above_dense": ANY}
     shown = shadowc(*arguments)
     assert "bits/byte" in shown.stdout
-    assert shown.stdout.count("random") == 2
+    assert "protocol decode: every token" in shown.stdout
+    assert len([line for line in shown.stdout.splitlines() if line.startswith("random")]) == 2
 
 
 def test_doctor_passes_here_and_names_the_library(shadowc: Shadowc) -> None:

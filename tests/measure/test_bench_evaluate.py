@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 import shadowc
 from shadowc.cli.app import app
-from shadowc.measure import evaluate as evaluation
+from shadowc.eval import likelihood
 from shadowc.measure import settings
 from shadowc.measure.bench import bench
 from shadowc.measure.break_even import BreakEven
@@ -49,8 +49,8 @@ def test_bits_are_the_same_in_chunks_of_rows(monkeypatch: pytest.MonkeyPatch) ->
     wide = logits.astype(np.float64)
     wanted = -np.log2(np.exp(wide)[np.arange(70), ids] / np.exp(wide).sum(axis=1)).sum()
     for rows in (1, 64, 70, 1000):
-        monkeypatch.setattr(evaluation, "ROWS_AT_ONCE", rows)
-        assert evaluation._bits(logits, ids) == pytest.approx(wanted, rel=1e-12)
+        monkeypatch.setattr(likelihood, "ROWS_AT_ONCE", rows)
+        assert -likelihood.log_likelihood(logits, ids)[0] / np.log(2) == pytest.approx(wanted, rel=1e-12)
 
 
 def test_eval_counts_the_bytes_of_the_file_when_lines_end_in_crlf(sparse_engine: Path, tmp_path: Path) -> None:
@@ -58,9 +58,9 @@ def test_eval_counts_the_bytes_of_the_file_when_lines_end_in_crlf(sparse_engine:
     (tmp_path / "text.txt").write_bytes(content)
     arguments = ["eval", str(sparse_engine), "--text", str(tmp_path / "text.txt")]
     result = CliRunner().invoke(app, [*arguments, "--densities", "1", "--methods", "predictor", "--json"])
-    found = json.loads(result.stdout)
-    assert found["text_bytes"] == len(content)
-    assert found["text_sha256"] == hashlib.sha256(content).hexdigest()
+    (found,) = json.loads(result.stdout)["corpora"]
+    assert found["bytes"] == len(content)
+    assert found["sha256"] == hashlib.sha256(content).hexdigest()
 
 
 def test_every_method_keeps_the_share_that_was_asked_for(sparse_engine: Path) -> None:

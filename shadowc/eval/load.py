@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From what was typed to a model that can be evaluated: a checkpoint with its predictor, or an engine folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from shadowc.spec.errors import InputError
+from shadowc.spec.progress import NullProgress
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from shadowc.eval.engine_model import EngineModel
+    from shadowc.eval.torch_model import TorchModel
+    from shadowc.sparsity.importance import Origin
+    from shadowc.spec.options import Scope
+    from shadowc.spec.progress import Progress
+
+
+def torch_model(
+    origin: Origin,
+    predictor: Path | None = None,
+    *,
+    scope: Scope | None = None,
+    offline: bool = False,
+    progress: Progress | None = None,
+) -> TorchModel:
+    """Load a checkpoint, and the predictor that was trained on it.
+
+    Args:
+        origin: the model as it was typed.
+        predictor: its folder; None: the model is evaluated dense, and under random masks.
+        scope: of the ranking; None: the widest that the predictor allows.
+        offline: do not use the network.
+        progress: told about stages.
+
+    Raises:
+        InputError: the model or the predictor cannot be used, or the predictor was trained on another checkpoint.
+        UnsupportedError: the model is of a kind that is not handled.
+        SetupError: the hub cannot be reached.
+    """
+    from shadowc.checkpoint.finite import check_finite
+    from shadowc.checkpoint.models import resolve_model
+    from shadowc.eval.torch_model import TorchModel
+    from shadowc.sparsity.predictor import Predictor, check_folder
+    from shadowc.sparsity.reference import load_torch_model
+
+    progress = progress or NullProgress()
+    if predictor is not None:
+        check_folder(predictor)
+    with progress.stage("checkpoint"):
+        checkpoint = resolve_model(
+            origin.model,
+            load_format=origin.load_format,
+            offline=offline,
+            seed=origin.seed,
+            advance=lambda done, total: progress.advance(done >> 20, total >> 20, "MiB"),
+        )
+    found = None
+    if predictor is not None:
+        found = Predictor.load(predictor, checkpoint.facts)
+        require_trained_on(found.meta, predictor, checkpoint.identity, checkpoint.facts.name)
+        found.scope(scope)  # refused before weights are read
+    with progress.stage("weights"):
+        check_finite(checkpoint, progress.advance)
+        model = load_torch_model(checkpoint)
+    return TorchModel(model, checkpoint, found, scope=scope, seed=origin.seed)
+
+
+def require_trained_on(meta: Mapping[str, object], folder: Path, identity: str, name: str) -> None:
+    """Refuse a predictor whose trace came from another checkpoint; the shape of both may be the same.
+
+    Raises:
+        InputError: both hashes are known, and they differ.
+    """
+    told = meta.get("model")
+    known = told if isinstance(told, dict) else {}
+    trained = str(known.get("identity") or "")
+    if trained and trained != identity:
+        raise InputError(
+            f"the predictor in {folder} was trained on another checkpoint: model hash {trained[:16]} "
+            f"({known.get('name')}), and {name} has {identity[:16]}; weights or tokenizer differ",
+            hint=f"shadowc train --model {name}, or name the checkpoint that it was trained on",
+        )
+
+
+def engine_model(folder: Path, *, threads: int | None = None, refresh: int | None = None, seed: int = 0) -> EngineModel:
+    """Load an engine; dense text is read with the digits that masked text is read with.
+
+    Raises:
+        InputError, IncompatibleEngineError, VerificationError, SetupError: it cannot be loaded.
+    """
+    from shadowc.eval.engine_model import EngineModel
+    from shadowc.runtime.load import load, read_manifest
+
+    exact = read_manifest(folder).tensorrt is None
+    return EngineModel(load(folder, threads=threads, refresh=refresh, exact_prompts=exact), seed)

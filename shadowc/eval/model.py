@@ -1,0 +1,123 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is evaluated: a checkpoint with a predictor in torch, or an engine. Both answer the same requests."""
+
+from __future__ import annotations
+
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from shadowc.eval.request import DENSE, Outcome, Request, Setting
+from shadowc.spec.errors import InputError, UnsupportedError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import numpy.typing as npt
+
+    from shadowc.eval.ledger import Ledger
+    from shadowc.eval.request import Protocol
+
+    Floats = npt.NDArray[np.float32]
+
+METHODS = ("predictor", "static", "normalised", "random")
+"""Whose masks: the predictor's, and those of its controls, which know no context."""
+
+
+class EvaluatedModel(ABC):
+    """Answers requests under masks."""
+
+    name: str
+    identity: str
+    """Equal for equal weights, tokenizer and predictor."""
+    context: int
+    """Tokens that can be fed at once."""
+    start: int
+    """The token in front of a text that has nothing before it."""
+    ledger: Ledger
+    protocols: tuple[Protocol, ...]
+    """Those it can follow; the first is the default."""
+    methods: tuple[str, ...]
+    """Those it has masks of."""
+    recall: Mapping[str, Any]
+    """What a predictor's own report found on held-out text (kind, scope, density, method); empty: nothing is known."""
+
+    @abstractmethod
+    def score(self, requests: Sequence[Request], setting: Setting) -> list[Outcome]:
+        """Answer the requests, in their order.
+
+        Raises:
+            InputError, UnsupportedError: the setting is not one of this model.
+        """
+
+    @property
+    @abstractmethod
+    def tokenizer(self) -> Any:
+        """Callable as transformers' tokenizers are.
+
+        Raises:
+            InputError: there is none.
+        """
+
+    @abstractmethod
+    def refuse_calibration_text(self, content: bytes, documents: Sequence[str]) -> None:
+        """Refuse a text that the predictor was calibrated on.
+
+        Raises:
+            InputError: it is that text, or shares paragraphs with it.
+        """
+
+    def check(self, *settings: Setting) -> None:
+        """Refuse settings before anything is measured.
+
+        Raises:
+            InputError: nothing of that name is known at all, or it needs a predictor that is not there.
+            UnsupportedError: this kind of model cannot do it.
+        """
+        methods = dict.fromkeys(setting.method for setting in settings if not setting.dense)
+        unknown = [method for method in methods if method not in METHODS]
+        if unknown:
+            raise InputError(
+                f"unknown method {', '.join(map(repr, unknown))}", hint=f"--methods takes {', '.join(METHODS)}"
+            )
+        lacking = [method for method in methods if method not in self.methods]
+        if lacking:
+            raise self._lacks(lacking)
+        for protocol in dict.fromkeys(setting.protocol for setting in settings):
+            if protocol not in self.protocols:
+                raise self._cannot(protocol)
+
+    def _lacks(self, methods: Sequence[str]) -> Exception:
+        has = ", ".join(self.methods) or "none"
+        return InputError(
+            f"{self.name} has no masks of method {', '.join(methods)}; it has: {has}",
+            hint="--predictor FOLDER, from shadowc train",
+        )
+
+    def _cannot(self, protocol: str) -> Exception:
+        return UnsupportedError(
+            f"{self.name} cannot follow protocol {protocol!r}", hint=f"--protocol {', '.join(self.protocols)}"
+        )
+
+
+def random_scores(
+    seed: int, request: Request, heads: tuple[int, int], neurons: tuple[int, int]
+) -> Callable[[int], tuple[Floats, Floats]]:
+    """Return what draws the scores [1,Z,L,H] and [1,Z,L,N] of the next Z masked tokens of a request.
+
+    They depend on the seed and the request's tokens alone: neither batches nor pieces nor what ran before change them.
+    """
+    text = zlib.crc32(np.asarray(request.ids, np.int64).tobytes())
+    of_heads, of_neurons = (np.random.default_rng([seed, text, kind]) for kind in range(2))
+    return lambda tokens: (
+        of_heads.random((1, tokens, *heads), np.float32),
+        of_neurons.random((1, tokens, *neurons), np.float32),
+    )
+
+
+def dense_setting(model: EvaluatedModel) -> Setting:
+    """The setting without masks; its protocol only says how an engine is run."""
+    return Setting(DENSE, protocol=model.protocols[0])

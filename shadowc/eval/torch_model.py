@@ -1,0 +1,345 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A checkpoint and its predictor, evaluated by the masked torch model: every protocol, one causal pass where it can be.
+
+The mask of a token depends on the tokens up to it alone, so all tokens of a window go through the model together, each
+under its own mask. Rows of a batch are padded behind their end, which no token before it sees. A prompt that several
+continuations or settings share is read once, and its K/V are kept for a while.
+
+Letters: B rows, S tokens, Z the last of them from the first masked token of any row on, L predicted layers, H heads,
+N units of neurons, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections import OrderedDict, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shadowc.eval.ledger import Ledger
+from shadowc.eval.likelihood import log_likelihood
+from shadowc.eval.model import METHODS, EvaluatedModel, random_scores
+from shadowc.eval.request import PROTOCOLS, Outcome, Request, Setting
+from shadowc.sparsity.families import decoder_of
+from shadowc.sparsity.reference import MaskedModel, MaskedState
+from shadowc.spec.density import Density
+from shadowc.spec.program import SparsityPlan
+
+if TYPE_CHECKING:
+    from shadowc.checkpoint.resolve import ModelCheckpoint
+    from shadowc.sparsity.predictor import Predictor
+    from shadowc.sparsity.reference import MaskedResult, Pair
+
+BATCH_BYTES = 1 << 29
+"""Rough bound on the logits, and on the scores and masks, of one batch."""
+KEPT_PROMPT_BYTES = 1 << 30
+"""Of K/V of prompts that are kept."""
+
+
+@dataclass(slots=True)
+class _Prompt:
+    """A prompt that was read without masks."""
+
+    state: MaskedState
+    """Of one row; `prompt_end` is there if a predictor can score it."""
+    logits: Any
+    """[1,V] float32 of its last token."""
+
+
+class TorchModel(EvaluatedModel):
+    """A torch model under masks.
+
+    Args:
+        model: transformers' model in eval mode; shared, and left as it was.
+        checkpoint: where it comes from.
+        predictor: whose masks, and those of its controls; None: dense and random masks only.
+        scope: of the ranking where a setting names none; None: the widest that the predictor allows.
+        seed: of random masks.
+    """
+
+    protocols = tuple(PROTOCOLS)
+
+    def __init__(
+        self,
+        model: Any,
+        checkpoint: ModelCheckpoint,
+        predictor: Predictor | None = None,
+        *,
+        scope: str | None = None,
+        seed: int = 0,
+    ) -> None:
+        facts = checkpoint.facts
+        self.name, self.identity = facts.name, checkpoint.identity + ("" if predictor is None else _hash(predictor))
+        self.context, self.start = facts.positions, facts.bos
+        self._model, self._checkpoint, self._predictor, self._seed = model, checkpoint, predictor, seed
+        self._scope = scope
+        self._masked: dict[str, MaskedModel] = {}
+        self._layers, self._vocab = facts.layers - 1, facts.vocab
+        self._units = (facts.heads, facts.ffn) if predictor is None else predictor.units
+        self._controls = {} if predictor is None else predictor.controls
+        has = {"random", *self._controls, *(() if predictor is None else ("predictor",))}
+        self.methods = tuple(name for name in METHODS if name in has)
+        if predictor is not None and predictor.style == "dejavu":  # no token knows the masks of all layers ahead
+            self.protocols = ("decode",)
+        self.ledger = ledger_of(model, 0 if predictor is None else 4 * predictor.parameters)
+        self.recall = {} if predictor is None else predictor.report.get("found", {})
+        self._prompts: OrderedDict[tuple[int, ...], _Prompt] = OrderedDict()
+        self._kept_tokens = 0
+        self.passes = 0
+        """Tokens that went through the model, padding included."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Callable as transformers' tokenizers are.
+
+        Raises:
+            InputError: the checkpoint has none.
+        """
+        from shadowc.checkpoint.models import tokenizer_of
+
+        return tokenizer_of(self._checkpoint)
+
+    def refuse_calibration_text(self, content: bytes, documents: Sequence[str]) -> None:
+        """Refuse a text that the predictor was calibrated on.
+
+        Raises:
+            InputError: it is that text, or shares paragraphs with it.
+        """
+        from shadowc.sparsity.fingerprint import fingerprint, refuse_if_calibrated
+
+        if self._predictor is not None:
+            refuse_if_calibrated(fingerprint(content, documents), self._predictor.meta)
+
+    def score(self, requests: Sequence[Request], setting: Setting) -> list[Outcome]:
+        """Answer the requests, in their order.
+
+        Raises:
+            InputError: the setting is not one of this model.
+        """
+        self.check(setting)
+        found: dict[int, Outcome] = {}
+        together: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        alone = []
+        for index, request in enumerate(requests):
+            if self._continues(request, setting):
+                together[request.ids[: request.prompt]].append(index)
+            else:
+                alone.append(index)
+        with torch.inference_mode():
+            for prompt, indices in together.items():
+                outcomes = self._continued(prompt, [requests[i] for i in indices], setting)
+                found.update(zip(indices, outcomes, strict=True))
+            alone.sort(key=lambda i: -len(requests[i].ids))
+            for indices in self._batches(alone, requests, setting):
+                outcomes = self._whole([requests[i] for i in indices], setting)
+                found.update(zip(indices, outcomes, strict=True))
+        return [found[index] for index in range(len(requests))]
+
+    @staticmethod
+    def _continues(request: Request, setting: Setting) -> bool:
+        """Whether a request is a dense prompt and a continuation of it that is scored as a whole."""
+        if request.prompt is None or request.scored != len(request.ids) - request.prompt:
+            return False
+        return setting.dense or setting.dense_tokens(request) == request.prompt
+
+    def _continued(self, prompt: tuple[int, ...], requests: Sequence[Request], setting: Setting) -> list[Outcome]:
+        """Answer requests that share a prompt: its last logits give the first tokens, one batch all later ones."""
+        read = self._prompt(prompt)
+        lengths = [request.scored - 1 for request in requests]
+        if not max(lengths):
+            return [Outcome(*log_likelihood(read.logits, request.targets)) for request in requests]
+        ids_BS = _padded([request.inputs[len(prompt) :] for request in requests])
+        state = _rows(read.state, len(requests))
+        logits, heads_BS, neurons_BS = self._run(ids_BS, setting, requests, len(prompt), state)
+        outcomes = []
+        for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
+            logits_SV = np.concatenate([read.logits, logits[row, :length].numpy()])
+            nats, greedy = log_likelihood(logits_SV, request.targets)
+            counted = () if setting.dense else _counted(heads_BS[row, :length], neurons_BS[row, :length])
+            outcomes.append(Outcome(nats, greedy, *counted))
+        return outcomes
+
+    def _prompt(self, ids: tuple[int, ...]) -> _Prompt:
+        """Read a prompt without masks, or find it read."""
+        if ids in self._prompts:
+            self._prompts.move_to_end(ids)
+            return self._prompts[ids]
+        state, ids_BS = MaskedState(), torch.tensor([ids])
+        predicted = self._predictor is not None and self._predictor.style != "dejavu"
+        if predicted:  # its last token may have to make the mask
+            result = self._masked_model("").logits(
+                ids_BS, density=Density(), masked_from=len(ids), granularity="sequence", state=state
+            )
+            logits = result.logits
+        else:
+            logits = self._model(input_ids=ids_BS, past_key_values=state.cache, use_cache=True).logits
+        self.passes += len(ids)
+        self._prompts[ids] = _Prompt(state, logits[:, -1].numpy().copy())
+        self._kept_tokens += len(ids)
+        while self._kept_tokens * _cache_bytes(self._model) > KEPT_PROMPT_BYTES and len(self._prompts) > 1:
+            gone, _ = self._prompts.popitem(last=False)
+            self._kept_tokens -= len(gone)
+        return self._prompts[ids]
+
+    def _batches(self, indices: Sequence[int], requests: Sequence[Request], setting: Setting) -> list[list[int]]:
+        """Cut indices, longest request first, into batches within BATCH_BYTES."""
+        units = 0 if setting.dense else 5 * self._layers * sum(self._units)  # scores and masks
+        per_token = max(4 * self._vocab, units)
+        batches: list[list[int]] = []
+        for index in indices:
+            length = len(requests[batches[-1][0]].ids) if batches else 0
+            if not batches or (len(batches[-1]) + 1) * length * per_token > BATCH_BYTES:
+                batches.append([])
+            batches[-1].append(index)
+        return batches
+
+    def _whole(self, requests: Sequence[Request], setting: Setting) -> list[Outcome]:
+        """Answer requests in one pass over all their tokens; under protocol paper one more for the masks."""
+        ids_BS = _padded([request.inputs for request in requests])
+        logits, heads_BS, neurons_BS = self._run(ids_BS, setting, requests, 0, None)
+        outcomes = []
+        for row, request in enumerate(requests):
+            end = len(request.ids) - 1
+            nats, greedy = log_likelihood(logits[row, end - request.scored : end].numpy(), request.targets)
+            first = setting.dense_tokens(request)
+            counted = () if setting.dense else _counted(heads_BS[row, first:end], neurons_BS[row, first:end])
+            outcomes.append(Outcome(nats, greedy, *counted))
+        return outcomes
+
+    def _run(
+        self, ids_BS: Tensor, setting: Setting, requests: Sequence[Request], past: int, state: MaskedState | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits [B,S,V] and the shares of active heads and neurons [B,S]; dense tokens have all."""
+        self.passes += ids_BS.numel()
+        share_BS = torch.ones(ids_BS.shape)
+        if setting.dense:
+            kept = {} if state is None else {"past_key_values": state.cache}
+            logits = self._model(input_ids=ids_BS, use_cache=state is not None, **kept).logits
+            return logits, share_BS, share_BS
+        masked = self._masked_model(setting.scope)
+        first_B = torch.tensor([setting.dense_tokens(request) for request in requests])
+        scores = self._scores(ids_BS, setting, requests, first_B - past)
+        held = setting.protocol == "prompt" and scores is None
+        result = masked.logits(
+            ids_BS,
+            density=setting.density,
+            masked_from=first_B,
+            scores=scores,
+            granularity="sequence" if held else "token",
+            state=state,
+        )
+        heads_BS, neurons_BS = _active(result, share_BS)
+        return result.logits, heads_BS, neurons_BS
+
+    def _scores(self, ids_BS: Tensor, setting: Setting, requests: Sequence[Request], first_B: Tensor) -> Pair | None:
+        """Return what takes the place of the predictor's own scores of each token; None: nothing does."""
+        if setting.method == "random":
+            return self._random(ids_BS.shape[1], setting, requests, first_B)
+        if setting.method != "predictor":
+            return self._controls[setting.method]
+        return self._last_tokens(ids_BS, requests, setting) if setting.protocol == "paper" else None
+
+    def _random(self, tokens: int, setting: Setting, requests: Sequence[Request], first_B: Tensor) -> Pair:
+        """Return scores [B,Z,L,U] of both kinds, for each row's masked tokens; one for all where a mask holds."""
+        begin = int(first_B.min())
+        shapes = [(self._layers, units) for units in self._units]
+        rows = [np.zeros((len(requests), tokens - begin, *shape), np.float32) for shape in shapes]
+        for row, request in enumerate(requests):
+            first = int(first_B[row]) - begin
+            length = tokens - begin - first
+            drawn = random_scores(self._seed, request, *shapes)(length if setting.protocol == "decode" else 1)
+            for kind in range(2):
+                rows[kind][row, first:] = drawn[kind][0]
+        return rows[0], rows[1]
+
+    def _last_tokens(self, ids_BS: Tensor, requests: Sequence[Request], setting: Setting) -> Pair:
+        """Return the scores [B,1,L,U] that the last token of each row gives: the mask of all its tokens."""
+        last_B = torch.tensor([len(request.ids) - 2 for request in requests])
+        first = int(last_B.min())
+        result = self._masked_model(setting.scope).logits(ids_BS, density=Density(), masked_from=first)
+        self.passes += ids_BS.numel()
+        rows = torch.arange(len(requests))
+        pair = result.scores_heads, result.scores_neurons
+        heads, neurons = (scores[rows, last_B - first][:, None] for scores in pair if scores is not None)
+        return heads, neurons
+
+    def _masked_model(self, scope: str) -> MaskedModel:
+        """The masked model that ranks in a scope; they share the weights."""
+        if scope not in self._masked:
+            predictor = self._predictor
+            wanted: Any = scope or self._scope
+            plan = SparsityPlan(0, 0, 1, wanted or "global") if predictor is None else predictor.plan(wanted)
+            self._masked[scope] = MaskedModel(self._model, plan, predictor)
+        return self._masked[scope]
+
+
+def ledger_of(model: Any, predictor_bytes: float) -> Ledger:
+    """Count the bytes of a torch model's matrices in float32, with those of a predictor.
+
+    K/V belong to heads of their own only where there are as many of them as query heads.
+    """
+    blocks = decoder_of(model).blocks
+    own = neurons = shared = 0
+    for name, parameter in blocks[0].layer.named_parameters():
+        if parameter.ndim != 2:
+            continue
+        size = 4 * parameter.numel()
+        if ".q_proj" in name or ".o_proj" in name or ".out_proj" in name:
+            own += size
+        elif ".k_proj" in name or ".v_proj" in name:
+            shared += size
+        else:
+            neurons += size
+    attention = own + shared
+    grouped = getattr(model.config, "num_key_value_heads", None) not in (None, model.config.num_attention_heads)
+    return Ledger(len(blocks), attention, own, own if grouped else attention, neurons, predictor_bytes)
+
+
+def _padded(rows: Sequence[np.ndarray[Any, Any]]) -> Tensor:
+    """Return rows of ids as one tensor, filled up behind their ends."""
+    ids_BS = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    for index, row in enumerate(rows):
+        ids_BS[index, : len(row)] = torch.from_numpy(row)
+    return ids_BS
+
+
+def _rows(state: MaskedState, count: int) -> MaskedState:
+    """Return a copy of a state of one row with as many rows as there are continuations; the kept one stays."""
+    cache = copy.deepcopy(state.cache)
+    cache.batch_repeat_interleave(count)
+    end = None if state.prompt_end is None else state.prompt_end.expand(count, -1).clone()
+    return MaskedState(cache, end)
+
+
+def _active(result: MaskedResult, ones_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the shares of active heads and neurons of every token, [B,S]."""
+    shares = []
+    for mask_BZLN in (result.mask_heads, result.mask_neurons):
+        share_BS = ones_BS.clone()
+        share_BS[:, ones_BS.shape[1] - mask_BZLN.shape[1] :] = mask_BZLN.flatten(2).float().mean(2)
+        shares.append(share_BS)
+    return shares[0], shares[1]
+
+
+def _counted(heads_S: Tensor, neurons_S: Tensor) -> tuple[int, float, float]:
+    return len(heads_S), float(heads_S.double().sum()), float(neurons_S.double().sum())
+
+
+def _hash(predictor: Predictor) -> str:
+    """Return what tells predictors of one checkpoint apart."""
+    state = hashlib.sha256()
+    for name, value in sorted(predictor.tensors().items()):
+        state.update(f"{name} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
+    return f" predictor {state.hexdigest()[:16]}"
+
+
+def _cache_bytes(model: Any) -> int:
+    """Bytes of K/V of one token, at most."""
+    return 8 * int(model.config.num_hidden_layers) * int(model.config.hidden_size)
