@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from contextlib import redirect_stderr
+from io import StringIO
 from pathlib import Path
 
 from shadowc.checkpoint.files import SINGLE_FILE
 from shadowc.checkpoint.llama import MODEL_TYPE, LlamaFacts, config_dict, parameter_shapes
+from shadowc.checkpoint.tokenizer import FAST_FILE, SETTINGS_FILE, SPECIAL_FILE
 from shadowc.spec.errors import InputError, SetupError, UnsupportedError
 
 PACKAGES = ("gguf", "accelerate")
@@ -44,12 +47,11 @@ def convert_gguf(path: Path, folder: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    quiet_transformers()
+    where = {"gguf_file": path.name, "local_files_only": True}
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            path.parent, gguf_file=path.name, dtype=torch.float32, local_files_only=True
-        )
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        with redirect_stderr(StringIO()):  # progress bars that cannot be turned off
+            model = AutoModelForCausalLM.from_pretrained(path.parent, dtype=torch.float32, **where)
+            tokenizer = AutoTokenizer.from_pretrained(path.parent, **where)
     except Exception as error:  # its reader raises whatever the damaged place leads to
         raise InputError(
             f"{path}: cannot be read: {type(error).__name__}: {error}", hint="download the file again"
@@ -61,13 +63,25 @@ def convert_gguf(path: Path, folder: Path) -> None:
     values = dict(model.named_parameters())
     save_file({name: values[name].detach() for name in parameter_shapes(facts)}, folder / SINGLE_FILE)
     tokenizer.save_pretrained(folder)
+    _drop_tokens_from(folder, facts.vocab)
 
 
-def quiet_transformers() -> None:
-    """Turn transformers' own progress bars off; shadowc draws one."""
-    from transformers.utils import logging
+def _drop_tokens_from(folder: Path, vocab: int) -> None:
+    """Take tokens out of the written tokenizer that the model does not have.
 
-    logging.disable_progress_bar()
+    transformers gives every byte-level tokenizer `<|endoftext|>`, those of models without such a token too.
+    """
+    path = folder / FAST_FILE
+    content = json.loads(path.read_text("utf-8"))
+    gone = {token["content"] for token in content["added_tokens"] if token["id"] >= vocab}
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] not in gone]
+    path.write_text(json.dumps(content, ensure_ascii=False), "utf-8")
+    for name in (SETTINGS_FILE, SPECIAL_FILE):
+        path = folder / name
+        if path.is_file():
+            settings = json.loads(path.read_text("utf-8"))
+            kept = {key: value for key, value in settings.items() if not isinstance(value, str) or value not in gone}
+            path.write_text(json.dumps(kept, indent=1, sort_keys=True), "utf-8")
 
 
 def _architecture(path: Path) -> str:

@@ -9,6 +9,7 @@ Letters: E hidden, F neurons, V vocabulary, W width of the token embeddings.
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -129,9 +130,9 @@ class OptFacts:
 def llama_is_not_compiled(model: str, reason: str) -> UnsupportedError:
     """Return the refusal of a Llama-type model where an engine is wanted: what can be done with it instead."""
     return UnsupportedError(
-        f"{model}: {reason}; engines are compiled from OPT models only. Of Llama-type models shadowc measures what "
-        "matters and learns to predict it, in torch: collect, train",
-        hint="shadowc train --model MODEL",
+        f"{model}: {reason}; engines are compiled from OPT models only. With a Llama-type model work, in torch: "
+        "collect, train (which shows recall)",
+        hint=f"shadowc train --model {shlex.quote(model)}",
     )
 
 

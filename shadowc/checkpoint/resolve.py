@@ -20,6 +20,7 @@ from shadowc.checkpoint.digest import facts_key, fingerprint, identity
 from shadowc.checkpoint.dummy import SCHEME, DummyWeights
 from shadowc.checkpoint.facts import ModelFacts, layout_of
 from shadowc.checkpoint.files import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, find_weight_files
+from shadowc.checkpoint.llama import MODEL_TYPE
 from shadowc.checkpoint.opt import PUBLISHED_NAMES, OptFacts, llama_is_not_compiled, published_config
 from shadowc.checkpoint.tokenizer import has_tokenizer, highest_token_id, tokenizer_files
 from shadowc.checkpoint.weights import join, open_weights
@@ -94,9 +95,7 @@ def resolve(
             return _dummy(facts, None, seed)
         folder = _download(_OWNER + short, offline, weights=True)
         return _from_folder(folder, short, advance)
-    file = gguf_file(model)
-    if file is not None:
-        raise llama_is_not_compiled(model, f"{file.name} is a GGUF file")
+    refuse_llama(model)
     folder, name = find_folder(model, offline, dummy)
     if dummy:
         return _dummy(OptFacts.from_config(read_config(folder), name), folder, seed)
@@ -129,6 +128,21 @@ def gguf_file(model: str) -> Path | None:
             hint=f"name the file: --model {found[0]}",
         )
     return found[0]
+
+
+def refuse_llama(model: str) -> None:
+    """Refuse a Llama-type model where an engine, or what becomes one, is wanted.
+
+    Raises:
+        UnsupportedError: a GGUF file is named, or a folder with one, or with the config.json of such a model.
+        InputError: a folder with several GGUF files.
+    """
+    file = gguf_file(model)
+    if file is not None:
+        raise llama_is_not_compiled(model, f"{file.name} is a GGUF file")
+    config = _expanded(model) / CONFIG_FILE
+    if _is_file(config) and read_config(config.parent).get("model_type") == MODEL_TYPE:
+        raise llama_is_not_compiled(model, f"config.json says model_type {MODEL_TYPE!r}")
 
 
 def bundled_opt_mini() -> Path:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def collect(
-    model: flags.Model,
+    model: flags.AnyModel,
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Trace folder; default: ./MODEL.trace.", show_default=False)
     ] = None,

@@ -38,7 +38,11 @@ ORT_DISTRIBUTIONS = (
     "onnxruntime-training",
 )
 """All of them install the module `onnxruntime`, over each other."""
-OPTIONAL = {"matplotlib": ("plot", "shadowc bench --plot")}
+OPTIONAL = {
+    "matplotlib": ("plot", "shadowc bench --plot"),
+    "gguf": ("gguf", "--model FILE.gguf of shadowc collect and train"),
+    "accelerate": ("gguf", "--model FILE.gguf of shadowc collect and train"),
+}
 """Package -> extra that brings it, what it is for."""
 TENSORRT_TARGETS = ("tensorrt-rtx", "tensorrt")
 STREAM_BYTES = 1 << 28

@@ -27,6 +27,15 @@ Model = Annotated[
     str,
     typer.Option("--model", "-m", help="opt-125m … opt-66b, opt-mini, a hub id, or a folder.", show_default=False),
 ]
+AnyModel = Annotated[
+    str,
+    typer.Option(
+        "--model",
+        "-m",
+        help="opt-125m … opt-66b, opt-mini, a hub id, a folder, or a GGUF file; also of Llama-type models.",
+        show_default=False,
+    ),
+]
 LoadFormatFlag = Annotated[
     LoadFormat, typer.Option("--load-format", help="dummy: seeded random weights of the true shape, no download.")
 ]

@@ -86,11 +86,15 @@ def read_manifest(folder: Path) -> EngineManifest:
 
 def _read(path: Path) -> bytes:
     """The bytes of engine.json, or why there are none."""
+    from shadowc.checkpoint.resolve import refuse_llama
+
     folder = path.parent
     try:
         if not folder.is_dir():
+            refuse_llama(str(folder))
             raise InputError(f"no engine folder at {folder}", hint=f"shadowc compile --model opt-mini --out {folder}")
         if not path.is_file():
+            refuse_llama(str(folder))
             raise InputError(
                 f"{folder} is not an engine folder: it has no {MANIFEST_FILE}", hint="shadowc compile writes one"
             )

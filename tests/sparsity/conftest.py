@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from shadowc.checkpoint.models import resolve_model
 from shadowc.checkpoint.opt import OptFacts
 from shadowc.checkpoint.resolve import Checkpoint, ModelCheckpoint, resolve
 from shadowc.sparsity.importance import ImportanceTrace, TraceWriter, relative, trace_layout
-from tests.conftest import write_tokenizer
 
 MakeTrace = Callable[..., ImportanceTrace]
 
@@ -34,44 +33,6 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint(tiny_checkpoint: Path) -> Checkpoint:
     return resolve(str(tiny_checkpoint))
-
-
-LLAMA = {
-    "vocab_size": 320, "hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 256, "max_position_embeddings": 64, "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1,
-}  # fmt: skip
-
-
-@pytest.fixture(scope="session")
-def llama_model() -> Any:
-    """A random Llama-type model, two query heads to a head of keys and values; every part of it moves the logits.
-
-    Shared: take a `copy.deepcopy` to change it.
-    """
-    return random_llama(LLAMA)
-
-
-def random_llama(config: Mapping[str, Any]) -> Any:
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    with torch.random.fork_rng():
-        model = LlamaForCausalLM(LlamaConfig(**config, attn_implementation="eager")).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.2 * noise if name.endswith("norm.weight") else 0.2 * noise)
-    return model.requires_grad_(False)
-
-
-@pytest.fixture(scope="session")
-def llama_folder(llama_model: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The Llama-type model as a folder with a tokenizer. Read only."""
-    folder = tmp_path_factory.mktemp("llama") / "llama-tiny"
-    llama_model.save_pretrained(folder)
-    write_tokenizer(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

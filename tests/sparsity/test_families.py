@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from shadowc.checkpoint.resolve import ModelCheckpoint
 from shadowc.sparsity import record
 from shadowc.sparsity.collect import collect
 from shadowc.sparsity.criteria import find_criterion
-from shadowc.sparsity.families import decoder_of, watched
+from shadowc.sparsity.families import UnitWeights, decoder_of, watched
 from shadowc.sparsity.importance import ImportanceTrace
 from shadowc.sparsity.record import record_batch, stream_signals, summed_loss
 from shadowc.sparsity.signals import LayerSignals
@@ -27,6 +28,7 @@ FLOAT32 = 2e-5
 HALF_STEP = 2.0**-11
 GRADIENT = 1e-4
 EFFECT = 1e-3
+KV = ("k_proj", "v_proj")
 
 
 @pytest.fixture(scope="module", params=["opt", "llama"])
@@ -120,13 +122,11 @@ def test_the_gradient_before_relu_is_that_behind_it_where_the_neuron_fired(
         assert torch.equal(signals.gradients()[1], torch.where(fired, signals.hidden_gradient(), 0.0))
 
 
-@pytest.mark.parametrize("kind", ["heads", "neurons"])
-def test_without_its_weights_a_unit_gives_what_a_masked_one_gives(model: Any, ids_BT: torch.Tensor, kind: str) -> None:
+def assert_units_own_their_weights(model: Any, ids_BT: torch.Tensor, kind: str, decoder_of: Any = decoder_of) -> None:
     """Zeroing all weights that are said to belong to a unit equals masking it, and no other unit changes."""
     pruned, unit, layer = copy.deepcopy(model), 1, 2
-    block = decoder_of(pruned).blocks[layer]
     with torch.no_grad():
-        for part in getattr(block, kind):
+        for part in getattr(decoder_of(pruned).blocks[layer], kind):
             keep = torch.ones(part.units, dtype=torch.bool)
             keep[unit] = False
             mask = keep.repeat_interleave(part.parameter.shape[part.axis] // part.units)
@@ -148,6 +148,29 @@ def test_without_its_weights_a_unit_gives_what_a_masked_one_gives(model: Any, id
         dense, without = model(input_ids=ids_BT).logits, pruned(input_ids=ids_BT).logits
     assert (masked - dense).abs().max() > EFFECT
     torch.testing.assert_close(without, masked, rtol=0, atol=FLOAT32)
+
+
+@pytest.mark.parametrize("kind", ["heads", "neurons"])
+def test_without_its_weights_a_unit_gives_what_a_masked_one_gives(model: Any, ids_BT: torch.Tensor, kind: str) -> None:
+    assert_units_own_their_weights(model, ids_BT, kind)
+
+
+def test_shared_keys_counted_as_one_heads_own_would_be_noticed(llama_model: Any, ids_BT: torch.Tensor) -> None:
+    """Planted defect: rows of k_proj and v_proj, which a group of query heads shares, are given to single heads."""
+
+    def greedy(model: Any) -> Any:
+        decoder = decoder_of(model)
+        blocks = [
+            dataclasses.replace(
+                block,
+                heads=(*block.heads, *(UnitWeights(n, getattr(block.layer.self_attn, n).weight, 0, 4) for n in KV)),
+            )
+            for block in decoder.blocks
+        ]
+        return dataclasses.replace(decoder, blocks=tuple(blocks))
+
+    with pytest.raises(AssertionError, match="not close"):
+        assert_units_own_their_weights(llama_model, ids_BT, "heads", greedy)
 
 
 def test_unit_weights_are_all_of_a_layers_but_those_that_units_share(model: Any) -> None:

@@ -27,7 +27,7 @@ from shadowc.sparsity.reference import MaskedModel, MaskedState, load_torch_mode
 from shadowc.sparsity.selection import unit_mask
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
-from tests.sparsity.conftest import LLAMA, random_llama
+from tests.conftest import LLAMA, random_llama
 
 FP32_TOLERANCE = 2e-5
 EFFECT = 1e-2  # what a mask must move at least, to count as having an effect
