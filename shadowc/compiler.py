@@ -165,7 +165,7 @@ class _Compile:
         from shadowc.pipeline import check_choice
         from shadowc.runtime.session import check_ort
         from shadowc.sparsity.calibration import check_data
-        from shadowc.sparsity.criteria import find_criterion
+        from shadowc.sparsity.criteria import find_criterion, require_trainable
 
         options = self.options
         checks: list[Callable[[], object]] = [
@@ -180,6 +180,8 @@ class _Compile:
             check_ort,
             *(TARGETS[options.target].checks(options) if options.target in TARGETS else ()),
         ]
+        if options.predictor == "train":
+            checks.append(lambda: require_trainable(name := options.collect.criterion, find_criterion(name).per))
         if options.predictor == "train" and options.load_format == "auto":
             checks.append(lambda: check_data(options.collect.data))
         problems: list[ShadowcError] = []

@@ -13,6 +13,7 @@ from shadowc.cli.bench import bench
 from shadowc.cli.bisect import bisect
 from shadowc.cli.collect import collect
 from shadowc.cli.compile import compile_model
+from shadowc.cli.criteria import criteria
 from shadowc.cli.doctor import doctor
 from shadowc.cli.evaluate import evaluate
 from shadowc.cli.guard import guarded
@@ -35,6 +36,7 @@ AGAIN = "type the same command again, it goes on from there"
 COMMANDS = (
     ("compile", compile_model, "no engine is left half written, and finished stages stay in the cache"),
     ("collect", collect, "what was recorded is kept"),
+    ("criteria", criteria, "nothing was changed"),
     ("train", train, "no predictor is left half written"),
     ("run", run, "the engine is unchanged"),
     ("eval", evaluate, "the engine is unchanged"),

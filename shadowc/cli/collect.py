@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -55,8 +55,19 @@ def _show(trace: ImportanceTrace) -> None:
             "criterion": str(meta["criterion"]),
             "text": f"{meta['source']}, {meta['sequences']:,} sequences of {meta['length']} tokens",
             "positions": f"{meta['positions']:,} of {trace.layers} layers",
-            "dense loss": f"{meta['loss']:.3f} nats per token",
+            "exact zeros": ", ".join(f"{render.share(share)} of {kind}" for kind, share in meta["zeros"].items()),
+            "dense loss": "not run" if meta["loss"] is None else f"{meta['loss']:.3f} nats per token",
             "folder": str(trace.folder),
         }
+        | ({"dropped": _dropped(meta["dropped"])} if meta["dropped"] else {})
     )
-    render.line(f"next: {shlex.join(['shadowc', 'train', '--trace', str(trace.folder)])}")
+    if meta["per"] == "text":
+        render.line("one ranking for the whole text: no predictor can learn it, one keeps it as a control")
+        render.line(f"next: shadowc train {trace.origin.flags} {shlex.join(['--ranking', str(trace.folder)])}")
+    else:
+        render.line(f"next: {shlex.join(['shadowc', 'train', '--trace', str(trace.folder)])}")
+
+
+def _dropped(dropped: list[dict[str, Any]]) -> str:
+    first = dropped[0]
+    return f"{len(dropped)} sequences with scores that are not finite; in sequence {first['sequence']} {first['place']}"

@@ -46,7 +46,7 @@ Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.", 
 Data = Annotated[
     str, typer.Option("--data", help="Calibration text: self (sampled from the model), or a .txt or .jsonl file.")
 ]
-Criterion = Annotated[str, typer.Option("--criterion", help="Importance of a unit: plainact, l2norm, activation.")]
+Criterion = Annotated[str, typer.Option("--criterion", help="Importance of a unit; `shadowc criteria` lists them.")]
 Positions = Annotated[
     int, typer.Option("--positions", "--samples", help="Token positions to record.", min=16, show_default=True)
 ]

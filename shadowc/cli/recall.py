@@ -19,7 +19,7 @@ def summary_table(report: Mapping[str, Any], scope: str = "global") -> Table:
     """Return columns and rows: recall (and share of the importance caught) by kind and density, one column a method."""
     found = report["found"]
     measured = next(iter(found["heads"][scope].values()))
-    methods = tuple(name for name in METHODS if name in measured)
+    methods = tuple(name for name in (*METHODS, *sorted(set(measured) - set(METHODS))) if name in measured)
     rows = []
     for kind in KINDS:
         for density, by_method in found[kind][scope].items():

@@ -27,6 +27,14 @@ def train(
         str | None,
         typer.Option("--model", "-m", help="Instead of --trace: collect from this model first.", show_default=False),
     ] = None,
+    ranking: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--ranking",
+            help="Trace of another criterion, kept as control static-CRITERION; may be repeated.",
+            show_default=False,
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Predictor folder; default: ./MODEL.predictor.", show_default=False),
@@ -73,7 +81,7 @@ def train(
 
     source = trace or Origin(model or "", load_format, seed)
     with render.progress() as progress:
-        learned = learn(source, options, collecting, out, progress, offline=offline)
+        learned = learn(source, options, collecting, out, progress, offline=offline, rankings=ranking or ())
     if json:
         meta = learned.predictor.meta
         folders = {"folder": str(learned.folder), "trace": str(learned.trace.folder)}

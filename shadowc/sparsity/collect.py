@@ -24,13 +24,16 @@ from shadowc.sparsity.calibration import SELF, calibration_text, read_text, sequ
 from shadowc.sparsity.criteria import find_criterion
 from shadowc.sparsity.importance import SCHEMA, ImportanceTrace, Origin, TraceWriter, relative, trace_layout
 from shadowc.sparsity.record import Rows, record_batch, texts_at_once
+from shadowc.sparsity.text import Ranking, rank_text
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
+    from shadowc.checkpoint.facts import ModelFacts
     from shadowc.checkpoint.resolve import ModelCheckpoint
+    from shadowc.sparsity.criteria import Criterion
     from shadowc.spec.options import CollectOptions
     from shadowc.spec.progress import Progress
 
@@ -56,8 +59,11 @@ def collect(
         model: the checkpoint as a torch model, if the caller has it already.
         origin: the model as the user typed it, kept beside the trace.
 
+    A sequence with a score that is not finite is dropped: its positions are not in the trace, `meta["dropped"]` tells
+    where it was. A criterion that ranks the units once for a whole text gives a trace with a single row.
+
     Raises:
-        InputError: unknown criterion, unusable text, numbers that are not finite, or `out` is something else.
+        InputError: unknown criterion, unusable text, no sequence with finite numbers, or `out` is something else.
         SetupError: the disk has no room for the trace.
     """
     progress = progress or NullProgress()
@@ -69,24 +75,25 @@ def collect(
         model = load_torch_model(checkpoint)
     if not writer.started:
         with progress.stage("calibration text"):
-            _begin(writer, model, checkpoint, options, progress)
+            _begin(writer, model, checkpoint, options, criterion, progress)
     ids_NT = writer.read("tokens").astype(np.int64)
     positions = sampled_positions(len(ids_NT), ids_NT.shape[1], options.positions, options.seed)
-    batch = texts_at_once(checkpoint.facts, ids_NT.shape[1], gradients=criterion.gradients)
+    length = ids_NT.shape[1]
+    batch = texts_at_once(checkpoint.facts, length, gradients=criterion.gradients, curvature=criterion.curvature)
+    if criterion.per == "text":
+        ranking = rank_text(model, criterion, ids_NT, positions, batch, options.seed, progress.advance)
+        return _put_ranking(writer, ranking).finish(origin)
     done = np.cumsum([0, *(len(of_sequence) for of_sequence in positions)])
     first = int(np.searchsorted(done, writer.rows))
     for begin in range(first, len(ids_NT), batch):
         end = min(begin + batch, len(ids_NT))
-        try:
-            rows = record_batch(model, checkpoint.facts, criterion, ids_NT[begin:end], positions[begin:end])
-        except InputError:
-            writer.discard()  # the next run would only be refused at the same place
-            raise
+        rows = record_batch(model, checkpoint.facts, criterion, ids_NT[begin:end], positions[begin:end])
         _put(writer, rows, int(done[begin]), begin)
-        loss = writer.meta["loss"] + rows.loss / (ids_NT.size - len(ids_NT))
-        writer.commit(int(done[end]), writer.meta | {"loss": loss})
+        writer.commit(int(done[end]), _counted(writer.meta, rows, begin))
+        for row, place in rows.dropped.items():
+            progress.note(f"sequence {begin + row} is dropped: {place}")
         progress.advance(int(done[end]), options.positions, "positions")
-    return writer.finish(origin)
+    return _finished(writer, checkpoint.facts, len(ids_NT)).finish(origin)
 
 
 def sampled_positions(count: int, length: int, positions: int, seed: int) -> list[npt.NDArray[np.int64]]:
@@ -102,7 +109,12 @@ def sampled_positions(count: int, length: int, positions: int, seed: int) -> lis
 
 
 def _begin(
-    writer: TraceWriter, model: Any, checkpoint: ModelCheckpoint, options: CollectOptions, progress: Progress
+    writer: TraceWriter,
+    model: Any,
+    checkpoint: ModelCheckpoint,
+    options: CollectOptions,
+    criterion: Criterion,
+    progress: Progress,
 ) -> None:
     """Make the calibration text and lay out the trace."""
     facts = checkpoint.facts
@@ -111,6 +123,7 @@ def _begin(
     rows = sum(len(p) for p in sampled_positions(count, length, options.positions, options.seed))
     meta = {
         "criterion": options.criterion,
+        "per": criterion.per,
         "model": {"name": facts.name, "identity": checkpoint.identity},
         "facts": asdict(facts),
         "source": text.source,
@@ -120,14 +133,73 @@ def _begin(
         "sequences": count,
         "length": length,
         "loss": 0.0,
+        "dropped": [],
+        "counts": {"positions": 0, "tokens": 0, "heads": 0, "neurons": 0},
     }
-    writer.begin(trace_layout(facts, rows, count, length), meta)
+    ranking = criterion.per == "text"
+    writer.begin(trace_layout(facts, 1 if ranking else rows, count, length, exact=ranking), meta)
     writer.put("tokens", text.ids_NT)
     writer.commit(0, meta)
 
 
+def _counted(meta: dict[str, Any], rows: Rows, sequence: int) -> dict[str, Any]:
+    """Return the meta with one batch added: what was dropped, counts, and the mean loss so far."""
+    kept = int((rows.sequence_M >= 0).sum())
+    new = {"positions": kept, "tokens": rows.tokens, "heads": rows.zeros[0], "neurons": rows.zeros[1]}
+    counts = {name: meta["counts"][name] + more for name, more in new.items()}
+    loss = (meta["loss"] * meta["counts"]["tokens"] + rows.loss) / max(counts["tokens"], 1)
+    dropped = [{"sequence": sequence + row, "place": place} for row, place in rows.dropped.items()]
+    return meta | {"counts": counts, "loss": loss, "dropped": meta["dropped"] + dropped}
+
+
+def _finished(writer: TraceWriter, facts: ModelFacts, sequences: int) -> TraceWriter:
+    """Turn counts into what a reader wants to know.
+
+    Raises:
+        InputError: nothing is left.
+    """
+    meta = dict(writer.meta)
+    counts = meta.pop("counts")
+    if not counts["positions"]:
+        writer.discard()  # the next run would only be refused at the same place
+        first = meta["dropped"][0]
+        raise InputError(
+            f"{facts.name}: no calibration sequence of {sequences} has finite scores; "
+            f"in sequence {first['sequence']} the {first['place'].removeprefix('the ')}; the weights may be damaged",
+            hint="check the checkpoint for NaN and Inf",
+        )
+    scores = counts["positions"] * facts.layers
+    meta["positions"] = counts["positions"]
+    meta["zeros"] = {
+        "heads": round(counts["heads"] / (scores * facts.heads), 6),
+        "neurons": round(counts["neurons"] / (scores * facts.ffn), 6),
+    }
+    writer.meta = meta
+    return writer
+
+
+def _put_ranking(writer: TraceWriter, ranking: Ranking) -> TraceWriter:
+    """Write a trace of one row: the ranking of a whole text; zeros for a kind that has no formula."""
+    meta = dict(writer.meta)
+    del meta["counts"]
+    heads_LH, neurons_LF = ranking
+    meta |= {"positions": 1, "loss": None, "kinds": [], "zeros": {}}
+    for kind, values in (("heads", heads_LH), ("neurons", neurons_LF)):
+        if values is not None:
+            meta["kinds"] = [*meta["kinds"], kind]
+            meta["zeros"][kind] = round(float((values == 0).mean()), 6)
+    if heads_LH is not None:
+        writer.put("heads", heads_LH[None])
+    if neurons_LF is not None:
+        for layer, neurons_F in enumerate(neurons_LF):
+            writer.put(f"neurons.{layer}", neurons_F[None])
+    writer.put("neurons.scale", np.ones_like(writer.read("neurons.scale")))
+    writer.commit(1, meta)
+    return writer
+
+
 def _put(writer: TraceWriter, rows: Rows, row: int, sequence: int) -> None:
-    writer.put("sequence", rows.sequence_M + sequence, row)
+    writer.put("sequence", np.where(rows.sequence_M < 0, -1, rows.sequence_M + sequence), row)
     writer.put("position", rows.position_M, row)
     writer.put("context", rows.context_ME, row)
     writer.put("heads", rows.heads_MLH, row)

@@ -78,8 +78,9 @@ class ImportanceTrace:
 
     folder: Path
     meta: dict[str, Any]
-    """key (of what decides all of it), criterion, model, facts, text (fingerprint), source, seed, counts, and the dense
-    model's mean token loss."""
+    """key (of what decides all of it), criterion and what one of its scores is of (per), model, facts, text
+    (fingerprint), source, seed, counts, the share of scores that are exactly zero, dropped sequences, and the dense
+    model's mean token loss (None where no text was run)."""
     facts: ModelFacts
     """Of the model that was recorded."""
     tokens_NT: npt.NDArray[np.int32]
@@ -88,6 +89,8 @@ class ImportanceTrace:
     context_ME: npt.NDArray[np.float32]
     """Layer 0's attention context before out_proj, of the position itself."""
     heads_MLH: npt.NDArray[np.float32]
+    kept_M: npt.NDArray[np.bool_]
+    """Of the positions in the file, those whose sequence was not dropped; the other fields hold these alone."""
 
     @property
     def layers(self) -> int:
@@ -113,13 +116,13 @@ class ImportanceTrace:
             relative_MF = stored.get_tensor(f"neurons.{layer}")
             scale_M = stored.get_tensor("neurons.scale")[:, layer]
         scaled: npt.NDArray[np.float32] = relative_MF.astype(np.float32) * scale_M[:, None]
-        return scaled
+        return scaled[self.kept_M]
 
     def input_ME(self, layer: int) -> npt.NDArray[np.float32]:  # noqa: N802 - the name carries its shape
         """Return what the attention of a model layer from 1 on reads (its norm's output); read from disk each time."""
         with _opened(self.folder) as stored:
             input_ME: npt.NDArray[np.float32] = stored.get_tensor(f"input.{layer}").astype(np.float32)
-        return input_ME
+        return input_ME[self.kept_M]
 
     @staticmethod
     def load(folder: Path) -> ImportanceTrace:
@@ -134,9 +137,10 @@ class ImportanceTrace:
         sizes = (*part["heads"].shape[1:], *part["context"].shape[1:])
         if sizes != (facts.layers, facts.heads, facts.hidden):
             raise InputError(f"{folder}: {META_FILE} and {TENSORS_FILE} are of two models", hint=_AGAIN)
-        return ImportanceTrace(
-            folder, meta, facts, part["tokens"], part["sequence"], part["position"], part["context"], part["heads"]
-        )
+        kept_M = part["sequence"] >= 0
+        tokens_NT = part.pop("tokens")
+        sequence_M, position_M, context_ME, heads_MLH = (values[kept_M] for values in part.values())
+        return ImportanceTrace(folder, meta, facts, tokens_NT, sequence_M, position_M, context_ME, heads_MLH, kept_M)
 
     @staticmethod
     def finished(folder: Path, key: str) -> ImportanceTrace | None:
@@ -180,13 +184,15 @@ def _opened(folder: Path) -> Any:
         raise InputError(f"{folder / TENSORS_FILE} is missing or damaged: {error}", hint=_AGAIN) from error
 
 
-def trace_layout(facts: ModelFacts, positions: int, sequences: int, length: int) -> Layout:
+def trace_layout(facts: ModelFacts, positions: int, sequences: int, length: int, *, exact: bool = False) -> Layout:
     """Return name -> (type, shape) of all tensors of a trace.
 
     Neuron scores are stored relative to the largest of their position and layer, in float16: 11 bits of each value
     and, below 6e-5 of the largest, steps of 6e-8 of it. That halves the file, and no ranking that matters sees it.
-    Inputs of layers are outputs of a norm, of moderate size: float16 as they are.
+    Inputs of layers are outputs of a norm, of moderate size: float16 as they are. With `exact` neuron scores are
+    float32: the single row of a ranking of a whole text, in which units may differ little.
     """
+    stored = "F32" if exact else "F16"
     rows = positions
     fixed: dict[str, tuple[str, tuple[int, ...]]] = {
         "tokens": ("I32", (sequences, length)),
@@ -197,12 +203,12 @@ def trace_layout(facts: ModelFacts, positions: int, sequences: int, length: int)
         "neurons.scale": ("F32", (rows, facts.layers)),
     }
     inputs = {f"input.{layer}": ("F16", (rows, facts.hidden)) for layer in range(1, facts.layers)}
-    return fixed | {f"neurons.{layer}": ("F16", (rows, facts.ffn)) for layer in range(facts.layers)} | inputs
+    return fixed | {f"neurons.{layer}": (stored, (rows, facts.ffn)) for layer in range(facts.layers)} | inputs
 
 
 def relative(neurons_MF: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]:
-    """Return scores relative to their row's largest in float16, and the largest (1 for a row of zeros)."""
-    largest_M = neurons_MF.max(axis=1)
+    """Return scores relative to their row's largest size in float16, and that size (1 for a row of zeros)."""
+    largest_M = np.abs(neurons_MF).max(axis=1)
     scale_M = np.where(largest_M > 0, largest_M, np.float32(1)).astype(np.float32)
     return (neurons_MF / scale_M[:, None]).astype(np.float16), scale_M
 

@@ -38,6 +38,23 @@ def normalised_static_scores(scores_MLU: Floats) -> Floats:
     return np.stack([mean_of_valid(minmax_rows(scores_MLU[:, layer])) for layer in range(scores_MLU.shape[1])])
 
 
+def ranking_of(
+    trace: ImportanceTrace, orders_LF: npt.NDArray[np.int32], block: int, rest: tuple[Floats, Floats]
+) -> tuple[Floats, Floats]:
+    """Return the static ranking of a trace of any criterion: heads [Lp, H] and neuron blocks [Lp, N].
+
+    Args:
+        trace: many positions, or the single row of a criterion that ranks the units of a whole text.
+        orders_LF: which neuron became which, by predicted layer.
+        block: neurons per block.
+        rest: takes the place of a kind that the criterion has no formula for.
+    """
+    kinds = trace.meta.get("kinds", ("heads", "neurons"))
+    pair = zip(("heads", "neurons"), predicted_scores(trace, orders_LF, block), rest, strict=True)
+    heads, neurons = (static_scores(scores) if kind in kinds else other for kind, scores, other in pair)
+    return heads, neurons
+
+
 def random_scores(seed: int, heads: tuple[int, int], neurons: tuple[int, int]) -> tuple[Floats, Floats]:
     """Return uniform scores of the shapes [Lp, H] and [Lp, N]."""
     generator = np.random.default_rng(seed)

@@ -22,7 +22,6 @@ from torch.nn import functional as F
 
 from shadowc.sparsity.families import Block, Decoder, decoder_of, watched
 from shadowc.sparsity.signals import LayerSignals
-from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -49,7 +48,13 @@ class Rows:
     inputs_LME: list[npt.NDArray[np.float32]] = field(default_factory=list)
     """What the attentions of layers 1.. read."""
     loss: float = 0.0
-    """Sum of all token losses."""
+    """Sum of the token losses of the sequences that are kept."""
+    tokens: int = 0
+    """How many losses that are."""
+    zeros: tuple[int, int] = (0, 0)
+    """Scores of heads and of neurons that are exactly zero, at the positions that are kept."""
+    dropped: dict[int, str] = field(default_factory=dict)
+    """Row within the batch -> what is not finite there. Its positions are of sequence -1, and zeros."""
 
 
 def record_batch(
@@ -59,7 +64,7 @@ def record_batch(
     ids_BT: npt.NDArray[np.int64],
     positions: list[npt.NDArray[np.int64]],
 ) -> Rows:
-    """Run one batch and score its recorded positions.
+    """Run one batch and score its recorded positions; a text with a score that is not finite is dropped.
 
     Args:
         model: transformers' model.
@@ -67,9 +72,6 @@ def record_batch(
         criterion: what scores.
         ids_BT: the texts.
         positions: of every text, those recorded.
-
-    Raises:
-        InputError: an activation or gradient is not finite.
     """
     decoder = decoder_of(model)
     row_M = torch.from_numpy(np.repeat(np.arange(len(ids_BT)), [len(p) for p in positions]))
@@ -79,13 +81,8 @@ def record_batch(
     seen: dict[int, Tensor] = {}
 
     def score(layer: int, signals: LayerSignals) -> None:
-        heads_BTH, neurons_BTF = criterion.score(signals)
-        heads[layer], neurons[layer] = heads_BTH[row_M, position_M], neurons_BTF[row_M, position_M]
-        if not bool(torch.isfinite(heads[layer]).all() and torch.isfinite(neurons[layer]).all()):
-            raise InputError(
-                f"{facts.name}: importance in layer {layer} is not finite; the weights may be damaged",
-                hint="check the checkpoint for NaN and Inf",
-            )
+        taken = (row_M, position_M) if criterion.per == "token" else (row_M,)
+        heads[layer], neurons[layer] = (values[taken] for values in criterion.score(signals))
 
     def keep(layer: int) -> Callable[[Tensor], None]:
         def act(tensor: Tensor) -> None:
@@ -96,23 +93,62 @@ def record_batch(
 
     inputs = [(block.reads, keep(layer)) for layer, block in enumerate(decoder.blocks) if layer]
     with watched((decoder.blocks[0].context, keep(0)), *inputs):
-        group = layers_at_once(facts, *ids_BT.shape)
-        loss = stream_signals(decoder, torch.from_numpy(ids_BT), score, gradients=criterion.gradients, group=group)
+        losses_B = _read(decoder, torch.from_numpy(ids_BT), score, facts, criterion)
     layers = range(len(decoder.blocks))
+    dropped = _dropped([heads[layer] for layer in layers], [neurons[layer] for layer in layers], row_M, losses_B)
+    gone_M = torch.isin(row_M, torch.tensor([*dropped], dtype=row_M.dtype))
+    for scores in (heads, neurons, seen):
+        for values in scores.values():
+            values[gone_M] = 0.0
+    kept_B = [row not in dropped for row in range(len(ids_BT))]
     return Rows(
-        row_M.numpy().astype(np.int32),
+        torch.where(gone_M, -1, row_M).numpy().astype(np.int32),
         position_M.numpy().astype(np.int32),
         seen[0].numpy(),
         torch.stack([heads[layer] for layer in layers], dim=1).numpy(),
         [neurons[layer].numpy() for layer in layers],
         [seen[layer].numpy() for layer in layers[1:]],
-        loss,
+        float(losses_B[kept_B].sum()),
+        sum(kept_B) * (ids_BT.shape[1] - 1),
+        (_zeros(heads, ~gone_M), _zeros(neurons, ~gone_M)),
+        dropped,
     )
 
 
-def texts_at_once(facts: ModelFacts, length: int, *, gradients: bool) -> int:
+def _read(decoder: Decoder, ids_BT: Tensor, score: Give, facts: ModelFacts, criterion: Criterion) -> Tensor:
+    """Give every layer's signals with what the criterion asked for; return the losses of the texts [B]."""
+    if not (criterion.curvature or criterion.weights):
+        group = layers_at_once(facts, *ids_BT.shape)
+        return stream_signals(decoder, ids_BT, score, gradients=criterion.gradients, group=group)
+    from shadowc.sparsity.whole import whole_signals
+
+    signals, losses_BT = whole_signals(decoder, ids_BT, curvature=criterion.curvature, rows=criterion.weights)
+    for layer, of_layer in enumerate(signals):
+        score(layer, of_layer)
+    return losses_BT.sum(1)
+
+
+def _dropped(heads: list[Tensor], neurons: list[Tensor], row_M: Tensor, losses_B: Tensor) -> dict[int, str]:
+    """Return row -> the first unit whose score is not finite, by layers."""
+    found: dict[int, str] = {}
+    for layer, pair in enumerate(zip(heads, neurons, strict=True)):
+        for unit, values_MU in zip(("head", "neuron"), pair, strict=True):
+            if bool(torch.isfinite(values_MU).all()):
+                continue
+            for m, number in torch.nonzero(~torch.isfinite(values_MU)).tolist():
+                found.setdefault(int(row_M[m]), f"importance of {unit} {number} in layer {layer} is not finite")
+    for (row,) in torch.nonzero(~torch.isfinite(losses_B)).tolist():
+        found.setdefault(row, "the loss is not finite")
+    return found
+
+
+def _zeros(scores: dict[int, Tensor], kept_M: Tensor) -> int:
+    return sum(int((values[kept_M] == 0).sum()) for values in scores.values())
+
+
+def texts_at_once(facts: ModelFacts, length: int, *, gradients: bool, curvature: bool = False) -> int:
     """Return how many texts of so many tokens run at once within `BATCH_BYTES`, as one group of layers; at least 1."""
-    layers = facts.layers if gradients else 1
+    layers = (3 if curvature else 1) * facts.layers if gradients else 1  # the second backward pass keeps the first one
     return max(BATCH_BYTES // (4 * length * (layers * _layer_floats(facts, length) + _other_floats(facts))), 1)
 
 
@@ -132,8 +168,8 @@ def _other_floats(facts: ModelFacts) -> int:
     return 3 * facts.vocab + facts.layers * facts.hidden
 
 
-def stream_signals(decoder: Decoder, ids_BT: Tensor, give: Give, *, gradients: bool, group: int = 0) -> float:
-    """Run the model and give every layer's signals once, in no fixed order; return the sum of the token losses.
+def stream_signals(decoder: Decoder, ids_BT: Tensor, give: Give, *, gradients: bool, group: int = 0) -> Tensor:
+    """Run the model and give every layer's signals once, in no fixed order; return the sum of each text's losses [B].
 
     Args:
         decoder: the model; its weights need no gradients.
@@ -147,7 +183,7 @@ def stream_signals(decoder: Decoder, ids_BT: Tensor, give: Give, *, gradients: b
         return _Backwards(decoder, ids_BT, give, group or len(decoder.blocks)).run(embedded)
     watches = [pair for layer, block in enumerate(decoder.blocks) for pair in _Held(block).given(layer, decoder, give)]
     with torch.no_grad(), watched(*watches):
-        return float(summed_loss(decoder.model(inputs_embeds=embedded, use_cache=False).logits, ids_BT))
+        return token_losses(decoder.model(inputs_embeds=embedded, use_cache=False).logits, ids_BT).sum(1)
 
 
 def token_losses(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
@@ -217,8 +253,8 @@ class _Backwards:
         self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         """What each layer was called with beside that."""
 
-    def run(self, embedded_BTE: Tensor) -> float:
-        """Return the sum of the token losses."""
+    def run(self, embedded_BTE: Tensor) -> Tensor:
+        """Return the sum of the token losses of each text, [B]."""
         last, *earlier = self._groups
         held = {layer: _Held(self._decoder.blocks[layer]) for layer in last}
         handles = [
@@ -232,13 +268,14 @@ class _Backwards:
             for handle in handles:
                 handle.remove()
         with torch.enable_grad():
-            loss = summed_loss(logits_BTV, self._ids_BT)
+            losses_B = token_losses(logits_BTV, self._ids_BT).sum(1)
+            loss = losses_B.sum()
         del logits_BTV
         slope = self._differentiate(last, held, loss, None)
         for group in earlier:
             held = {layer: _Held(self._decoder.blocks[layer]) for layer in group}
             slope = self._differentiate(group, held, self._again(group, held), slope)
-        return float(loss.detach())
+        return losses_B.detach()
 
     def _entered(self, layer: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]:
         """Return a hook that notes a layer's arguments, and begins the graph where the last group begins."""

@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shadowc.sparsity.cluster import neuron_orders
+from shadowc.sparsity.criteria import require_trainable
 from shadowc.sparsity.fit import Examples, Fit, fit
 from shadowc.sparsity.networks import LayerNetworks, blocks_of, cost_share, default_width, minmax_scaled
 from shadowc.sparsity.predictor import Networks, Predictor, check_out
@@ -38,6 +39,7 @@ from shadowc.sparsity.rank import (
     normalised_static_scores,
     predicted_scores,
     random_scores,
+    ranking_of,
     static_scores,
 )
 from shadowc.sparsity.recall import found_report, selected
@@ -64,17 +66,31 @@ def train(
     options: TrainOptions,
     out: Path | None = None,
     progress: Progress | None = None,
+    *,
+    rankings: Sequence[ImportanceTrace] = (),
 ) -> Predictor:
     """Train a predictor and write it to the folder `out`.
 
+    Args:
+        trace: what it learns from.
+        facts: of the model.
+        options: how it is trained.
+        out: the predictor's folder; None: it is not written.
+        progress: told about stages.
+        rankings: traces of the same model by other criteria; their static rankings become controls beside the trace's
+            own, named static-CRITERION.
+
     Raises:
-        InputError: the trace is of another model, too small to hold sequences out, or its scores do not vary; or
-            `out` holds something else than a predictor.
+        InputError: the trace is of another model, of a criterion that no predictor can learn, too small to hold
+            sequences out, or its scores do not vary; a ranking is of another model; or `out` holds something else than
+            a predictor.
     """
     progress = progress or NullProgress()
     if out is not None:
         check_out(out)
+    require_trainable(trace.meta["criterion"], trace.meta.get("per", "token"))
     _require_fit(trace, facts, options)
+    _require_same_model(trace, rankings)
     held_M: npt.NDArray[np.bool_] = held_out(trace.sequence_M, options.validation, options.seed)
     taught, held = np.flatnonzero(~held_M), np.flatnonzero(held_M)
     block = options.neuron_block
@@ -97,6 +113,12 @@ def train(
         with progress.stage(f"train {kind}"):
             fits[kind] = _fits(trace, targets_MLU, (used, used_held), width, options, options.seed + number, progress)
     heads, neurons = (_networks(fits[kind], options) for kind in KINDS)
+    controls = {
+        name: (ranking(raw["heads"][taught]), ranking(raw["neurons"][taught]))
+        for name, ranking in (("static", static_scores), ("normalised", normalised_static_scores))
+    }
+    for other in rankings:
+        controls[f"static-{other.meta['criterion']}"] = ranking_of(other, orders_LF, block, controls["static"])
     predictor = Predictor(
         heads=heads,
         neurons=neurons,
@@ -104,10 +126,7 @@ def train(
         block=block,
         orders_LF=orders_LF,
         meta=_meta(trace, facts, options, width),
-        controls={
-            name: (ranking(raw["heads"][taught]), ranking(raw["neurons"][taught]))
-            for name, ranking in (("static", static_scores), ("normalised", normalised_static_scores))
-        },
+        controls=controls,
     )
     predictor.meta["report"] = {
         "positions": {"taught": len(taught), "held_out": len(held), "dropped": dropped},
@@ -242,6 +261,19 @@ def _require_fit(trace: ImportanceTrace, facts: ModelFacts, options: TrainOption
             f"a neuron block of {options.neuron_block} leaves one unit in a layer of {facts.ffn} neurons",
             hint="--neuron-block 16",
         )
+
+
+def _require_same_model(trace: ImportanceTrace, rankings: Sequence[ImportanceTrace]) -> None:
+    """Refuse rankings of another checkpoint: their units are others."""
+    mine = trace.meta["model"]
+    for other in rankings:
+        its = other.meta["model"]
+        if its["identity"] != mine["identity"]:
+            raise InputError(
+                f"the ranking in {other.folder} is of another checkpoint: {its['name']} {its['identity'][:12]}, the "
+                f"trace in {trace.folder} is of {mine['name']} {mine['identity'][:12]}",
+                hint=f"shadowc collect {trace.origin.flags} --criterion {other.meta['criterion']}",
+            )
 
 
 def _meta(trace: ImportanceTrace, facts: ModelFacts, options: TrainOptions, width: int) -> dict[str, Any]:

@@ -6,13 +6,14 @@ Everything that can be refused is refused before anything long begins: the data,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from shadowc.sparsity import importance, predictor
 from shadowc.sparsity.calibration import check_data
-from shadowc.sparsity.criteria import find_criterion
+from shadowc.sparsity.criteria import find_criterion, require_trainable
 from shadowc.sparsity.importance import ImportanceTrace, Origin
 from shadowc.spec.progress import NullProgress
 from shadowc.stage_cache import StageCache
@@ -70,6 +71,7 @@ def learn(
     progress: Progress | None = None,
     *,
     offline: bool = False,
+    rankings: Sequence[Path] = (),
 ) -> Learned:
     """Train a predictor on a recorded trace, or on a model after recording one at ./MODEL.trace.
 
@@ -80,9 +82,10 @@ def learn(
         out: folder of the predictor; None: ./MODEL.predictor.
         progress: told about stages.
         offline: do not use the network.
+        rankings: folders of traces by other criteria, whose static rankings are kept as controls.
 
     Raises:
-        InputError: the trace, the model, an option or `out` cannot be used.
+        InputError: the trace, a ranking, the model, an option or `out` cannot be used.
         UnsupportedError: the model is of a kind that is not handled.
         SetupError: the hub cannot be reached, or the disk has no room.
     """
@@ -91,16 +94,18 @@ def learn(
     progress = progress or NullProgress()
     if out is not None:
         predictor.check_out(out)
+    others = [ImportanceTrace.load(folder) for folder in rankings]
     if isinstance(source, Path):
         trace = ImportanceTrace.load(source)
         folder = _predictor_folder(out, trace.facts.name)
     else:
         _check_options(collecting)
+        require_trainable(collecting.criterion, find_criterion(collecting.criterion).per)
         checkpoint = _checkpoint(source, offline, progress)
         folder = _predictor_folder(out, checkpoint.facts.name)
         trace = _record(checkpoint, source, collecting, None, progress)
     with progress.stage("train"):
-        return Learned(train(trace, trace.facts, options, folder, progress), folder, trace)
+        return Learned(train(trace, trace.facts, options, folder, progress, rankings=others), folder, trace)
 
 
 def _check_options(options: CollectOptions) -> None:

@@ -77,7 +77,7 @@ def test_flags_are_those_of_the_golden_file() -> None:
 
 
 def test_every_command_has_a_help_line_and_a_word_for_interrupts() -> None:
-    assert len(COMMANDS) == 10
+    assert len(COMMANDS) == 11
     for name, function, kept in COMMANDS:
         assert function.__doc__, name
         assert kept, name

@@ -91,7 +91,7 @@ def test_gradients_are_those_of_additions_at_the_places_that_masks_reach(
 ) -> None:
     """Whatever the groups: dLoss/da and dLoss/dh are the slopes of a zero that is added where the units are masked."""
     decoder, given = decoder_of(model), {}
-    loss = stream_signals(decoder, ids_BT, given.__setitem__, gradients=True, group=group)
+    losses_B = stream_signals(decoder, ids_BT, given.__setitem__, gradients=True, group=group)
     added: list[torch.Tensor] = []
 
     def add(tensor: torch.Tensor) -> torch.Tensor:
@@ -102,7 +102,7 @@ def test_gradients_are_those_of_additions_at_the_places_that_masks_reach(
     with watched(*sites):
         whole = summed_loss(model(input_ids=ids_BT).logits, ids_BT)
     slopes = [slope.reshape(2, 12, -1) for slope in torch.autograd.grad(whole, added)]
-    assert loss == pytest.approx(float(whole.detach()), rel=1e-6)
+    assert float(losses_B.sum()) == pytest.approx(float(whole.detach()), rel=1e-6)
     assert sorted(given) == [0, 1, 2, 3]
     for layer, signals in given.items():
         found = (signals.context_gradient_BTHD.flatten(2), signals.hidden_gradient_BTF)

@@ -116,17 +116,16 @@ def find_criterion(name: str) -> Criterion:
     return _REGISTRY[name]
 
 
-def require_trainable(found: Criterion) -> Criterion:
-    """Return the criterion, if a predictor can learn it.
+def require_trainable(name: str, per: str) -> None:
+    """Refuse to train a predictor from a criterion that ranks the units once for a whole text.
 
     Raises:
-        InputError: it ranks the units once for a whole text.
+        InputError: it does; what works is named.
     """
-    if not found.trains:
+    if per == "text":
         able = ", ".join(name for name in criterion_names() if _REGISTRY[name].trains)
         raise InputError(
-            f"criterion {found.name} gives one ranking for a whole text, and a predictor learns what differs between "
+            f"criterion {name} gives one ranking for a whole text, and a predictor learns what differs between "
             f"tokens; criteria that train one: {able}",
-            hint=f"--criterion plainact; the ranking of {found.name} goes beside it: shadowc train --ranking FOLDER",
+            hint=f"--criterion plainact; the ranking of {name} goes beside it: shadowc train --ranking FOLDER",
         )
-    return found
