@@ -34,9 +34,7 @@ def test_without_a_model_all_criteria_are_listed_with_kind_needs_and_formula(sha
     assert "Source: SNIP" in found["snip"]["formula"]
 
 
-def test_correlations_are_told_by_kind_with_intervals(
-    shadowc: Shadowc, tiny_checkpoint: Path, text: Path
-) -> None:
+def test_correlations_are_told_by_kind_with_intervals(shadowc: Shadowc, tiny_checkpoint: Path, text: Path) -> None:
     result = shadowc(
         "criteria", "--model", tiny_checkpoint, "--data", text, "--criterion", "plainact, random,jacov", *SMALL
     )
