@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 PER = {"token": "token", "sequence": "sequence", "text": "text: static ranking only"}
 COLUMNS = {
     "token, size": "token size all",
+    "heard": "token size heard",
     "token, change": "token change all",
     "text, size": "text size all",
     "text, change": "text change all",
-    "text, change, in a layer": "text change layer",
-    "other texts', change": "static change all",
+    "static, size": "static size all",
+    "static, change": "static change all",
 }
 """Heading -> one of the correlations of `Agreed`."""
 

@@ -14,6 +14,7 @@ from shadowc.eval.likelihood import log_likelihood
 from shadowc.eval.model import METHODS, EvaluatedModel, random_scores
 from shadowc.eval.request import Outcome, Request, Setting
 from shadowc.measure.expected import record_bytes
+from shadowc.runtime.stored import control_names
 from shadowc.spec.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -43,7 +44,8 @@ class EngineModel(EvaluatedModel):
         if sparsity is None:
             self.methods: tuple[str, ...] = ()
         else:
-            self.methods = METHODS if manifest.tensorrt is None else ("predictor",)
+            stored = (*METHODS, *sorted({*control_names(engine.folder, manifest)} - {*METHODS}))
+            self.methods = stored if manifest.tensorrt is None else ("predictor",)
         report = {} if sparsity is None else sparsity.predictor.get("report")
         self.recall = report.get("found", {}) if isinstance(report, dict) else {}
         self.ledger = ledger_of(manifest, int(getattr(engine, "refresh", 0)))
@@ -118,6 +120,11 @@ class EngineModel(EvaluatedModel):
         target = self.engine.manifest.target
         if self.engine.manifest.sparsity is None:
             return InputError("a dense engine has no masks to control", hint="shadowc compile without --predictor none")
+        if self.engine.manifest.tensorrt is None:
+            return InputError(
+                f"{self.name} has no masks of method {', '.join(methods)}; it has: {', '.join(self.methods)}",
+                hint="shadowc train --ranking FOLDER puts the ranking of another criterion into a predictor",
+            )
         return UnsupportedError(
             f"{', '.join(methods)}: an engine for {target} takes scores from its own predictor only",
             hint="--methods predictor, or the same model compiled for --target cpu",

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 METHODS = ("predictor", "static", "normalised", "random")
 """Whose masks: the predictor's, and those of its controls, which know no context."""
+RANKING = "static-"
+"""Begins the names of controls by other criteria, see `shadowc train --ranking`."""
 
 
 class EvaluatedModel(ABC):
@@ -78,10 +80,11 @@ class EvaluatedModel(ABC):
             UnsupportedError: this kind of model cannot do it.
         """
         methods = dict.fromkeys(setting.method for setting in settings if not setting.dense)
-        unknown = [method for method in methods if method not in METHODS]
+        unknown = [name for name in methods if name not in METHODS and not name.startswith(RANKING)]
         if unknown:
             raise InputError(
-                f"unknown method {', '.join(map(repr, unknown))}", hint=f"--methods takes {', '.join(METHODS)}"
+                f"unknown method {', '.join(map(repr, unknown))}",
+                hint=f"--methods takes {', '.join(METHODS)}, {RANKING}CRITERION",
             )
         lacking = [method for method in methods if method not in self.methods]
         if lacking:

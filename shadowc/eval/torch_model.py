@@ -85,7 +85,7 @@ class TorchModel(EvaluatedModel):
         self._units = (facts.heads, facts.ffn) if predictor is None else predictor.units
         self._controls = {} if predictor is None else predictor.controls
         has = {"random", *self._controls, *(() if predictor is None else ("predictor",))}
-        self.methods = tuple(name for name in METHODS if name in has)
+        self.methods = tuple(name for name in (*METHODS, *sorted(has - {*METHODS})) if name in has)
         if predictor is not None and predictor.style == "dejavu":  # no token knows the masks of all layers ahead
             self.protocols = ("decode",)
         self.ledger = ledger_of(model, 0 if predictor is None else 4 * predictor.parameters)

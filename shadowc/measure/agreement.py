@@ -12,10 +12,11 @@ change of the loss when a unit is masked (`sparsity/truth.py`), over the same sa
 - static: the same truth, compared with the mean of the text scores over all *other* sequences: what is left of a
   criterion when the ranking may not depend on the text.
 
-Each with the change itself (a unit whose absence helps ranks last) and with its size, over all layers and within each
-layer. A criterion that has one score a sequence, or one for the whole text, is compared with the same truths. The mean
-over rankings has an interval from a bootstrap over sequences. Rankings in which the truth does not vary are left out;
-one in which only the scores do not vary counts as 0.
+Each with the change itself (a unit whose absence helps ranks last) and with its size; over all units, within each
+layer, and over the units that are heard, whose absence changes anything at all (most neurons do not fire, and telling
+those from the others is half of a ranking). A criterion that has one score a sequence, or one for the whole text, is
+compared with the same truths. The mean over rankings has an interval from a bootstrap over sequences. Rankings in which
+the truth does not vary are left out; one in which only the scores do not vary counts as 0.
 
 Letters: N sequences, T tokens, P sampled tokens of a sequence, U sampled units, L layers.
 """
@@ -51,7 +52,7 @@ if TYPE_CHECKING:
 Level = Literal["token", "text", "static"]
 LEVELS: tuple[Level, ...] = get_args(Level)
 MEASURES = ("change", "size")
-SCOPES = ("all", "layer")
+SCOPES = ("all", "layer", "heard")
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,18 +275,29 @@ def _agreed(one: Criterion, seen: _Seen, seed: int) -> Agreed:
     ranks = {}
     for measure in MEASURES:
         for scope in SCOPES:
-            groups = np.zeros_like(seen.units.layer_U) if scope == "all" else seen.units.layer_U
+            groups = seen.units.layer_U if scope == "layer" else np.zeros_like(seen.units.layer_U)
             found: dict[str, list[list[float | None]]] = {level: [] for level in LEVELS}
             for n, (token, text_U) in enumerate(seen.scores[one.name]):
                 truth_PU = _measured(seen.token_NPU[n], measure)
                 truth_U = _measured(seen.text_NU[n], measure)
-                wide = np.broadcast_to(token, truth_PU.shape)
-                found["token"].append([within_groups(s, t, groups) for s, t in zip(wide, truth_PU, strict=True)])
-                found["text"].append([within_groups(text_U, truth_U, groups)])
-                found["static"].append([within_groups(others_NU[n], truth_U, groups)])
+                pairs = {
+                    "token": zip(np.broadcast_to(token, truth_PU.shape), truth_PU, strict=True),
+                    "text": [(text_U, truth_U)],
+                    "static": [(others_NU[n], truth_U)],
+                }
+                for level, ranked in pairs.items():
+                    found[level].append([_correlated(s, t, groups, heard=scope == "heard") for s, t in ranked])
             for level, per_sequence in found.items():
                 ranks[f"{level} {measure} {scope}"] = Interval.of(per_sequence, seed)
     return Agreed(one.name, seen.units.kind, float(np.mean(seen.zeros[one.name])), ranks)
+
+
+def _correlated(scores_U: Floats, truth_U: Floats, group_U: npt.NDArray[np.int64], *, heard: bool) -> float | None:
+    """Correlate over all units, or over those whose absence changes anything at all."""
+    if heard:
+        chosen_U = truth_U != 0
+        scores_U, truth_U, group_U = scores_U[chosen_U], truth_U[chosen_U], group_U[chosen_U]
+    return within_groups(scores_U, truth_U, group_U) if len(truth_U) > 1 else None
 
 
 def _measured(change: Floats, measure: str) -> Floats:

@@ -31,7 +31,8 @@ METHODS: tuple[Method, ...] = get_args(Method)
 class EvalRow:
     """One method at one density."""
 
-    method: Method
+    method: str
+    """One of METHODS, or static-CRITERION."""
     density: Density
     bits_per_byte: float
     active_heads: float
@@ -61,7 +62,7 @@ def evaluate(
     text: str,
     *,
     densities: Sequence[Density],
-    methods: Sequence[Method] | None = None,
+    methods: Sequence[str] | None = None,
     window: int | None = None,
     protocol: Protocol | None = None,
     prompt_tokens: int | None = None,
@@ -99,7 +100,6 @@ def evaluate(
     corpus = corpus_of(model, "the evaluation text", [text], sha256, window)
     model.refuse_calibration_text(text.encode(), [text])
     dense, *rows = run_evaluate(model, [corpus], settings, progress=progress).rows
-    known: dict[str, Method] = {name: name for name in METHODS}
     return EvalReport(
         text_sha256=sha256,
         text_bytes=corpus.bytes,
@@ -110,7 +110,7 @@ def evaluate(
         dense=dense.metrics[0].value,
         rows=tuple(
             EvalRow(
-                known[row.setting.method],
+                row.setting.method,
                 row.setting.density,
                 row.metrics[0].value,
                 row.active_heads,

@@ -65,6 +65,13 @@ def neuron_orders(folder: Path, manifest: EngineManifest) -> dict[int, npt.NDArr
     return {int(name.removeprefix("order.")): order_F for name, order_F in tensors.items()}
 
 
+def control_names(folder: Path, manifest: EngineManifest) -> tuple[str, ...]:
+    """Names of the controls that were stored when the predictor was trained, sorted."""
+    from shadowc.emit.folder import CONTROLS_FILE
+
+    return tuple(sorted({name.rpartition(".")[0] for name in _tensors(folder, manifest, CONTROLS_FILE)}))
+
+
 def control(folder: Path, manifest: EngineManifest, method: str) -> Ranking:
     """The constant scores of a control that was stored when the predictor was trained.
 
@@ -75,7 +82,7 @@ def control(folder: Path, manifest: EngineManifest, method: str) -> Ranking:
 
     tensors = _tensors(folder, manifest, CONTROLS_FILE)
     if f"{method}.heads" not in tensors:
-        known = sorted({name.rsplit(".", 1)[0] for name in tensors})
+        known = control_names(folder, manifest)
         raise InputError(
             f"{folder} holds no control {method!r}; it has: {', '.join(known) or 'none'}",
             hint="shadowc compile with --predictor train stores controls",

@@ -58,7 +58,7 @@ def test_json_has_every_correlation_and_what_it_was_measured_on(
     assert len(first["text_sha256"]) == len(first["identity"]) == 64
     assert first["agreement"]["seed"] == 0
     ranks = first["agreement"]["rows"][0]["ranks"]
-    assert len(ranks) == 12
+    assert len(ranks) == 18
     assert all(-1 <= one["low"] <= one["mean"] <= one["high"] <= 1 for one in ranks.values())
 
 

@@ -33,7 +33,8 @@ def predictor_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFac
     base = tmp_path_factory.mktemp("learned")
     checkpoint = resolve(str(tiny_checkpoint))
     trace = collect(checkpoint, COLLECT, base / "tiny.trace")
-    trained = train(trace, checkpoint.facts, TRAIN, base / "trained.predictor")
+    ranking = collect(checkpoint, COLLECT.model_copy(update={"criterion": "magnitude"}), base / "magnitude.trace")
+    trained = train(trace, checkpoint.facts, TRAIN, base / "trained.predictor", rankings=[ranking])
     moody = Predictor.dummy(checkpoint.facts, TRAIN.neuron_block, TRAIN.width)
     replace(moody, meta=trained.meta, controls=trained.controls).save(base / "tiny.predictor")
     return base / "tiny.predictor"

@@ -43,14 +43,15 @@ def test_engine_and_torch_give_the_same_figures(
     settings = settings_of(in_torch.methods, [HALF, Density(1.0, 0.3)], [protocol])
     ours = evaluate(in_torch, [text(in_torch)], settings).rows
     theirs = evaluate(engine, [text(engine)], settings).rows
-    assert len(ours) == 1 + 2 * 4
+    assert in_torch.methods == engine.methods == ("predictor", "static", "normalised", "random", "static-magnitude")
+    assert len(ours) == 1 + 2 * 5
     for one, other in zip(ours, theirs, strict=True):
         assert one.metrics[0].value == pytest.approx(other.metrics[0].value, rel=1e-5), one.setting
         assert one.active_heads == pytest.approx(other.active_heads)
         assert one.active_neurons == pytest.approx(other.active_neurons)
         assert one.masked_share == other.masked_share
     found = {(row.setting.method, row.setting.density): round(row.metrics[0].value, 6) for row in ours}
-    assert len({value for (method, _), value in found.items() if method != "static"}) == 1 + 2 * 3
+    assert len({value for (method, _), value in found.items() if method != "static"}) == 1 + 2 * 4
 
 
 def test_an_engine_answers_tasks_as_torch_does(in_torch: TorchModel, engine_folders: dict[str, Path]) -> None:
@@ -197,3 +198,11 @@ def test_without_a_predictor_there_are_random_masks_only(tiny_checkpoint: Path) 
     with pytest.raises(InputError, match="no masks of method predictor; it has: random"):
         model.check(Setting("predictor", HALF))
     assert math.isfinite(model.score([request()], Setting("random", HALF))[0].log_probability)
+
+
+def test_a_ranking_that_nobody_kept_is_refused_with_those_that_there_are(
+    in_torch: TorchModel, engine_folders: dict[str, Path]
+) -> None:
+    for model in (in_torch, engine_model(engine_folders["token"])):
+        with pytest.raises(InputError, match="static-nwot; it has: predictor, static, normalised, random, static-magn"):
+            model.check(Setting("static-nwot", HALF))

@@ -66,12 +66,6 @@ def report() -> AgreementReport:
         """All the same. Source: planted."""
         return torch.ones_like(signals.context_BTHD[..., 0]), torch.ones_like(signals.hidden_BTF)
 
-    @criterion("planted-signed", gradients=True)
-    def signed(signals: LayerSignals) -> Scores:
-        """-g a and -p h: the first-order change with its sign. Source: planted."""
-        g, _ = signals.gradients()
-        return -(g * signals.context_BTHD).sum(-1), -signals.hidden_gradient() * signals.hidden_BTF
-
     with differentiable_twice():
         found = measure_agreement(small_steps(), texts(8, 12).numpy(), criterion_names(), units=24, tokens=3)
     registry._REGISTRY.clear()
@@ -95,8 +89,8 @@ def ranked(report: AgreementReport, name: str, kind: str = "neurons") -> dict[st
 @pytest.mark.parametrize(("kind", "least"), [("heads", 0.7), ("neurons", 0.95)])  # of two heads one is a coin
 def test_first_order_agrees_where_units_change_little(report: AgreementReport, kind: str, least: float) -> None:
     for name, found in (
-        ("planted-signed", "token change all"),
-        ("planted-signed", "text change all"),
+        ("taylor", "token change all"),
+        ("taylor", "text change all"),
         ("plainact", "token size all"),
         ("snip", "text size all"),
     ):

@@ -51,7 +51,7 @@ def test_kinds_of_criteria_are_those_of_the_documentation() -> None:
     assert {name for name in criterion_names() if find_criterion(name).per == "sequence"} == {"plainact_weight", "snip"}
 
 
-@pytest.mark.parametrize("name", ["fisher", "gradnorm", "grasp", "plainact_weight", "snip"])
+@pytest.mark.parametrize("name", ["fisher", "gradnorm", "grasp", "plainact_weight", "snip", "taylor"])
 def test_scores_in_a_trace_are_the_criterions_at_their_positions(
     collected: Collected, tiny_model: Any, name: str
 ) -> None:
@@ -67,7 +67,7 @@ def test_scores_in_a_trace_are_the_criterions_at_their_positions(
         np.testing.assert_allclose(trace.heads_MLH[rows, layer], heads[at], rtol=1e-3, atol=1e-5)
         found = trace.neurons_MF(layer)[rows]
         np.testing.assert_allclose(found, neurons[at], rtol=2e-3, atol=1e-3 * np.abs(neurons[at]).max())
-    assert (trace.heads_MLH < 0).any() == (name == "grasp")
+    assert (trace.heads_MLH < 0).any() == (name in ("grasp", "taylor"))
 
 
 @pytest.mark.parametrize("name", PER_TEXT)
@@ -119,7 +119,9 @@ def test_training_on_a_ranking_is_refused_with_what_works(collected: Collected, 
     trace = collected(name)
     with pytest.raises(InputError, match=f"criterion {name} gives one ranking") as caught:
         train(trace, trace.facts, TrainOptions(epochs=1))
-    assert "activation, fisher, gradnorm, grasp, l2norm, plainact, plainact_weight, snip" in caught.value.message
+    assert (
+        "activation, fisher, gradnorm, grasp, l2norm, plainact, plainact_weight, snip, taylor" in caught.value.message
+    )
     assert "--ranking" in caught.value.hint
 
 

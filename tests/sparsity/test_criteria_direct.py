@@ -101,6 +101,16 @@ def test_plainact_is_the_slope_of_a_mask_variable_at_one_token(
 
 
 @pytest.mark.parametrize("layer", range(LAYERS))
+def test_taylor_is_that_slope_with_the_sign_of_taking_the_unit_away(
+    model: Any, signals: list[LayerSignals], layer: int
+) -> None:
+    heads_BTH, neurons_BTF = scored("taylor", signals[layer])
+    same(heads_BTH, -head_slopes(model, layer))
+    same(neurons_BTF, -neuron_slopes(model, layer))
+    assert float(neurons_BTF.min()) < 0 < float(neurons_BTF.max())
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
 def test_snip_is_the_slope_of_one_mask_variable_for_all_tokens(
     model: Any, signals: list[LayerSignals], layer: int
 ) -> None:

@@ -22,6 +22,20 @@ def plainact(signals: LayerSignals) -> Scores:
     return heads_BTH, (gradient_BTF * signals.preactivation_BTF).abs()
 
 
+@criterion("taylor", gradients=True)
+def taylor(signals: LayerSignals) -> Scores:
+    """Heads -sum_i g_i a_i, neurons -q u: plainact with its sign, the change of the loss to first order. Signed.
+
+    Negative: without the unit the loss of this text falls. Which way it goes depends on the tokens that follow, which a
+    predictor does not see; the means over texts, a static ranking, keep what is left of it.
+
+    Source: the Taylor expansion of Molchanov et al. (arXiv 1611.06440), who take its absolute value. No criterion of
+    ShadowLLM keeps the sign of a first-order term.
+    """
+    gradient_BTHD, gradient_BTF = signals.gradients()
+    return -(gradient_BTHD * signals.context_BTHD).sum(-1), -gradient_BTF * signals.preactivation_BTF
+
+
 @criterion("gradnorm", gradients=True)
 def gradnorm(signals: LayerSignals) -> Scores:
     """Heads ||g||_2, neurons |q|: how steeply the loss depends on what the unit says.
