@@ -131,7 +131,7 @@ def llama_is_not_compiled(model: str, reason: str) -> UnsupportedError:
     """Return the refusal of a Llama-type model where an engine is wanted: what can be done with it instead."""
     return UnsupportedError(
         f"{model}: {reason}; engines are compiled from OPT models only. With a Llama-type model work, in torch: "
-        "collect, train (which shows recall)",
+        "collect, train (which shows recall), eval",
         hint=f"shadowc train --model {shlex.quote(model)}",
     )
 

@@ -109,7 +109,6 @@ def _show(learned: Learned) -> None:
     render.table(*summary_table(report, scope), title=title)
     for kind, table in layer_tables(report, scope).items():
         render.table(*table, title=f"recall per layer: {kind} ({scope} ranking)")
-    if trace.facts.family != "OPT":
-        render.line("engines are compiled from OPT models only")
-        return
-    render.line(f"next: shadowc compile {trace.origin.flags} {shlex.join(['--predictor', str(learned.folder)])}")
+    # Engines are compiled from OPT models only.
+    command = "compile" if trace.facts.family == "OPT" else "eval"
+    render.line(f"next: shadowc {command} {trace.origin.flags} {shlex.join(['--predictor', str(learned.folder)])}")

@@ -160,7 +160,7 @@ def layers_at_once(facts: ModelFacts, texts: int, length: int) -> int:
 
 def _layer_floats(facts: ModelFacts, length: int) -> int:
     """Numbers per token in the graph of one layer, with the gradients that criteria see."""
-    return 14 * facts.hidden + 6 * facts.ffn + 3 * facts.heads * length
+    return 10 * facts.hidden + 4 * facts.ffn + 2 * facts.heads * length
 
 
 def _other_floats(facts: ModelFacts) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from shadowc.checkpoint.llama import LlamaFacts
+from shadowc.checkpoint.opt import OptFacts
 from shadowc.checkpoint.resolve import ModelCheckpoint
 from shadowc.sparsity import record
 from shadowc.sparsity.collect import collect
@@ -23,6 +27,7 @@ from shadowc.sparsity.record import record_batch, stream_signals, summed_loss
 from shadowc.sparsity.signals import LayerSignals
 from shadowc.spec.errors import UnsupportedError
 from shadowc.spec.options import CollectOptions
+from tests.conftest import LLAMA, TINY, random_llama, random_model
 
 FLOAT32 = 2e-5
 HALF_STEP = 2.0**-11
@@ -200,6 +205,37 @@ def test_a_model_of_another_family_is_refused() -> None:
         decoder_of(torch.nn.Linear(2, 2))
 
 
+def held_floats(model: Any, texts: int, length: int) -> float:
+    """Numbers per token that one backward pass holds: what autograd saves, the signals, their gradients."""
+    storages: dict[int, int] = {}
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    given: list[LayerSignals] = []  # keeps them alive, so that no place in memory is counted once for two tensors
+
+    def count(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    ids_BT = torch.randint(4, 320, (texts, length), generator=torch.Generator().manual_seed(1))
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        stream_signals(decoder_of(model), ids_BT, lambda _, signals: given.append(signals), gradients=True)
+    for signals in given:
+        tensors = (getattr(signals, field.name) for field in dataclasses.fields(signals))
+        for tensor in (tensor for tensor in tensors if isinstance(tensor, torch.Tensor)):
+            count(tensor)
+    return sum(storages.values()) / 4 / texts / length
+
+
+@pytest.mark.parametrize("family", ["opt", "llama"])
+def test_groups_are_made_for_what_a_layer_really_holds(family: str) -> None:
+    make, config, kind = {"opt": (random_model, TINY, OptFacts), "llama": (random_llama, LLAMA, LlamaFacts)}[family]
+    shallow, deep = (make({**config, "num_hidden_layers": layers}) for layers in (2, 5))
+    facts = kind.from_config(deep.config.to_dict(), "deep")
+    real = (held_floats(deep, 2, 48) - held_floats(shallow, 2, 48)) / 3
+    assert 0.6 * record._layer_floats(facts, 48) < real <= record._layer_floats(facts, 48)
+
+
 # --- collect -----------------------------------------------------------------------------------------------
 
 
@@ -283,3 +319,38 @@ def test_groups_of_layers_change_no_score(
     np.testing.assert_allclose(parts.heads_MLH, whole.heads_MLH, rtol=1e-4, atol=FLOAT32)
     for mine, theirs in zip(parts.neurons_LMF + parts.inputs_LME, whole.neurons_LMF + whole.inputs_LME, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=FLOAT32)
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+import numpy as np
+from shadowc.checkpoint.resolve import resolve
+from shadowc.sparsity.collect import sampled_positions
+from shadowc.sparsity import collect as module
+from shadowc.sparsity.importance import TraceWriter, trace_layout
+from shadowc.sparsity.record import record_batch
+from shadowc.sparsity.criteria import find_criterion
+from shadowc.sparsity.reference import load_torch_model
+
+checkpoint = resolve("opt-1.3b", load_format="dummy")
+model, facts = load_torch_model(checkpoint), checkpoint.facts
+writer = TraceWriter(Path(sys.argv[1]), "key")
+writer.begin(trace_layout(facts, 2048, 32, 256), {})
+ids = np.random.default_rng(0).integers(4, 50000, (1, 256))
+(positions,) = sampled_positions(1, 256, 64, 0)
+rows = record_batch(model, facts, find_criterion("plainact"), ids, [positions])
+for row in range(0, 2048, 64):
+    module._put(writer, rows, row, 0)
+    writer.commit(row + 64, {})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_a_trace_of_2048_positions_of_opt_1_3b_takes_less_than_8_gb(tmp_path: Path) -> None:
+    """One text with its gradients and all rows of the trace; further texts take the memory of the first again."""
+    run = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "t")], capture_output=True, text=True, check=True)
+    assert 5.2e9 < int(run.stdout) < 8e9  # the weights alone are 5.26e9
