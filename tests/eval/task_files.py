@@ -84,7 +84,7 @@ def write_tasks(folder: Path) -> Path:
 
 
 WIKITEXT = (
-    " \n = Lazy Engine = \n \n A lazy engine ( 1843 ) reads 1 @,@ 024 rows , or 2 @.@ 5 % of them ; it 's well @-@ known"
-    " for \" rest \" at 20 ° C . \n \n = = Design = = \n \n The head sleeps ' soundly ' until it is asked : twice ! \n \n"
-    " = Second Page = \n \n Another page [ short ] ends here . N rows remain ? \n"
+    " \n = Lazy Engine = \n \n A lazy engine ( 1843 ) reads 1 @,@ 024 rows , or 2 @.@ 5 % of them ; it 's well @-@"
+    " known for \" rest \" at 20 ° C . \n \n = = Design = = \n \n The head sleeps ' soundly ' until it is asked : "
+    "twice ! \n \n = Second Page = \n \n Another page [ short ] ends here . N rows remain ? \n"
 )
