@@ -77,11 +77,11 @@ class Masks:
         Raises:
             InputError: an entry of a list is not known; all that are known are listed.
         """
-        from shadowc.eval.model import METHODS
+        from shadowc.eval.model import METHODS, RANKING
         from shadowc.eval.request import protocol_named
 
         return Masks(
-            _known(methods, METHODS, "method", "--methods"),
+            _known(methods, METHODS, "method", "--methods", RANKING),
             flags.densities_of(densities),
             tuple(map(protocol_named, _listed(protocol))),
             _known(scope, get_args(flags.Scope), "scope", "--scope") or ("",),
@@ -154,11 +154,12 @@ class Ground:
                     yield task_corpus(model, self.tasks, task, shots, self.limit)
 
 
-def _known(text: str | None, known: tuple[str, ...], what: str, flag: str) -> tuple[str, ...]:
+def _known(text: str | None, known: tuple[str, ...], what: str, flag: str, begun: str = "") -> tuple[str, ...]:
+    """Read a list of names; those that begin with `begun` are known to what is loaded later."""
     from shadowc.spec.errors import InputError
 
     found = _listed(text)
-    unknown = [name for name in found if name not in known]
+    unknown = [name for name in found if name not in known and not (begun and name.startswith(begun))]
     if unknown:
         raise InputError(f"unknown {what} {', '.join(map(repr, unknown))}", hint=f"{flag} takes {', '.join(known)}")
     return found

@@ -17,7 +17,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from shadowc.checkpoint.resolve import ModelCheckpoint
     from shadowc.sparsity.predictor import Predictor
     from shadowc.sparsity.reference import MaskedResult, Pair
+    from shadowc.spec.options import Scope
 
 BATCH_BYTES = 1 << 29
 """Rough bound on the logits, and on the scores and masks, of one batch."""
@@ -80,13 +81,13 @@ class TorchModel(EvaluatedModel):
         self.context, self.start = facts.positions, facts.bos
         self._model, self._checkpoint, self._predictor, self._seed = model, checkpoint, predictor, seed
         self._scope = scope
-        self._masked: dict[str, MaskedModel] = {}
+        self._masked: dict[tuple[str, bool], MaskedModel] = {}
         self._layers, self._vocab = facts.layers - 1, facts.vocab
         self._units = (facts.heads, facts.ffn) if predictor is None else predictor.units
         self._controls = {} if predictor is None else predictor.controls
         has = {"random", *self._controls, *(() if predictor is None else ("predictor",))}
         self.methods = tuple(name for name in (*METHODS, *sorted(has - {*METHODS})) if name in has)
-        if predictor is not None and predictor.style == "dejavu":  # no token knows the masks of all layers ahead
+        if predictor is not None and predictor.style != "shadow":  # no token knows the masks of all layers ahead
             self.protocols = ("decode",)
         self.ledger = ledger_of(model, 0 if predictor is None else 4 * predictor.parameters)
         self.recall = {} if predictor is None else predictor.report.get("found", {})
@@ -172,9 +173,9 @@ class TorchModel(EvaluatedModel):
             self._prompts.move_to_end(ids)
             return self._prompts[ids]
         state, ids_BS = MaskedState(), torch.tensor([ids])
-        predicted = self._predictor is not None and self._predictor.style != "dejavu"
+        predicted = self._predictor is not None and self._predictor.style == "shadow"
         if predicted:  # its last token may have to make the mask
-            result = self._masked_model("").logits(
+            result = self._masked_model().logits(
                 ids_BS, density=Density(), masked_from=len(ids), granularity="sequence", state=state
             )
             logits = result.logits
@@ -223,7 +224,7 @@ class TorchModel(EvaluatedModel):
             kept = {} if state is None else {"past_key_values": state.cache}
             logits = self._model(input_ids=ids_BS, use_cache=state is not None, **kept).logits
             return logits, share_BS, share_BS
-        masked = self._masked_model(setting.scope)
+        masked = self._masked_model(setting)
         first_B = torch.tensor([setting.dense_tokens(request) for request in requests])
         scores = self._scores(ids_BS, setting, requests, first_B - past)
         held = setting.protocol == "prompt" and scores is None
@@ -263,21 +264,30 @@ class TorchModel(EvaluatedModel):
         """Return the scores [B,1,L,U] that the last token of each row gives: the mask of all its tokens."""
         last_B = torch.tensor([len(request.ids) - 2 for request in requests])
         first = int(last_B.min())
-        result = self._masked_model(setting.scope).logits(ids_BS, density=Density(), masked_from=first)
+        result = self._masked_model(setting).logits(ids_BS, density=Density(), masked_from=first)
         self.passes += ids_BS.numel()
         rows = torch.arange(len(requests))
         pair = result.scores_heads, result.scores_neurons
         heads, neurons = (scores[rows, last_B - first][:, None] for scores in pair if scores is not None)
         return heads, neurons
 
-    def _masked_model(self, scope: str) -> MaskedModel:
-        """The masked model that ranks in a scope; they share the weights."""
-        if scope not in self._masked:
-            predictor = self._predictor
-            wanted: Any = scope or self._scope
-            plan = SparsityPlan(0, 0, 1, wanted or "global") if predictor is None else predictor.plan(wanted)
-            self._masked[scope] = MaskedModel(self._model, plan, predictor)
-        return self._masked[scope]
+    def _masked_model(self, setting: Setting | None = None) -> MaskedModel:
+        """The masked model of a setting; all share the weights.
+
+        A control knows the scores of all layers before a token begins, so every scope is open to it, whatever the style
+        of the predictor; where no scope was named it is ranked as the predictor is.
+        """
+        named = self._scope if setting is None else setting.scope or self._scope
+        control = setting is not None and setting.method != "predictor" and bool(named)
+        key = named or "", control
+        if key not in self._masked:
+            predictor, scope = self._predictor, cast("Scope | None", named or None)
+            if predictor is None:
+                plan = SparsityPlan(0, 0, 1, scope or "global")
+            else:
+                plan = SparsityPlan(0, 0, predictor.block, scope) if control and scope else predictor.plan(scope)
+            self._masked[key] = MaskedModel(self._model, plan, predictor)
+        return self._masked[key]
 
 
 def ledger_of(model: Any, predictor_bytes: float) -> Ledger:

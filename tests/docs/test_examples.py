@@ -11,7 +11,13 @@ from shadowc.sparsity.criteria import registry
 from tests.docs.blocks import RUN, blocks, run
 
 DOCS = Path(__file__).parents[2] / "docs"
-SLOW = ("tutorial.md", "how-to/fine-tune.md", "how-to/add-a-pass.md", "how-to/generate-and-look.md")
+SLOW = (
+    "tutorial.md",
+    "how-to/fine-tune.md",
+    "how-to/add-a-pass.md",
+    "how-to/generate-and-look.md",
+    "how-to/evaluate.md",
+)
 PAGES = sorted(path.relative_to(DOCS).as_posix() for path in (DOCS / "tutorial.md", *(DOCS / "how-to").glob("*.md")))
 
 

@@ -67,7 +67,7 @@ def test_an_engine_answers_tasks_as_torch_does(in_torch: TorchModel, engine_fold
 
 def step_by_step(model: TorchModel, ids: tuple[int, ...], dense: int) -> torch.Tensor:
     """Logits [S,V] of the masked torch model that is fed token by token, as a decoder is."""
-    masked, state = model._masked_model(""), MaskedState()
+    masked, state = model._masked_model(), MaskedState()
     rows = []
     for at, token in enumerate(ids):
         result = masked.logits(torch.tensor([[token]]), density=HALF, masked_from=dense, state=state)
@@ -114,7 +114,7 @@ def test_the_mask_of_paper_is_that_of_the_last_token_fed(in_torch: TorchModel) -
     asked = request(3)
     setting = Setting("predictor", HALF, "paper")
     ids_BS = torch.tensor([asked.ids[:-1]])
-    masked = in_torch._masked_model("")
+    masked = in_torch._masked_model()
     last = masked.logits(ids_BS, density=HALF, masked_from=ids_BS.shape[1] - 1)
     everywhere = tuple(mask.expand(-1, ids_BS.shape[1], -1, -1) for mask in (last.mask_heads, last.mask_neurons))
     logits = masked.logits(ids_BS, density=HALF, masks=everywhere).logits  # type: ignore[arg-type]
