@@ -74,6 +74,6 @@ def test_opt_mini_compiles_and_speaks(lowest: Path, tmp_path: Path) -> None:
 
 
 def test_every_stage_passes_its_tests(lowest: Path, tmp_path: Path) -> None:
-    chosen = f"-q -n0 -p no:cacheprovider --timeout=0 -W ignore::DeprecationWarning --basetemp {tmp_path / 'tests'}".split()
-    selected = ["-m", "not slow and not network and not gpu", "-k", f"not ({OTHERWISE})", *STAGES]
+    chosen = f"-q -n0 -p no:cacheprovider -W ignore::DeprecationWarning --basetemp {tmp_path / 'tests'}".split()
+    selected = ["--timeout=0", "-m", "not slow and not network and not gpu", "-k", f"not ({OTHERWISE})", *STAGES]
     assert " passed" in ran(lowest, "-m", "pytest", *chosen, *selected, OMP_NUM_THREADS="1")
