@@ -6,6 +6,8 @@ Legal cases, each for a plan in a graph that has no scores yet:
 2. Style dejavu: what a layer's attention reads (the output of its first norm; the residual where norms come last)
    makes the scores of that layer, and a selection of its own ranks them: what later layers will score is not known
    then, so the scope is local. The graph still puts out scores, thresholds and counts of all layers together.
+3. Style shadow+: as 2, but what the layer's FFN reads makes the scores of its neurons, the networks have no ReLU, and
+   a table turns the density into a share for each layer.
 
 The predictor runs on the last max(Z, 1) tokens: at least one, so that `mask_scores`, its last row, always exists;
 the operators get the last Z rows. Z is the input `sparse_tail` clamped to S; negative means 1 if S is 1, else 0.
@@ -25,7 +27,7 @@ from shadowc.checkpoint.opt import layer_names
 from shadowc.passes.surgery import Builder, Scopes, sort_nodes, units_of
 from shadowc.spec.errors import InternalError
 from shadowc.spec.ops import DOMAIN, SELECT_THRESHOLD
-from shadowc.spec.program import SMALLEST_SPAN, PassReport, Program, SparsityPlan, WeightRecipe
+from shadowc.spec.program import GRID, SMALLEST_SPAN, PassReport, Program, SparsityPlan, WeightRecipe
 
 NAME = "insert_predictor"
 CONTEXT = "context.0"
@@ -55,19 +57,20 @@ def apply(program: Program) -> PassReport:
             _for_all_layers(program, builder, kind, context, tail)
     else:
         inputs = _layer_inputs(program, builder)
-        for kind in _kinds(program, plan):
-            _layer_by_layer(program, builder, kind, inputs, tail)
+        behind = _layer_inputs(program, builder, ffn=True) if plan.style == "shadow+" else inputs
+        for kind, read in zip(_kinds(program, plan), (inputs, behind), strict=True):
+            _layer_by_layer(program, builder, kind, read, tail)
     sort_nodes(program.graph)
     ensures(program)
-    networks = 2 * (program.facts.predicted_layers if plan.style == "dejavu" else 1)
+    networks = 2 * (1 if plan.style == "shadow" else program.facts.predicted_layers)
     return PassReport(NAME, {"networks": networks, "selections": networks})
 
 
 def requires(program: Program) -> None:
     """A plan whose ranking knows all its scores in time, and the canonical form of layer 0."""
     plan = _plan(program)
-    if plan.style == "dejavu" and plan.scope != "local":
-        raise InternalError(f"{NAME}: style dejavu ranks each layer by itself, the plan's scope is {plan.scope}")
+    if plan.style != "shadow" and plan.scope != "local":
+        raise InternalError(f"{NAME}: style {plan.style} ranks each layer by itself, the plan's scope is {plan.scope}")
     Builder(program).tensor("tokens", "canonicalise")
 
 
@@ -134,21 +137,25 @@ def _scaled_context(program: Program, builder: Builder) -> gs.Variable:
     return builder.node("Div", [shifted, divisor], "predictor.input", f32, shape)
 
 
-def _layer_inputs(program: Program, builder: Builder) -> list[gs.Variable]:
-    """What the attention of each predicted layer reads, of the last Y tokens, [B,Y,E]."""
+def _layer_inputs(program: Program, builder: Builder, *, ffn: bool = False) -> list[gs.Variable]:
+    """What the attention, or the FFN, of each predicted layer reads, of the last Y tokens, [B,Y,E]."""
     scopes, shape = Scopes(program.graph), ("B", "Y", program.facts.hidden)
     tokens, predicted = builder.tensor("tokens", "canonicalise"), builder.tensor("tail.predicted", NAME)
-    first = builder.node("Sub", [tokens, predicted], "predictor.first", np.int64, (1,))
+    if "predictor.first" not in builder:
+        builder.node("Sub", [tokens, predicted], "predictor.first", np.int64, (1,))
+    first = builder.tensor("predictor.first", NAME)
     found = []
     for layer in range(1, program.facts.layers):
-        rows = [scopes.linear(layer_names(layer).q.weight).x, first, tokens, builder.ints(1)]
-        found.append(builder.node("Slice", rows, layer_input(layer), np.float32, shape))
+        names = layer_names(layer)
+        read = scopes.linear((names.fc1 if ffn else names.q).weight).x
+        rows = [read, first, tokens, builder.ints(1)]
+        found.append(builder.node("Slice", rows, layer_input(layer, ffn=ffn), np.float32, shape))
     return found
 
 
-def layer_input(layer: int) -> str:
-    """Return the name of what the predictor of a model layer reads, style dejavu."""
-    return f"predictor.{layer}.input"
+def layer_input(layer: int, *, ffn: bool = False) -> str:
+    """Return the name of what the predictor of a model layer reads, styles dejavu and shadow+."""
+    return f"predictor.{layer}.{'ffn_input' if ffn else 'input'}"
 
 
 def _for_all_layers(program: Program, builder: Builder, kind: _Kind, scaled: gs.Variable, tail: _Tail) -> None:
@@ -166,7 +173,7 @@ def _for_all_layers(program: Program, builder: Builder, kind: _Kind, scaled: gs.
 def _layer_by_layer(program: Program, builder: Builder, kind: _Kind, inputs: list[gs.Variable], tail: _Tail) -> None:
     """A network and a selection for every layer, and their results joined for the graph's outputs."""
     L, N, f32 = program.facts.predicted_layers, kind.units, np.float32
-    density, axis = _density(builder, kind), builder.ints(2)
+    densities, axis = _densities(program, builder, kind), builder.ints(2)
     every, thresholds, actives = [], [], []
     for layer, x in enumerate(inputs, start=1):
         name = f"predictor.{kind.name}.{layer}"
@@ -175,7 +182,7 @@ def _layer_by_layer(program: Program, builder: Builder, kind: _Kind, inputs: lis
         part = [scores, tail.skipped, tail.predicted, builder.ints(1)]
         kept = builder.node("Slice", part, f"scores.{kind.name}.{layer}", f32, ("B", "Z", 1, N))
         exempt = [0] if layer - 1 in _plan(program).exempt else []
-        threshold, active = _select(program, builder, kind, kept, density, exempt)
+        threshold, active = _select(program, builder, kind, kept, densities[layer - 1], exempt)
         every.append(scores)
         thresholds.append(threshold)
         actives.append(active)
@@ -187,9 +194,10 @@ def _layer_by_layer(program: Program, builder: Builder, kind: _Kind, inputs: lis
 
 
 def _network(program: Program, builder: Builder, name: str, x: gs.Variable, width: int, outputs: int) -> gs.Variable:
-    """Score by fc2(relu(fc1(x))), [B,Y,outputs]."""
+    """Score by fc2(relu(fc1(x))), style shadow+ without the ReLU, [B,Y,outputs]."""
     hidden = _affine(builder, x, f"{name}.fc1", program.facts.hidden, width)
-    hidden = builder.node("Relu", [hidden], f"{name}.hidden", np.float32, ("B", "Y", width))
+    if _plan(program).style != "shadow+":
+        hidden = builder.node("Relu", [hidden], f"{name}.hidden", np.float32, ("B", "Y", width))
     return _affine(builder, hidden, f"{name}.fc2", width, outputs)
 
 
@@ -204,6 +212,31 @@ def _cut(builder: Builder, scores: gs.Variable, kind: _Kind, layers: int, tail: 
 
 def _density(builder: Builder, kind: _Kind) -> gs.Variable:
     return builder.input(f"density_{kind.name}", np.float32, (f"B{kind.name[0]}",))  # Bh, Bn: B or 1
+
+
+def _densities(program: Program, builder: Builder, kind: _Kind) -> list[gs.Variable]:
+    """The density of each predicted layer, [B]: what is asked for, or of style shadow+ the layer's share of it.
+
+    As shares.layer_density: the nearest row of a table, which has all rounding behind it; not a number means 1.
+    """
+    density, L = _density(builder, kind), program.facts.predicted_layers
+    if _plan(program).style != "shadow+":
+        return [density] * L
+    name, f32, shape = f"shares.{kind.name}", np.float32, density.shape
+    zero, one, grid = (builder.constant(f"shares.{value}", np.array(value, f32)) for value in (0, 1, GRID))
+    less = builder.node("Less", [density, one], f"{name}.less", np.bool_, shape)
+    most = builder.node("Where", [less, density, one], f"{name}.most", f32, shape)
+    clamped = builder.node("Max", [most, zero], f"{name}.clamped", f32, shape)
+    scaled = builder.node("Mul", [clamped, grid], f"{name}.scaled", f32, shape)
+    rounded = builder.node("Round", [scaled], f"{name}.rounded", f32, shape)
+    row = builder.node("Cast", [rounded], f"{name}.row", np.int64, shape, to=7)  # TensorProto.INT64
+    table = builder.weight(name, WeightRecipe("copy", (f"predictor.{name}",), (GRID + 1, L)))
+    shares = builder.node("Gather", [table, row], f"{name}.of_layers", f32, (*shape, L), axis=0)
+    numbers = [builder.integer(layer) for layer in range(L)]
+    return [
+        builder.node("Gather", [shares, number], f"{name}.{layer}", f32, shape, axis=1)
+        for layer, number in enumerate(numbers, start=1)
+    ]
 
 
 def _select(

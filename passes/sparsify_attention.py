@@ -66,7 +66,7 @@ def ensures(program: Program) -> None:
 
 def selection(program: Program, builder: Builder, kind: str, layer: int) -> tuple[list[gs.Tensor], int]:
     """Scores and threshold that a layer obeys, and its index into them."""
-    if program.plan is not None and program.plan.style == "dejavu" and layer > 0:
+    if program.plan is not None and program.plan.style != "shadow" and layer > 0:
         return [builder.tensor(f"{part}.{kind}.{layer}", "insert_predictor") for part in ("scores", "threshold")], 0
     if program.plan is not None and layer > 0:
         return [builder.tensor(f"{part}.{kind}", "insert_predictor") for part in ("scores", "threshold")], layer - 1

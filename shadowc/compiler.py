@@ -217,7 +217,8 @@ class _Compile:
 
     def _check_style(self) -> None:
         """What a predictor for each layer cannot do; a predictor's folder says of which style it is."""
-        from shadowc.sparsity.predictor import check_style, style_in
+        from shadowc.sparsity.predictor import style_in
+        from shadowc.sparsity.styles import check_style
 
         options = self.options
         if options.predictor == "none":

@@ -45,7 +45,7 @@ def compile_model(
         flags.Scope | None,
         typer.Option(
             "--scope",
-            help="Rank within each layer, or over all; default: global, for style dejavu local.",
+            help="Rank within each layer, or over all; default: global, for styles dejavu and shadow+ local.",
             show_default=False,
         ),
     ] = None,
@@ -63,7 +63,7 @@ def compile_model(
     positions: flags.Positions = 4096,
     style: flags.PredictorStyle = "shadow",
     labels: flags.PredictorLabels = None,
-    neuron_block: flags.NeuronBlock = 16,
+    neuron_block: flags.NeuronBlock = None,
     width: flags.Width = 0,
     max_batch: Annotated[int, typer.Option("--max-batch", help="TensorRT: most rows at once.", min=1)] = 4,
     max_context: Annotated[

@@ -18,8 +18,8 @@ Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Scope = Literal["local", "global"]
 Mask = Literal["token", "sequence"]
 LoadFormat = Literal["auto", "dummy"]
-Style = Literal["shadow", "dejavu"]
-Labels = Literal["scores", "top"]
+Style = Literal["shadow", "dejavu", "shadow+"]
+Labels = Literal["scores", "top", "graded"]
 MemoryKind = Literal["shared", "private"]
 
 # --- the model
@@ -50,16 +50,29 @@ Criterion = Annotated[str, typer.Option("--criterion", help="Importance of a uni
 Positions = Annotated[
     int, typer.Option("--positions", "--samples", help="Token positions to record.", min=16, show_default=True)
 ]
-NeuronBlock = Annotated[int, typer.Option("--neuron-block", help="Neurons that are skipped together.", min=1)]
+NeuronBlock = Annotated[
+    int | None,
+    typer.Option(
+        "--neuron-block",
+        help="Neurons that are skipped together; default: 16, for style shadow+ 1.",
+        min=1,
+        show_default=False,
+    ),
+]
 PredictorStyle = Annotated[
     Style,
-    typer.Option("--style", help="shadow: layer 0 tells what all later layers compute; dejavu: each layer for itself."),
+    typer.Option(
+        "--style",
+        help="shadow: layer 0 tells what all later layers compute; dejavu: each layer for itself; shadow+: the same, "
+        "and with shares of one budget.",
+    ),
 ]
 PredictorLabels = Annotated[
     Labels | None,
     typer.Option(
         "--labels",
-        help="What is learned: scores, or the top of each layer; default: scores for shadow, top for dejavu.",
+        help="What is learned: scores, top of each layer, graded; default: scores for shadow, top for dejavu, graded "
+        "for shadow+.",
         show_default=False,
     ),
 ]

@@ -112,8 +112,9 @@ def _masks(manifest: EngineManifest) -> list[str]:
     # With a mask that is held, the manifest's figure is what one making of it reads.
     cost = manifest.bytes_per_token.predictor
     source = ["predictor of all layers", "reads layer 0's attention context"]
-    if plan.style == "dejavu":
-        source = ["a predictor for each layer", "reads what its attention reads"]
+    if plan.style != "shadow":
+        both = "reads what its attention reads" if plan.style == "dejavu" else "reads what attention and FFN read"
+        source = ["a predictor for each layer", both]
     below = TOP + 84
     bottom = TOP + ROW * (manifest.model.layers - 1) + _MASK_LINE
     parts = [

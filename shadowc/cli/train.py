@@ -41,7 +41,7 @@ def train(
     ] = None,
     style: flags.PredictorStyle = "shadow",
     labels: flags.PredictorLabels = None,
-    neuron_block: flags.NeuronBlock = 16,
+    neuron_block: flags.NeuronBlock = None,
     width: flags.Width = 0,
     epochs: flags.Epochs = 60,
     data: flags.Data = "self",

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from shadowc.runtime.engine import Engine
     from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.manifest import SparsityPart
+    from shadowc.spec.program import SparsityPlan
 
 PROMPT_TOKENS = 16
 DENSITIES = (Density(), Density(0.5, 0.5), Density(0.2, 0.2))
@@ -115,9 +116,12 @@ def stored_predictor(engine: Engine, sparsity: SparsityPart) -> Predictor:
 
     model, orders = engine.manifest.model, engine.neuron_orders()
 
+    linear = sparsity.style == "shadow+"
+
     def network(name: str) -> Network:
         parts = (engine.initialiser(f"predictor.{name}.{part}") for part in PARTS)
-        return Network(*(np.ascontiguousarray(part.T) for part in parts))  # the graph stores [in, out]
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = (np.ascontiguousarray(part.T) for part in parts)
+        return Network(fc1_weight, fc1_bias, fc2_weight, fc2_bias, linear)  # the graph stores [in, out]
 
     def networks(kind: str) -> Networks:
         if sparsity.style == "shadow":
@@ -131,17 +135,26 @@ def stored_predictor(engine: Engine, sparsity: SparsityPart) -> Predictor:
         layers=model.layers - 1,
         block=sparsity.neuron_block,
         orders_LF=np.stack([orders.get(layer, untouched_F) for layer in range(1, model.layers)]),
+        shares=stored_plan(engine, sparsity).shares,
     )
+
+
+def stored_plan(engine: Engine, sparsity: SparsityPart) -> SparsityPlan:
+    """How an engine selects: what its manifest says, and of style shadow+ the shares of the layers that it holds."""
+    from shadowc.spec.program import SparsityPlan
+
+    shares = None
+    if sparsity.style == "shadow+":
+        shares = engine.initialiser("shares.heads"), engine.initialiser("shares.neurons")
+    style = sparsity.style
+    return SparsityPlan(0, 0, sparsity.neuron_block, sparsity.scope, sparsity.exempt, style=style, shares=shares)
 
 
 def _parity(engine: Engine, checkpoint: Checkpoint, predictor: Predictor | None, progress: Progress) -> ParityReport:
     from shadowc.runtime.sequence_engine import SequenceEngine
-    from shadowc.spec.program import SparsityPlan
 
     sparsity = engine.manifest.sparsity
-    plan = None
-    if sparsity is not None:
-        plan = SparsityPlan(0, 0, sparsity.neuron_block, sparsity.scope, sparsity.exempt, style=sparsity.style)
+    plan = None if sparsity is None else stored_plan(engine, sparsity)
     return check_parity(
         engine.prober(),
         checkpoint.facts,

@@ -20,6 +20,7 @@ import torch
 
 from shadowc.checkpoint.opt import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT, Affine
 from shadowc.measure import parity
+from shadowc.measure.against import stored_plan
 from shadowc.measure.dequantised import DequantisedSource
 from shadowc.measure.layer_walk import STEPS, LayerWalk, steps_of, tensor_names
 from shadowc.measure.masks import SMALLEST_SCALE, forced_masks, relative, worse, wrong_selections
@@ -36,8 +37,8 @@ if TYPE_CHECKING:
     from shadowc.checkpoint.opt import OptFacts
     from shadowc.checkpoint.resolve import Checkpoint
     from shadowc.runtime.engine import Engine
-    from shadowc.spec.manifest import EngineManifest, SparsityPart
-    from shadowc.spec.program import TensorSource
+    from shadowc.spec.manifest import EngineManifest
+    from shadowc.spec.program import SparsityPlan, TensorSource
 
     Runs = Sequence[Mapping[str, npt.NDArray[np.float32]]]
 
@@ -231,7 +232,7 @@ def _compare(
         walk = LayerWalk(facts, truth, layer)
         found += _layer(walk, layer, names[layer], runs, engine, checkpoint, tolerances)
         if layer == 0 and sparsity is not None:
-            found.append(_selection(runs, sparsity, densities, masked))
+            found.append(_selection(runs, stored_plan(engine, sparsity), densities, masked))
         progress.advance(layer + 1, facts.layers, "layers")
     logits = reduce(worse, (parity.logits_difference(run, facts, truth) for run in runs))
     found.append(_logits(facts, logits, parity.LOGITS_TOLERANCE[weights]))
@@ -269,11 +270,8 @@ def _layer(
     ]
 
 
-def _selection(runs: Runs, sparsity: SparsityPart, densities: Sequence[Density], masked: int) -> Compared:
+def _selection(runs: Runs, plan: SparsityPlan, densities: Sequence[Density], masked: int) -> Compared:
     """Thresholds that scores and density do not give, as a share of all."""
-    from shadowc.spec.program import SparsityPlan
-
-    plan = SparsityPlan(0, 0, sparsity.neuron_block, sparsity.scope, sparsity.exempt, style=sparsity.style)
     tokens = masked + parity.DECODE_TOKENS
     wrong = sum(wrong_selections(run, plan, density, tokens) for run, density in zip(runs, densities, strict=True))
     every = sum(run[f"threshold.{kind}"].size for run in runs for kind in ("heads", "neurons"))

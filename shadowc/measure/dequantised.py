@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import ml_dtypes  # noqa: F401 (makes "bfloat16" a numpy type)
 import numpy as np
 
-from shadowc.sparsity.networks import LayerNetworks, minmax_scaled
+from shadowc.sparsity.networks import LayerNetworks
+from shadowc.sparsity.styles import network_inputs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,8 +155,12 @@ class RoundedPredictor:
 
     def scores(self, inputs: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
         """Scores of heads [M,L,H] and of neuron units [M,L,N], for inputs as `Predictor.scores` takes them."""
-        scaled = inputs if self.predictor.style == "dejavu" else minmax_scaled(inputs)
-        heads, neurons = (self._scores(part, scaled) for part in (self.predictor.heads, self.predictor.neurons))
+        pairs = zip(
+            (self.predictor.heads, self.predictor.neurons),
+            network_inputs(self.predictor.style, inputs),
+            strict=True,
+        )
+        heads, neurons = (self._scores(part, read) for part, read in pairs)
         return heads, neurons
 
     def _scores(self, networks: Networks, scaled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -168,7 +173,7 @@ class RoundedPredictor:
 def _rounded(network: Network, input_ME: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     hidden_MP = _in_blocks(input_ME) @ _in_blocks(network.fc1_weight_PE).T + network.fc1_bias_P
     scores: npt.NDArray[np.float32] = (
-        _in_blocks(np.maximum(hidden_MP, 0)) @ _in_blocks(network.fc2_weight_OP).T + network.fc2_bias_O
+        _in_blocks(network.activated(hidden_MP)) @ _in_blocks(network.fc2_weight_OP).T + network.fc2_bias_O
     )
     return scores
 

@@ -58,21 +58,34 @@ class LayerReference:
         holds: attention attends to it in place of its own, and `stored_difference` says how far it is off.
         """
 
-        def drop_heads(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
-            context_BSHD = args[0].reshape(*head_mask_BSH.shape, -1)
-            return (torch.where(head_mask_BSH[..., None], context_BSHD, 0.0).reshape(x_BSE.shape),)
-
         def drop_neurons(_: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
             return (torch.where(neuron_mask_BSF.reshape(args[0].shape), args[0], 0.0),)
 
         return self._forward(
-            x_BSE, {self._module.self_attn.out_proj: drop_heads, self._module.fc2: drop_neurons}, stored
+            x_BSE,
+            {self._module.self_attn.out_proj: partial(_without_heads, head_mask_BSH), self._module.fc2: drop_neurons},
+            stored,
         )
 
     def context(self, x_BSE: Tensor, stored: Mapping[str, Tensor] = MappingProxyType({})) -> Tensor:
         """Attention context [B,S,E] before out_proj, all heads computed: the predictor's input if this is layer 0."""
         seen: list[Tensor] = []
         self._forward(x_BSE, {self._module.self_attn.out_proj: lambda _, args: seen.append(args[0])}, stored)
+        return seen[0].reshape(x_BSE.shape)
+
+    def ffn_input(
+        self, x_BSE: Tensor, head_mask_BSH: Tensor, stored: Mapping[str, Tensor] = MappingProxyType({})
+    ) -> Tensor:
+        """What fc1 reads [B,S,E] when inactive heads are zero: the input of a neuron predictor of style shadow+."""
+        seen: list[Tensor] = []
+        self._forward(
+            x_BSE,
+            {
+                self._module.self_attn.out_proj: partial(_without_heads, head_mask_BSH),
+                self._module.fc1: lambda _, args: seen.append(args[0]),
+            },
+            stored,
+        )
         return seen[0].reshape(x_BSE.shape)
 
     def _forward(
@@ -102,6 +115,12 @@ class LayerReference:
         stored_BSE = stored_BSHD.reshape(projected_BSE.shape)
         self.stored_difference = worse(self.stored_difference, beyond_rounding(stored_BSE, projected_BSE))
         return stored_BSE.to(projected_BSE.dtype)
+
+
+def _without_heads(head_mask_BSH: Tensor, _: torch.nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor]:
+    """The context with inactive heads set to zero."""
+    context_BSHD = args[0].reshape(*head_mask_BSH.shape, -1)
+    return (torch.where(head_mask_BSH[..., None], context_BSHD, 0.0).reshape(args[0].shape),)
 
 
 def beyond_rounding(stored: Tensor, exact: Tensor) -> float:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from shadowc.sparsity.selection import select_threshold
+from shadowc.sparsity.shares import layer_density
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -36,7 +37,7 @@ class Scorer(Protocol):
     """What is needed of a predictor."""
 
     def scores(self, inputs: Float) -> tuple[Float, Float]:
-        """Scores of heads [M,L,H] and of neuron units [M,L,N] for layer-0 contexts [M,E], or layers' inputs [M,L,E]."""
+        """Scores of heads [M,L,H] and of neuron units [M,L,N] for inputs as `Predictor.scores`."""
 
 
 def relative(difference: float, scale: float) -> float:
@@ -59,16 +60,23 @@ def forced_masks(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The engine's masks of one model layer, [B,S,H] and [B,S,F], over all tokens and in checkpoint order."""
     rows, tokens = run["residual.0"].shape[:2]
-    heads_BSH = np.ones((rows, tokens, facts.heads), bool)
     neurons_BSF = np.ones((rows, tokens, facts.ffn), bool)
     if layer > 0 and "scores.heads" in run:
-        heads_BZH = active_units(run, "heads")[:, :, layer - 1]
         units_BZN = active_units(run, "neurons")[:, :, layer - 1]
         packed_BZF = np.repeat(units_BZN, block, axis=2)[:, :, : facts.ffn]
-        heads_BSH[:, tokens - heads_BZH.shape[1] :] = heads_BZH
         columns = np.arange(facts.ffn) if order_F is None else order_F
         neurons_BSF[:, tokens - packed_BZF.shape[1] :, columns] = packed_BZF
-    return torch.from_numpy(heads_BSH), torch.from_numpy(neurons_BSF)
+    return forced_heads(run, layer, facts), torch.from_numpy(neurons_BSF)
+
+
+def forced_heads(run: Mapping[str, Float], layer: int, facts: OptFacts) -> torch.Tensor:
+    """The engine's mask of the heads of one model layer, [B,S,H] over all tokens."""
+    rows, tokens = run["residual.0"].shape[:2]
+    heads_BSH = np.ones((rows, tokens, facts.heads), bool)
+    if layer > 0 and "scores.heads" in run:
+        heads_BZH = active_units(run, "heads")[:, :, layer - 1]
+        heads_BSH[:, tokens - heads_BZH.shape[1] :] = heads_BZH
+    return torch.from_numpy(heads_BSH)
 
 
 def wrong_selections(run: Mapping[str, Float], plan: SparsityPlan, density: Density, masked: int) -> int:
@@ -86,9 +94,10 @@ def wrong_selections(run: Mapping[str, Float], plan: SparsityPlan, density: Dens
         ("neurons", density.neurons, plan.min_active_neurons),
     ):
         scores_BZLN = torch.from_numpy(run[f"scores.{kind}"])
-        wanted = select_threshold(
-            scores_BZLN, torch.tensor([share]), scope=plan.scope, exempt=plan.exempt, min_active=least
-        )
+        kept = torch.tensor([share])
+        if plan.shares is not None:
+            kept = layer_density(torch.from_numpy(np.array(plan.shares[KINDS.index(kind)])), kept)
+        wanted = select_threshold(scores_BZLN, kept, scope=plan.scope, exempt=plan.exempt, min_active=least)
         found = (torch.from_numpy(run[f"{part}.{kind}"]) for part in ("threshold", "active"))
         if scores_BZLN.shape[1] != masked:
             wrong += scores_BZLN.shape[0] * masked * scores_BZLN.shape[2]
@@ -105,7 +114,7 @@ def score_difference(run: Mapping[str, Float], scorer: Scorer, inputs: torch.Ten
         run: outputs of the engine, joined over all steps.
         scorer: the predictor, with the rounding that the engine's has.
         inputs: as torch has them: the layer-0 attention context before out_proj [B,S,E], or what the attention of
-            every predicted layer reads [B,S,L,E].
+            every predicted layer reads [B,S,L,E], of style shadow+ beside what their FFNs read [B,S,2,L,E].
         held: the token before the masked ones makes the scores of all of them.
     """
     worst = 0.0

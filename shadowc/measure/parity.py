@@ -25,7 +25,7 @@ import torch
 from shadowc.checkpoint.opt import FINAL_NORM, Affine, layer_names
 from shadowc.measure.dequantised import DequantisedSource, RoundedPredictor
 from shadowc.measure.layer_reference import LayerReference
-from shadowc.measure.masks import forced_masks, relative, score_difference, worse, wrong_selections
+from shadowc.measure.masks import forced_heads, forced_masks, relative, score_difference, worse, wrong_selections
 from shadowc.spec.density import Density
 from shadowc.spec.errors import VerificationError
 
@@ -261,13 +261,23 @@ def _scores_difference(
         """What the predictor reads, made by torch from the engine's residual stream."""
         if style == "shadow":
             return first.context(torch.from_numpy(run["residual.0"]), _stored(run, 0))
-        read = (_read_by_attention(run[f"residual.{layer}"], layer, facts, truth) for layer in range(1, facts.layers))
-        return torch.stack(list(read), dim=2)
+        layers = range(1, facts.layers)
+        read = torch.stack([_read_by_attention(run[f"residual.{at}"], at, facts, truth) for at in layers], dim=2)
+        if style == "dejavu":
+            return read
+        behind = [_read_by_ffn(run, layer, facts, truth) for layer in layers]
+        return torch.stack([read, torch.stack(behind, dim=2)], dim=2)
 
     return reduce(
         worse,
         (score_difference(run, scorer, inputs_of(run), held=part is held) for part in (runs, held) for run in part),
     )
+
+
+def _read_by_ffn(run: Mapping[str, Float], layer: int, facts: OptFacts, truth: TensorSource) -> torch.Tensor:
+    heads_BSH = forced_heads(run, layer, facts)
+    x_BSE = torch.from_numpy(run[f"residual.{layer}"])
+    return LayerReference(facts, truth, layer).ffn_input(x_BSE, heads_BSH, _stored(run, layer))
 
 
 def _read_by_attention(x_BSE: Float, layer: int, facts: OptFacts, truth: TensorSource) -> torch.Tensor:

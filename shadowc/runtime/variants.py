@@ -106,8 +106,8 @@ def with_scope(model: onnx.ModelProto, scope: str) -> onnx.ModelProto:
     copy = _copy(model)
     if scope == "global" and _layers_of_their_own(copy):
         raise UnsupportedError(
-            "this engine was compiled with --style dejavu: every layer ranks its own units, and no ranking over all "
-            "layers is possible",
+            "this engine was compiled with a predictor for each layer (--style dejavu or shadow+): every layer ranks "
+            "its own units, and no ranking over all layers is possible",
             hint="shadowc compile --style shadow --scope global",
         )
     for node in copy.graph.node:

@@ -209,8 +209,9 @@ def _put(writer: TraceWriter, rows: Rows, row: int, sequence: int) -> None:
         writer.put(f"neurons.{layer}", relative_MF, row)
         scales.append(scale_M)
     writer.put("neurons.scale", np.stack(scales, axis=1), row)
-    for layer, input_ME in enumerate(rows.inputs_LME, start=1):
-        writer.put(f"input.{layer}", input_ME, row)
+    for name, inputs_LME in (("input", rows.inputs_LME), ("ffn_input", rows.ffn_inputs_LME)):
+        for layer, input_ME in enumerate(inputs_LME, start=1):
+            writer.put(f"{name}.{layer}", input_ME, row)
 
 
 def trace_key(checkpoint: ModelCheckpoint, options: CollectOptions) -> str:

@@ -82,7 +82,7 @@ def _fit(examples: Examples, width: int, options: TrainOptions, seed: int, progr
     import torch
 
     generator = torch.Generator().manual_seed(seed)
-    centre_E, spread_E = _spread(examples.inputs_ME)
+    centre_E, spread_E = input_spread(examples.inputs_ME)
     aim = _Aim.of(examples.targets_MO, options.learned)
     x_ME, held_x_ME = (
         torch.from_numpy((part - centre_E) / spread_E) for part in (examples.inputs_ME, examples.held_inputs_ME)
@@ -194,7 +194,7 @@ def _stepper(weights: list[Tensor], aim: _Aim, rate: float, steps: int) -> Calla
     return step
 
 
-def _spread(inputs_ME: Floats) -> tuple[Floats, Floats]:
+def input_spread(inputs_ME: Floats) -> tuple[Floats, Floats]:
     """Return mean and standard deviation of every input, the latter bounded from below."""
     centre_E = inputs_ME.mean(axis=0, dtype=np.float64)
     spread_E = inputs_ME.std(axis=0, dtype=np.float64)

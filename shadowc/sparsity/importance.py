@@ -31,7 +31,7 @@ from shadowc.spec.errors import InputError
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-SCHEMA = 3
+SCHEMA = 4
 TENSORS_FILE = "trace.safetensors"
 META_FILE = "trace.json"
 ORIGIN_FILE = "origin.json"
@@ -124,6 +124,12 @@ class ImportanceTrace:
             input_ME: npt.NDArray[np.float32] = stored.get_tensor(f"input.{layer}").astype(np.float32)
         return input_ME[self.kept_M]
 
+    def ffn_input_ME(self, layer: int) -> npt.NDArray[np.float32]:  # noqa: N802 - the name carries its shape
+        """Return what the FFN of a model layer from 1 on reads; read from disk each time."""
+        with _opened(self.folder) as stored:
+            input_ME: npt.NDArray[np.float32] = stored.get_tensor(f"ffn_input.{layer}").astype(np.float32)
+        return input_ME[self.kept_M]
+
     @staticmethod
     def load(folder: Path) -> ImportanceTrace:
         """Read a trace (its neuron scores only when they are asked for).
@@ -202,8 +208,9 @@ def trace_layout(facts: ModelFacts, positions: int, sequences: int, length: int,
         "heads": ("F32", (rows, facts.layers, facts.heads)),
         "neurons.scale": ("F32", (rows, facts.layers)),
     }
-    inputs = {f"input.{layer}": ("F16", (rows, facts.hidden)) for layer in range(1, facts.layers)}
-    return fixed | {f"neurons.{layer}": (stored, (rows, facts.ffn)) for layer in range(facts.layers)} | inputs
+    inputs = [f"{what}.{layer}" for what in ("input", "ffn_input") for layer in range(1, facts.layers)]
+    neurons = {f"neurons.{layer}": (stored, (rows, facts.ffn)) for layer in range(facts.layers)}
+    return fixed | neurons | dict.fromkeys(inputs, ("F16", (rows, facts.hidden)))
 
 
 def relative(neurons_MF: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.float32]]:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 # ruff: noqa: N815 - fields carry their shape letters
-"""The networks of a predictor, in numpy: one for all layers (style shadow), or one for each (style dejavu).
+"""The networks of a predictor, in numpy: one for all layers (style shadow), or one for each (styles dejavu, shadow+).
 
 Letters: M tokens, E hidden, P width, Lp predicted layers (model layers 1..L-1), U units of a kind per layer,
 O outputs of a network, N blocks of neurons.
@@ -27,18 +27,21 @@ if TYPE_CHECKING:
 BUDGET = 0.03
 """Share of a dense token's parameters that the predictor may cost."""
 WIDTH_STEP = 32
+"""ONNX Runtime's products of 8 bits take blocks of 32 rows at least."""
+SMALL_STEP = 8
 LARGEST_WIDTH = 1024
 PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """fc2(relu(fc1(z))): weights as torch.nn.Linear stores them, [out, in]."""
+    """fc2(relu(fc1(z))), or fc2(fc1(z)) if `linear`: weights as torch.nn.Linear stores them, [out, in]."""
 
     fc1_weight_PE: Floats
     fc1_bias_P: Floats
     fc2_weight_OP: Floats
     fc2_bias_O: Floats
+    linear: bool = False
 
     @property
     def width(self) -> int:
@@ -57,9 +60,14 @@ class Network:
 
     def __call__(self, input_ME: Floats) -> Floats:
         """Return the scores [M, O] of inputs."""
-        hidden_MP = np.maximum(input_ME @ self.fc1_weight_PE.T + self.fc1_bias_P, 0)
-        scores: Floats = hidden_MP @ self.fc2_weight_OP.T + self.fc2_bias_O
+        scores: Floats = (
+            self.activated(input_ME @ self.fc1_weight_PE.T + self.fc1_bias_P) @ self.fc2_weight_OP.T + self.fc2_bias_O
+        )
         return scores
+
+    def activated(self, hidden_MP: Floats) -> Floats:
+        """Return what fc2 reads of what fc1 gives."""
+        return hidden_MP if self.linear else np.maximum(hidden_MP, 0)
 
     def tensors(self, name: str) -> dict[str, Floats]:
         """Return the four tensors under `name.fc1.weight` and so on."""
@@ -78,16 +86,19 @@ class Network:
         return found
 
     @staticmethod
-    def read(tensors: Mapping[str, npt.NDArray[Any]], name: str) -> Network:
+    def read(tensors: Mapping[str, npt.NDArray[Any]], name: str, *, linear: bool = False) -> Network:
         """Return the network under a name.
 
         Raises:
             KeyError: a tensor is missing.
         """
-        return Network(*(tensors[f"{name}.{part}"] for part in PARTS))
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = (tensors[f"{name}.{part}"] for part in PARTS)
+        return Network(fc1_weight, fc1_bias, fc2_weight, fc2_bias, linear)
 
     @staticmethod
-    def random(generator: np.random.Generator, inputs: int, width: int, outputs: int) -> Network:
+    def random(
+        generator: np.random.Generator, inputs: int, width: int, outputs: int, *, linear: bool = False
+    ) -> Network:
         """Return seeded random weights whose scores differ from token to token."""
 
         def normal(rows: int, columns: int) -> Floats:
@@ -95,7 +106,8 @@ class Network:
 
         fc1_weight_PE = normal(width, inputs)
         zeros = np.zeros
-        return Network(fc1_weight_PE, zeros(width, np.float32), normal(outputs, width), zeros(outputs, np.float32))
+        biases = zeros(width, np.float32), zeros(outputs, np.float32)
+        return Network(fc1_weight_PE, biases[0], normal(outputs, width), biases[1], linear)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,13 +145,14 @@ class LayerNetworks:
         return [text for layer, one in numbered for text in one.problems(f"{name}.{layer}", inputs, share)]
 
     @staticmethod
-    def read(tensors: Mapping[str, npt.NDArray[Any]], name: str, layers: int) -> LayerNetworks:
+    def read(tensors: Mapping[str, npt.NDArray[Any]], name: str, layers: int, *, linear: bool = False) -> LayerNetworks:
         """Return the networks under a name.
 
         Raises:
             KeyError: a tensor is missing.
         """
-        return LayerNetworks(tuple(Network.read(tensors, f"{name}.{layer}") for layer in range(1, layers + 1)))
+        numbers = range(1, layers + 1)
+        return LayerNetworks(tuple(Network.read(tensors, f"{name}.{layer}", linear=linear) for layer in numbers))
 
 
 def minmax_scaled(context_ME: Floats) -> Floats:
@@ -155,17 +168,55 @@ def blocks_of(neurons: int, block: int) -> int:
     return -(-neurons // block)
 
 
+def widths(facts: ModelFacts, block: int, width: int, style: Style) -> tuple[int, int]:
+    """Return the widths of the networks of heads and of neurons.
+
+    Those of style shadow+ are linear: more width than 32 finds little in as many heads, and none in fewer.
+    """
+    return (min(facts.heads, WIDTH_STEP) if style == "shadow+" else width), width
+
+
 def cost_share(facts: ModelFacts, block: int, width: int, style: Style = "shadow") -> float:
     """Return the parameters of a predictor as a share of those that a dense token reads (layers and LM head)."""
-    outputs = facts.predicted_layers * (facts.heads + blocks_of(facts.ffn, block))
-    readers = 2 * (facts.predicted_layers if style == "dejavu" else 1)
-    return (width * (readers * (facts.hidden + 1) + outputs) + outputs) / facts.token_parameters
+    layers = facts.predicted_layers
+    readers = 1 if style == "shadow" else layers
+    found = 0
+    for units, wide in zip((facts.heads, blocks_of(facts.ffn, block)), widths(facts, block, width, style), strict=True):
+        found += wide * (readers * (facts.hidden + 1) + layers * units) + layers * units
+    return found / facts.token_parameters
+
+
+def byte_share(facts: ModelFacts, block: int, width: int) -> float:
+    """Return the bytes of a predictor of style shadow+ as a share of those of a dense token, in an engine of int8.
+
+    Its products have a scale for each 128, 64 or 32 rows (passes/quantise.py), or stay float32 if no such block
+    divides them; biases are float32. The model counts one byte a parameter, a little less than it is.
+    """
+
+    def product(rows: int, columns: int) -> float:
+        length = next((size for size in (128, 64, 32) if rows % size == 0), 0)
+        return rows * columns * (1 + 4 / length if length else 4) + 4 * columns
+
+    found = 0.0
+    units = facts.heads, blocks_of(facts.ffn, block)
+    for outputs, wide in zip(units, widths(facts, block, width, "shadow+"), strict=True):
+        found += product(facts.hidden, wide) + product(wide, outputs)
+    return facts.predicted_layers * found / facts.token_parameters
 
 
 def default_width(facts: ModelFacts, block: int, style: Style = "shadow") -> int:
     """Return the largest multiple of 32, 32 to 1024, with which a predictor costs at most 3 % of a dense token.
 
-    Counted in parameters, since the predictor is quantised as the model is. A model too small for the budget gets 32.
+    Counted in parameters, since the predictor is quantised as the model is; of style shadow+ in bytes too, scales and
+    biases included. A model too small for the budget gets 32; of style shadow+ the largest multiple of 8 that fits its
+    parameters, 8 at least.
     """
-    widths = range(WIDTH_STEP, LARGEST_WIDTH + 1, WIDTH_STEP)
-    return max((width for width in widths if cost_share(facts, block, width, style) <= BUDGET), default=WIDTH_STEP)
+    found = range(WIDTH_STEP, LARGEST_WIDTH + 1, WIDTH_STEP)
+    within = [width for width in found if cost_share(facts, block, width, style) <= BUDGET]
+    if style != "shadow+":
+        return max(within, default=WIDTH_STEP)
+    within = [width for width in within if byte_share(facts, block, width) <= BUDGET]
+    small = range(SMALL_STEP, WIDTH_STEP + 1, SMALL_STEP)
+    return max(
+        within or (width for width in small if cost_share(facts, block, width, style) <= BUDGET), default=SMALL_STEP
+    )

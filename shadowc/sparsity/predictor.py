@@ -8,6 +8,10 @@ out_proj, scaled to 0..1 over its entries: z = (a - min a) / max(max a - min a, 
 Style dejavu: two networks of the same form for every layer. Their input is what that layer's own attention reads, the
 output of its first norm: the latest thing that is known when the layer begins, masks of earlier layers included.
 
+Style shadow+: two linear networks of low rank for every layer, fc2(fc1(z)). Heads are scored by what the layer's
+attention reads, neurons by what its FFN reads, so they know the attention of their own layer. Scores of all layers can
+be compared; a table says which share of each layer is kept at a density (shares.py).
+
 Numpy only; on disk a folder with predictor.safetensors and predictor.json.
 
 Letters: M tokens, E hidden, P width, Lp predicted layers (model layers 1..L-1), H heads, F neurons,
@@ -25,8 +29,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shadowc.output import check_output, staged
-from shadowc.sparsity.networks import LayerNetworks, Network, blocks_of, default_width, minmax_scaled
-from shadowc.spec.errors import InputError, UnsupportedError
+from shadowc.sparsity import shares
+from shadowc.sparsity.networks import LayerNetworks, Network, blocks_of, default_width, widths
+from shadowc.sparsity.styles import global_is_not_causal, network_inputs
+from shadowc.spec.errors import InputError
 from shadowc.spec.options import STYLES, Scope, Style
 from shadowc.spec.program import SparsityPlan
 
@@ -34,7 +40,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from shadowc.checkpoint.facts import ModelFacts
-    from shadowc.spec.options import CompileOptions
 
     Floats = npt.NDArray[np.float32]
 
@@ -43,6 +48,7 @@ _AGAIN = "train it again: shadowc train"
 TENSORS_FILE = "predictor.safetensors"
 META_FILE = "predictor.json"
 PREFIX = "predictor."
+_SHARES = ("shares.heads", "shares.neurons")
 Networks = Network | LayerNetworks
 
 
@@ -61,11 +67,15 @@ class Predictor:
     """criterion, model, text (fingerprint of the calibration text), seed, training options, report."""
     controls: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
     """Context-free scores ([Lp, H], [Lp, N]) of the same trace, by name: what the predictor has to beat."""
+    shares: tuple[Floats, Floats] | None = None
+    """Of style shadow+, for heads and for neurons: density -> share of each layer, see shares.py."""
 
     @property
     def style(self) -> Style:
-        """Whether one network scores all layers, or each layer has its own."""
-        return "dejavu" if isinstance(self.heads, LayerNetworks) else "shadow"
+        """Whether one network scores all layers, or each layer has its own, and of which form."""
+        if isinstance(self.heads, LayerNetworks):
+            return "shadow+" if self.heads.networks[0].linear else "dejavu"
+        return "shadow"
 
     @property
     def report(self) -> dict[str, Any]:
@@ -87,11 +97,12 @@ class Predictor:
         """Return the scores of tokens: heads [M, Lp, H] and neuron blocks [M, Lp, N].
 
         Args:
-            inputs: shadow: layer-0 contexts [M, E], not yet scaled; dejavu: the inputs of the layers [M, Lp, E].
+            inputs: shadow: layer-0 contexts [M, E], not yet scaled; dejavu: what the attentions of the layers read
+                [M, Lp, E]; shadow+: that, and what their FFNs read [M, 2, Lp, E].
         """
-        given = np.asarray(inputs, np.float32)
-        scaled = given if self.style == "dejavu" else minmax_scaled(given)
-        heads, neurons = (self._scores(networks, scaled) for networks in (self.heads, self.neurons))
+        parts = network_inputs(self.style, np.asarray(inputs, np.float32))
+        pairs = zip((self.heads, self.neurons), parts, strict=True)
+        heads, neurons = (self._scores(networks, part) for networks, part in pairs)
         return heads, neurons
 
     def _scores(self, networks: Networks, inputs: Floats) -> Floats:
@@ -104,11 +115,11 @@ class Predictor:
         """Return the scope of the ranking: the one that is wanted, else the widest that the style allows.
 
         Raises:
-            InputError: "global" is wanted of style dejavu.
+            InputError: "global" is wanted where every layer has a predictor of its own.
         """
-        if self.style == "dejavu" and wanted == "global":
-            raise global_is_not_causal()
-        return wanted or ("local" if self.style == "dejavu" else "global")
+        if self.style != "shadow" and wanted == "global":
+            raise global_is_not_causal(self.style)
+        return wanted or ("global" if self.style == "shadow" else "local")
 
     def plan(
         self,
@@ -132,12 +143,14 @@ class Predictor:
             min_active_heads=min_active_heads,
             min_active_neurons=min_active_neurons,
             style=self.style,
+            shares=self.shares,
         )
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the networks and, for blocks of more than one neuron, `order.{model layer}`."""
+        """Return the networks, for blocks of more than one neuron `order.{model layer}`, and `shares.{kind}`."""
+        tables = {} if self.shares is None else dict(zip(_SHARES, self.shares, strict=True))
         orders = {f"order.{i + 1}": order_F for i, order_F in enumerate(self.orders_LF)} if self.block > 1 else {}
-        return {**self.heads.tensors("heads"), **self.neurons.tensors("neurons"), **orders}
+        return {**self.heads.tensors("heads"), **self.neurons.tensors("neurons"), **orders, **tables}
 
     def as_source(self) -> PredictorSource:
         """Return the tensors as a `TensorSource`, their names prefixed with `predictor.`."""
@@ -187,6 +200,7 @@ class Predictor:
                 orders_LF=np.stack(orders).astype(np.int32),
                 meta=meta,
                 controls=_controls(tensors),
+                shares=(tensors[_SHARES[0]], tensors[_SHARES[1]]) if style == "shadow+" else None,
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -233,51 +247,22 @@ class Predictor:
         layers = facts.layers - 1
         orders = [generator.permutation(facts.ffn) if block > 1 else np.arange(facts.ffn) for _ in range(layers)]
 
-        def networks(units: int) -> Networks:
+        def networks(units: int, wide: int) -> Networks:
             if style == "shadow":
-                return Network.random(generator, facts.hidden, width, layers * units)
-            return LayerNetworks(tuple(Network.random(generator, facts.hidden, width, units) for _ in range(layers)))
+                return Network.random(generator, facts.hidden, wide, layers * units)
+            sizes, linear = (facts.hidden, wide, units), style == "shadow+"
+            return LayerNetworks(tuple(Network.random(generator, *sizes, linear=linear) for _ in range(layers)))
 
+        wide = widths(facts, block, width, style)
+        even = shares.even_shares(layers)
         return Predictor(
-            heads=networks(facts.heads),
-            neurons=networks(blocks_of(facts.ffn, block)),
+            heads=networks(facts.heads, wide[0]),
+            neurons=networks(blocks_of(facts.ffn, block), wide[1]),
             layers=layers,
             block=block,
             orders_LF=np.stack(orders).astype(np.int32),
             meta={"origin": "dummy", "seed": seed, "model": {"name": facts.name, "identity": ""}},
-        )
-
-
-def global_is_not_causal() -> InputError:
-    """Return the refusal of a ranking over all layers where every layer has its own predictor."""
-    return InputError(
-        "style dejavu ranks the units of each layer by themselves: when a layer has to know its mask, the scores of "
-        "the later layers do not exist yet, so they cannot be ranked together",
-        hint="--scope local, or --style shadow",
-    )
-
-
-def check_style(style: Style, options: CompileOptions) -> None:
-    """Refuse what a style of predictor cannot do.
-
-    Raises:
-        InputError: a ranking over all layers by predictors that know one layer each.
-        UnsupportedError: such predictors with a mask per sequence, or for a target that does not have them.
-    """
-    if style == "shadow":
-        return
-    if options.scope == "global":
-        raise global_is_not_causal()
-    if options.mask == "sequence":
-        raise UnsupportedError(
-            "style dejavu makes a mask for every token: what it scores a layer by is known after the masks of the "
-            "layers before it, so no token makes the masks of all layers ahead",
-            hint="--mask token, or --style shadow",
-        )
-    if options.target != "cpu":
-        raise UnsupportedError(
-            f"target {options.target} has predictors of style shadow only, style dejavu is for target cpu",
-            hint="--style shadow, or --target cpu",
+            shares=(even, even) if style == "shadow+" else None,
         )
 
 
@@ -368,7 +353,9 @@ def _style(meta: dict[str, Any], folder: Path) -> Style:
 
 
 def _networks(tensors: Mapping[str, npt.NDArray[Any]], kind: str, layers: int, style: Style) -> Networks:
-    return LayerNetworks.read(tensors, kind, layers) if style == "dejavu" else Network.read(tensors, kind)
+    if style == "shadow":
+        return Network.read(tensors, kind)
+    return LayerNetworks.read(tensors, kind, layers, linear=style == "shadow+")
 
 
 def _controls(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, tuple[Floats, Floats]]:
@@ -383,6 +370,8 @@ def _inconsistencies(predictor: Predictor, ffn: int) -> list[str]:
     wanted = {"heads": predictor.layers * predictor.units[0], "neurons": predictor.layers * blocks}
     for name, outputs in wanted.items():
         problems += getattr(predictor, name).problems(name, predictor.heads.inputs, outputs)
+    for name, table in zip(_SHARES, predictor.shares or (), strict=False):
+        problems += shares.problems(name, table, predictor.layers)
     for i, order_F in enumerate(predictor.orders_LF):
         if not np.array_equal(np.sort(order_F), np.arange(ffn)):
             problems.append(f"order.{i + 1} is not a permutation of the {ffn} neurons")

@@ -47,6 +47,8 @@ class Rows:
     neurons_LMF: list[npt.NDArray[np.float32]] = field(default_factory=list)
     inputs_LME: list[npt.NDArray[np.float32]] = field(default_factory=list)
     """What the attentions of layers 1.. read."""
+    ffn_inputs_LME: list[npt.NDArray[np.float32]] = field(default_factory=list)
+    """What the FFNs of layers 1.. read."""
     loss: float = 0.0
     """Sum of the token losses of the sequences that are kept."""
     tokens: int = 0
@@ -78,21 +80,23 @@ def record_batch(
     position_M = torch.from_numpy(np.concatenate(positions))
     heads: dict[int, Tensor] = {}
     neurons: dict[int, Tensor] = {}
-    seen: dict[int, Tensor] = {}
+    seen: dict[tuple[str, int], Tensor] = {}
 
     def score(layer: int, signals: LayerSignals) -> None:
         taken = (row_M, position_M) if criterion.per == "token" else (row_M,)
         heads[layer], neurons[layer] = (values[taken] for values in criterion.score(signals))
 
-    def keep(layer: int) -> Callable[[Tensor], None]:
+    def keep(what: str, layer: int) -> Callable[[Tensor], None]:
         def act(tensor: Tensor) -> None:
-            if layer not in seen:  # a group that is run again shows the same
-                seen[layer] = tensor.detach()[row_M, position_M]
+            if (what, layer) not in seen:  # a group that is run again shows the same
+                seen[what, layer] = tensor.detach().reshape(*ids_BT.shape, -1)[row_M, position_M]
 
         return act
 
-    inputs = [(block.reads, keep(layer)) for layer, block in enumerate(decoder.blocks) if layer]
-    with watched((decoder.blocks[0].context, keep(0)), *inputs):
+    later = [(layer, block) for layer, block in enumerate(decoder.blocks) if layer]
+    inputs = [(block.reads, keep("attention", layer)) for layer, block in later]
+    inputs += [(block.ffn_reads, keep("ffn", layer)) for layer, block in later]
+    with watched((decoder.blocks[0].context, keep("context", 0)), *inputs):
         losses_B = _read(decoder, torch.from_numpy(ids_BT), score, facts, criterion)
     layers = range(len(decoder.blocks))
     dropped = _dropped([heads[layer] for layer in layers], [neurons[layer] for layer in layers], row_M, losses_B)
@@ -104,10 +108,11 @@ def record_batch(
     return Rows(
         torch.where(gone_M, -1, row_M).numpy().astype(np.int32),
         position_M.numpy().astype(np.int32),
-        seen[0].numpy(),
+        seen["context", 0].numpy(),
         torch.stack([heads[layer] for layer in layers], dim=1).numpy(),
         [neurons[layer].numpy() for layer in layers],
-        [seen[layer].numpy() for layer in layers[1:]],
+        [seen["attention", layer].numpy() for layer in layers[1:]],
+        [seen["ffn", layer].numpy() for layer in layers[1:]],
         float(losses_B[kept_B].sum()),
         sum(kept_B) * (ids_BT.shape[1] - 1),
         (_zeros(heads, ~gone_M), _zeros(neurons, ~gone_M)),

@@ -7,7 +7,8 @@ It is the truth for the quality of a sparse model and the yardstick of every eng
 Heads are zeroed in the attention context before the output projection, neurons in what the last projection of the FFN
 reads (after ReLU; of a gated neuron the product), in the predicted layers (model layers 1 to n-1). Keys and values of
 inactive heads are kept, as the engine keeps them; where query heads share them they are nobody's own. A predictor of
-style dejavu reads what the attention of a layer reads under the masks of the layers before it, as the engine does.
+style dejavu reads what the attention of a layer reads under the masks of the layers before it, as the engine does;
+one of style shadow+ scores neurons by what the layer's FFN reads, under the layer's own masks of heads too.
 
 Letters: B batch, S new tokens, Z the last Z of them (those masked in at least one row), P tokens so far, the new
 ones included, E hidden, F neurons, N units of a layer, L predicted layers.
@@ -28,7 +29,8 @@ from transformers import DynamicCache
 
 from shadowc.sparsity.families import Site, decoder_of, empty_model, restore_buffers, watched
 from shadowc.sparsity.selection import select_threshold, unit_mask
-from shadowc.sparsity.torch_scores import TorchScores
+from shadowc.sparsity.shares import layer_density
+from shadowc.sparsity.torch_scores import KINDS, TorchScores
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, InternalError
 from shadowc.spec.program import SparsityPlan
@@ -48,7 +50,7 @@ class NamedTensors(Protocol):
     def tensors(self) -> Mapping[str, npt.NDArray[Any]]:
         """`{heads,neurons}.fc{1,2}.{weight,bias}`, and `order.{model layer}` [F] if units are permuted blocks.
 
-        Of style dejavu `{heads,neurons}.{model layer}.fc{1,2}.{weight,bias}`.
+        Of styles dejavu and shadow+ `{heads,neurons}.{model layer}.fc{1,2}.{weight,bias}`.
         """
 
 
@@ -151,7 +153,8 @@ class MaskedModel:
         layers = len(self.decoder.blocks)
         tensors = {} if predictor is None else predictor.tensors()
         self._tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
-        self._scores = TorchScores(self._tensors, layers - 1)
+        self._scores = TorchScores(self._tensors, layers - 1, plan.style)
+        self._shares = None if plan.shares is None else tuple(torch.from_numpy(np.array(one)) for one in plan.shares)
         self._unit_of_neuron = [self._units(layer) for layer in range(1, layers)]
 
     def logits(
@@ -233,8 +236,8 @@ class MaskedModel:
             raise InputError(f"a density for all rows or for each of the {batch}; found {len(rows)}")
         if granularity not in ("token", "sequence"):
             raise InputError(f"the granularity of masks is token or sequence; found {granularity!r}")
-        if granularity == "sequence" and self.plan.style == "dejavu":
-            raise InputError("style dejavu makes a mask for every token; there is none for a sequence")
+        if granularity == "sequence" and self.plan.style != "shadow":
+            raise InputError(f"style {self.plan.style} makes a mask for every token; there is none for a sequence")
         if granularity == "sequence" and int(first_B.min()) < 1:
             raise InputError("masks of a whole sequence come from the last token of its prompt; found no prompt")
         return _Call(
@@ -255,9 +258,11 @@ class MaskedModel:
     def _sites(self, call: _Call) -> Iterator[tuple[Site, Callable[[Tensor], None]]]:
         """Give the places and what happens there: predict unless the masks are known, mask the layers from 1 on."""
         first, *later = self.decoder.blocks
-        if call.heads.mask is None and self.plan.style == "dejavu":
+        if call.heads.mask is None and self.plan.style != "shadow":
             for layer, block in enumerate(later, start=1):
-                yield block.reads, self._predict_layer(call, layer)
+                behind = block.ffn_reads if self.plan.style == "shadow+" else block.reads
+                yield block.reads, self._predict_layer(call, layer, "heads")
+                yield behind, self._predict_layer(call, layer, "neurons")
         elif call.heads.mask is None:
             yield first.context, lambda context: self._predict(call, context)
         for index, block in enumerate(later):
@@ -272,37 +277,43 @@ class MaskedModel:
             source = _known(call.state.prompt_end)[:, None]
         self._select(call, self._scores.of_all_layers(source))
 
-    def _predict_layer(self, call: _Call, layer: int) -> Callable[[Tensor], None]:
-        """Return what scores and selects the units of a model layer from what its attention reads."""
+    def _predict_layer(self, call: _Call, layer: int, name: str) -> Callable[[Tensor], None]:
+        """Return what scores and selects the units of a kind of a model layer from what it reads."""
 
-        def act(read_BSE: Tensor) -> None:
-            exempt = (0,) if layer - 1 in self.plan.exempt else ()
-            self._select(call, self._scores.of_layer(layer, read_BSE[:, call.tail]), exempt)
+        def act(read: Tensor) -> None:
+            read_BSE = read.view(-1, call.tokens, read.shape[-1])  # transformers flattens what fc1 reads
+            self._select_kind(
+                call, KINDS.index(name), self._scores.of_layer(name, layer, read_BSE[:, call.tail]), layer
+            )
 
         return act
 
-    def _select(self, call: _Call, scores: Pair, exempt: Sequence[int] | None = None) -> None:
-        """Turn scores into thresholds and masks of the next layers, as many as the scores are for.
+    def _select(self, call: _Call, scores: Pair) -> None:
+        """Turn scores of all layers into thresholds and masks."""
+        for number, given in enumerate(scores):
+            self._select_kind(call, number, torch.as_tensor(given))
 
-        Rows and tokens that share their scores are ranked once. `exempt`: among these layers; None: the plan's.
+    def _select_kind(self, call: _Call, number: int, ranked: Tensor, layer: int = 0) -> None:
+        """Turn scores of one kind, those of a model layer or (0) of all predicted ones, into thresholds and masks.
+
+        Rows and tokens that share their scores are ranked once.
         """
         batch, tail = call.dense.shape
-        for kind, given in zip(call.kinds, scores, strict=True):
-            ranked = torch.as_tensor(given)
-            ranked = ranked[None, None] if ranked.ndim == 2 else ranked
-            ranked = ranked.expand(max(len(ranked), len(kind.density)), -1, -1, -1)
-            threshold, _ = select_threshold(
-                ranked,
-                kind.density,
-                scope=self.plan.scope,
-                exempt=self.plan.exempt if exempt is None else exempt,
-                min_active=kind.min_active,
-            )
-            kind.add(
-                mask=_or_dense(call, unit_mask(ranked, threshold).expand(batch, tail, -1, -1)),
-                scores=ranked.expand(batch, tail, -1, -1),
-                threshold=torch.where(call.dense[:, :, None], -math.inf, threshold.expand(batch, tail, -1)),
-            )
+        kind, exempt = call.kinds[number], self.plan.exempt
+        density = kind.density if self._shares is None else layer_density(self._shares[number], kind.density)
+        if layer:
+            density = density if density.ndim == 1 else density[:, layer - 1]
+            exempt = (0,) if layer - 1 in exempt else ()
+        ranked = ranked[None, None] if ranked.ndim == 2 else ranked
+        ranked = ranked.expand(max(len(ranked), len(kind.density)), -1, -1, -1)
+        threshold, _ = select_threshold(
+            ranked, density, scope=self.plan.scope, exempt=exempt, min_active=kind.min_active
+        )
+        kind.add(
+            mask=_or_dense(call, unit_mask(ranked, threshold).expand(batch, tail, -1, -1)),
+            scores=ranked.expand(batch, tail, -1, -1),
+            threshold=torch.where(call.dense[:, :, None], -math.inf, threshold.expand(batch, tail, -1)),
+        )
 
     def _units(self, layer: int) -> Tensor:
         """Return the unit of each neuron of the checkpoint, [F]."""

@@ -30,7 +30,8 @@ def select_threshold(
 
     Args:
         scores_BZLN: float32; NaN ranks as +inf.
-        density_B: share of the units to keep, one per row or a single one; clamped to 0..1, NaN means 1.
+        density_B: share of the units to keep, one per row or a single one; clamped to 0..1, NaN means 1. Of scope
+            local also [B,L], a share of its own for every layer.
         scope: rank the units within each layer, or those of all layers that are not exempt together.
         exempt: layers that stay dense; an index that is no layer (-1) exempts nothing.
         min_active: units that every layer keeps at least.
@@ -43,6 +44,8 @@ def select_threshold(
     """
     if scope not in ("local", "global"):
         raise InputError(f"the scope of a selection is local or global; found {scope!r}", hint="--scope global")
+    if density_B.ndim == 2:
+        return _layer_by_layer(scores_BZLN, density_B, exempt, min_active)
     batch, _, layers, units = scores_BZLN.shape
     ranked = [layer for layer in range(layers) if layer not in exempt]
     rank_BZRN = torch.where(scores_BZLN.isnan(), math.inf, scores_BZLN)[:, :, ranked]
@@ -54,6 +57,24 @@ def select_threshold(
     threshold_BZL = scores_BZLN.new_full(scores_BZLN.shape[:3], -math.inf)
     threshold_BZL[:, :, ranked] = threshold_BZR
     return threshold_BZL, unit_mask(scores_BZLN, threshold_BZL).sum(-1, dtype=torch.int32)
+
+
+def _layer_by_layer(
+    scores_BZLN: Tensor, density_BL: Tensor, exempt: Sequence[int], min_active: int
+) -> tuple[Tensor, Tensor]:
+    """Return the same where every layer has its own density."""
+    parts = [
+        select_threshold(
+            scores_BZLN[:, :, layer : layer + 1],
+            density_BL[:, layer],
+            scope="local",
+            exempt=(0,) if layer in exempt else (),
+            min_active=min_active,
+        )
+        for layer in range(scores_BZLN.shape[2])
+    ]
+    thresholds, actives = zip(*parts, strict=True)
+    return torch.cat(thresholds, dim=2), torch.cat(actives, dim=2)
 
 
 def unit_mask(scores: Tensor, threshold: Tensor) -> Tensor:

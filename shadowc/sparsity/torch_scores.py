@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn import functional
 
+from shadowc.spec.options import Style
 from shadowc.spec.program import SMALLEST_SPAN
 
 KINDS = ("heads", "neurons")
@@ -22,9 +23,11 @@ class TorchScores:
     Args:
         tensors: those of `Predictor.tensors`.
         layers: predicted layers.
+        style: of the predictor.
     """
 
-    def __init__(self, tensors: Mapping[str, Tensor], layers: int) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], layers: int, style: Style) -> None:
+        self._style = style
         self._tensors = tensors
         self._layers = layers
 
@@ -39,14 +42,13 @@ class TorchScores:
         """Return [B,Z,L,N]; there may be no token at all."""
         return flat.view(*flat.shape[:2], self._layers, flat.shape[2] // self._layers)
 
-    def of_layer(self, layer: int, input_BZE: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the scores of both kinds, [B,Z,1,N], that a model layer's own input gives (style dejavu)."""
-        heads, neurons = (self._network(f"{kind}.{layer}", input_BZE).unsqueeze(2) for kind in KINDS)
-        return heads, neurons
+    def of_layer(self, kind: str, layer: int, input_BZE: Tensor) -> Tensor:
+        """Return the scores of a kind, [B,Z,1,N], that a model layer's own input gives (styles dejavu, shadow+)."""
+        return self._network(f"{kind}.{layer}", input_BZE).unsqueeze(2)
 
     def _network(self, name: str, input_BZE: Tensor) -> Tensor:
-        hidden = self._linear(input_BZE, f"{name}.fc1").relu()
-        return self._linear(hidden, f"{name}.fc2")
+        hidden = self._linear(input_BZE, f"{name}.fc1")
+        return self._linear(hidden if self._style == "shadow+" else hidden.relu(), f"{name}.fc2")
 
     def _linear(self, tensor: Tensor, name: str) -> Tensor:
         return functional.linear(tensor, self._tensors[f"{name}.weight"], self._tensors[f"{name}.bias"])

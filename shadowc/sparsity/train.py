@@ -6,7 +6,8 @@ In: a trace, the model's facts, `TrainOptions`. Out: a `Predictor`.
 
 Style shadow (ShadowLLM, arXiv 2406.16635, variant b1eL): inputs are the token's own layer-0 context, min-max scaled;
 two networks learn all predicted layers. Style dejavu (DejaVu, arXiv 2310.17157): two networks for every layer, whose
-inputs are what the attention of that layer reads. Both take the same examples, epochs, batches and rates.
+inputs are what the attention of that layer reads. Style shadow+: two linear networks for every layer; what its FFN
+reads scores its neurons (graded.py), and a table of shares (shares.py). All take the same examples, epochs and batches.
 
 Labels "scores": the importances of the predicted layers, min-max scaled per layer and token, with mean squared error
 (ShadowLLM's). Labels "top": whether a unit is among the first of its layer, with cross entropy (DejaVu's). Either style
@@ -24,6 +25,7 @@ layer (H or N).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +34,8 @@ import numpy as np
 from shadowc.sparsity.cluster import neuron_orders
 from shadowc.sparsity.criteria import require_trainable
 from shadowc.sparsity.fit import Examples, Fit, fit
-from shadowc.sparsity.networks import LayerNetworks, blocks_of, cost_share, default_width, minmax_scaled
+from shadowc.sparsity.graded import fit_graded, grade_bounds, grades_of, offsets_of
+from shadowc.sparsity.networks import LayerNetworks, blocks_of, cost_share, default_width, minmax_scaled, widths
 from shadowc.sparsity.predictor import Networks, Predictor, check_out
 from shadowc.sparsity.rank import (
     minmax_rows,
@@ -43,6 +46,7 @@ from shadowc.sparsity.rank import (
     static_scores,
 )
 from shadowc.sparsity.recall import found_report, selected
+from shadowc.sparsity.shares import shares_of
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
 
@@ -58,6 +62,8 @@ if TYPE_CHECKING:
     Rows = npt.NDArray[np.intp]
 
 KINDS = ("heads", "neurons")
+SHARED_SCORES = 1 << 25
+"""Scores of one kind that decide the shares of the layers, at most about."""
 
 
 def train(
@@ -100,7 +106,7 @@ def train(
     raw = dict(zip(KINDS, predicted_scores(trace, orders_LF, block), strict=True))
     fits: dict[str, list[Fit]] = {}
     dropped: dict[str, int] = {}
-    for number, kind in enumerate(KINDS):
+    for kind in KINDS:
         targets_MLU = targets_of(raw[kind], options)
         valid_M: npt.NDArray[np.bool_] = np.asarray(np.isfinite(targets_MLU).all(axis=(1, 2)))
         dropped[kind] = int((~valid_M).sum())
@@ -111,7 +117,7 @@ def train(
                 hint="collect more --positions, or use another --criterion",
             )
         with progress.stage(f"train {kind}"):
-            fits[kind] = _fits(trace, targets_MLU, (used, used_held), width, options, options.seed + number, progress)
+            fits[kind] = _fits(trace, kind, targets_MLU, (used, used_held), width, options, progress)
     heads, neurons = (_networks(fits[kind], options) for kind in KINDS)
     controls = {
         name: (ranking(raw["heads"][taught]), ranking(raw["neurons"][taught]))
@@ -128,6 +134,8 @@ def train(
         meta=_meta(trace, facts, options, width),
         controls=controls,
     )
+    if options.style == "shadow+":
+        predictor = replace(predictor, shares=_shares(predictor, trace, taught, options))
     predictor.meta["report"] = {
         "positions": {"taught": len(taught), "held_out": len(held), "dropped": dropped},
         **_errors(fits, options),
@@ -140,27 +148,49 @@ def train(
 
 def _fits(
     trace: ImportanceTrace,
+    kind: str,
     targets_MLU: Floats,
     rows: tuple[Rows, Rows],
     width: int,
     options: TrainOptions,
-    seed: int,
     progress: Progress,
 ) -> list[Fit]:
     """Fit the networks of one kind: one, or one for every layer; `rows` are those taught and those held out."""
     used, held = rows
+    number = KINDS.index(kind)
+    seed = options.seed + number
     if options.style == "shadow":
         inputs_ME = minmax_scaled(trace.context_ME)
         flat_MO = targets_MLU.reshape(len(targets_MLU), -1)
         examples = Examples(inputs_ME[used], flat_MO[used], inputs_ME[held], flat_MO[held])
         return [fit(examples, width, options, seed, progress)]
     found = []
+    wide = widths(trace.facts, options.neuron_block, width, options.style)[number]
+    offsets_G = offsets_of(targets_MLU[used]) if options.style == "shadow+" else None
     for layer in range(1, trace.layers):
-        inputs_ME, of_layer_MU = trace.input_ME(layer), targets_MLU[:, layer - 1]
+        inputs_ME, of_layer_MU = _read(trace, kind, layer, options), targets_MLU[:, layer - 1]
         examples = Examples(inputs_ME[used], of_layer_MU[used], inputs_ME[held], of_layer_MU[held])
         with progress.stage(f"layer {layer}"):
-            found.append(fit(examples, width, options, seed + len(KINDS) * layer, progress))
+            own = seed + len(KINDS) * layer
+            if offsets_G is None:
+                found.append(fit(examples, wide, options, own, progress))
+            else:
+                found.append(fit_graded(examples, offsets_G, wide, options, own, progress))
     return found
+
+
+def _read(trace: ImportanceTrace, kind: str, layer: int, options: TrainOptions) -> Floats:
+    """Return what the network of a layer reads, [M, E]."""
+    behind = options.style == "shadow+" and kind == "neurons"
+    return trace.ffn_input_ME(layer) if behind else trace.input_ME(layer)
+
+
+def _shares(predictor: Predictor, trace: ImportanceTrace, taught: Rows, options: TrainOptions) -> tuple[Floats, Floats]:
+    """Return the tables of both kinds, from the scores of as many taught positions as SHARED_SCORES allows."""
+    most = max(SHARED_SCORES // (predictor.layers * max(predictor.units)), 64)
+    rows = taught[:: -(-len(taught) // most)]
+    heads, neurons = predictor.scores(_inputs(trace, rows, options))
+    return shares_of(heads), shares_of(neurons)
 
 
 def _networks(fits: Sequence[Fit], options: TrainOptions) -> Networks:
@@ -171,7 +201,7 @@ def _networks(fits: Sequence[Fit], options: TrainOptions) -> Networks:
 
 def _errors(fits: dict[str, list[Fit]], options: TrainOptions) -> dict[str, Any]:
     """Return the epochs kept and the errors on held-out positions; with several networks, a list and their mean."""
-    several = options.style == "dejavu"
+    several = options.style != "shadow"
     epochs = {kind: [one.epoch for one in found] for kind, found in fits.items()}
     return {
         "epoch": epochs if several else {kind: found[0] for kind, found in epochs.items()},
@@ -189,14 +219,20 @@ def _inputs(trace: ImportanceTrace, rows: Rows, options: TrainOptions) -> Floats
     """Return what the predictor reads at these positions, see `Predictor.scores`."""
     if options.style == "shadow":
         return trace.context_ME[rows]
-    return np.stack([trace.input_ME(layer)[rows] for layer in range(1, trace.layers)], axis=1)
+    kinds = KINDS if options.style == "shadow+" else KINDS[:1]
+    layers = range(1, trace.layers)
+    read = [np.stack([_read(trace, kind, layer, options)[rows] for layer in layers], axis=1) for kind in kinds]
+    return read[0] if len(read) == 1 else np.stack(read, axis=1)
 
 
 def targets_of(raw_MLU: Floats, options: TrainOptions) -> Floats:
     """Return what the networks learn, [M, Lp, U]; NaN in a layer that says nothing about a position.
 
+    Labels "graded" are 0 to 3, see graded.py.
     Labels "top" are 1 for the first units of a layer (ties included), but for those of importance zero.
     """
+    if options.learned == "graded":
+        return grades_of(raw_MLU, grade_bounds(raw_MLU))
     scaled_MLU = layer_minmax(raw_MLU)
     if options.learned == "scores":
         return scaled_MLU

@@ -58,8 +58,8 @@ class ModelPart(_Part):
 class SparsityPart(_Part):
     """How masks are made, and what the predictor was worth when it was trained."""
 
-    style: Literal["shadow", "dejavu"] = "shadow"
-    """shadow: one predictor for all layers; dejavu: one for each."""
+    style: Literal["shadow", "dejavu", "shadow+"] = "shadow"
+    """shadow: one predictor for all layers; dejavu and shadow+: one for each."""
     mask: Literal["token", "sequence"]
     refresh: int = 0
     """Tokens for which a mask of "sequence" holds; 0: until the end."""

@@ -15,12 +15,16 @@ from shadowc.spec.density import Density
 Criterion = str
 Scope = Literal["local", "global"]
 Mask = Literal["token", "sequence"]
-Style = Literal["shadow", "dejavu"]
-"""shadow: one look at layer 0's attention scores all later layers; dejavu: every layer has a predictor of its own."""
+Style = Literal["shadow", "dejavu", "shadow+"]
+"""shadow: one look at layer 0's attention scores all later layers; dejavu: every layer has a predictor of its own;
+shadow+: the same, each kind from the latest input, and every layer has its share of one budget."""
 STYLES: tuple[Style, ...] = get_args(Style)
-Labels = Literal["scores", "top"]
+Labels = Literal["scores", "top", "graded"]
 """scores: the criterion's scores of a layer, scaled to 0..1 (squared error); top: whether a unit is among the first
-of its layer (cross entropy)."""
+of its layer (cross entropy); graded: in how many of three nested tops of all layers together it is (style shadow+)."""
+_LABELS: Mapping[Style, Labels] = MappingProxyType({"shadow": "scores", "dejavu": "top", "shadow+": "graded"})
+BLOCK = 16
+"""Neurons of a unit, unless an option says otherwise; single neurons for style shadow+."""
 WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
         "cpu": ("fp32", "bf16", "int8", "int4"),
@@ -53,10 +57,11 @@ class TrainOptions(_Frozen):
 
     style: Style = "shadow"
     labels: Labels | None = None
-    """What the networks learn; None: scores for style shadow, top for style dejavu."""
+    """What the networks learn; None: scores for style shadow, top for style dejavu, graded for style shadow+."""
     top: float = Field(default=0.3, gt=0, lt=1)
     """With labels "top": the share of a layer's units that are called important."""
-    neuron_block: int = Field(default=16, ge=1)
+    neuron_block: int = Field(default=BLOCK, ge=1)
+    """Neurons that are kept or skipped together; where nobody chose, 1 for style shadow+."""
     width: int = Field(default=0, ge=0)
     """Hidden width P of every network; 0: the largest multiple of 32, at most 1024, within 3 % of the model's bytes."""
     epochs: int = Field(default=60, ge=1)
@@ -65,10 +70,28 @@ class TrainOptions(_Frozen):
     validation: float = Field(default=0.1, gt=0, lt=1)
     seed: int = 0
 
+    @model_validator(mode="before")
+    @classmethod
+    def _block_of_style(cls, values: Any) -> Any:
+        """A block that nobody chose is the style's."""
+        if isinstance(values, Mapping) and values.get("neuron_block") is None:
+            return {**values, "neuron_block": 1 if values.get("style") == "shadow+" else BLOCK}
+        return values
+
+    @model_validator(mode="after")
+    def _labels_of_style(self) -> TrainOptions:
+        """Graded labels compare the units of all layers, which is what style shadow+ needs and no other can use."""
+        if (self.style == "shadow+") != (self.learned == "graded"):
+            raise ValueError(
+                f"style {self.style} cannot learn labels {self.learned}: graded are for style shadow+ and it learns "
+                "no others"
+            )
+        return self
+
     @property
     def learned(self) -> Labels:
         """What the networks learn, by the style where nobody chose it."""
-        return self.labels or ("top" if self.style == "dejavu" else "scores")
+        return self.labels or _LABELS[self.style]
 
 
 class CompileOptions(_Frozen):

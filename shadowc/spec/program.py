@@ -16,8 +16,13 @@ if TYPE_CHECKING:
 
     from shadowc.checkpoint.opt import OptFacts
 
+    Shares = tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]
+
 SMALLEST_SPAN = 1e-12
 """What a predictor's input is divided by at least: the context of a token that sees nothing is constant."""
+
+GRID = 200
+"""Densities at which a predictor of style shadow+ knows the shares of the layers: steps of half a per cent."""
 
 RecipeKind = Literal[
     "copy",  # sources[0] as it is
@@ -79,8 +84,11 @@ class SparsityPlan:
     """Predicted layers (0 = model layer 1) that stay dense."""
     min_active_heads: int = 0
     min_active_neurons: int = 0
-    style: Literal["shadow", "dejavu"] = "shadow"
-    """shadow: scores of all layers come from layer 0; dejavu: those of a layer from its own input (scope local)."""
+    style: Literal["shadow", "dejavu", "shadow+"] = "shadow"
+    """shadow: scores of all layers come from layer 0; dejavu: those of a layer from its own input (scope local);
+    shadow+: as dejavu, those of neurons from what the FFN reads, and each layer has its own share."""
+    shares: Shares | None = field(default=None, compare=False, repr=False)
+    """Of style shadow+: for heads and for neurons, density -> share of each layer."""
 
 
 @dataclass(slots=True)

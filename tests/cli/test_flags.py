@@ -62,7 +62,7 @@ def described() -> str:
     return "\n".join(lines) + "\n"
 
 
-UNSET = ("weights", "compute_capability")
+UNSET = ("weights", "compute_capability", "neuron_block")
 
 
 def defaults(command: str) -> dict[str, object]:
@@ -89,7 +89,7 @@ def test_defaults_of_compile_are_those_of_the_options() -> None:
     for part in (options, options.collect, options.train):
         for name in type(part).model_fields.keys() & found.keys() - {"model", "out", "dump_passes", *UNSET}:
             assert found[name] == getattr(part, name), name
-    assert {found[name] for name in UNSET} == {None}  # the options choose: weights by the target
+    assert {found[name] for name in UNSET} == {None}  # the options choose: weights by the target, blocks by the style
 
 
 @pytest.mark.parametrize(("target", "weights"), [("cpu", "fp32"), ("tensorrt-rtx", "fp16"), ("tensorrt", "fp16")])
@@ -103,7 +103,7 @@ def test_defaults_of_stage_commands_are_those_of_the_options(
     command: str, options: CollectOptions | TrainOptions
 ) -> None:
     found = defaults(command)
-    shared = type(options).model_fields.keys() & found.keys()
+    shared = type(options).model_fields.keys() & found.keys() - UNSET
     assert shared
     assert {name: found[name] for name in shared} == {name: getattr(options, name) for name in shared}
 

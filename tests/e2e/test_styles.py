@@ -269,4 +269,4 @@ def test_parity_names_the_part_that_has_the_defect(
 def test_known_styles_are_listed_when_another_is_typed() -> None:
     with pytest.raises(InputError) as caught:
         flags.checked(TrainOptions, {"style": "powerinfer"})
-    assert "'shadow' or 'dejavu'" in str(caught.value.problems)
+    assert "'shadow', 'dejavu' or 'shadow+'" in str(caught.value.problems)

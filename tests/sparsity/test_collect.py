@@ -363,8 +363,8 @@ def write_facts(folder: Path, **changes: int) -> None:
     [
         (lambda folder: (folder / META_FILE).unlink(), f"has no {META_FILE}"),
         (lambda folder: (folder / META_FILE).write_text("{"), "is damaged"),
-        (lambda folder: (folder / META_FILE).write_text('{"schema": 99}'), "does not have schema 3"),
-        (lambda folder: (folder / META_FILE).write_text('{"schema": 3, "facts": {"name": "a"}}'), "lacks facts"),
+        (lambda folder: (folder / META_FILE).write_text('{"schema": 99}'), "does not have schema 4"),
+        (lambda folder: (folder / META_FILE).write_text('{"schema": 4, "facts": {"name": "a"}}'), "lacks facts"),
         (lambda folder: write_facts(folder, layers=9), "are of two models"),
         (lambda folder: (folder / TENSORS_FILE).unlink(), "missing or damaged"),
         (

@@ -21,8 +21,9 @@ from shadowc.checkpoint.opt import OptFacts, published_config
 from shadowc.sparsity.fit import Examples, fit
 from shadowc.sparsity.importance import ImportanceTrace, TraceWriter, relative, trace_layout
 from shadowc.sparsity.networks import BUDGET, LayerNetworks, cost_share, default_width
-from shadowc.sparsity.predictor import META_FILE, Predictor, check_style, style_in
+from shadowc.sparsity.predictor import META_FILE, Predictor, style_in
 from shadowc.sparsity.reference import MaskedModel, MaskedState
+from shadowc.sparsity.styles import check_style
 from shadowc.sparsity.train import targets_of, train
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
@@ -76,7 +77,7 @@ def test_an_unknown_style_is_refused_with_the_known_ones(dummy: Predictor, tmp_p
     dummy.save(tmp_path)
     text = (tmp_path / META_FILE).read_text()
     (tmp_path / META_FILE).write_text(text.replace('"dejavu"', '"powerinfer"'))
-    with pytest.raises(InputError, match=r"style 'powerinfer'; this version knows shadow, dejavu"):
+    with pytest.raises(InputError, match=r"style 'powerinfer'; this version knows shadow, dejavu, shadow\+"):
         read(tmp_path)
 
 

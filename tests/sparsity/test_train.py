@@ -128,7 +128,7 @@ def examples(seed: int = 0, rows: int = 200) -> Examples:
 def test_folding_the_standardisation_into_the_weights_changes_nothing() -> None:
     rng = np.random.default_rng(0)
     part = examples()
-    centre_E, spread_E = fitting._spread(part.inputs_ME)
+    centre_E, spread_E = fitting.input_spread(part.inputs_ME)
     weights = [rng.standard_normal(shape).astype(np.float32) for shape in ((32, 16), (32,), (6, 32), (6,))]
     mean_O, scale = rng.standard_normal(6).astype(np.float32), 0.3
     network = fitting._folded(weights, centre_E, spread_E, mean_O, scale)

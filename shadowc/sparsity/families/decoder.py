@@ -83,6 +83,8 @@ class Block:
     """[B,S,E]: what attention reads, behind its norm."""
     context: Site
     """[B,S,H*D]: what the heads give to the output projection; the heads are masked here."""
+    ffn_reads: Site
+    """[B,S,E] or [B*S,E]: what the FFN reads, behind its norm."""
     preactivation: Site
     """u of `LayerSignals`; where a neuron has no single value before its activation, the same site as `hidden`."""
     hidden: Site

@@ -50,6 +50,7 @@ def _block(layer: Any, number: int, heads: int, neurons: int) -> Block:
         layer=layer,
         reads=Site(attention.q_proj),
         context=Site(attention.o_proj),
+        ffn_reads=Site(mlp.gate_proj),
         preactivation=hidden,
         hidden=hidden,
         heads=(

@@ -47,6 +47,7 @@ def _block(layer: Any, number: int, heads: int, neurons: int) -> Block:
         layer=layer,
         reads=Site(attention.q_proj),
         context=Site(attention.out_proj),
+        ffn_reads=Site(layer.fc1),
         preactivation=Site(layer.fc1, output=True),
         hidden=Site(layer.fc2),
         heads=(*rows, *unit_weights(attention.out_proj, f"{scope}.self_attn.out_proj", heads, 1)),

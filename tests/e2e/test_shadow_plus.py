@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An engine of style shadow+, from the checkpoint to text, and what its gate catches.
+
+Letters: S tokens, L predicted layers, N units of a kind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import numpy_helper
+
+import shadowc
+from shadowc.checkpoint.resolve import resolve
+from shadowc.cli import inspect
+from shadowc.measure.against import stored_plan, stored_predictor
+from shadowc.measure.bisect import bisect
+from shadowc.measure.free_running import free_run
+from shadowc.measure.parity import check_parity
+from shadowc.runtime.load import read_manifest
+from shadowc.sparsity.predictor import Predictor
+from shadowc.sparsity.reference import MaskedModel, load_torch_model
+from shadowc.sparsity.shares import layer_density
+from shadowc.spec.density import Density
+from shadowc.spec.errors import InputError, UnsupportedError
+from shadowc.spec.options import TrainOptions
+from tests.e2e import compiled
+
+PROMPT = np.array([[2, 40, 50, 60, 70, 80]], np.int64)
+HALF = Density(0.5, 0.5)
+LAYER = 2
+PLUS = TrainOptions(style="shadow+", epochs=4, batch=32)
+
+
+@pytest.fixture(scope="module")
+def engine_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """fp32, trained. Read only."""
+    out = tmp_path_factory.mktemp("plus") / "tiny.engine"
+    return shadowc.compile(compiled.options(tiny_checkpoint, out, train=PLUS))
+
+
+def test_engine_says_its_style_and_what_its_predictors_read(engine_folder: Path) -> None:
+    manifest = read_manifest(engine_folder)
+    assert manifest.sparsity is not None
+    assert (manifest.sparsity.style, manifest.sparsity.scope, manifest.sparsity.neuron_block) == ("shadow+", "local", 1)
+    assert manifest.sparsity.predictor["labels"] == "graded"
+    assert inspect.sparsity_facts(manifest)["predictor"].startswith("style shadow+, trained")
+    # 3 layers; heads: 64 -> 4 -> 4, neurons: 64 -> P -> 256; weights and biases of 4 bytes, the tables apart
+    width = manifest.sparsity.predictor["widths"]["neurons"]
+    heads, neurons = 4 * (64 + 1) + 4 * (4 + 1), width * (64 + 1) + 256 * (width + 1)
+    assert manifest.bytes_per_token.predictor == 3 * (heads + neurons) * 4
+
+
+def test_layers_keep_their_shares_and_together_what_is_asked_for(engine_folder: Path) -> None:
+    engine = shadowc.load(engine_folder, skip_zeros=False)
+    plan = stored_plan(engine, engine.manifest.sparsity)  # type: ignore[arg-type]
+    assert plan.shares is not None
+    import torch
+
+    for density in (0.5, 0.2):
+        trace = engine.trace(PROMPT, density)
+        shares_L = layer_density(torch.from_numpy(plan.shares[1].copy()), torch.tensor([density]))[0].double()
+        wanted_L = (shares_L * 256 + 0.5).floor().numpy()
+        assert (trace.active["neurons"] == wanted_L).all()
+        assert abs(wanted_L.mean() / 256 - density) < 0.01
+        assert len(set(wanted_L.tolist())) > 1  # trained layers differ
+
+
+@pytest.mark.parametrize("density", [HALF, Density(0.75, 0.2)])
+def test_engine_and_masked_torch_model_generate_alike(
+    engine_folder: Path, tiny_checkpoint: Path, density: Density
+) -> None:
+    engine = shadowc.load(engine_folder)
+    assert engine.manifest.sparsity is not None
+    predictor = stored_predictor(engine, engine.manifest.sparsity)
+    masked = MaskedModel(load_torch_model(resolve(str(tiny_checkpoint))), predictor.plan(None), predictor)
+    run = free_run(engine, masked, np.random.default_rng(1).integers(4, 320, (4, 8)), tokens=24, density=density)
+    assert run.passed(), run
+
+
+def test_int8_is_modelled_by_the_gate(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    options = compiled.options(tiny_checkpoint, tmp_path / "int8.engine", train=PLUS, weights="int8")
+    parity = read_manifest(shadowc.compile(options)).parity
+    assert 0 < float(parity["scores"]) < 5e-3  # type: ignore[arg-type]
+
+
+def test_controls_get_the_same_shares(engine_folder: Path, tiny_checkpoint: Path) -> None:
+    engine = shadowc.load(engine_folder)
+    predictor = stored_predictor(engine, engine.manifest.sparsity)  # type: ignore[arg-type]
+    masked = MaskedModel(load_torch_model(resolve(str(tiny_checkpoint))), predictor.plan(None), predictor)
+    rng = np.random.default_rng(3)
+    pair = rng.random((1, 1, 3, 4), np.float32), rng.random((1, 1, 3, 256), np.float32)
+    ids = rng.integers(4, 320, (1, 12))
+    found = engine.logits(ids, 0.5, scores=lambda tokens: (pair[0].repeat(tokens, 1), pair[1].repeat(tokens, 1)))
+    wanted = masked.logits(ids, density=HALF, masked_from=1, scores=pair).logits.numpy()
+    np.testing.assert_allclose(found, wanted, atol=2e-5 * np.abs(wanted).max())
+
+
+def test_bisect_finds_nothing_in_a_sound_engine(engine_folder: Path, tiny_checkpoint: Path) -> None:
+    report = bisect(engine_folder, str(tiny_checkpoint))
+    assert report.first is None, report
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"scope": "global"}, InputError, r"style shadow\+ ranks .* share one budget in scope local"),
+        ({"mask": "sequence"}, UnsupportedError, r"style shadow\+ makes a mask for every token"),
+        ({"target": "tensorrt-rtx", "weights": "fp16"}, UnsupportedError, r"style shadow\+ is for target cpu"),
+    ],
+)
+def test_what_the_style_cannot_do_is_refused(
+    tiny_checkpoint: Path, tmp_path: Path, changes: dict[str, object], error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        shadowc.compile(compiled.options(tiny_checkpoint, tmp_path / "x.engine", train=PLUS, **changes))
+
+
+# --- planted defects ---------------------------------------------------------------------------------------
+
+
+def named(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.name == name)
+
+
+def _neurons_scored_by_what_attention_reads(model: onnx.ModelProto) -> None:
+    named(model, f"predictor.{LAYER}.ffn_input").input[0] = named(model, f"predictor.{LAYER}.input").input[0]
+
+
+def _share_of_the_layer_before(model: onnx.ModelProto) -> None:
+    named(model, f"select.neurons.{LAYER}").input[1] = f"shares.neurons.{LAYER - 1}"
+
+
+def _table_ignored(model: onnx.ModelProto) -> None:
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0.5], np.float32), "planted"))
+    named(model, f"select.neurons.{LAYER}").input[1] = "planted"
+
+
+@pytest.mark.parametrize(
+    ("defect", "caught"),
+    [
+        (None, []),
+        (_neurons_scored_by_what_attention_reads, ["scores"]),
+        (_share_of_the_layer_before, ["selection"]),
+        (_table_ignored, ["selection"]),
+    ],
+)
+def test_parity_names_the_part_that_has_the_defect(
+    engine_folder: Path,
+    tiny_checkpoint: Path,
+    defect: Callable[[onnx.ModelProto], None] | None,
+    caught: list[str],
+) -> None:
+    def rewrite(model: onnx.ModelProto) -> onnx.ModelProto:
+        copy = onnx.ModelProto()
+        copy.CopyFrom(model)
+        if defect is not None:
+            defect(copy)
+        return copy
+
+    engine, resolved = shadowc.load(engine_folder), resolve(str(tiny_checkpoint))
+    predictor: Predictor = stored_predictor(engine, engine.manifest.sparsity)  # type: ignore[arg-type]
+    report = check_parity(
+        engine._variant(rewrite).prober(), resolved.facts, resolved.weights, weights="fp32", head_block=0, block=1,
+        orders={}, sparse=True, plan=predictor.plan(None), predictor=predictor,
+    )  # fmt: skip
+    assert [problem.split(":")[0] for problem in report.problems()] == caught
