@@ -68,10 +68,11 @@ def _profiles(neurons_MF: Floats) -> Floats:
     """Return each position's importances relative to its largest, square-rooted.
 
     Relative, because a position's scale (how surprising its text was) says nothing about which neurons belong
-    together; the root, because a few huge scores would decide every cut.
+    together; the root, because a few huge scores would decide every cut. A score with a sign keeps it.
     """
-    largest_M1 = neurons_MF.max(axis=1, keepdims=True)
-    profiles: Floats = np.sqrt(neurons_MF / np.where(largest_M1 > 0, largest_M1, 1))
+    size_MF = np.abs(neurons_MF)
+    largest_M1 = size_MF.max(axis=1, keepdims=True)
+    profiles: Floats = np.copysign(np.sqrt(size_MF / np.where(largest_M1 > 0, largest_M1, 1)), neurons_MF)
     return profiles
 
 

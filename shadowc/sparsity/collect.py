@@ -40,6 +40,10 @@ if TYPE_CHECKING:
 __all__ = ["ImportanceTrace", "collect", "record_batch", "sampled_positions", "trace_key"]
 
 
+_COUNTED = "counts"
+"""Part of a trace's key: an unfinished trace from before sequences were counted is begun anew."""
+
+
 def collect(
     checkpoint: ModelCheckpoint,
     options: CollectOptions,
@@ -218,5 +222,5 @@ def trace_key(checkpoint: ModelCheckpoint, options: CollectOptions) -> str:
     """Return a hash of everything that decides the trace."""
     text = SELF if options.data == SELF else read_text(Path(options.data))[1].sha256
     counts = [sequence_count(options, checkpoint.facts), sequence_length(options, checkpoint.facts)]
-    decided = [SCHEMA, checkpoint.identity, options.model_dump(exclude={"data"}), text, counts]
+    decided = [SCHEMA, _COUNTED, checkpoint.identity, options.model_dump(exclude={"data"}), text, counts]
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()

@@ -5,8 +5,8 @@ In: true importances [M, Lp, U] and scores by method ([M, Lp, U], or [Lp, U] for
 method selects through the same threshold as the engine does. Two numbers per scope and density:
 
 - recall: the share of the truly important units that were selected. Truly important are the units that the same
-  selection keeps when it is given the truth; a unit with importance zero never is.
-- mass: the share of the importance that lies in the selected units.
+  selection keeps when it is given the truth; a unit with importance zero, or less, never is.
+- mass: the share of the importance that lies in the selected units; less than zero counts as zero.
 
 In local scope both compare units of one layer. In global scope the truth is scaled per layer first (min-max), which
 is what the predictor learns and ranks by.
@@ -37,7 +37,7 @@ def found_report(truth_MLU: Floats, methods: Mapping[str, Floats]) -> dict[str, 
     """Return report[scope][density][method] = {recall, mass, recall_per_layer}."""
     report: dict[str, Any] = {}
     for scope in SCOPES:
-        compared_MLU = truth_MLU if scope == "local" else _comparable(truth_MLU)
+        compared_MLU = np.maximum(truth_MLU, 0) if scope == "local" else _comparable(truth_MLU)
         report[scope] = {}
         for density in DENSITIES:
             wanted_MLU = selected(compared_MLU, density, scope) & (compared_MLU > 0)

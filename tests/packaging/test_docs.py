@@ -18,7 +18,7 @@ TOP = Path(__file__).parents[2]
 PAGES = sorted(path.relative_to(TOP / "docs").as_posix() for path in (TOP / "docs").rglob("*.md"))
 
 
-@pytest.mark.parametrize("script", ["ops_page", "errors_page", "engine_page"])
+@pytest.mark.parametrize("script", ["ops_page", "errors_page", "engine_page", "criteria_page"])
 def test_generated_pages_are_what_their_scripts_write(script: str) -> None:
     spec = importlib.util.spec_from_file_location(script, TOP / "scripts" / f"{script}.py")
     assert spec is not None

@@ -142,6 +142,15 @@ def test_rankings_are_controls_beside_the_predictors_own(collected: Collected, t
     np.testing.assert_allclose(whole[0], others[2].heads_MLH[:, 1:].mean(0), rtol=1e-6)
 
 
+def test_a_signed_criterion_trains_and_the_importance_it_finds_is_a_share(collected: Collected) -> None:
+    trace = collected("taylor")
+    predictor = train(trace, trace.facts, TrainOptions(epochs=1, neuron_block=4, width=16))
+    for kind in ("heads", "neurons"):
+        for by_density in predictor.report["found"][kind].values():
+            for by_method in by_density.values():
+                assert all(0 <= found["mass"] <= 1 for found in by_method.values()), kind
+
+
 def test_a_ranking_of_another_checkpoint_is_refused(collected: Collected) -> None:
     trace, other = collected("plainact"), copy.deepcopy(collected("magnitude"))
     other.meta["model"] = {"name": "other", "identity": "f" * 64}
