@@ -61,9 +61,11 @@ FINDINGS = """\
   activation form has +1.00; over a text +0.71 against +0.78.
 
 What it does not say: units are left out one at a time. What leaving out half of them together costs, and what a
-predictor can know of a criterion, `shadowc eval` tells. The intervals are over texts, for these units: a ranking without
-any knowledge, such as `random`, keeps the chance correlation that it has with them, of about 0.13 with 56 heads and 0.09
-with 112 neurons.
+predictor can know of a criterion, `shadowc eval` tells. The intervals are over texts, for these units: a ranking
+without any knowledge, such as `random`, keeps the chance correlation that it has with them, of about 0.13 with 56 heads
+and 0.09 with 112 neurons.
+
+The text is the first 30 of the 60 articles of WikiText-2's raw test split; opt-mini was not trained on it.
 """
 
 
