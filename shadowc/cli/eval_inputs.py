@@ -77,11 +77,11 @@ class Masks:
         Raises:
             InputError: an entry of a list is not known; all that are known are listed.
         """
-        from shadowc.eval.model import METHODS, RANKING
+        from shadowc.eval.model import METHODS, RANKING, REFERENCE_PROTOCOLS
         from shadowc.eval.request import protocol_named
 
         return Masks(
-            _known(methods, METHODS, "method", "--methods", RANKING),
+            _known(methods, (*METHODS, *REFERENCE_PROTOCOLS), "method", "--methods", RANKING),
             flags.densities_of(densities),
             tuple(map(protocol_named, _listed(protocol))),
             _known(scope, get_args(flags.Scope), "scope", "--scope") or ("",),

@@ -62,7 +62,7 @@ def evaluate(
         str | None,
         typer.Option(
             "--methods",
-            help="Whose masks: predictor, static, normalised, random; default: all that there are.",
+            help="Whose masks: predictor, static, normalised, random (default: all that there are); oracle, prompt.",
             show_default=False,
         ),
     ] = None,

@@ -11,7 +11,7 @@ import numpy as np
 
 from shadowc.eval.ledger import Ledger
 from shadowc.eval.likelihood import log_likelihood
-from shadowc.eval.model import METHODS, EvaluatedModel, random_scores
+from shadowc.eval.model import METHODS, REFERENCE_PROTOCOLS, EvaluatedModel, random_scores
 from shadowc.eval.request import Outcome, Request, Setting
 from shadowc.measure.expected import record_bytes
 from shadowc.runtime.stored import control_names
@@ -120,6 +120,12 @@ class EngineModel(EvaluatedModel):
         target = self.engine.manifest.target
         if self.engine.manifest.sparsity is None:
             return InputError("a dense engine has no masks to control", hint="shadowc compile without --predictor none")
+        references = [method for method in methods if method in REFERENCE_PROTOCOLS]
+        if references:
+            return UnsupportedError(
+                f"{', '.join(references)}: a reference that torch alone can compute",
+                hint="shadowc eval --model MODEL --predictor FOLDER",
+            )
         if self.engine.manifest.tensorrt is None:
             return InputError(
                 f"{self.name} has no masks of method {', '.join(methods)}; it has: {', '.join(self.methods)}",

@@ -6,11 +6,12 @@ from __future__ import annotations
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shadowc.eval.request import DENSE, Outcome, Request, Setting
+from shadowc.eval.request import DENSE, Outcome, Protocol, Request, Setting
 from shadowc.spec.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -19,12 +20,13 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from shadowc.eval.ledger import Ledger
-    from shadowc.eval.request import Protocol
 
     Floats = npt.NDArray[np.float32]
 
 METHODS = ("predictor", "static", "normalised", "random")
 """Whose masks: the predictor's, and those of its controls, which know no context."""
+REFERENCE_PROTOCOLS: Mapping[str, Protocol] = MappingProxyType({"oracle": "decode", "prompt": "prompt"})
+"""See references.py: the true scores of each token, and the units that fired in the prompt."""
 RANKING = "static-"
 """Begins the names of controls by other criteria, see `shadowc train --ranking`."""
 
@@ -44,6 +46,8 @@ class EvaluatedModel(ABC):
     """Those it can follow; the first is the default."""
     methods: tuple[str, ...]
     """Those it has masks of."""
+    references: tuple[str, ...] = ()
+    """Further ones that are measured where they are named, each with one protocol (REFERENCE_PROTOCOLS)."""
     recall: Mapping[str, Any]
     """What a predictor's own report found on held-out text (kind, scope, density, method); empty: nothing is known."""
 
@@ -80,18 +84,26 @@ class EvaluatedModel(ABC):
             UnsupportedError: this kind of model cannot do it.
         """
         methods = dict.fromkeys(setting.method for setting in settings if not setting.dense)
-        unknown = [name for name in methods if name not in METHODS and not name.startswith(RANKING)]
+        known = (*METHODS, *REFERENCE_PROTOCOLS)
+        unknown = [name for name in methods if name not in known and not name.startswith(RANKING)]
         if unknown:
             raise InputError(
                 f"unknown method {', '.join(map(repr, unknown))}",
-                hint=f"--methods takes {', '.join(METHODS)}, {RANKING}CRITERION",
+                hint=f"--methods takes {', '.join(known)}, {RANKING}CRITERION",
             )
-        lacking = [method for method in methods if method not in self.methods]
+        lacking = [method for method in methods if method not in (*self.methods, *self.references)]
         if lacking:
             raise self._lacks(lacking)
         for protocol in dict.fromkeys(setting.protocol for setting in settings):
             if protocol not in self.protocols:
                 raise self._cannot(protocol)
+        for setting in settings:
+            wanted = REFERENCE_PROTOCOLS.get(setting.method, setting.protocol)
+            if setting.protocol != wanted:
+                raise InputError(
+                    f"method {setting.method} has protocol {wanted} only; found {setting.protocol}",
+                    hint=f"--protocol {wanted}, in a command of its own",
+                )
 
     def _lacks(self, methods: Sequence[str]) -> Exception:
         has = ", ".join(self.methods) or "none"

@@ -36,36 +36,32 @@ def quality(evaluation: Evaluation, path: Path) -> None:
             if not row.setting.dense:
                 setting = row.setting
                 curves.setdefault((setting.method, setting.protocol, setting.scope), []).append(row)
+        ways = list(dict.fromkeys((protocol, scope) for _, protocol, scope in curves))
         for index, (name, points) in enumerate(curves.items()):
-            _curve(panel, name, points, index)
+            colour = COLOURS.get(name[0], _OTHERS[index % len(_OTHERS)])
+            _curve(panel, name, points, colour, _LINES[ways.index(name[1:]) % len(_LINES)])
         panel.set(title=corpus.name, xlabel="layer bytes read, of a dense token's", ylabel=dense.metrics[0].name)
         panel.legend(fontsize=6)
     save(drawn, _note(evaluation), path)
 
 
-def _curve(panel: Any, name: tuple[str, str, str], rows: list[Row], index: int) -> None:
-    """Draw one method: its figures with their intervals, in the order of the bytes."""
-    method, protocol, scope = name
-    points = sorted((1 - row.sparsity, row.intervals[0]) for row in rows)
+def _curve(panel: Any, name: tuple[str, str, str], rows: list[Row], colour: str, line: str) -> None:
+    """Draw one method, protocol and scope: its figures with their intervals, in the order of the bytes."""
+    points = sorted(((1 - row.sparsity, row) for row in rows), key=lambda point: point[0])
     read = [at for at, _ in points]
+    found = [row.intervals[0] for _, row in points]
     panel.plot(
         read,
-        [found.value for _, found in points],
-        _LINES[("decode", "prompt", "paper").index(protocol)],
+        [one.value for one in found],
+        line,
         marker="o",
         markersize=3,
         linewidth=1,
-        color=COLOURS.get(method, _OTHERS[index % len(_OTHERS)]),
-        label=" ".join(part for part in (method, protocol, scope) if part),
+        color=colour,
+        label=" ".join(part for part in name if part),
     )
-    panel.fill_between(
-        read,
-        [found.low for _, found in points],
-        [found.high for _, found in points],
-        color=COLOURS.get(method, _OTHERS[index % len(_OTHERS)]),
-        alpha=0.12,
-        linewidth=0,
-    )
+    low, high = [one.low for one in found], [one.high for one in found]
+    panel.fill_between(read, low, high, color=colour, alpha=0.08, linewidth=0)
 
 
 def recall(model: EvaluatedModel, path: Path) -> None:

@@ -53,7 +53,15 @@ def corpora(evaluation: Evaluation) -> tuple[Corpus, ...]:
 def tidy(evaluation: Evaluation) -> Iterator[dict[str, Value]]:
     """Yield a line for every figure of every row, all with the same columns."""
     for row in evaluation.rows:
-        common = {"model": evaluation.model.name, "corpus": row.corpus.name, **_settings(row), **_costs(row)}
+        common: dict[str, Value] = {
+            "model": evaluation.model.name,
+            "identity": evaluation.model.identity,
+            "corpus": row.corpus.name,
+            "sha256": row.corpus.sha256,
+            "seed": evaluation.seed,
+            **_settings(row),
+            **_costs(row),
+        }
         for metric, found, above in zip(row.metrics, row.intervals, row.above_dense, strict=True):
             yield {
                 **common,

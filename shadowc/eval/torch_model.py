@@ -26,6 +26,7 @@ from torch import Tensor
 from shadowc.eval.ledger import Ledger
 from shadowc.eval.likelihood import log_likelihood
 from shadowc.eval.model import METHODS, EvaluatedModel, random_scores
+from shadowc.eval.references import REFERENCES, oracle_scores, prompt_scores
 from shadowc.eval.request import PROTOCOLS, Outcome, Request, Setting
 from shadowc.sparsity.families import decoder_of
 from shadowc.sparsity.reference import MaskedModel, MaskedState
@@ -87,6 +88,7 @@ class TorchModel(EvaluatedModel):
         self._controls = {} if predictor is None else predictor.controls
         has = {"random", *self._controls, *(() if predictor is None else ("predictor",))}
         self.methods = tuple(name for name in (*METHODS, *sorted(has - {*METHODS})) if name in has)
+        self.references = () if predictor is None else REFERENCES
         if predictor is not None and predictor.style != "shadow":  # no token knows the masks of all layers ahead
             self.protocols = ("decode",)
         self.ledger = ledger_of(model, 0 if predictor is None else 4 * predictor.parameters)
@@ -241,24 +243,34 @@ class TorchModel(EvaluatedModel):
 
     def _scores(self, ids_BS: Tensor, setting: Setting, requests: Sequence[Request], first_B: Tensor) -> Pair | None:
         """Return what takes the place of the predictor's own scores of each token; None: nothing does."""
-        if setting.method == "random":
-            return self._random(ids_BS.shape[1], setting, requests, first_B)
+        if setting.method == "random" or setting.method in REFERENCES:
+            return self._per_request(ids_BS.shape[1], setting, requests, first_B)
         if setting.method != "predictor":
             return self._controls[setting.method]
         return self._last_tokens(ids_BS, requests, setting) if setting.protocol == "paper" else None
 
-    def _random(self, tokens: int, setting: Setting, requests: Sequence[Request], first_B: Tensor) -> Pair:
-        """Return scores [B,Z,L,U] of both kinds, for each row's masked tokens; one for all where a mask holds."""
+    def _per_request(self, tokens: int, setting: Setting, requests: Sequence[Request], first_B: Tensor) -> Pair:
+        """Return scores [B,Z,L,U] of both kinds that are made request by request, for each row's masked tokens."""
         begin = int(first_B.min())
-        shapes = [(self._layers, units) for units in self._units]
-        rows = [np.zeros((len(requests), tokens - begin, *shape), np.float32) for shape in shapes]
+        units = [(self._layers, count) for count in self._units]
+        rows = [np.zeros((len(requests), tokens - begin, *one), np.float32) for one in units]
         for row, request in enumerate(requests):
             first = int(first_B[row]) - begin
-            length = tokens - begin - first
-            drawn = random_scores(self._seed, request, *shapes)(length if setting.protocol == "decode" else 1)
-            for kind in range(2):
-                rows[kind][row, first:] = drawn[kind][0]
+            for kind, scores in enumerate(self._made(request, setting, tokens - begin - first)):
+                end = None if len(scores) == 1 else first + len(scores)  # one holds for all tokens
+                rows[kind][row, first:end] = scores
         return rows[0], rows[1]
+
+    def _made(self, request: Request, setting: Setting, tokens: int) -> tuple[Any, Any]:
+        """Return the scores [Z or 1,L,U] of one request."""
+        dense, predictor = setting.dense_tokens(request), self._predictor
+        if predictor is not None and setting.method == "oracle":
+            return oracle_scores(self._model, self._checkpoint.facts, predictor, request, dense)
+        if predictor is not None and setting.method == "prompt":
+            return prompt_scores(self._model, predictor, request.ids[:dense])
+        heads, neurons = ((self._layers, count) for count in self._units)
+        drawn = random_scores(self._seed, request, heads, neurons)(tokens if setting.protocol == "decode" else 1)
+        return drawn[0][0], drawn[1][0]
 
     def _last_tokens(self, ids_BS: Tensor, requests: Sequence[Request], setting: Setting) -> Pair:
         """Return the scores [B,1,L,U] that the last token of each row gives: the mask of all its tokens."""

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scores that no deployed predictor has: references for what one could reach, and what takes no training.
+
+`oracle`: the criterion's true scores of every token, from the dense model and the text that follows: an upper bound for
+predictors of this criterion. `prompt`: how strongly the units fire in the prompt, as GRIFFIN selects neurons (each
+token's activations scaled to length 1, then the root of the sum of squares over the tokens); heads by the same rule.
+
+Letters: Z masked tokens, S tokens, L predicted layers, H heads, D head size, F neurons, N units of neurons.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from shadowc.sparsity.cluster import block_sums
+from shadowc.sparsity.families import decoder_of, watched
+from shadowc.spec.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from shadowc.checkpoint.facts import ModelFacts
+    from shadowc.eval.request import Request
+    from shadowc.sparsity.predictor import Predictor
+
+    Floats = npt.NDArray[np.float32]
+
+REFERENCES = ("oracle", "prompt")
+"""Measured where they are named only: oracle takes a backward pass of every text, prompt has one protocol."""
+
+
+def oracle_scores(
+    model: Any, facts: ModelFacts, predictor: Predictor, request: Request, first: int
+) -> tuple[Floats, Floats]:
+    """Return the true scores [Z,L,H] and [Z,L,N] of a request's input tokens from `first` on.
+
+    Raises:
+        InputError: the predictor's criterion has no score of a token, or a score is not finite.
+    """
+    from shadowc.sparsity.criteria import find_criterion
+    from shadowc.sparsity.record import record_batch
+
+    name = str(predictor.meta.get("criterion", "plainact"))
+    criterion = find_criterion(name)
+    if criterion.per != "token":
+        raise InputError(
+            f"criterion {name} has no score of a single token, so there is no oracle of it",
+            hint="--methods predictor,static,normalised",
+        )
+    with torch.inference_mode(False):
+        rows = record_batch(
+            model, facts, criterion, np.asarray([request.ids], np.int64), [np.arange(first, len(request.ids) - 1)]
+        )
+    if rows.dropped:
+        raise InputError(f"the oracle's scores are not finite: {next(iter(rows.dropped.values()))}")
+    pairs = zip(rows.neurons_LMF[1:], predictor.orders_LF, strict=True)
+    blocks = [block_sums(scores_ZF, order_F, predictor.block) for scores_ZF, order_F in pairs]
+    return rows.heads_MLH[:, 1:], np.stack(blocks, axis=1)
+
+
+def prompt_scores(model: Any, predictor: Predictor, ids: tuple[int, ...]) -> tuple[Floats, Floats]:
+    """Return how strongly units fire in a prompt: heads [1,L,H] and units of neurons [1,L,N]."""
+    decoder = decoder_of(model)
+    later = decoder.blocks[1:]
+    heads: list[Floats] = []
+    neurons: list[Floats] = []
+
+    def of_heads(context: Tensor) -> None:
+        context_SHD = context.reshape(len(ids), decoder.heads, -1)
+        heads.append(_strength(context_SHD.norm(dim=-1)))
+
+    def of_neurons(hidden: Tensor) -> None:
+        order_F = predictor.orders_LF[len(neurons)]
+        squares_1F = _strength(hidden.reshape(len(ids), -1))[None] ** 2
+        neurons.append(np.sqrt(block_sums(squares_1F, order_F, predictor.block))[0])
+
+    sites = [(block.context, of_heads) for block in later] + [(block.hidden, of_neurons) for block in later]
+    with watched(*sites):
+        model(input_ids=torch.tensor([ids]), use_cache=False)
+    return np.stack(heads)[None], np.stack(neurons)[None]
+
+
+def _strength(values_SU: Tensor) -> Floats:
+    """Scale every token's values to length 1 and return each unit's length over the tokens, [U]."""
+    scaled_SU = values_SU / values_SU.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+    strength_U: Floats = scaled_SU.norm(dim=0).numpy()
+    return strength_U

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Oracle scores are the criterion's own, prompt scores what fired in the prompt; each has one protocol."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from shadowc.eval.load import engine_model
+from shadowc.eval.references import oracle_scores, prompt_scores
+from shadowc.eval.request import Request, Setting
+from shadowc.eval.torch_model import TorchModel
+from shadowc.sparsity.collect import record_batch
+from shadowc.sparsity.criteria import find_criterion
+from shadowc.spec.density import Density
+from shadowc.spec.errors import InputError, UnsupportedError
+from tests.eval.test_protocols import request
+
+HALF = Density(0.5, 0.25)
+
+
+def test_the_oracle_knows_each_tokens_own_scores(in_torch: TorchModel) -> None:
+    asked, predictor = request(1), in_torch._predictor
+    assert predictor is not None
+    with torch.inference_mode():  # as `score` calls it
+        heads, neurons = oracle_scores(in_torch._model, in_torch._checkpoint.facts, predictor, asked, 3)
+    rows = record_batch(
+        in_torch._model, in_torch._checkpoint.facts, find_criterion("plainact"), np.array([asked.ids]), [np.array([9])]
+    )
+    assert heads.shape[0] == 20
+    np.testing.assert_allclose(heads[6], rows.heads_MLH[0, 1:], rtol=1e-4, atol=1e-9)
+    first_block = rows.neurons_LMF[2][0, predictor.orders_LF[1][: predictor.block]].sum()
+    assert neurons[6, 1, 0] == pytest.approx(first_block, rel=1e-4)
+
+
+def test_the_oracles_masks_are_the_best_units_of_each_token(in_torch: TorchModel) -> None:
+    requests = [request(seed, tokens, tokens - 1) for seed, tokens in ((1, 24), (2, 12))]  # one row is padded
+    setting = Setting("oracle", HALF)
+    together = in_torch.score(requests, setting)
+    for one, asked in zip(together, requests, strict=True):
+        assert one.log_probability == pytest.approx(in_torch.score([asked], setting)[0].log_probability, rel=1e-5)
+        assert one.heads / one.masked == pytest.approx(0.5, abs=0.1)
+    tail = Request(requests[0].ids, 6, 18)
+    (answer,) = in_torch.score([tail], setting)
+    (whole,) = in_torch.score([Request(tail.ids, 6)], Setting("oracle", HALF, prompt_tokens=18))
+    assert answer.log_probability == pytest.approx(whole.log_probability, rel=1e-5)
+
+
+def test_prompt_scores_are_lengths_of_scaled_activations(in_torch: TorchModel) -> None:
+    ids, predictor, model = request(3).ids[:7], in_torch._predictor, in_torch._model
+    assert predictor is not None
+    with torch.inference_mode():
+        heads, neurons = prompt_scores(model, predictor, ids)
+    seen: list[torch.Tensor] = []
+    layer = model.model.decoder.layers[1]
+    handles = [part.register_forward_pre_hook(lambda _, given: seen.append(given[0].clone())) for part in
+               (layer.self_attn.out_proj, layer.fc2)]  # fmt: skip
+    with torch.no_grad():
+        model(input_ids=torch.tensor([ids]))
+    for handle in handles:
+        handle.remove()
+    context, hidden = seen[0].reshape(7, heads.shape[2], -1), seen[1].reshape(7, -1)
+    for head in range(heads.shape[2]):
+        share = [float(context[at, head].norm() / context[at].norm()) for at in range(7)]
+        assert heads[0, 0, head] == pytest.approx(np.sqrt(np.square(share).sum()), rel=1e-4)
+    members = predictor.orders_LF[0][: predictor.block]
+    share = [float(hidden[at, members.tolist()].norm() / hidden[at].norm()) for at in range(7)]
+    assert neurons[0, 0, 0] == pytest.approx(np.sqrt(np.square(share).sum()), rel=1e-4)
+
+
+def test_the_prompts_mask_holds_for_what_follows(in_torch: TorchModel) -> None:
+    asked = request(4, 20, 6, 14)
+    (found,) = in_torch.score([asked], Setting("prompt", HALF, "prompt"))
+    assert found.masked == 5
+    assert found.heads / 5 == pytest.approx(0.5, abs=0.1)
+    others = {name: in_torch.score([asked], Setting(name, HALF, "prompt"))[0] for name in ("predictor", "random")}
+    assert len({found.log_probability, *(one.log_probability for one in others.values())}) == 3
+
+
+def test_each_reference_has_one_protocol_and_is_for_torch(
+    in_torch: TorchModel, engine_folders: dict[str, Path]
+) -> None:
+    with pytest.raises(InputError, match="method oracle has protocol decode only; found prompt"):
+        in_torch.check(Setting("oracle", HALF, "prompt"))
+    with pytest.raises(InputError, match="method prompt has protocol prompt only; found decode"):
+        in_torch.check(Setting("prompt", HALF))
+    with pytest.raises(UnsupportedError, match="oracle: a reference that torch alone can compute"):
+        engine_model(engine_folders["token"]).check(Setting("oracle", HALF))
+    assert not {"oracle", "prompt"} & set(in_torch.methods)  # measured only where they are named
