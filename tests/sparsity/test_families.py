@@ -305,10 +305,9 @@ def test_llama_plainact_is_the_slope_when_a_unit_is_scaled(
         assert found == pytest.approx(abs(loss(1 + step) - loss(1 - step)) / (2 * step), rel=5e-3), kind
 
 
-def test_groups_of_layers_change_no_score(
-    model: Any, ids_BT: torch.Tensor, checkpoint: Any, llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+def assert_groups_change_no_score(
+    model: Any, facts: Any, ids_BT: torch.Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    facts = {"opt": checkpoint, "llama": llama_checkpoint}[model.config.model_type].facts
     arguments = (model, facts, find_criterion("plainact"), ids_BT.numpy(), [np.arange(1, 11)] * 2)
     whole = record_batch(*arguments)
     assert record.layers_at_once(facts, 2, 12) == facts.layers
@@ -319,6 +318,28 @@ def test_groups_of_layers_change_no_score(
     np.testing.assert_allclose(parts.heads_MLH, whole.heads_MLH, rtol=1e-4, atol=FLOAT32)
     for mine, theirs in zip(parts.neurons_LMF + parts.inputs_LME, whole.neurons_LMF + whole.inputs_LME, strict=True):
         np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=FLOAT32)
+
+
+def test_groups_of_layers_change_no_score(
+    model: Any, ids_BT: torch.Tensor, checkpoint: Any, llama_checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = {"opt": checkpoint, "llama": llama_checkpoint}[model.config.model_type].facts
+    assert_groups_change_no_score(model, facts, ids_BT, monkeypatch)
+
+
+def test_a_groups_input_that_changed_before_it_runs_again_would_be_noticed(
+    tiny_model: Any, ids_BT: torch.Tensor, checkpoint: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Planted defect: what a group stored of the forward pass is written to before its turn comes."""
+    original = record._Backwards._again
+
+    def again(self: Any, group: range, held: Any) -> torch.Tensor:
+        self._starts[group[0]][:, 5, 0] += 1.0
+        return original(self, group, held)
+
+    monkeypatch.setattr(record._Backwards, "_again", again)
+    with pytest.raises(AssertionError, match="Not equal to tolerance"):
+        assert_groups_change_no_score(tiny_model, checkpoint.facts, ids_BT, monkeypatch)
 
 
 PEAK = """

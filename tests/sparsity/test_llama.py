@@ -13,6 +13,7 @@ from shadowc.checkpoint.facts import ModelFacts
 from shadowc.checkpoint.opt import OptFacts
 from shadowc.checkpoint.resolve import ModelCheckpoint
 from shadowc.sparsity.collect import collect
+from shadowc.sparsity.families import watched
 from shadowc.sparsity.importance import ImportanceTrace
 from shadowc.sparsity.networks import cost_share
 from shadowc.sparsity.predictor import Predictor
@@ -33,7 +34,7 @@ def trace(llama_checkpoint: ModelCheckpoint, tmp_path_factory: pytest.TempPathFa
     return collect(llama_checkpoint, options, tmp_path_factory.mktemp("llama") / "trace")
 
 
-@pytest.fixture(scope="module", params=["shadow", "dejavu"])
+@pytest.fixture(scope="module", params=["shadow", "dejavu", "shadow+"])
 def style(request: pytest.FixtureRequest) -> Style:
     return request.param
 
@@ -64,17 +65,19 @@ def test_masked_decoding_scores_what_the_predictor_scores_and_is_causal(
     masked: MaskedModel, predictor: Predictor, trace: ImportanceTrace
 ) -> None:
     ids = torch.from_numpy(trace.tokens_NT[:2].astype(np.int64))
-    seen: list[torch.Tensor] = []
-    block = masked.decoder.blocks[0] if predictor.style == "shadow" else masked.decoder.blocks[1]
-    site = block.context if predictor.style == "shadow" else block.reads
-    handle = site.watch(lambda tensor: seen.append(tensor.clone()))
-    result = masked.logits(ids, density=HALF, masked_from=4)
-    handle.remove()
-    inputs = seen[0][:, 4:].flatten(0, 1).numpy()
-    given = inputs if predictor.style == "shadow" else np.repeat(inputs[:, None], 3, axis=1)
-    expected = predictor.scores(given)
-    for mine, wanted in zip((result.scores_heads, result.scores_neurons), expected, strict=True):
-        np.testing.assert_allclose(mine.flatten(0, 1)[:, 0].numpy(), wanted[:, 0], atol=FLOAT32)
+    later = masked.decoder.blocks[1:]
+    sites = [masked.decoder.blocks[0].context, *(block.reads for block in later), *(block.ffn_reads for block in later)]
+    seen: dict[int, np.ndarray[Any, Any]] = {}
+    watches = [
+        (site, lambda tensor, n=n: seen.__setitem__(n, tensor[:, 4:].flatten(0, 1).numpy().copy()))
+        for n, site in enumerate(sites)
+    ]
+    with watched(*watches):
+        result = masked.logits(ids, density=HALF, masked_from=4)
+    attention, ffn = (np.stack([seen[n] for n in numbers], axis=1) for numbers in ((1, 2, 3), (4, 5, 6)))
+    given = {"shadow": seen[0], "dejavu": attention, "shadow+": np.stack([attention, ffn], axis=1)}[predictor.style]
+    for mine, wanted in zip((result.scores_heads, result.scores_neurons), predictor.scores(given), strict=True):
+        np.testing.assert_allclose(mine.flatten(0, 1).numpy(), wanted, rtol=1e-4, atol=1e-4)
     changed = ids.clone()
     changed[:, 20:] = 5
     again = masked.logits(changed, density=HALF, masked_from=4)
@@ -113,7 +116,7 @@ def test_a_predictor_for_another_shape_is_refused(predictor: Predictor, small_fa
         predictor.require_fit(small_facts)
 
 
-@pytest.mark.parametrize("style_of_cost", ["shadow", "dejavu"])
+@pytest.mark.parametrize("style_of_cost", ["shadow", "dejavu", "shadow+"])
 def test_a_predictors_share_is_of_what_a_dense_token_reads(
     llama_checkpoint: ModelCheckpoint, style_of_cost: Style
 ) -> None:
