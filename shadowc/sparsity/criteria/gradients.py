@@ -27,7 +27,8 @@ def taylor(signals: LayerSignals) -> Scores:
     """Heads -sum_i g_i a_i, neurons -q u: plainact with its sign, the change of the loss to first order. Signed.
 
     Negative: without the unit the loss of this text falls. Which way it goes depends on the tokens that follow, which a
-    predictor does not see; the means over texts, a static ranking, keep what is left of it.
+    predictor does not see. Nearly exact for one unit left out alone, it is a poor ranking of units to leave out
+    together (docs/results/criteria.md): for study, not for masks.
 
     Source: the Taylor expansion of Molchanov et al. (arXiv 1611.06440), who take its absolute value. No criterion of
     ShadowLLM keeps the sign of a first-order term.
