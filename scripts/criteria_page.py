@@ -86,8 +86,8 @@ protocol decode, one calibration text for all:
 | `static-magnitude` | 2.676 [2.636 2.723] | +0.571 |
 
 Paired, `fisher` is better than `plainact` by 0.008 [0.003 0.013], `taylor` worse by 0.253 [0.231 0.274]. Here size
-ranks sets of units better than signed change does: a correlation with what one unit costs alone does not choose a criterion.
-Why was not looked into; that the changes of many units do not add is our guess.
+ranks sets of units better than signed change does: a correlation with what one unit costs alone does not choose a
+criterion. Why was not looked into; that the changes of many units do not add is our guess.
 
 ```console
 $ shadowc collect --model opt-mini --data books.jsonl --positions 2048 --length 128 --criterion NAME --out NAME.trace
