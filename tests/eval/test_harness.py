@@ -7,7 +7,6 @@ They run where lm-eval is installed. The last test makes such an environment.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import subprocess
 import sys
@@ -165,6 +164,7 @@ def test_arguments_that_the_model_does_not_have_are_refused(tiny_checkpoint: Pat
         ShadowcLM()
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.network
 @pytest.mark.slow
 @pytest.mark.skipif(HERE, reason="lm-eval is installed here: the tests above ran")
@@ -183,4 +183,4 @@ def test_they_agree_in_an_environment_with_lm_eval(tmp_path: Path) -> None:
     )
     assert run.returncode == 0, run.stdout[-4000:]
     assert "4 passed" in run.stdout, run.stdout
-    assert json.dumps("skipped") not in run.stdout
+    assert "skipped" not in run.stdout
