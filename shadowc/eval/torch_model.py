@@ -120,6 +120,17 @@ class TorchModel(EvaluatedModel):
         if self._predictor is not None:
             refuse_if_calibrated(fingerprint(content, documents), self._predictor.meta)
 
+    def check(self, *settings: Setting) -> None:
+        """See EvaluatedModel.check; also refuse scopes that the predictor's style does not have.
+
+        Raises:
+            InputError, UnsupportedError: a setting is not one of this model.
+        """
+        super().check(*settings)
+        for setting in settings:
+            if setting.method == "predictor" and self._predictor is not None:
+                self._predictor.scope(cast("Scope | None", setting.scope or self._scope or None))
+
     def score(self, requests: Sequence[Request], setting: Setting) -> list[Outcome]:
         """Answer the requests, in their order.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,11 @@ from shadowc.eval.request import Protocol, Request, Setting
 from shadowc.eval.run import evaluate, settings_of
 from shadowc.eval.texts import TextCorpus, corpus_of
 from shadowc.eval.torch_model import TorchModel
+from shadowc.sparsity.predictor import Predictor
 from shadowc.sparsity.reference import MaskedState
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
+from shadowc.spec.options import Style
 from tests.eval.conftest import PROSE
 
 HALF = Density(0.5, 0.25)
@@ -158,6 +161,24 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(
     read = model.passes
     model.score(requests, settings[1])
     assert model.passes - read == 3 * 3  # rows x inputs behind the prompt: the prompt itself is not read again
+
+
+@pytest.mark.parametrize("style", ["dejavu", "shadow+"])
+def test_styles_that_know_one_layer_are_decoded_and_their_controls_are_ranked_anywhere(
+    in_torch: TorchModel, style: Style
+) -> None:
+    checkpoint, known = in_torch._checkpoint, in_torch._predictor
+    assert known is not None
+    predictor = replace(Predictor.dummy(checkpoint.facts, known.block, 32, style=style), controls=known.controls)
+    model = TorchModel(in_torch._model, checkpoint, predictor)
+    asked = request(1)
+    (found,) = model.score([asked], Setting("predictor", HALF))
+    assert found.log_probability == pytest.approx(nats(step_by_step(model, asked.ids[:-1], 1), asked.targets), rel=1e-5)
+    assert model.protocols == ("decode",)
+    with pytest.raises(InputError, match="cannot be ranked together"):
+        model.check(Setting("predictor", HALF, scope="global"))
+    scopes = [model.score([asked], Setting("random", HALF, scope=scope))[0] for scope in ("local", "global")]
+    assert scopes[0].log_probability != scopes[1].log_probability
 
 
 def test_an_answer_of_one_token_is_the_same_under_any_mask(in_torch: TorchModel) -> None:
