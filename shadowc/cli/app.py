@@ -39,7 +39,7 @@ COMMANDS = (
     ("criteria", criteria, "nothing was changed"),
     ("train", train, "no predictor is left half written"),
     ("run", run, "the engine is unchanged"),
-    ("eval", evaluate, "the engine is unchanged"),
+    ("eval", evaluate, "what a --sweep has computed is kept, and goes on with the same command"),
     ("bench", bench, "the engine is unchanged"),
     ("inspect", inspect, "the engine is unchanged"),
     ("verify", verify, "the engine is unchanged"),
