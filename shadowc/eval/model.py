@@ -98,6 +98,13 @@ class EvaluatedModel(ABC):
             if protocol not in self.protocols:
                 raise self._cannot(protocol)
         for setting in settings:
+            least = 1 if setting.protocol == "prompt" else 0
+            if setting.prompt_tokens is not None and setting.prompt_tokens < least:
+                raise InputError(
+                    f"protocol {setting.protocol} takes at least {least} dense tokens at the start of a request; "
+                    f"prompt_tokens is {setting.prompt_tokens}",
+                    hint=f"--prompt-tokens {least}",
+                )
             wanted = REFERENCE_PROTOCOLS.get(setting.method, setting.protocol)
             if setting.protocol != wanted:
                 raise InputError(

@@ -210,6 +210,14 @@ def test_an_engine_refuses_what_only_torch_can(engine_folders: dict[str, Path]) 
         engine.check(Setting("predictor", HALF, "prompt"))
 
 
+def test_a_mask_of_a_prompt_needs_a_prompt(in_torch: TorchModel) -> None:
+    in_torch.check(Setting("predictor", HALF, prompt_tokens=0))
+    with pytest.raises(InputError, match="at least 1 dense tokens at the start of a request; prompt_tokens is 0"):
+        in_torch.check(Setting("predictor", HALF, "prompt", prompt_tokens=0))
+    with pytest.raises(InputError, match="at least 0 dense tokens"):
+        in_torch.check(Setting("predictor", HALF, prompt_tokens=-1))
+
+
 def test_without_a_predictor_there_are_random_masks_only(tiny_checkpoint: Path) -> None:
     from shadowc.eval.load import torch_model
     from shadowc.sparsity.importance import Origin
