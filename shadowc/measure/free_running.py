@@ -2,7 +2,8 @@
 """Parity B: engine and masked torch model both generate freely, each with its own masks, and must agree.
 
 A difference is excused only where rounding may decide: a unit whose score lies at the threshold, two
-logits that tie, or anything after such a unit (its effect stays in the cache). All are counted.
+logits that tie, or anything after such a unit: in later tokens (its effect stays in the cache) and, where every layer
+scores its own units, in later layers of the same token. All are counted.
 
 Letters: B prompts, S prompt tokens, L predicted layers, N units per layer, V vocabulary.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from shadowc.runtime.engine import Engine
     from shadowc.runtime.probe import Probe
     from shadowc.sparsity.reference import MaskedModel
+    from shadowc.spec.options import Style
 
 NEAR_THRESHOLD = 1e-5
 """A unit this close to the threshold may fall either way: a share of the spread of the scores ranked together, which
@@ -56,7 +58,7 @@ class FreeRun:
     masks_excused: int
     """Tokens whose masks differ in units at the threshold only."""
     masks_after: int
-    """Tokens whose masks differ elsewhere, but after such a token: only the cache that it left excuses them."""
+    """Tokens whose masks differ elsewhere, but after such a unit, of the token or of one before it."""
     masks_wrong: int
     tokens_excused: int
     """Tokens that differ by a tie, or after a unit at the threshold."""
@@ -97,7 +99,7 @@ def free_run(
         raise InputError(
             "a dense engine makes no masks that could differ", hint="shadowc compile without --predictor none"
         )
-    rows = [_Row(sparsity.scope, sparsity.exempt) for _ in prompts_BS]
+    rows = [_Row(sparsity.scope, sparsity.exempt, sparsity.style) for _ in prompts_BS]
     ours, theirs = _engine_steps(engine.prober()(), prompts_BS, density), _torch_steps(masked, prompts_BS, density)
     mine, other = ours(None), theirs(None)
     for _ in range(tokens):
@@ -119,6 +121,7 @@ class _Row:
 
     scope: str
     exempt: Sequence[int]
+    style: Style = "shadow"
     tokens: int = 0
     near_units: int = 0
     near_ties: int = 0
@@ -146,10 +149,12 @@ class _Row:
             self.tokens_wrong += 1
 
     def masks(self, mine: Step, other: Step) -> None:
-        """Counts the masks of one token."""
+        """Counts the masks of one token; S: the selections of all layers, each layer's heads before its neurons."""
         if self.parted:
             return
-        near, differ, beyond = False, False, False
+        near = False
+        differ: list[npt.NDArray[np.bool_]] = []
+        beyond: list[npt.NDArray[np.bool_]] = []
         for kind in KINDS:
             a, b = _mask(mine, kind), _mask(other, kind)
             close = near_threshold(
@@ -157,16 +162,28 @@ class _Row:
             )
             together = (1, 2) if self.scope == "global" else 2
             near |= bool((close.sum(axis=together) > 1).any())  # the unit that sets the threshold is always close
-            differ |= bool((a != b).any())
-            beyond |= bool(((a != b) & ~close).any())
+            differ.append((a != b).any(axis=(0, 2)))
+            beyond.append(((a != b) & ~close).any(axis=(0, 2)))
         self.near_units += near
-        if differ and not beyond:
+        differ_S, beyond_S = (np.stack(parts, axis=1).reshape(-1) for parts in (differ, beyond))  # as they are made
+        if not differ_S.any():
+            return
+        if not beyond_S.any():
             self.masks_excused += 1
-        elif differ and self._touched:
+        elif self._touched or not self._caused(int(differ_S.argmax()), beyond_S):
             self.masks_after += 1
-        elif differ:
+        else:
             self.masks_wrong += 1
-        self._touched |= differ
+        self._touched = True
+
+    def _caused(self, first: int, beyond_S: npt.NDArray[np.bool_]) -> bool:
+        """Whether no unit at the threshold explains a token's differences; `first` is the first selection that has any.
+
+        Scores of style shadow are made at once, those of dejavu by layer, those of shadow+ selection by selection.
+        """
+        together = {"shadow": len(beyond_S), "dejavu": len(KINDS), "shadow+": 1}[self.style]
+        begin = first // together * together
+        return bool(beyond_S[begin : begin + together].any())
 
 
 def _of(step: Step, row: int) -> Step:

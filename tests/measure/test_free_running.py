@@ -11,12 +11,13 @@ import pytest
 
 import shadowc
 from shadowc.checkpoint.resolve import resolve
-from shadowc.measure.free_running import EXCUSED_LIMIT, FreeRun, free_run, near_threshold
+from shadowc.measure.free_running import EXCUSED_LIMIT, FreeRun, _Row, free_run, near_threshold
 from shadowc.runtime.engine import Engine
 from shadowc.sparsity.predictor import Predictor
 from shadowc.sparsity.reference import MaskedModel, load_torch_model
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
+from shadowc.spec.options import Style
 from shadowc.spec.progress import NullProgress
 from shadowc.stages import Stages
 from tests.e2e import compiled
@@ -86,3 +87,35 @@ def test_no_unit_is_near_when_the_spread_is_not_finite(wild: float) -> None:
 def test_a_dense_engine_has_no_free_run(sparse_engine: Path, masked: MaskedModel) -> None:
     with pytest.raises(InputError, match="dense engine"):
         run(shadowc.load(sparse_engine).dense_twin(), masked, Density())
+
+
+def _step(heads: list[float], neurons: list[float]) -> dict[str, np.ndarray]:
+    """One token of two layers with two heads and two neurons each; thresholds are 0, the spread of scores is 2."""
+    parts = {"heads": heads, "neurons": neurons}
+    found = {f"scores.{kind}": np.array(values, np.float32).reshape(1, 2, 2) for kind, values in parts.items()}
+    return found | {f"threshold.{kind}": np.zeros((1, 2), np.float32) for kind in parts}
+
+
+NEAR, FAR = 1e-6, 0.5
+AT_A_HEAD = _step([1, -NEAR, 1, -1], [1, -1, 1, -1])
+
+
+@pytest.mark.parametrize("style", ["shadow", "dejavu", "shadow+"])
+def test_a_unit_at_the_threshold_excuses_what_is_scored_after_it(style: Style) -> None:
+    """A head of layer 1 falls the other way. What then differs clearly, and is it behind it?"""
+    places = {
+        "neurons of the same layer": ([1, NEAR, 1, -1], [-FAR, -1, 1, -1], {"shadow+"}),
+        "heads of the next layer": ([1, NEAR, -FAR, -1], [1, -1, 1, -1], {"dejavu", "shadow+"}),
+        "another head of the same layer": ([-FAR, NEAR, 1, -1], [1, -1, 1, -1], set()),
+    }
+    for place, (heads, neurons, excused_in) in places.items():
+        row = _Row("local", (), style)
+        row.masks(_step(heads, neurons), AT_A_HEAD)
+        assert (row.masks_after, row.masks_wrong) == ((1, 0) if style in excused_in else (0, 1)), place
+
+
+@pytest.mark.parametrize("style", ["shadow", "dejavu", "shadow+"])
+def test_a_clear_difference_that_comes_first_is_wrong_in_every_style(style: Style) -> None:
+    row = _Row("local", (), style)
+    row.masks(_step([FAR, FAR, 1, -1], [1, NEAR, 1, -1]), _step([1, -1, 1, -1], [1, -NEAR, 1, -1]))
+    assert (row.masks_excused, row.masks_after, row.masks_wrong) == (0, 0, 1)
