@@ -45,10 +45,22 @@ def _section(op: OpSpec) -> str:
     lines += ["| | name | shape | type | meaning |", "| --- | --- | --- | --- | --- |"]
     lines += [_operand("input", operand) for operand in op.inputs]
     lines += [_operand("output", operand) for operand in op.outputs]
+    lines += _extension(op)
     lines += _tensorrt(op)
     lines += ["", "| attribute | type | default | meaning |", "| --- | --- | --- | --- |"]
     lines += [_attribute(attribute) for attribute in op.attributes]
     return "\n".join(lines) + "\n"
+
+
+def _extension(op: OpSpec) -> list[str]:
+    """What the operator for the CPU may take besides."""
+    if op.norm is None:
+        return []
+    lines = ["", f"On the CPU it may take these as well, all or none: {op.norm.promise}", ""]
+    lines += ["| | name | shape | type | meaning |", "| --- | --- | --- | --- | --- |"]
+    lines += [_operand("input", operand) for operand in op.norm.inputs]
+    lines += ["", "| attribute | type | default | meaning |", "| --- | --- | --- | --- |"]
+    return lines + [_attribute(attribute) for attribute in op.norm.attributes]
 
 
 def _tensorrt(op: OpSpec) -> list[str]:

@@ -2,6 +2,7 @@
 #include "arena.h"
 
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <new>
 
@@ -82,6 +83,16 @@ Arena& ThreadArena() {
   thread_local Arena arena;
   arena.Reset();
   return arena;
+}
+
+PerThread::PerThread() {
+  static std::atomic<uint64_t> calls{0};
+  call_ = calls.fetch_add(1, std::memory_order_relaxed) + 1;
+}
+
+PerThread::Kept& PerThread::OfThread() {
+  thread_local Kept kept;
+  return kept;
 }
 
 }  // namespace shadowc

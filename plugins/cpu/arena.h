@@ -7,6 +7,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <vector>
 
@@ -61,5 +62,39 @@ class CallArena {
 
 // The calling thread's own arena, emptied. Not to be held across a nested call.
 Arena& ThreadArena();
+
+// One kernel call, for what each of its threads makes once and keeps until it does so for another call.
+class PerThread {
+ public:
+  PerThread();
+  PerThread(const PerThread&) = delete;
+  PerThread& operator=(const PerThread&) = delete;
+
+  // Whether this thread has made it.
+  bool Has() const { return OfThread().call == call_; }
+
+  // What make(Arena*), which returns a T*, has made on this thread.
+  template <class T, class F>
+  const T* Once(F&& make) const {
+    Kept& kept = OfThread();
+    if (kept.call != call_) {
+      kept.call = 0;
+      kept.arena.Reset();
+      kept.made = make(&kept.arena);
+      kept.call = call_;
+    }
+    return static_cast<const T*>(kept.made);
+  }
+
+ private:
+  struct Kept {
+    uint64_t call = 0;
+    Arena arena;
+    const void* made = nullptr;
+  };
+  static Kept& OfThread();
+
+  uint64_t call_;  // its number, from 1
+};
 
 }  // namespace shadowc

@@ -134,6 +134,7 @@ bool ProjectOutPanels(const PanelKernels& kernels, const AttentionArgs& a, const
     AddWeightRows(kernels, context, records + k, here, k == 0 ? a.bo : nullptr, rows, a.width, left, a.y,
                   parallel);
   }
+  AddResidual(a.residual, rows, a.width, left, a.y, parallel);
   return std::all_of(left, left + rows, [](uint8_t row) { return row == 0; });
 }
 

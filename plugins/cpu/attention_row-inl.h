@@ -12,15 +12,25 @@
 
 #include "attention_head-inl.h"
 #include "digits-inl.h"
+#include "norm-inl.h"
 #include "sum_tree.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
 
+// The first rows of a record that nothing has fetched.
+template <class W>
+HWY_INLINE void PrefetchStart(const AttentionArgs& a, const Head<W>& head, Part part) {
+  const size_t rows =
+      std::min(a.head_size, std::max<size_t>(4, kAheadBytes / (RowElements<W>(a.width) * sizeof(W))));
+  const Pointer<W> w = head.w + part * head.part_size;
+  for (size_t d = 0; d < rows; ++d) PrefetchStep(w + d * a.width, a.width);
+}
+
 // Adds the head's share to y, and writes its context, key and value.
 template <class W>
-void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool active, Pointer<W> after,
+void OneHead(const AttentionArgs& a, const OneRowOfX<W>& row, size_t h, bool active, Pointer<W> after,
              float* y, Arena* arena) {
   Head<W> head(a, h);
   head.after = after;
@@ -32,6 +42,11 @@ void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool act
   if (!active && a.kv_active_only) return;
   float *query = arena->Take<float>(a.head_size), *fresh = arena->Take<float>(a.head_size);
   const size_t slot = SlotOffset(a, 0, h, static_cast<size_t>(a.past[0]));
+  if (!row.IsReady()) {
+    row.Prefetch();
+    PrefetchStart(a, head, active ? kQuery : kKey);
+  }
+  const Activations<W>* x = row.Get();
   if (active) Project(a, head, kQuery, 3, QueryFactor(a), &x, 1, &query);
   Project(a, head, kKey, active ? 2 : 1, 1.0f, &x, 1, &fresh);
   StoreSlot(a, fresh, a.present_key, slot);
@@ -45,8 +60,8 @@ void OneHead(const AttentionArgs& a, const Activations<W>* x, size_t h, bool act
 }
 
 template <class W>
-ReadCount OneRow(const AttentionArgs& a, const Activations<W>* x, CallArena* arena,
-                 const Parallel& parallel) {
+ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& parallel) {
+  const OneRowOfX<W> x(a.x, a.norm, a.width);
   uint32_t* masks = arena->Take<uint32_t>(a.heads);
   TileMasks(a.selection, a.tokens, 0, 1, masks);
   ReadCount read;
@@ -76,7 +91,7 @@ ReadCount OneRow(const AttentionArgs& a, const Activations<W>* x, CallArena* are
     sums.Finish(first, leaves);
     running.fetch_sub(1, std::memory_order_relaxed);
   });
-  WithBias(a.bo, partial, 1, a.width, a.y);
+  WithBias(a.bo, a.residual, partial, 1, a.width, a.y);
   return read;
 }
 

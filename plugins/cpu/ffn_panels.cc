@@ -191,6 +191,7 @@ bool FfnPanels(const PanelKernels& kernels, const FfnArgs& a, CallArena* arena, 
                   a.y, parallel);
   }
   for (size_t r = 0; work.count == 0 && r < rows; ++r) std::copy(a.b2, a.b2 + a.width, a.y + r * a.width);
+  AddResidual(a.residual, rows, a.width, left, a.y, parallel);
   size_t touched = 0;
   for (size_t f = 0; f < a.neurons; ++f) {
     for (size_t t = 0; t < tiles; ++t) touched += work.masks[t * a.selection.units + f / a.block] != 0;

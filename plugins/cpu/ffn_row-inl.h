@@ -14,6 +14,7 @@
 #include "digits-inl.h"
 #include "int4-inl.h"
 #include "int4_sum-inl.h"
+#include "norm-inl.h"
 #include "rows-inl.h"
 #include "sparse_ffn.h"
 
@@ -67,13 +68,14 @@ inline constexpr size_t kTogether = kIsInt4<W> ? kInt4Rows : 4;
 
 // Whole records; while they are read, as many later ones are fetched into L2, line by line.
 template <class W>
-ReadCount RowWholeRecords(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
+ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons& neurons, float* y) {
   constexpr size_t kCount = kTogether<W>;
   const Pointer<W> w = PointerOf<W>(a.w, a.scales);
   const size_t width = a.width, ahead = std::max(kCount, Ahead(2 * RowElements<W>(width) * sizeof(W)));
-  const Activations<W>* row = &x;
+  x.Prefetch();
   for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, 2 * width);
+  const Activations<W>* row = x.Get();
   for (size_t k = 0; k < neurons.count; k += kCount) {
     Pointer<W> first[kCount], second[kCount], later_first[kCount], later_second[kCount];
     for (size_t c = 0; c < kCount; ++c) {
@@ -145,13 +147,14 @@ class Nonzero {
 // Only fc1 halves are certain to be needed. The fc2 halves of neurons that turn out nonzero are added while
 // the next ones are fetched.
 template <class W>
-ReadCount RowSkippingZeros(const FfnArgs& a, const Activations<W>& x, const Neurons& neurons, float* y) {
+ReadCount RowSkippingZeros(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons& neurons, float* y) {
   constexpr size_t kCount = kTogether<W>;
   const Pointer<W> w = PointerOf<W>(a.w, a.scales);
   const size_t width = a.width, ahead = std::max(kCount, Ahead(RowElements<W>(width) * sizeof(W)));
-  const Activations<W>* row = &x;
+  x.Prefetch();
   for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, width);
+  const Activations<W>* row = x.Get();
   Nonzero<W> nonzero(width, y);
   for (size_t k = 0; k < neurons.count; k += kCount) {
     Pointer<W> first[kCount], later_first[kCount];

@@ -73,6 +73,24 @@ void ExpectWeightType(ONNXTensorElementDataType type, WeightType* out, Problems*
 
 }  // namespace
 
+Norm ReadNorm(const Ort::KernelContext& context, size_t index, int64_t width, float epsilon,
+              Problems* problems) {
+  constexpr const char* kNames[] = {"norm_scale", "norm_bias"};
+  const float* found[] = {nullptr, nullptr};
+  const size_t given = context.GetInputCount();
+  for (size_t i = 0; i < 2; ++i) {
+    if (index + i >= given || !context.GetInput(index + i)) continue;
+    const Input<float> input = ReadInput<float>(context, index + i);
+    problems->ExpectShape(kNames[i], input.shape, {width}, "[E]");
+    found[i] = input.data;
+  }
+  for (size_t i = 0; i < 2; ++i) {
+    if (found[i] != nullptr || found[1 - i] == nullptr) continue;
+    problems->Expect(false, kNames[i], std::string("given, as ") + kNames[1 - i] + " is", "nothing");
+  }
+  return {found[0], found[1], epsilon};
+}
+
 Weights ReadWeights(const Ort::KernelContext& context, size_t index, Problems* problems) {
   Weights weights;
   const Ort::ConstValue value = context.GetInput(index);
@@ -185,6 +203,12 @@ Parallel HostPool(OrtKernelContext* context) {
     if (guarded.first) std::rethrow_exception(guarded.first);
   };
   return Parallel(run, context);
+}
+
+float FloatAttribute(const Ort::ConstKernelInfo& info, const char* name, float otherwise) {
+  float value = 0.0f;
+  const Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_float(info, name, &value));
+  return status.IsOK() ? value : otherwise;
 }
 
 int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name, int64_t otherwise) {

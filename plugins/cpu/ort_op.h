@@ -79,11 +79,17 @@ T* Output(const Ort::KernelContext& context, size_t index, const Shape& shape) {
   return value ? value.GetTensorMutableData<T>() : nullptr;
 }
 
+// The optional norm of a sparse operator, norm_scale and norm_bias [E] from input `index` on. Both or
+// neither.
+Norm ReadNorm(const Ort::KernelContext& context, size_t index, int64_t width, float epsilon,
+              Problems* problems);
+
 void WriteRead(const Ort::KernelContext& context, size_t index, const ReadCount& read);
 
 // The intra-op pool of the session that runs the kernel.
 Parallel HostPool(OrtKernelContext* context);
 
+float FloatAttribute(const Ort::ConstKernelInfo& info, const char* name, float otherwise);
 int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name, int64_t otherwise);
 std::string TextAttribute(const Ort::ConstKernelInfo& info, const char* name, const char* otherwise);
 std::vector<int64_t> IntsAttribute(const Ort::ConstKernelInfo& info, const char* name,
@@ -111,6 +117,9 @@ struct OpBase : Ort::CustomOpBase<Op, Kernel, true> {
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
     return AsStatus([&] { *kernel = new Kernel(Ort::ConstKernelInfo(info)); });
   }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
+    return index < Op::kRequiredInputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
+  }
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t index) const {
     return index < Op::kRequiredOutputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
   }
@@ -120,6 +129,10 @@ struct OpBase : Ort::CustomOpBase<Op, Kernel, true> {
 // is what prompts are, may round activations and weights (panels.h). Constant scores that mask nothing have a
 // tail of one token.
 inline constexpr const char* kFewDigits = "few_digits";
+
+// Of a norm that a sparse operator takes; the default of ONNX's LayerNormalization.
+inline constexpr const char* kEpsilon = "epsilon";
+inline constexpr float kDefaultEpsilon = 1e-5f;
 
 // The operators, one per ort_*.cc; they live as long as the library.
 const OrtCustomOp* SelectThresholdOp();

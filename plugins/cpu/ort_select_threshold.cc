@@ -66,7 +66,7 @@ class SelectThresholdKernel {
 };
 
 struct SelectThresholdOpType : OpBase<SelectThresholdOpType, SelectThresholdKernel> {
-  static constexpr size_t kRequiredOutputs = 2;
+  static constexpr size_t kRequiredInputs = kInputs, kRequiredOutputs = 2;
   const char* GetName() const { return kName; }
   size_t GetInputTypeCount() const { return kInputs; }
   size_t GetOutputTypeCount() const { return kOutputs; }

@@ -23,6 +23,8 @@ enum In : size_t {
   kPastValue,
   kStart,
   kPast,
+  kNorm,
+  kNormBias,
   kInputs
 };
 enum Out : size_t { kY, kPresentKey, kPresentValue, kContext, kRead, kOutputs };
@@ -74,6 +76,7 @@ class SparseAttentionKernel {
     problems.ThrowIfAny();
     kv_active_only_ = kv == "active";
     few_digits_ = IntAttribute(info, kFewDigits, 0) != 0;
+    epsilon_ = FloatAttribute(info, kEpsilon, kDefaultEpsilon);
   }
 
   OrtStatusPtr ComputeV2(OrtKernelContext* context) {
@@ -106,6 +109,7 @@ class SparseAttentionKernel {
     problems.ExpectShape("past_key", key.shape, {batch, heads, capacity, size}, "[B, H, T, D]");
     problems.ExpectShape("past_value", value.shape, {batch, heads, capacity, size}, "[B, H, T, D]");
     AttentionArgs a{};
+    a.norm = ReadNorm(context, kNorm, width, epsilon_, &problems);
     a.selection = ReadSelection(context, kScores, kThreshold, layer_, batch, tokens, heads, "H, axis 0 of w",
                                 &problems);
     CheckPositions(start, past, batch, tokens, capacity, &problems);
@@ -144,20 +148,22 @@ class SparseAttentionKernel {
   std::string node_;
   int64_t layer_;
   bool kv_active_only_ = false, few_digits_ = false;
+  float epsilon_ = kDefaultEpsilon;
 };
 
 // ONNX Runtime takes two operators of one name as one that has both signatures: an output's type cannot be
 // left open as that of w is.
 template <CacheType kCache>
 struct SparseAttentionOpType : OpBase<SparseAttentionOpType<kCache>, SparseAttentionKernel<kCache>> {
-  static constexpr size_t kRequiredOutputs = 3;
+  static constexpr size_t kRequiredInputs = kNorm, kRequiredOutputs = 3;
   const char* GetName() const { return kName; }
   size_t GetInputTypeCount() const { return kInputs; }
   size_t GetOutputTypeCount() const { return kOutputs; }
   ONNXTensorElementDataType GetInputType(size_t index) const {
     if (index == kW) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
     if (index == kPastKey || index == kPastValue) return Ort::TypeToTensorType<CacheElement<kCache>>::type;
-    return index >= kStart ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    const bool position = index == kStart || index == kPast;
+    return position ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
   }
   ONNXTensorElementDataType GetOutputType(size_t index) const {
     if (index == kPresentKey || index == kPresentValue) return GetInputType(kPastKey);

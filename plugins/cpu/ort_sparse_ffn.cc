@@ -7,7 +7,7 @@ namespace shadowc {
 namespace {
 
 constexpr const char* kName = "SparseFFN";
-enum In : size_t { kX, kScores, kThreshold, kW, kScales, kB1, kB2, kInputs };
+enum In : size_t { kX, kScores, kThreshold, kW, kScales, kB1, kB2, kNorm, kNormBias, kInputs };
 enum Out : size_t { kY, kRead, kOutputs };
 
 class SparseFfnKernel {
@@ -17,7 +17,8 @@ class SparseFfnKernel {
         layer_(IntAttribute(info, "layer", 0)),
         block_(IntAttribute(info, "block", 1)),
         skip_zeros_(IntAttribute(info, "skip_zeros", 0) != 0),
-        few_digits_(IntAttribute(info, kFewDigits, 0) != 0) {
+        few_digits_(IntAttribute(info, kFewDigits, 0) != 0),
+        epsilon_(FloatAttribute(info, kEpsilon, kDefaultEpsilon)) {
     Problems problems(kName, node_);
     problems.Expect(block_ >= 1, "attribute block", "at least 1", std::to_string(block_));
     CheckWeightType(info, kW, &problems);
@@ -44,6 +45,7 @@ class SparseFfnKernel {
     problems.ExpectShape("b1", b1.shape, {neurons}, "[F]");
     problems.ExpectShape("b2", b2.shape, {width}, "[E]");
     FfnArgs a{};
+    a.norm = ReadNorm(context, kNorm, width, epsilon_, &problems);
     a.selection = ReadSelection(context, kScores, kThreshold, layer_, x.shape[0], x.shape[1],
                                 neurons / block_ + (neurons % block_ != 0), "ceil(F / block)", &problems);
     problems.ThrowIfAny();
@@ -67,10 +69,11 @@ class SparseFfnKernel {
   std::string node_;
   int64_t layer_, block_;
   bool skip_zeros_, few_digits_;
+  float epsilon_;
 };
 
 struct SparseFfnOpType : OpBase<SparseFfnOpType, SparseFfnKernel> {
-  static constexpr size_t kRequiredOutputs = 1;
+  static constexpr size_t kRequiredInputs = kNorm, kRequiredOutputs = 1;
   const char* GetName() const { return kName; }
   size_t GetInputTypeCount() const { return kInputs; }
   size_t GetOutputTypeCount() const { return kOutputs; }

@@ -3,6 +3,8 @@
 
 #include <cstring>
 
+#include "sum_tree.h"
+
 namespace shadowc {
 
 const PanelKernels* KernelsFor(WeightType type, bool few_digits, size_t rows, size_t weights) {
@@ -124,6 +126,16 @@ void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const Weig
                              std::min<size_t>(16, here - c - 16 * half), to);
         }
       }
+    }
+  });
+}
+
+void AddResidual(const float* residual, size_t rows, size_t width, const uint8_t* left, float* y,
+                 const Parallel& parallel) {
+  if (residual == nullptr) return;
+  parallel.For(PanelsOf(rows), [&](size_t p) {
+    for (size_t r = p * kPanelRows; r < std::min(rows, (p + 1) * kPanelRows); ++r) {
+      if (left[r] == 0) AddTo(y + r * width, residual + r * width, width);
     }
   });
 }

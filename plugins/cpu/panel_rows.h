@@ -86,6 +86,10 @@ void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const Weig
                    const float* bias, size_t y_rows, size_t width, const uint8_t* left, float* y,
                    const Parallel& parallel);
 
+// y[r] += residual[r] for rows of y that are not left[r]; a null residual adds nothing.
+void AddResidual(const float* residual, size_t rows, size_t width, const uint8_t* left, float* y,
+                 const Parallel& parallel);
+
 // How much of each such row is fetched with every step.
 inline size_t LaterBytes(size_t row_bytes, size_t steps) { return (row_bytes + steps - 1) / steps; }
 

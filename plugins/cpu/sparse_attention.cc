@@ -16,6 +16,7 @@
 #include "attention_row-inl.h"
 #include "digits-inl.h"
 #include "hwy/highway.h"
+#include "norm-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace shadowc {
@@ -130,7 +131,9 @@ void ProjectOutRows(const AttentionArgs& a, const Tiling& tiling, const Parallel
     SumInOrder(0, TreeWidth(a.heads), a.heads, size, sum,
                [&](size_t h, float* y) { ProjectOutHead<W>(a, tiling, t, h, begin, end, y, scratch); });
     for (size_t r = 0; r < tiling.Count(t); ++r) {
-      WithBias(a.bo + begin, sum + r * columns, 1, columns, a.y + (tiling.First(t) + r) * a.width + begin);
+      const size_t at = (tiling.First(t) + r) * a.width + begin;
+      const float* residual = a.residual == nullptr ? nullptr : a.residual + at;
+      WithBias(a.bo + begin, residual, sum + r * columns, 1, columns, a.y + at);
     }
   });
 }
@@ -183,15 +186,18 @@ ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& par
 }
 
 template <class W>
-ReadCount Run(const AttentionArgs& a, const Parallel& parallel) {
+ReadCount Run(const AttentionArgs& given, const Parallel& parallel) {
+  AttentionArgs a = given;
+  a.residual = a.norm.scale == nullptr ? nullptr : a.x;
   const size_t rows = a.batch * a.tokens;
   if (rows == 0) {
     for (size_t i = 0; i < a.batch * a.heads; ++i) CopyPrefix(a, i / a.heads, i % a.heads);
     return {};
   }
   CallArena arena;
-  if (rows > 1) return ManyRows<W>(a, &arena, parallel);
-  return OneRow<W>(a, PrepareRows<W>(a.x, rows, a.width, &arena, parallel), &arena, parallel);
+  if (rows == 1) return OneRow<W>(a, &arena, parallel);
+  a.x = NormaliseRows(a.x, a.norm, rows, a.width, &arena, parallel);
+  return ManyRows<W>(a, &arena, parallel);
 }
 
 }  // namespace

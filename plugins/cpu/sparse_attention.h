@@ -33,6 +33,7 @@ constexpr size_t BytesOf(CacheType type) { return type == CacheType::kFloat16 ? 
 
 struct AttentionArgs {
   const float* x;
+  Norm norm;
   size_t batch, tokens, width;
   Selection selection;
   WeightType type;
@@ -47,6 +48,7 @@ struct AttentionArgs {
   const int64_t* start;
   const int64_t* past;
   bool kv_active_only;
+  const float* residual;  // x where the operator has a norm, else null; set by the kernel
   bool few_digits;  // some token is not masked, and many rows may meet weights as roughly as panels.h says
   float* y;
   void* present_key;

@@ -250,9 +250,10 @@ Neurons NeuronsOf(const FfnArgs& a, const RowSelection& selection, size_t pieces
 }
 
 template <class W>
-ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, const Parallel& parallel) {
+ReadCount OneRow(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
   const size_t pieces = PiecesOf(a, 2 * RowElements<W>(a.width) * sizeof(W));
   const RowSelection selection = SelectionOf(a.selection, a.tokens, 0);
+  const OneRowOfX<W> x(a.x, a.norm, a.width);
   const auto row = a.skip_zeros ? &RowSkippingZeros<W> : &RowWholeRecords<W>;
   float* partial = arena->Take<float>(pieces * a.width);
   SumTree sums(partial, pieces, a.width, arena);
@@ -279,7 +280,7 @@ ReadCount OneRow(const FfnArgs& a, const Activations<W>& x, CallArena* arena, co
     sums.Finish(first, leaves);
     running.fetch_sub(1, std::memory_order_relaxed);
   });
-  WithBias(a.b2, partial, 1, a.width, a.y);
+  WithBias(a.b2, a.residual, partial, 1, a.width, a.y);
   ReadCount total;
   for (size_t p = 0; p < pieces; ++p) total += read[p];
   return total;
@@ -322,7 +323,12 @@ class ManyRows {
 
  private:
   size_t Count(size_t t) const { return std::min(kTileRows, rows_ - t * kTileRows); }
-  float* Output(size_t t) const { return a_.y + t * kTileRows * a_.width; }
+  // y of a tile, from the sum of its pieces.
+  void Finish(size_t t, const float* sum) const {
+    const size_t first = t * kTileRows * a_.width;
+    const float* residual = a_.residual == nullptr ? nullptr : a_.residual + first;
+    WithBias(a_.b2, residual, sum, Count(t), a_.width, a_.y + first);
+  }
 
   // Sets y [rows of the tile, E] to what the piece adds.
   ReadCount Piece(size_t t, size_t p, float* y) const {
@@ -347,7 +353,7 @@ class ManyRows {
       read[task] = Piece(t, p, leaves(t) + p * Count(t) * a_.width);
       sums[t].Finish(p);
     });
-    parallel.For(tiles_, [&](size_t t) { WithBias(a_.b2, leaves(t), Count(t), a_.width, Output(t)); });
+    parallel.For(tiles_, [&](size_t t) { Finish(t, leaves(t)); });
   }
 
   ReadCount WholeTile(size_t t) const {
@@ -356,7 +362,7 @@ class ManyRows {
     ReadCount read;
     SumInOrder(0, TreeWidth(pieces_), pieces_, size, sum,
                [&](size_t p, float* y) { read += Piece(t, p, y); });
-    WithBias(a_.b2, sum, Count(t), a_.width, Output(t));
+    Finish(t, sum);
     return read;
   }
 
@@ -368,26 +374,28 @@ class ManyRows {
 };
 
 template <class W>
-ReadCount RunRows(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
-  const size_t rows = a.batch * a.tokens;
-  const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, arena, parallel);
-  if (rows == 1) return OneRow<W>(a, *x, arena, parallel);
+ReadCount RunManyRows(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
+  const Activations<W>* x = PrepareRows<W>(a.x, a.batch * a.tokens, a.width, arena, parallel);
   return ManyRows<W>(a, x, arena, parallel).Run(arena, parallel);
 }
 
 template <class W>
-ReadCount Run(const FfnArgs& a, const Parallel& parallel) {
+ReadCount Run(const FfnArgs& given, const Parallel& parallel) {
+  FfnArgs a = given;
   const size_t rows = a.batch * a.tokens;
+  a.residual = a.norm.scale == nullptr ? nullptr : a.x;
   if (rows == 0) return {};
   CallArena arena;
+  if (rows == 1) return OneRow<W>(a, &arena, parallel);
+  a.x = NormaliseRows(a.x, a.norm, rows, a.width, &arena, parallel);
   const PanelKernels* kernels = KernelsFor(a.type, a.few_digits, rows, a.neurons * 2 * a.width);
-  if (kernels == nullptr) return RunRows<W>(a, &arena, parallel);
+  if (kernels == nullptr) return RunManyRows<W>(a, &arena, parallel);
   uint8_t* left = arena.Take<uint8_t>(rows + kPanelRows);
   ReadCount read;
   if (FfnPanels(*kernels, a, &arena, parallel, left, &read)) return read;
   FfnArgs again = a;
   again.y = arena.Take<float>(rows * a.width);
-  read = RunRows<W>(again, &arena, parallel);
+  read = RunManyRows<W>(again, &arena, parallel);
   for (size_t r = 0; r < rows; ++r) {
     if (left[r] != 0) std::copy(again.y + r * a.width, again.y + (r + 1) * a.width, a.y + r * a.width);
   }

@@ -19,6 +19,7 @@ namespace shadowc {
 
 struct FfnArgs {
   const float* x;
+  Norm norm;
   size_t batch, tokens, width;
   Selection selection;
   WeightType type;
@@ -28,6 +29,7 @@ struct FfnArgs {
   const float* b2;
   size_t neurons, block;
   bool skip_zeros;
+  const float* residual;  // x where the operator has a norm, else null; set by the kernel
   bool few_digits;  // some token is not masked, and many rows may meet weights as roughly as panels.h says
   float* y;
 };

@@ -52,9 +52,15 @@ size_t PiecesOf(size_t bytes, size_t most) {
   return pieces;
 }
 
-void WithBias(const float* bias, const float* sum, size_t rows, size_t width, float* y) {
-  for (size_t r = 0; r < rows; ++r) {
-    for (size_t e = 0; e < width; ++e) y[r * width + e] = bias[e] + sum[r * width + e];
+void WithBias(const float* bias, const float* residual, const float* sum, size_t rows, size_t width,
+              float* y) {
+  for (size_t r = 0; r < rows; ++r, sum += width, y += width) {
+    if (residual == nullptr) {
+      for (size_t e = 0; e < width; ++e) y[e] = bias[e] + sum[e];
+    } else {
+      for (size_t e = 0; e < width; ++e) y[e] = residual[e] + (bias[e] + sum[e]);
+      residual += width;
+    }
   }
 }
 

@@ -113,7 +113,16 @@ size_t ActiveUnits(const uint32_t* masks, size_t units, uint32_t* list);
 // dense FFN some 5 % faster on 2 cores, and leave larger machines idle.
 size_t PiecesOf(size_t bytes, size_t most);
 
-// y[r, :] = bias + sum[r, :], [rows, width].
-void WithBias(const float* bias, const float* sum, size_t rows, size_t width, float* y);
+// A layer norm in front of an operator, [E] each: the operator reads LayerNorm(x) and adds x to its result.
+// Null: there is none, x is read as it is and not added.
+struct Norm {
+  const float* scale = nullptr;
+  const float* bias = nullptr;
+  float epsilon = 0.0f;
+};
+
+// y[r, :] = residual[r, :] + (bias + sum[r, :]), [rows, width]; a null residual is not added.
+void WithBias(const float* bias, const float* residual, const float* sum, size_t rows, size_t width,
+              float* y);
 
 }  // namespace shadowc

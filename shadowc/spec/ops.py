@@ -39,10 +39,23 @@ class Attribute:
     """One node attribute with its default."""
 
     name: str
-    kind: Literal["int", "ints", "string"]
-    default: int | tuple[int, ...] | str
+    kind: Literal["int", "ints", "float", "string"]
+    default: int | tuple[int, ...] | float | str
     meaning: str
     choices: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Extension:
+    """What the machine code for the CPU may take besides, all of it or nothing.
+
+    No function knows it: `oracle.attach` writes it in standard nodes around the operator.
+    """
+
+    promise: str
+    inputs: tuple[Operand, ...]
+    """Behind those of the operator."""
+    attributes: tuple[Attribute, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +67,8 @@ class OpSpec:
     inputs: tuple[Operand, ...]
     outputs: tuple[Operand, ...]
     attributes: tuple[Attribute, ...]
+    norm: Extension | None = None
+    """The layer norm in front of it and the residual around both."""
 
 
 _F32 = ("float32",)
@@ -72,6 +87,14 @@ _SCORES = Operand(
 _THRESHOLD = Operand("threshold", ("B|1", "Z", "L"), _F32, "a unit is active unless score < threshold")
 _SCALES = "factor per record row, of int4 per group; ones for float weights"
 _LAYER = Attribute("layer", "int", 0, "which of the L rows of scores and threshold belongs to this node")
+_NORM = Extension(
+    promise="`x` is then the residual stream, and `y` is `x` plus what the operator makes of LayerNorm(`x`).",
+    inputs=(
+        Operand("norm_scale", ("E",), _F32, "weight of the layer norm in front"),
+        Operand("norm_bias", ("E",), _F32, "its bias"),
+    ),
+    attributes=(Attribute("epsilon", "float", 1e-5, "added to the variance, float32"),),
+)
 _READ = Operand("read", ("2",), _I64, "records and bytes of w and scales really read", role="kernel")
 
 SELECT_THRESHOLD = OpSpec(
@@ -139,6 +162,7 @@ SPARSE_ATTENTION = OpSpec(
             ("all", "active"),
         ),
     ),
+    norm=_NORM,
 )
 
 SPARSE_FFN = OpSpec(
@@ -161,6 +185,7 @@ SPARSE_FFN = OpSpec(
         Attribute("block", "int", 1, "neurons per unit; the last block may be short"),
         Attribute("skip_zeros", "int", 0, "1: do not read the fc2 half of a neuron whose ReLU output is 0 (exact)"),
     ),
+    norm=_NORM,
 )
 
 OPS = (SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN)

@@ -113,13 +113,14 @@ def attach(model: onnx.ModelProto, bodies: Iterable[onnx.FunctionProto] | None =
     """Return a copy of the model that carries the functions (or `bodies` instead of them).
 
     Functions cannot count what a kernel reads: outputs of role "kernel" leave the nodes, and with them goes every
-    node and graph output that depends on them.
+    node and graph output that depends on them. The norm and the residual that an operator takes itself become nodes.
 
     Raises:
         InternalError: no output of the graph is left.
     """
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
+    unfold_norms(copy.graph)
     counted = {output for node in copy.graph.node for output in _drop_kernel_outputs(node)}
     _prune(copy.graph, counted)
     if not copy.graph.output:
@@ -338,6 +339,28 @@ def _writes(n: Nodes, mask_BHS: str, slot_T: str, past_B1: str) -> tuple[str, st
 
 
 # --- attach ------------------------------------------------------------------------------------------------
+
+
+def unfold_norms(graph: onnx.GraphProto) -> None:
+    """Write LayerNormalization in front of each operator that takes its norm itself, and Add behind it, in place."""
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        spec = next((spec for spec in OPS if node.domain == DOMAIN and node.op_type == spec.name), None)
+        if spec is None or spec.norm is None or len(node.input) != len(spec.inputs) + len(spec.norm.inputs):
+            nodes.append(node)
+            continue
+        residual, (scale, bias), total = node.input[0], node.input[len(spec.inputs) :], node.output[0]
+        epsilon = {part.name: part.f for part in node.attribute}.get("epsilon", spec.norm.attributes[0].default)
+        plain = onnx.NodeProto.FromString(node.SerializeToString())
+        del plain.input[len(spec.inputs) :]
+        plain.input[0], plain.output[0] = f"{node.name}.x", f"{node.name}.y"
+        _keep(plain.attribute, lambda part: part.name != "epsilon")
+        norm = helper.make_node("LayerNormalization", [residual, scale, bias], [plain.input[0]], plain.input[0])
+        norm.attribute.extend(helper.make_attribute(*part) for part in (("axis", -1), ("epsilon", epsilon)))
+        nodes += [norm, plain, helper.make_node("Add", [residual, plain.output[0]], [total], total)]
+    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
+    del graph.node[:]
+    graph.node.extend(kept)
 
 
 def _drop_kernel_outputs(node: onnx.NodeProto) -> Iterator[str]:

@@ -10,7 +10,7 @@ from shadowc.spec.ops import DOMAIN, INT4_GROUP, OPS, VERSION, WEIGHT_TYPES, OpS
 EACH_OP = pytest.mark.parametrize("spec", OPS, ids=lambda spec: spec.name)
 LETTERS = set("BSZTEHDFNL")
 ELEMENT_TYPES = {"float32", "float16", "bfloat16", "int8", "uint8", "int32", "int64"}
-PYTHON_TYPES = {"int": int, "ints": tuple, "string": str}
+PYTHON_TYPES = {"int": int, "ints": tuple, "float": float, "string": str}
 
 
 def test_there_are_three_operators_of_version_one() -> None:
@@ -59,6 +59,18 @@ def test_what_only_kernels_produce_comes_last(spec: OpSpec) -> None:
     roles = [operand.role for operand in spec.outputs]
     assert roles == sorted(roles), "a function drops kernel outputs from the end"
     assert all(operand.role == "always" for operand in spec.inputs)
+
+
+@EACH_OP
+def test_operands_of_a_norm_are_explained_and_are_none_of_the_operators_own(spec: OpSpec) -> None:
+    if spec.norm is None:
+        assert spec.name == "SelectThreshold"
+        return
+    own = {part.name for part in (*spec.inputs, *spec.outputs, *spec.attributes)}
+    parts = (*spec.norm.inputs, *spec.norm.attributes)
+    assert len({part.name for part in parts} - own) == len(parts) == 3
+    assert all(part.meaning for part in parts)
+    assert all(isinstance(attribute.default, PYTHON_TYPES[attribute.kind]) for attribute in spec.norm.attributes)
 
 
 def test_weights_come_with_one_scale_per_record_row() -> None:

@@ -37,7 +37,21 @@ BITS = (
     0x7F800001,
 )
 """NaNs of several kinds, infinities, the largest and smallest numbers, both zeros."""
-FLOATS = ("x", "scores", "threshold", "density", "bqkv", "bo", "b1", "b2", "scales", "past_key", "past_value")
+FLOATS = (
+    "x",
+    "scores",
+    "threshold",
+    "density",
+    "bqkv",
+    "bo",
+    "b1",
+    "b2",
+    "scales",
+    "past_key",
+    "past_value",
+    "norm_scale",
+    "norm_bias",
+)
 
 Arrays = dict[str, np.ndarray]
 
@@ -83,7 +97,7 @@ def call(rng: np.random.Generator) -> tuple[OpSpec, Arrays, dict[str, object]]:
         return SELECT_THRESHOLD, {"scores": rng.standard_normal(shape, dtype=np.float32), "density": density}, chosen
     if which == 1:
         size = {"F": int(rng.integers(1, 50)), "E": int(rng.integers(1, 80)), "block": int(rng.integers(1, 9))}
-        arrays = test_sparse_ffn.operands(rng, B=B, S=S, Z=Z, L=L, dtype=dtype, **size)
+        arrays = test_sparse_ffn.operands(rng, B=B, S=S, Z=Z, L=L, dtype=dtype, norm=bool(rng.integers(2)), **size)
         chosen = {"layer": layer, "block": size["block"], "skip_zeros": int(rng.integers(2))}
         return SPARSE_FFN, arrays, chosen
     size = {
@@ -91,7 +105,7 @@ def call(rng: np.random.Generator) -> tuple[OpSpec, Arrays, dict[str, object]]:
         "D": int(rng.choice([1, 3, 16, 20])),
         "cache": str(rng.choice(["float32", "float16"])),
     }
-    arrays = test_sparse_attention.operands(rng, B=B, S=S, Z=Z, L=L, dtype=dtype, **size)
+    arrays = test_sparse_attention.operands(rng, B=B, S=S, Z=Z, L=L, dtype=dtype, norm=bool(rng.integers(2)), **size)
     return SPARSE_ATTENTION, arrays, {"layer": layer, "kv": str(rng.choice(["all", "active"]))}
 
 
@@ -116,6 +130,8 @@ def spoil(rng: np.random.Generator, arrays: Arrays, attributes: dict[str, object
         else:
             name = str(rng.choice([name for name in FLOATS if name in arrays]))
             arrays[name] = bits(rng, arrays[name])
+    if rng.random() < 0.1:
+        arrays.pop(str(rng.choice(["norm_scale", "norm_bias"])), None)
 
 
 def bits(rng: np.random.Generator, array: np.ndarray) -> np.ndarray:
@@ -173,8 +189,8 @@ def session(spec: OpSpec, arrays: Arrays, attributes: dict[str, object]) -> onnx
     """A session for operands of these types; kept."""
     return kernels._session(
         spec,
-        tuple((operand.name, arrays[operand.name].dtype) for operand in spec.inputs),
-        tuple((operand.name, arrays[operand.name].ndim) for operand in spec.inputs),
+        tuple((name, arrays[name].dtype) for name in kernels.given(spec, arrays)),
+        tuple((name, arrays[name].ndim) for name in kernels.given(spec, arrays)),
         tuple(sorted((name, kernels._freeze(value)) for name, value in attributes.items())),
         2,
         True,

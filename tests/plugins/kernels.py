@@ -7,6 +7,7 @@ import functools
 import os
 import pathlib
 import platform
+from collections.abc import Container
 
 import ml_dtypes
 import numpy as np
@@ -42,11 +43,19 @@ def library() -> pathlib.Path:
     return pathlib.Path(chosen) if chosen else cpu_library()
 
 
+def given(spec: ops.OpSpec, names: Container[str]) -> list[str]:
+    """The inputs of a node, in order: those of the table, and of a norm those that there are."""
+    return [
+        *(operand.name for operand in spec.inputs),
+        *(operand.name for operand in (spec.norm.inputs if spec.norm else ()) if operand.name in names),
+    ]
+
+
 def model(spec: ops.OpSpec, types: dict[str, np.dtype], ranks: dict[str, int], attributes: dict) -> onnx.ModelProto:
     """One node, all of whose operands are graph inputs and outputs of unknown size."""
     node = helper.make_node(
         spec.name,
-        [operand.name for operand in spec.inputs],
+        given(spec, types),
         [operand.name for operand in spec.outputs],
         name="the_node",
         domain=ops.DOMAIN,
@@ -96,8 +105,8 @@ def run(
     """Outputs by name. Sessions are kept: making one costs more than most runs."""
     made = _session(
         spec,
-        tuple((operand.name, arrays[operand.name].dtype) for operand in spec.inputs),
-        tuple((operand.name, arrays[operand.name].ndim) for operand in spec.inputs),
+        tuple((name, arrays[name].dtype) for name in given(spec, arrays)),
+        tuple((name, arrays[name].ndim) for name in given(spec, arrays)),
         tuple(sorted((name, _freeze(value)) for name, value in attributes.items())),
         threads,
         kernel,
@@ -131,6 +140,14 @@ def assert_close(found: np.ndarray, expected: np.ndarray, tolerance: float = TOL
     finite = expected[np.isfinite(expected)]
     scale = max(largest, float(np.abs(finite).max(initial=0)))
     np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * scale)
+
+
+def norm(rng: np.random.Generator, width: int) -> dict[str, np.ndarray]:
+    """Random operands of a layer norm."""
+    return {
+        "norm_scale": rng.uniform(0.5, 1.5, width).astype(np.float32),
+        "norm_bias": rng.standard_normal(width, dtype=np.float32) * np.float32(0.3),
+    }
 
 
 def weights(rng: np.random.Generator, shape: tuple[int, ...], dtype: str) -> tuple[np.ndarray, np.ndarray]:

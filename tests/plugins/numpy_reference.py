@@ -67,7 +67,22 @@ def select_threshold(scores, density, scope="local", exempt=(-1,), min_active=0)
     return threshold, active
 
 
-def sparse_ffn(x, scores, threshold, w, scales, b1, b2, layer=0, block=1, skip_zeros=0):
+def normalised(x, scale, bias, epsilon):
+    """LayerNorm of the last axis."""
+    x = x.astype(np.float64)
+    variance = x.var(axis=-1, keepdims=True)
+    return (x - x.mean(axis=-1, keepdims=True)) / np.sqrt(variance + np.float64(np.float32(epsilon))) * scale + bias
+
+
+def sparse_ffn(x, scores, threshold, w, scales, b1, b2, norm_scale=None, norm_bias=None, *, epsilon=1e-5, **attributes):
+    if norm_scale is None:
+        return _sparse_ffn(x, scores, threshold, w, scales, b1, b2, **attributes)
+    inner = normalised(x, norm_scale, norm_bias, epsilon)
+    y, read = _sparse_ffn(inner, scores, threshold, w, scales, b1, b2, **attributes)
+    return x + y, read
+
+
+def _sparse_ffn(x, scores, threshold, w, scales, b1, b2, layer=0, block=1, skip_zeros=0):
     F = w.shape[0]
     mask = np.repeat(unit_mask(x, scores, threshold, layer), block, axis=2)[:, :, :F]
     records = real(w, scales)
@@ -84,7 +99,15 @@ def sparse_ffn(x, scores, threshold, w, scales, b1, b2, layer=0, block=1, skip_z
     return y, Read(int(touched), int(halves) * row_bytes(w, scales))
 
 
-def sparse_attention(
+def sparse_attention(x, *operands, norm_scale=None, norm_bias=None, epsilon=1e-5, **named):
+    """As `_sparse_attention`, with the norm in front and the residual around both if they are given."""
+    if norm_scale is None:
+        return _sparse_attention(x, *operands, **named)
+    y, *rest = _sparse_attention(normalised(x, norm_scale, norm_bias, epsilon), *operands, **named)
+    return x + y, *rest
+
+
+def _sparse_attention(
     x, scores, threshold, w, scales, bqkv, bo, past_key, past_value, start, past, layer=0, kv="all", stored=None
 ):
     """Y, present_key, present_value, context and Read; slots that no new token took keep what past held.

@@ -82,6 +82,7 @@ def ffns(draw):
     (B, S, tail, shared), block = draw(BATCHES), draw(st.sampled_from([1, 3, 8, 16]))
     shape = {"B": B, "S": S, "Z": round(tail * S), "F": draw(st.integers(1, 70)), "E": draw(SIZES)}
     kind = {"block": block, "dtype": draw(st.sampled_from(test_sparse_ffn.WEIGHTS)), "shared": shared}
+    kind["norm"] = draw(st.booleans())
     arrays = test_sparse_ffn.operands(np.random.default_rng(draw(SEEDS)), **shape, **kind)
     attributes = {"layer": draw(st.integers(0, 1)), "block": block, "skip_zeros": draw(st.integers(0, 1))}
     return with_masks(draw, arrays), attributes
@@ -92,7 +93,7 @@ def attentions(draw):
     B, S, tail, shared = draw(BATCHES)
     shape = {"B": B, "S": S, "Z": round(tail * S), "H": draw(st.integers(1, 4)), "T": S + draw(st.integers(0, 70))}
     kind = {"dtype": draw(st.sampled_from(test_sparse_attention.WEIGHTS)), "shared": shared}
-    kind["cache"] = draw(st.sampled_from(test_sparse_attention.CACHES))
+    kind |= {"cache": draw(st.sampled_from(test_sparse_attention.CACHES)), "norm": draw(st.booleans())}
     D = draw(st.sampled_from([1, 3, 16, 20, 33, 64, 80]))
     arrays = test_sparse_attention.operands(np.random.default_rng(draw(SEEDS)), **shape, D=D, **kind)
     return with_masks(draw, arrays), {"layer": draw(st.integers(0, 1))}

@@ -19,7 +19,20 @@ CACHES = tuple(kernels.CACHE_TOLERANCE)
 
 
 def operands(
-    rng, *, B=1, S=1, Z=1, L=2, H=3, D=16, T=12, dtype="float32", cache="float32", shared=False, fixed_mask=False
+    rng,
+    *,
+    B=1,
+    S=1,
+    Z=1,
+    L=2,
+    H=3,
+    D=16,
+    T=12,
+    dtype="float32",
+    cache="float32",
+    shared=False,
+    fixed_mask=False,
+    norm=False,
 ):
     """Random operands; cache slots outside start .. past are NaN. `fixed_mask`: all tokens have the first one's.
 
@@ -51,6 +64,7 @@ def operands(
         "past_value": value,
         "start": start.astype(np.int64),
         "past": past.astype(np.int64),
+        **(kernels.norm(rng, E) if norm else {}),
     }
 
 
@@ -96,10 +110,12 @@ def assert_as_defined(arrays, **attributes):
     dtype=st.sampled_from(WEIGHTS),
     cache=st.sampled_from(CACHES),
     shared=st.booleans(),
+    norm=st.booleans(),
 )
-def test_attention_equals_its_definition(seed, B, S, tail, H, D, room, layer, dtype, cache, shared):
+def test_attention_equals_its_definition(seed, B, S, tail, H, D, room, layer, dtype, cache, shared, norm):
     rng, sizes = np.random.default_rng(seed), {"L": 3, "H": H, "D": D, "T": S + room}
-    arrays = operands(rng, B=B, S=S, Z=round(tail * S), **sizes, dtype=dtype, cache=cache, shared=shared)
+    kind = {"dtype": dtype, "cache": cache, "shared": shared, "norm": norm}
+    arrays = operands(rng, B=B, S=S, Z=round(tail * S), **sizes, **kind)
     assert_as_defined(arrays, layer=layer)
 
 
@@ -117,8 +133,9 @@ def test_attention_equals_its_definition_when_only_active_heads_keep_a_cache(B, 
     ("B", "S", "H", "D", "T"),
     [(1, 1, 12, 64, 300), (40, 1, 2, 32, 9), (1, 100, 2, 128, 128), (3, 45, 4, 80, 64), (1, 70, 3, 24, 200)],
 )
-def test_attention_equals_its_definition_when_work_is_cut_into_tiles(B, S, H, D, T, dtype, cache):
-    arrays = operands(np.random.default_rng(21), B=B, S=S, Z=S, H=H, D=D, T=T, dtype=dtype, cache=cache)
+@pytest.mark.parametrize("norm", [False, True])
+def test_attention_equals_its_definition_when_work_is_cut_into_tiles(B, S, H, D, T, dtype, cache, norm):
+    arrays = operands(np.random.default_rng(21), B=B, S=S, Z=S, H=H, D=D, T=T, dtype=dtype, cache=cache, norm=norm)
     assert_as_defined(arrays, layer=1)
 
 

@@ -16,7 +16,7 @@ from tests.plugins import kernels, numpy_reference
 WEIGHTS = kernels.WEIGHTS
 
 
-def operands(rng, *, B=1, S=1, Z=1, L=2, F=40, E=48, block=1, dtype="float32", shared=False):
+def operands(rng, *, B=1, S=1, Z=1, L=2, F=40, E=48, block=1, dtype="float32", shared=False, norm=False):
     """Random operands; `shared`: one mask row set for all of the batch. About half of the units are active."""
     N, W = -(-F // block), 1 if shared else B
     E = kernels.width_for(dtype, E)
@@ -29,6 +29,7 @@ def operands(rng, *, B=1, S=1, Z=1, L=2, F=40, E=48, block=1, dtype="float32", s
         "scales": scales,
         "b1": rng.standard_normal(F, dtype=np.float32),
         "b2": rng.standard_normal(E, dtype=np.float32),
+        **(kernels.norm(rng, E) if norm else {}),
     }
 
 
@@ -58,17 +59,20 @@ def assert_as_defined(arrays, **attributes):
     dtype=st.sampled_from(WEIGHTS),
     shared=st.booleans(),
     skip_zeros=st.sampled_from([0, 1]),
+    norm=st.booleans(),
 )
-def test_ffn_equals_its_definition(seed, B, S, tail, F, E, block, layer, dtype, shared, skip_zeros):
-    rng = np.random.default_rng(seed)
-    arrays = operands(rng, B=B, S=S, Z=round(tail * S), L=3, F=F, E=E, block=block, dtype=dtype, shared=shared)
+def test_ffn_equals_its_definition(seed, B, S, tail, F, E, block, layer, dtype, shared, skip_zeros, norm):
+    rng, kind = np.random.default_rng(seed), {"dtype": dtype, "shared": shared, "norm": norm}
+    arrays = operands(rng, B=B, S=S, Z=round(tail * S), L=3, F=F, E=E, block=block, **kind)
     assert_as_defined(arrays, layer=layer, block=block, skip_zeros=skip_zeros)
 
 
 @pytest.mark.parametrize("dtype", WEIGHTS)
+@pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("rows", [(1, 1), (1, 33), (3, 21), (64, 1), (1, 130)])
-def test_ffn_equals_its_definition_when_work_is_cut_into_pieces_and_tiles(rows, dtype):
-    arrays = operands(np.random.default_rng(2), B=rows[0], S=rows[1], Z=rows[1], F=1100, E=520, block=16, dtype=dtype)
+def test_ffn_equals_its_definition_when_work_is_cut_into_pieces_and_tiles(rows, norm, dtype):
+    (B, S), kind = rows, {"dtype": dtype, "norm": norm}
+    arrays = operands(np.random.default_rng(2), B=B, S=S, Z=S, F=1100, E=520, block=16, **kind)
     assert_as_defined(arrays, layer=1, block=16, skip_zeros=0)
 
 

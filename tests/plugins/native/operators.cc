@@ -2,6 +2,7 @@
 #include "operators.h"
 
 #include <stdexcept>
+#include <string>
 
 #include "select_threshold.h"
 #include "sparse_attention.h"
@@ -29,6 +30,12 @@ shadowc::Selection SelectionOf(const Call& call) {
   s.units = scores.shape[3];
   s.layer = static_cast<size_t>(call.Int("layer", 0));
   return s;
+}
+
+shadowc::Norm NormOf(const Call& call) {
+  if (call.inputs.count("norm_scale") == 0) return {};
+  return {call.Input("norm_scale").As<float>(), call.Input("norm_bias").As<float>(),
+          std::stof(call.Text("epsilon", "1e-5"))};
 }
 
 Tensor ReadOf(const shadowc::ReadCount& read) {
@@ -66,6 +73,7 @@ Tensors SparseFfn(const Call& call, const shadowc::Parallel& parallel) {
   shadowc::FfnArgs a{};
   a.x = x.As<float>();
   a.batch = x.shape[0], a.tokens = x.shape[1], a.width = x.shape[2];
+  a.norm = NormOf(call);
   a.selection = SelectionOf(call);
   a.type = WeightTypeOf(w);
   a.w = w.bytes.data();
@@ -92,6 +100,7 @@ Tensors SparseAttention(const Call& call, const shadowc::Parallel& parallel) {
   shadowc::AttentionArgs a{};
   a.x = x.As<float>();
   a.batch = x.shape[0], a.tokens = x.shape[1], a.width = x.shape[2];
+  a.norm = NormOf(call);
   a.selection = SelectionOf(call);
   a.type = WeightTypeOf(w);
   a.w = w.bytes.data();

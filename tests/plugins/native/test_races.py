@@ -22,6 +22,7 @@ CASES = {
     "select_threshold.cc": (SELECT_THRESHOLD, scores_of),
     "sparse_ffn.cc": (SPARSE_FFN, lambda rng: test_sparse_ffn.operands(rng, F=4000, E=256)),
     "sparse_ffn.cc, many rows": (SPARSE_FFN, lambda rng: test_sparse_ffn.operands(rng, B=50, F=900, E=256)),
+    "sparse_ffn.cc, with a norm": (SPARSE_FFN, lambda rng: test_sparse_ffn.operands(rng, F=4000, E=256, norm=True)),
     "sparse_attention.cc": (SPARSE_ATTENTION, lambda rng: test_sparse_attention.operands(rng, H=8, D=64)),
     "sparse_attention.cc, many rows": (
         SPARSE_ATTENTION,
