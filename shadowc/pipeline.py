@@ -74,6 +74,7 @@ def schedule(
         cluster_neurons,
         finalise,
         fix_mask,
+        fold_norms,
         insert_predictor,
         narrow_cache,
         quantise,
@@ -95,6 +96,7 @@ def schedule(
     if cpu:  # no keep_fp32_islands: activations are float32 everywhere
         steps.append(Pass(narrow_cache.NAME, narrow_cache.apply) if weights != "fp32" else None)
         steps.append(Pass(finalise.NAME, finalise.apply))
+        steps.append(Pass(fold_norms.NAME, fold_norms.apply))  # behind it: names are found through the norms
     else:
         steps += _tensorrt(ACTIVATIONS[weights], prefill=prefill)
     return tuple(step for step in steps if step is not None)

@@ -266,7 +266,7 @@ def _layer(
         worst = {step: worse(worst.get(step, 0.0), value) for step, value in differences.items()}
     return [
         Compared(layer, names[step.tensor], step.made_by, worst[step.tensor], tolerances[step.tensor], step.parameters)
-        for step in steps_of(layer, norm_first=checkpoint.facts.norm_first)
+        for step in steps_of(layer, names, norm_first=checkpoint.facts.norm_first)
     ]
 
 

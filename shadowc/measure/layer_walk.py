@@ -8,7 +8,7 @@ Letters: B batch, S tokens, E hidden, H heads, D head size, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from shadowc.checkpoint.opt import layer_names
 from shadowc.measure.layer_reference import LayerReference, beyond_rounding
 from shadowc.measure.masks import relative, worse
 from shadowc.spec.errors import InternalError
+from shadowc.spec.ops import SPARSE_ATTENTION, SPARSE_FFN
 
 if TYPE_CHECKING:
     import onnx
@@ -36,12 +37,18 @@ class Step:
     """Names of the parameters that go into it."""
 
 
-STEPS = ("attention.x", "keys", "values", "context", "attention.y", "ffn.x", "ffn.y", "output")
+STEPS = ("attention.x", "keys", "values", "context", "attention.y", "middle", "ffn.x", "ffn.y", "output")
 """In the order in which a layer makes them."""
 
 
-def steps_of(layer: int, *, norm_first: bool = True) -> tuple[Step, ...]:
-    """The steps of one model layer, whose norms come before or behind the blocks."""
+def steps_of(layer: int, tensors: Container[str] = STEPS, *, norm_first: bool = True) -> tuple[Step, ...]:
+    """The steps of one model layer.
+
+    Args:
+        layer: its number.
+        tensors: those that the graph has; what makes the others belongs to the next one that it has.
+        norm_first: norms come before the blocks, not behind them.
+    """
     names = layer_names(layer)
 
     def of(*parts: Any) -> tuple[str, ...]:
@@ -53,15 +60,26 @@ def steps_of(layer: int, *, norm_first: bool = True) -> tuple[Step, ...]:
         ("v_proj", of(names.v)),
         ("q_proj and attention to the cache", of(names.q)),
         ("out_proj", of(names.out)),
-        ("residual and layer norm", of(names.ffn_norm if norm_first else names.attention_norm)),
+        ("residual", ()),
+        ("layer norm", of(names.ffn_norm if norm_first else names.attention_norm)),
         ("fc1, ReLU and fc2", of(names.fc1, names.fc2)),
         ("residual", ()) if norm_first else ("residual and layer norm", of(names.ffn_norm)),
     )
-    return tuple(Step(name, *how) for name, how in zip(STEPS, made, strict=True))
+    steps: list[Step] = []
+    by: list[str] = []
+    parameters: tuple[str, ...] = ()
+    for name, (what, own) in zip(STEPS, made, strict=True):
+        by, parameters = [*by, what], parameters + own
+        if name in tensors:
+            steps.append(Step(name, " and ".join(by), parameters))
+            by, parameters = [], ()
+    return tuple(steps)
 
 
 def tensor_names(model: onnx.ModelProto, layer: int) -> dict[str, str]:
     """What the engine's graph calls the tensors of a layer: step -> name; keys and values are read from the cache.
+
+    An operator that takes its norm and residual itself shows neither the one nor its result without the other.
 
     Raises:
         InternalError: the graph has no such layer.
@@ -70,16 +88,19 @@ def tensor_names(model: onnx.ModelProto, layer: int) -> dict[str, str]:
     attention, ffn = nodes.get(f"layers.{layer}.attention"), nodes.get(f"layers.{layer}.ffn")
     if attention is None or ffn is None:
         raise InternalError(f"the engine's graph has no operators of layer {layer}")
-    return {
-        "attention.x": attention.input[0],
+    names = {
         "keys": f"cached.{layer}.key",
         "values": f"cached.{layer}.value",
         "context": attention.output[3],
-        "attention.y": attention.output[0],
-        "ffn.x": ffn.input[0],
-        "ffn.y": ffn.output[0],
         "output": f"residual.{layer + 1}",
     }
+    if len(attention.input) == len(SPARSE_ATTENTION.inputs):
+        names |= {"attention.x": attention.input[0], "attention.y": attention.output[0]}
+    if len(ffn.input) == len(SPARSE_FFN.inputs):
+        names |= {"ffn.x": ffn.input[0], "ffn.y": ffn.output[0]}
+    else:
+        names["middle"] = ffn.input[0]
+    return names
 
 
 @dataclass(slots=True)
@@ -90,7 +111,9 @@ class _Walk:
     found: dict[str, float] = field(default_factory=dict)
 
     def take(self, step: str, exact: Tensor) -> Tensor:
-        """Compare torch's tensor with the engine's, and go on with the engine's."""
+        """Compare torch's tensor with the engine's, and go on with the engine's if its graph has it."""
+        if step not in self.seen:
+            return exact
         theirs = self.seen[step].reshape(exact.shape)
         if step in ("keys", "values"):
             self.found[step] = worse(self.found.get(step, 0.0), beyond_rounding(theirs, exact))
@@ -112,7 +135,7 @@ class LayerWalk(LayerReference):
             x_BSE: the engine's input of the layer.
             head_mask_BSH: its masks, in checkpoint order.
             neuron_mask_BSF: the same.
-            seen: step -> the engine's tensor, [B,S,E], keys and values [B,S,H,D] as stored.
+            seen: step -> the engine's tensor, [B,S,E], keys and values [B,S,H,D] as stored; only what its graph has.
         """
         walk, attention = _Walk(seen), self._module.self_attn
         heads_BSE = head_mask_BSH.repeat_interleave(x_BSE.shape[2] // head_mask_BSH.shape[2], dim=2)
@@ -124,6 +147,7 @@ class LayerWalk(LayerReference):
             *((part, lambda x: walk.take("attention.x", x)) for part in (attention.q_proj, attention.k_proj)),
             (attention.v_proj, lambda x: walk.take("attention.x", x)),
             (attention.out_proj, lambda c: walk.take("context", torch.where(heads_BSE.reshape(c.shape), c, 0.0))),
+            (self._module.final_layer_norm, lambda x: walk.take("middle", x)),
             (self._module.fc1, lambda x: walk.take("ffn.x", x)),
             (self._module.fc2, masked_neurons),
         ]
@@ -139,7 +163,7 @@ class LayerWalk(LayerReference):
             for part, act in after:
                 stack.callback(part.register_forward_hook(_on_output(act)).remove)
             walk.take("output", self._forward(x_BSE, {}, {}))
-        return {step: walk.found[step] for step in STEPS}
+        return {step: walk.found[step] for step in STEPS if step in walk.found}
 
 
 def _on_input(act: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:

@@ -161,6 +161,7 @@ def test_passes_are_dumped_when_asked_for(tiny_checkpoint: Path, tmp_path: Path)
         "quantise.onnx",
         "narrow_cache.onnx",
         "finalise.onnx",
+        "fold_norms.onnx",
     ]
 
 

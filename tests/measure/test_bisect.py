@@ -20,6 +20,7 @@ from shadowc.spec.manifest import MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE
 LAYER = 2
 NAMES = layer_names(LAYER)
 ATTENTION, FFN = f"layers.{LAYER}.attention", f"layers.{LAYER}.ffn"
+MIDDLE, OUTPUT = f"layers.{LAYER}.middle", f"residual.{LAYER + 1}"
 
 
 @pytest.fixture
@@ -53,12 +54,12 @@ PLANTED = {
     "query": (f"{ATTENTION}.w", (1, 0, 3, 5), f"context.{LAYER}", NAMES.q.weight, (16 + 3, 5)),
     "key": (f"{ATTENTION}.w", (1, 1, 3, 5), f"cached.{LAYER}.key", NAMES.k.weight, (16 + 3, 5)),
     "value": (f"{ATTENTION}.w", (3, 2, 0, 63), f"cached.{LAYER}.value", NAMES.v.weight, (48, 63)),
-    "output": (f"{ATTENTION}.w", (2, 3, 7, 9), f"{ATTENTION}.y", NAMES.out.weight, (9, 32 + 7)),
+    "output": (f"{ATTENTION}.w", (2, 3, 7, 9), MIDDLE, NAMES.out.weight, (9, 32 + 7)),
     "query bias": (f"{ATTENTION}.bqkv", (0, 0, 2), f"context.{LAYER}", NAMES.q.bias, (2,)),
-    "output bias": (f"{ATTENTION}.bo", (11,), f"{ATTENTION}.y", NAMES.out.bias, (11,)),
-    "attention norm": (NAMES.attention_norm.weight, (4,), f"{ATTENTION}.x", NAMES.attention_norm.weight, (4,)),
-    "FFN norm": (NAMES.ffn_norm.bias, (6,), f"{FFN}.x", NAMES.ffn_norm.bias, (6,)),
-    "second FFN bias": (f"{FFN}.b2", (8,), f"{FFN}.y", NAMES.fc2.bias, (8,)),
+    "output bias": (f"{ATTENTION}.bo", (11,), MIDDLE, NAMES.out.bias, (11,)),
+    "attention norm": (NAMES.attention_norm.weight, (4,), f"cached.{LAYER}.key", NAMES.attention_norm.weight, (4,)),
+    "FFN norm": (NAMES.ffn_norm.bias, (6,), OUTPUT, NAMES.ffn_norm.bias, (6,)),
+    "second FFN bias": (f"{FFN}.b2", (8,), OUTPUT, NAMES.fc2.bias, (8,)),
 }
 
 
@@ -92,7 +93,7 @@ def test_altered_neuron_is_named_in_the_checkpoints_order(
         alter(folder, f"{FFN}.w", (record, part, 5), lambda value: value + np.float32(0.1))
     alter(folder, f"{FFN}.w", (17, part, 5), larger)
     report = found(folder, tiny_checkpoint)
-    assert (report.first.layer, report.first.tensor) == (LAYER, f"{FFN}.y")
+    assert (report.first.layer, report.first.tensor) == (LAYER, OUTPUT)
     neuron = int(order[17])
     (altered,) = report.altered
     assert altered.name == (NAMES.fc2.weight if part else NAMES.fc1.weight)
@@ -119,8 +120,8 @@ def test_first_of_two_altered_layers_is_named(
     report = found(folder, tiny_checkpoint)
     assert report.first.layer == 1
     assert [(one.layer, one.tensor) for one in report.compared if one.deviates] == [
-        (1, "layers.1.ffn.y"),
-        (3, "layers.3.ffn.y"),
+        (1, "residual.2"),
+        (3, "residual.4"),
     ]
 
 
@@ -149,7 +150,7 @@ def test_nan_in_a_weight_is_a_deviation(
     folder = copied(sparse_engine)
     alter(folder, f"{ATTENTION}.bo", (3,), lambda _: np.float32(np.nan))
     report = found(folder, tiny_checkpoint)
-    assert (report.first.layer, report.first.tensor) == (LAYER, f"{ATTENTION}.y")
+    assert (report.first.layer, report.first.tensor) == (LAYER, MIDDLE)
     assert [(one.name, one.at) for one in report.altered] == [(NAMES.out.bias, (3,))]
 
 
@@ -165,7 +166,7 @@ def test_graph_that_uses_another_layers_masks_is_told_from_altered_weights(
     assert len(written) == size
     (folder / MODEL_FILE).write_bytes(written)
     report = found(folder, tiny_checkpoint)
-    assert (report.first.layer, report.first.tensor, report.altered) == (LAYER, f"{FFN}.y", ())
+    assert (report.first.layer, report.first.tensor, report.altered) == (LAYER, OUTPUT, ())
     with pytest.raises(VerificationError) as caught:
         report.require()
     assert MODEL_FILE in caught.value.problems[0]
@@ -217,7 +218,7 @@ def test_sound_engine_has_no_deviation(kind: str, tiny_checkpoint: Path, request
     report.require()
     assert report.first is None
     assert (report.altered, report.changed_files) == ((), ())
-    assert len(report.compared) == 2 + 1 + 8 * 4
+    assert len(report.compared) == 2 + 1 + 5 * 4
     inner = [one.difference for one in report.compared if one.layer is not None]
     assert 0 < max(inner) < 1e-5
 

@@ -14,16 +14,17 @@ from shadowc.spec.errors import InternalError, UnsupportedError
 from tests.trace import deep
 
 SPARSE = ["canonicalise", "insert_predictor", "sparsify_attention", "sparsify_ffn", "cluster_neurons"]
+LAST = ["finalise", "fold_norms"]
 DENSE = ["canonicalise", "sparsify_attention", "sparsify_ffn"]
 
 
 @pytest.mark.parametrize(
     ("weights", "sparse", "expected"),
     [
-        ("fp32", True, [*SPARSE, "finalise"]),
-        *((weights, True, [*SPARSE, "quantise", "narrow_cache", "finalise"]) for weights in ("bf16", "int8", "int4")),
-        ("fp32", False, [*DENSE, "finalise"]),
-        ("int8", False, [*DENSE, "quantise", "narrow_cache", "finalise"]),
+        ("fp32", True, [*SPARSE, *LAST]),
+        *((weights, True, [*SPARSE, "quantise", "narrow_cache", *LAST]) for weights in ("bf16", "int8", "int4")),
+        ("fp32", False, [*DENSE, *LAST]),
+        ("int8", False, [*DENSE, "quantise", "narrow_cache", *LAST]),
     ],
 )
 def test_schedule_lists_the_passes_of_an_engine(weights: str, sparse: bool, expected: list[str]) -> None:
