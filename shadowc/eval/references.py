@@ -10,6 +10,7 @@ Letters: Z masked tokens, S tokens, L predicted layers, H heads, D head size, F 
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,6 +32,44 @@ if TYPE_CHECKING:
 
 REFERENCES = ("oracle", "prompt")
 """Measured where they are named only: oracle takes a backward pass of every text, prompt has one protocol."""
+KEPT_ORACLE_BYTES = 1 << 30
+"""Of true scores that are kept; a piece of work needs them once for each setting, and they cost a backward pass."""
+
+
+class Oracle:
+    """True scores of requests, those last asked for kept: settings take turns on the requests of a piece of work.
+
+    Args:
+        model: transformers' model.
+        facts: its sizes.
+        predictor: whose criterion and units they are.
+    """
+
+    def __init__(self, model: Any, facts: ModelFacts, predictor: Predictor) -> None:
+        self._model, self._facts, self._predictor = model, facts, predictor
+        self._kept: OrderedDict[tuple[tuple[int, ...], int], tuple[Floats, Floats]] = OrderedDict()
+        self._bytes = 0
+
+    def scores(self, request: Request, first: int) -> tuple[Floats, Floats]:
+        """Return `oracle_scores` of a request.
+
+        Raises:
+            InputError: see there.
+        """
+        key = request.ids, first
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        found = oracle_scores(self._model, self._facts, self._predictor, request, first)
+        self._kept[key] = found
+        self._bytes += _bytes(found)
+        while self._bytes > KEPT_ORACLE_BYTES and len(self._kept) > 1:
+            self._bytes -= _bytes(self._kept.popitem(last=False)[1])
+        return found
+
+
+def _bytes(pair: tuple[Floats, Floats]) -> int:
+    return pair[0].nbytes + pair[1].nbytes
 
 
 def oracle_scores(

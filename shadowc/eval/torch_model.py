@@ -26,7 +26,7 @@ from torch import Tensor
 from shadowc.eval.ledger import Ledger
 from shadowc.eval.likelihood import log_likelihood
 from shadowc.eval.model import METHODS, EvaluatedModel, random_scores
-from shadowc.eval.references import REFERENCES, oracle_scores, prompt_scores
+from shadowc.eval.references import REFERENCES, Oracle, prompt_scores
 from shadowc.eval.request import PROTOCOLS, Outcome, Request, Setting
 from shadowc.sparsity.families import decoder_of
 from shadowc.sparsity.reference import MaskedModel, MaskedState
@@ -95,6 +95,7 @@ class TorchModel(EvaluatedModel):
         self.recall = {} if predictor is None else predictor.report.get("found", {})
         self._prompts: OrderedDict[tuple[int, ...], _Prompt] = OrderedDict()
         self._kept_tokens = 0
+        self._oracle: Oracle | None = None
         self.passes = 0
         """Tokens that went through the model, padding included."""
 
@@ -276,7 +277,8 @@ class TorchModel(EvaluatedModel):
         """Return the scores [Z or 1,L,U] of one request."""
         dense, predictor = setting.dense_tokens(request), self._predictor
         if predictor is not None and setting.method == "oracle":
-            return oracle_scores(self._model, self._checkpoint.facts, predictor, request, dense)
+            self._oracle = self._oracle or Oracle(self._model, self._checkpoint.facts, predictor)
+            return self._oracle.scores(request, dense)
         if predictor is not None and setting.method == "prompt":
             return prompt_scores(self._model, predictor, request.ids[:dense])
         heads, neurons = ((self._layers, count) for count in self._units)

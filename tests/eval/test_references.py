@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from shadowc.eval import references
 from shadowc.eval.load import engine_model
 from shadowc.eval.references import oracle_scores, prompt_scores
 from shadowc.eval.request import Request, Setting
@@ -34,6 +35,34 @@ def test_the_oracle_knows_each_tokens_own_scores(in_torch: TorchModel) -> None:
     np.testing.assert_allclose(heads[6], rows.heads_MLH[0, 1:], rtol=1e-4, atol=1e-9)
     first_block = rows.neurons_LMF[2][0, predictor.orders_LF[1][: predictor.block]].sum()
     assert neurons[6, 1, 0] == pytest.approx(first_block, rel=1e-4)
+
+
+def test_the_oracle_asks_once_for_all_settings_and_keeps_what_fits(
+    in_torch: TorchModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[tuple[int, ...], int]] = []
+
+    def counted(model: object, facts: object, predictor: object, request: Request, first: int) -> tuple[object, object]:
+        asked.append((request.ids, first))
+        return np.full((2, 3), float(first)), np.full((2, 5), float(sum(request.ids)))
+
+    monkeypatch.setattr(references, "oracle_scores", counted)
+    first, second, predictor = request(1), request(2), in_torch._predictor
+    assert predictor is not None
+    oracle = references.Oracle(in_torch._model, in_torch._checkpoint.facts, predictor)
+    for _ in range(2):  # two settings on a piece of two requests, and one with a longer dense start
+        for one, dense in ((first, 1), (second, 1), (first, 3)):
+            heads, neurons = oracle.scores(one, dense)
+            assert (heads[0, 0], neurons[0, 0]) == (dense, sum(one.ids))
+    assert len(asked) == 3
+    monkeypatch.setattr(references, "KEPT_ORACLE_BYTES", 200)  # one pair has 128
+    for one in (second, first):  # the former pushes out all but itself
+        oracle.scores(one, 2)
+    assert len(asked) == 5
+    oracle.scores(first, 2)
+    assert len(asked) == 5
+    oracle.scores(second, 1)
+    assert len(asked) == 6
 
 
 def test_the_oracles_masks_are_the_best_units_of_each_token(in_torch: TorchModel) -> None:
