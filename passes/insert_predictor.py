@@ -8,6 +8,8 @@ Legal cases, each for a plan in a graph that has no scores yet:
    then, so the scope is local. The graph still puts out scores, thresholds and counts of all layers together.
 3. Style shadow+: as 2, but what the layer's FFN reads makes the scores of its neurons, the networks have no ReLU, and
    a table turns the density into a share for each layer.
+4. A plan with thresholds, any style: in place of a selection that ranks, a row of a table is the thresholds, and
+   standard operators count. Then every scope will do: one threshold for all layers needs no scores of later ones.
 
 The predictor runs on the last max(Z, 1) tokens: at least one, so that `mask_scores`, its last row, always exists;
 the operators get the last Z rows. Z is the input `sparse_tail` clamped to S; negative means 1 if S is 1, else 0.
@@ -69,7 +71,7 @@ def apply(program: Program) -> PassReport:
 def requires(program: Program) -> None:
     """A plan whose ranking knows all its scores in time, and the canonical form of layer 0."""
     plan = _plan(program)
-    if plan.style != "shadow" and plan.scope != "local":
+    if plan.style != "shadow" and plan.scope != "local" and plan.select == "exact":
         raise InternalError(f"{NAME}: style {plan.style} ranks each layer by itself, the plan's scope is {plan.scope}")
     Builder(program).tensor("tokens", "canonicalise")
 
@@ -165,8 +167,10 @@ def _for_all_layers(program: Program, builder: Builder, kind: _Kind, scaled: gs.
     flat = _network(program, builder, name, scaled, kind.width, L * N)
     scores = builder.node("Reshape", [flat, builder.ints(0, 0, L, N)], f"{name}.scores", f32, ("B", "Y", L, N))
     kept = _cut(builder, scores, kind, L, tail)
-    density = _density(builder, kind)
-    threshold, active = _select(program, builder, kind, kept, density, sorted(_plan(program).exempt))
+    plan, given = _plan(program), _density(builder, kind)
+    if plan.select != "exact":
+        given = _thresholds(program, builder, kind, given)
+    threshold, active = _select(program, builder, kind, kept, given, sorted(plan.exempt))
     program.graph.outputs.extend([builder.tensor(f"mask_scores.{kind.name}", NAME), kept, threshold, active])
 
 
@@ -215,14 +219,30 @@ def _density(builder: Builder, kind: _Kind) -> gs.Variable:
 
 
 def _densities(program: Program, builder: Builder, kind: _Kind) -> list[gs.Variable]:
-    """The density of each predicted layer, [B]: what is asked for, or of style shadow+ the layer's share of it.
+    """What each predicted layer selects by: the density asked for, of style shadow+ the layer's share of it, [B].
 
-    As shares.layer_density: the nearest row of a table, which has all rounding behind it; not a number means 1.
+    Of a plan with thresholds the layer's threshold, [B,1].
     """
-    density, L = _density(builder, kind), program.facts.predicted_layers
-    if _plan(program).style != "shadow+":
+    density, L, f32 = _density(builder, kind), program.facts.predicted_layers, np.float32
+    calibrated = _plan(program).select != "exact"
+    if not calibrated and _plan(program).style != "shadow+":
         return [density] * L
-    name, f32, shape = f"shares.{kind.name}", np.float32, density.shape
+    name = f"limits.{kind.name}" if calibrated else f"shares.{kind.name}"
+    rows = _thresholds(program, builder, kind, density) if calibrated else _row(program, builder, name, name, density)
+    numbers = [builder.ints(layer) if calibrated else builder.integer(layer) for layer in range(L)]
+    shape = (*density.shape, 1) if calibrated else density.shape
+    return [
+        builder.node("Gather", [rows, number], f"{name}.{layer}", f32, shape, axis=1)
+        for layer, number in enumerate(numbers, start=1)
+    ]
+
+
+def _row(program: Program, builder: Builder, name: str, source: str, density: gs.Variable) -> gs.Variable:
+    """Look a density up in a table of the predictor, [B,L].
+
+    As shares.layer_density: the nearest row, which has all rounding behind it; not a number means 1.
+    """
+    f32, shape, L = np.float32, density.shape, program.facts.predicted_layers
     zero, one, grid = (builder.constant(f"shares.{value}", np.array(value, f32)) for value in (0, 1, GRID))
     less = builder.node("Less", [density, one], f"{name}.less", np.bool_, shape)
     most = builder.node("Where", [less, density, one], f"{name}.most", f32, shape)
@@ -230,29 +250,56 @@ def _densities(program: Program, builder: Builder, kind: _Kind) -> list[gs.Varia
     scaled = builder.node("Mul", [clamped, grid], f"{name}.scaled", f32, shape)
     rounded = builder.node("Round", [scaled], f"{name}.rounded", f32, shape)
     row = builder.node("Cast", [rounded], f"{name}.row", np.int64, shape, to=7)  # TensorProto.INT64
-    table = builder.weight(name, WeightRecipe("copy", (f"predictor.{name}",), (GRID + 1, L)))
-    shares = builder.node("Gather", [table, row], f"{name}.of_layers", f32, (*shape, L), axis=0)
-    numbers = [builder.integer(layer) for layer in range(L)]
-    return [
-        builder.node("Gather", [shares, number], f"{name}.{layer}", f32, shape, axis=1)
-        for layer, number in enumerate(numbers, start=1)
-    ]
+    table = builder.weight(name, WeightRecipe("copy", (f"predictor.{source}",), (GRID + 1, L)))
+    return builder.node("Gather", [table, row], f"{name}.of_layers", f32, (*shape, L), axis=0)
+
+
+def _thresholds(program: Program, builder: Builder, kind: _Kind, density: gs.Variable) -> gs.Variable:
+    """Look up the thresholds of all layers, [B,L]; none for those that are exempt."""
+    plan, name, L = _plan(program), f"limits.{kind.name}", program.facts.predicted_layers
+    rows = _row(program, builder, name, f"threshold.{plan.budget}.{kind.name}", density)
+    if not plan.exempt:
+        return rows
+    dense = builder.constant("limits.dense", np.isin(np.arange(L), plan.exempt))
+    least = builder.constant("limits.least", np.array(-np.inf, np.float32))
+    return builder.node("Where", [dense, least, rows], f"{name}.obeyed", np.float32, rows.shape)
 
 
 def _select(
-    program: Program, builder: Builder, kind: _Kind, scores: gs.Variable, density: gs.Variable, exempt: list[int]
+    program: Program, builder: Builder, kind: _Kind, scores: gs.Variable, given: gs.Variable, exempt: list[int]
 ) -> tuple[gs.Variable, gs.Variable]:
-    """Threshold and number of active units of the layers that the scores have."""
+    """Threshold and number of active units of the layers that the scores have, by a density or by thresholds [B,L]."""
     name, layers = scores.name.removeprefix("scores."), scores.shape[2]
+    if _plan(program).select != "exact":
+        return _compare(builder, name, scores, given)
     threshold = builder.variable(f"threshold.{name}", np.float32, ("B", "Z", layers))
     active = builder.variable(f"active.{name}", np.int32, ("B", "Z", layers))
     # -1 stands for none: GraphSurgeon cannot write an empty list, whose type it does not know
     attributes = {"scope": _plan(program).scope, "exempt": exempt or [-1], "min_active": kind.min_active}
     operator = gs.Node(
-        SELECT_THRESHOLD.name, f"select.{name}", attributes, [scores, density], [threshold, active], domain=DOMAIN
+        SELECT_THRESHOLD.name, f"select.{name}", attributes, [scores, given], [threshold, active], domain=DOMAIN
     )
     program.graph.nodes.append(operator)
     return threshold, active
+
+
+def _compare(builder: Builder, name: str, scores: gs.Variable, limits: gs.Variable) -> tuple[gs.Variable, gs.Variable]:
+    """Give every token the same thresholds, and count the units whose score is not below them."""
+    layers, units = scores.shape[2:]
+    shape, every = ("B", "Z", layers), ("B", "Z", layers, units)
+    sizes = builder.node("Shape", [scores], f"threshold.{name}.sizes", np.int64, (3,), start=0, end=3)
+    one_token = builder.node(
+        "Unsqueeze", [limits, builder.ints(1)], f"threshold.{name}.row", np.float32, (limits.shape[0], 1, layers)
+    )
+    threshold = builder.node("Expand", [one_token, sizes], f"threshold.{name}", np.float32, shape)
+    column = builder.node(
+        "Unsqueeze", [threshold, builder.ints(3)], f"threshold.{name}.column", np.float32, (*shape, 1)
+    )
+    below = builder.node("Less", [scores, column], f"active.{name}.below", np.bool_, every)
+    reach = builder.node("Not", [below], f"active.{name}.units", np.bool_, every)
+    ones = builder.node("Cast", [reach], f"active.{name}.ones", np.int32, every, to=6)  # TensorProto.INT32
+    last = builder.ints(3)
+    return threshold, builder.node("ReduceSum", [ones, last], f"active.{name}", np.int32, shape, keepdims=0)
 
 
 def _affine(builder: Builder, x: gs.Variable, name: str, fan_in: int, fan_out: int) -> gs.Variable:

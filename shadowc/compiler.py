@@ -218,7 +218,7 @@ class _Compile:
     def _check_style(self) -> None:
         """What a predictor for each layer cannot do; a predictor's folder says of which style it is."""
         from shadowc.sparsity.predictor import style_in
-        from shadowc.sparsity.styles import check_style
+        from shadowc.sparsity.styles import check_select, check_style, scope_of
 
         options = self.options
         if options.predictor == "none":
@@ -226,6 +226,8 @@ class _Compile:
         folder = self._predictor_folder()
         style = style_in(options.predictor) if folder else options.train.style
         check_style(style, options)
+        check_select(options)
+        scope_of(style, options.scope, options.select)
 
     def _check_dump(self) -> None:
         dump = self.options.dump_passes
@@ -369,7 +371,8 @@ class _Compile:
             style=predictor.style,
             mask=options.mask,
             refresh=options.refresh,
-            scope=predictor.scope(options.scope),
+            scope=predictor.scope(options.scope, options.select),
+            select=options.select,
             head_density=options.head_density,
             neuron_density=options.neuron_density,
             neuron_block=predictor.block,

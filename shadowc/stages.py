@@ -157,7 +157,7 @@ class Stages:
 
         options = self.options
         program = load_program(traced, checkpoint.facts)
-        program.plan = None if predictor is None else predictor.plan(options.scope)
+        program.plan = None if predictor is None else predictor.plan(options.scope, select=options.select)
         passes = schedule(
             target=options.target,
             weights=options.weights,

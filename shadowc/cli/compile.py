@@ -49,6 +49,14 @@ def compile_model(
             show_default=False,
         ),
     ] = None,
+    select: Annotated[
+        flags.Select,
+        typer.Option(
+            "--select",
+            help="exact: rank the units of every token; calibrated: keep those that reach a threshold which met the "
+            "density on the calibration text; sensitivity: the same, each layer with its own share.",
+        ),
+    ] = "exact",
     mask: Annotated[
         flags.Mask, typer.Option("--mask", help="A mask for every token, or one for all tokens after the prompt.")
     ] = "token",
@@ -95,7 +103,7 @@ def compile_model(
     if predictor == "none":
         flags.refuse_unused(
             context,
-            (*COLLECTING, *TRAINING, "head_density", "neuron_density", "scope", "mask", "refresh"),
+            (*COLLECTING, *TRAINING, "head_density", "neuron_density", "scope", "select", "mask", "refresh"),
             "with --predictor none: a dense engine has no masks",
         )
     elif predictor != "train":
@@ -103,6 +111,7 @@ def compile_model(
     elif load_format == "dummy":
         untaught = (*COLLECTING, "labels")
         flags.refuse_unused(context, untaught, "with --load-format dummy: a dummy model has a random predictor")
+        flags.refuse_unused(context, ("select",), "with --load-format dummy: a random predictor has no thresholds")
     options = flags.checked(
         CompileOptions,
         {
@@ -114,6 +123,7 @@ def compile_model(
             "head_density": head_density,
             "neuron_density": neuron_density,
             "scope": scope,
+            "select": select,
             "mask": mask,
             "refresh": refresh,
             "skip_zeros": skip_zeros,

@@ -78,10 +78,10 @@ class Masks:
             InputError: an entry of a list is not known; all that are known are listed.
         """
         from shadowc.eval.model import METHODS, RANKING, REFERENCE_PROTOCOLS
-        from shadowc.eval.request import protocol_named
+        from shadowc.eval.request import BY_THRESHOLD, protocol_named
 
         return Masks(
-            _known(methods, (*METHODS, *REFERENCE_PROTOCOLS), "method", "--methods", RANKING),
+            _known(methods, (*METHODS, *BY_THRESHOLD, *REFERENCE_PROTOCOLS), "method", "--methods", RANKING),
             flags.densities_of(densities),
             tuple(map(protocol_named, _listed(protocol))),
             _known(scope, get_args(flags.Scope), "scope", "--scope") or ("",),

@@ -62,7 +62,8 @@ def evaluate(
         str | None,
         typer.Option(
             "--methods",
-            help="Whose masks: predictor, static, normalised, random (default: all that there are); oracle, prompt.",
+            help="Whose masks: predictor, static, normalised, random (default: all that there are); oracle, prompt; "
+            "calibrated, sensitivity: the predictor's, by thresholds.",
             show_default=False,
         ),
     ] = None,

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 Weights = Literal["fp32", "fp16", "bf16", "int8", "int4"]
 Scope = Literal["local", "global"]
+Select = Literal["exact", "calibrated", "sensitivity"]
 Mask = Literal["token", "sequence"]
 LoadFormat = Literal["auto", "dummy"]
 Style = Literal["shadow", "dejavu", "shadow+"]

@@ -17,7 +17,7 @@ from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
-    from shadowc.spec.manifest import EngineManifest
+    from shadowc.spec.manifest import EngineManifest, SparsityPart
 
 DENSITIES = "1,0.5,0.2,0.1,0.5/0.2"
 
@@ -209,12 +209,35 @@ def sparsity_facts(manifest: EngineManifest) -> dict[str, str]:
     again = f", fresh every {plan.refresh} tokens" if plan.refresh else ""
     exempt = f", layers {', '.join(map(str, plan.exempt))} exempt" if plan.exempt else ""
     return {
-        "sparsity": f"a mask per {plan.mask}{again}, ranked {plan.scope}ly, "
+        "sparsity": f"a mask per {plan.mask}{again}, {selection_text(plan)}, "
         f"blocks of {plan.neuron_block} neurons{exempt}",
         "density": f"{plan.head_density:g} of the heads, {plan.neuron_density:g} of the neurons, unless a run says so",
+        **_density_met(plan),
         "predictor": f"style {plan.style}, {predictor_text(plan.predictor)}, "
         f"{render.size(manifest.bytes_per_token.predictor)} read per token",
     }
+
+
+def selection_text(plan: SparsityPart) -> str:
+    """Return how masks come from scores."""
+    if plan.select == "exact":
+        return f"ranked {plan.scope}ly"
+    each = "one for all layers" if plan.scope == "global" else "one for each layer"
+    return f"calibrated thresholds, {each}{' by its sensitivity' if plan.select == 'sensitivity' else ''}"
+
+
+def _density_met(plan: SparsityPart) -> dict[str, str]:
+    """Return what held-out text met under calibrated thresholds, beside what was asked for."""
+    report = plan.predictor.get("report")
+    met = report.get("met") if isinstance(report, Mapping) else None
+    if plan.select == "exact" or not isinstance(met, Mapping):
+        return {}
+    budget = "sensitivity" if plan.select == "sensitivity" else plan.scope
+    found = []
+    for kind, by_budget in met.items():
+        shares = (f"{render.share(share)} at {float(asked):g}" for asked, share in by_budget[budget].items())
+        found.append(f"{', '.join(shares)} of {kind}")
+    return {"density met": f"on held-out text {'; '.join(found)}"}
 
 
 def predictor_text(predictor: Mapping[str, object]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 from shadowc.eval.ledger import Ledger
 from shadowc.eval.likelihood import log_likelihood
 from shadowc.eval.model import METHODS, REFERENCE_PROTOCOLS, EvaluatedModel, random_scores
-from shadowc.eval.request import Outcome, Request, Setting
+from shadowc.eval.request import BY_THRESHOLD, LEARNED, Outcome, Request, Setting
 from shadowc.measure.expected import record_bytes
 from shadowc.runtime.stored import control_names
 from shadowc.spec.errors import InputError, UnsupportedError
@@ -44,8 +44,10 @@ class EngineModel(EvaluatedModel):
         if sparsity is None:
             self.methods: tuple[str, ...] = ()
         else:
-            stored = (*METHODS, *sorted({*control_names(engine.folder, manifest)} - {*METHODS}))
-            self.methods = stored if manifest.tensorrt is None else ("predictor",)
+            exact = sparsity.select == "exact"
+            takes_scores = manifest.tensorrt is None and exact
+            stored = (*METHODS[1:], *sorted({*control_names(engine.folder, manifest)} - {*METHODS}))
+            self.methods = ("predictor" if exact else sparsity.select, *(stored if takes_scores else ()))
         report = {} if sparsity is None else sparsity.predictor.get("report")
         self.recall = report.get("found", {}) if isinstance(report, dict) else {}
         self.ledger = ledger_of(manifest, int(getattr(engine, "refresh", 0)))
@@ -99,7 +101,7 @@ class EngineModel(EvaluatedModel):
 
     def _control(self, request: Request, setting: Setting) -> Callable[[int], Scores] | None:
         """Makes the scores of the next masked tokens; None: the predictor's own."""
-        if setting.dense or setting.method == "predictor":
+        if setting.dense or setting.method in LEARNED:
             return None
         if setting.method == "random":
             return random_scores(self._seed, request, *self._shapes)
@@ -117,8 +119,8 @@ class EngineModel(EvaluatedModel):
         return (model.layers - 1, model.heads), (model.layers - 1, -(-model.ffn // block))
 
     def _lacks(self, methods: Sequence[str]) -> Exception:
-        target = self.engine.manifest.target
-        if self.engine.manifest.sparsity is None:
+        target, sparsity = self.engine.manifest.target, self.engine.manifest.sparsity
+        if sparsity is None:
             return InputError("a dense engine has no masks to control", hint="shadowc compile without --predictor none")
         references = [method for method in methods if method in REFERENCE_PROTOCOLS]
         if references:
@@ -127,6 +129,12 @@ class EngineModel(EvaluatedModel):
                 hint="shadowc eval --model MODEL --predictor FOLDER",
             )
         if self.engine.manifest.tensorrt is None:
+            if sparsity.select != "exact" or set(methods) & set(BY_THRESHOLD):
+                return UnsupportedError(
+                    f"{', '.join(methods)}: this engine was compiled with --select {sparsity.select} and has masks of "
+                    f"method {', '.join(self.methods)}",
+                    hint="compile with another --select, or shadowc eval --model MODEL --predictor FOLDER",
+                )
             return InputError(
                 f"{self.name} has no masks of method {', '.join(methods)}; it has: {', '.join(self.methods)}",
                 hint="shadowc train --ranking FOLDER puts the ranking of another criterion into a predictor",

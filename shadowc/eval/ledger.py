@@ -11,6 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shadowc.eval.request import LEARNED
+
 if TYPE_CHECKING:
     from shadowc.eval.request import Setting
 
@@ -49,7 +51,7 @@ class Ledger:
         every = 1 if setting.protocol == "decode" else self.refresh
         saved = self.own if every else self.held  # a later mask may need the K/V of a head that this one skips
         masked = self.attention - (1 - heads) * saved + neurons * self.neurons
-        asked = self.predictor / every if every and setting.method == "predictor" else 0.0
+        asked = self.predictor / every if every and setting.method in LEARNED else 0.0
         return self.attention + self.neurons + (self.layers - 1) * masked + asked
 
     def sparsity(self, setting: Setting, heads: float, neurons: float) -> float:

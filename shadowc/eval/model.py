@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shadowc.eval.request import DENSE, Outcome, Protocol, Request, Setting
+from shadowc.eval.request import BY_THRESHOLD, DENSE, Outcome, Protocol, Request, Setting
 from shadowc.spec.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class EvaluatedModel(ABC):
     methods: tuple[str, ...]
     """Those it has masks of."""
     references: tuple[str, ...] = ()
-    """Further ones that are measured where they are named, each with one protocol (REFERENCE_PROTOCOLS)."""
+    """Further ones that are measured where they are named: BY_THRESHOLD, and REFERENCE_PROTOCOLS with one each."""
     recall: Mapping[str, Any]
     """What a predictor's own report found on held-out text (kind, scope, density, method); empty: nothing is known."""
 
@@ -84,7 +84,7 @@ class EvaluatedModel(ABC):
             UnsupportedError: this kind of model cannot do it.
         """
         methods = dict.fromkeys(setting.method for setting in settings if not setting.dense)
-        known = (*METHODS, *REFERENCE_PROTOCOLS)
+        known = (*METHODS, *BY_THRESHOLD, *REFERENCE_PROTOCOLS)
         unknown = [name for name in methods if name not in known and not name.startswith(RANKING)]
         if unknown:
             raise InputError(
@@ -94,6 +94,13 @@ class EvaluatedModel(ABC):
         lacking = [method for method in methods if method not in (*self.methods, *self.references)]
         if lacking:
             raise self._lacks(lacking)
+        held = [one for one in settings if one.method in BY_THRESHOLD and one.protocol != "decode"]
+        if held:
+            raise UnsupportedError(
+                f"method {held[0].method} meets a density in the mean over tokens, and under protocol "
+                f"{held[0].protocol!r} one token makes the mask of many",
+                hint="--protocol decode, or --methods predictor",
+            )
         for protocol in dict.fromkeys(setting.protocol for setting in settings):
             if protocol not in self.protocols:
                 raise self._cannot(protocol)

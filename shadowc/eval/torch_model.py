@@ -27,10 +27,11 @@ from shadowc.eval.ledger import Ledger
 from shadowc.eval.likelihood import log_likelihood
 from shadowc.eval.model import METHODS, EvaluatedModel, random_scores
 from shadowc.eval.references import REFERENCES, Oracle, prompt_scores
-from shadowc.eval.request import PROTOCOLS, Outcome, Request, Setting
+from shadowc.eval.request import BY_THRESHOLD, LEARNED, PROTOCOLS, Outcome, Request, Setting
 from shadowc.sparsity.families import decoder_of
 from shadowc.sparsity.reference import MaskedModel, MaskedState
 from shadowc.spec.density import Density
+from shadowc.spec.options import SELECTS, Select
 from shadowc.spec.program import SparsityPlan
 
 if TYPE_CHECKING:
@@ -82,13 +83,13 @@ class TorchModel(EvaluatedModel):
         self.context, self.start = facts.positions, facts.bos
         self._model, self._checkpoint, self._predictor, self._seed = model, checkpoint, predictor, seed
         self._scope = scope
-        self._masked: dict[tuple[str, bool], MaskedModel] = {}
+        self._masked: dict[tuple[str, bool, Select], MaskedModel] = {}
         self._layers, self._vocab = facts.layers - 1, facts.vocab
         self._units = (facts.heads, facts.ffn) if predictor is None else predictor.units
         self._controls = {} if predictor is None else predictor.controls
         has = {"random", *self._controls, *(() if predictor is None else ("predictor",))}
         self.methods = tuple(name for name in (*METHODS, *sorted(has - {*METHODS})) if name in has)
-        self.references = () if predictor is None else REFERENCES
+        self.references = () if predictor is None else (*REFERENCES, *(BY_THRESHOLD if predictor.thresholds else ()))
         if predictor is not None and predictor.style != "shadow":  # no token knows the masks of all layers ahead
             self.protocols = ("decode",)
         self.ledger = ledger_of(model, 0 if predictor is None else 4 * predictor.parameters)
@@ -257,7 +258,7 @@ class TorchModel(EvaluatedModel):
         """Return what takes the place of the predictor's own scores of each token; None: nothing does."""
         if setting.method == "random" or setting.method in REFERENCES:
             return self._per_request(ids_BS.shape[1], setting, requests, first_B)
-        if setting.method != "predictor":
+        if setting.method not in LEARNED:
             return self._controls[setting.method]
         return self._last_tokens(ids_BS, requests, setting) if setting.protocol == "paper" else None
 
@@ -303,14 +304,17 @@ class TorchModel(EvaluatedModel):
         of the predictor; where no scope was named it is ranked as the predictor is.
         """
         named = self._scope if setting is None else setting.scope or self._scope
-        control = setting is not None and setting.method != "predictor" and bool(named)
-        key = named or "", control
+        control = setting is not None and setting.method not in LEARNED and bool(named)
+        select = next((one for one in SELECTS if setting is not None and one == setting.method), SELECTS[0])
+        key = named or "", control, select
         if key not in self._masked:
             predictor, scope = self._predictor, cast("Scope | None", named or None)
             if predictor is None:
                 plan = SparsityPlan(0, 0, 1, scope or "global")
+            elif control and scope:
+                plan = SparsityPlan(0, 0, predictor.block, scope)
             else:
-                plan = SparsityPlan(0, 0, predictor.block, scope) if control and scope else predictor.plan(scope)
+                plan = predictor.plan(scope, select=select)
             self._masked[key] = MaskedModel(self._model, plan, predictor)
         return self._masked[key]
 

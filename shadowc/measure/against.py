@@ -114,7 +114,7 @@ def stored_predictor(engine: Engine, sparsity: SparsityPart) -> Predictor:
     from shadowc.sparsity.networks import PARTS, LayerNetworks, Network
     from shadowc.sparsity.predictor import Networks, Predictor
 
-    model, orders = engine.manifest.model, engine.neuron_orders()
+    model, orders, plan = engine.manifest.model, engine.neuron_orders(), stored_plan(engine, sparsity)
 
     linear = sparsity.style == "shadow+"
 
@@ -135,19 +135,25 @@ def stored_predictor(engine: Engine, sparsity: SparsityPart) -> Predictor:
         layers=model.layers - 1,
         block=sparsity.neuron_block,
         orders_LF=np.stack([orders.get(layer, untouched_F) for layer in range(1, model.layers)]),
-        shares=stored_plan(engine, sparsity).shares,
+        shares=plan.shares,
+        thresholds={} if plan.thresholds is None else {plan.budget: plan.thresholds},
     )
 
 
 def stored_plan(engine: Engine, sparsity: SparsityPart) -> SparsityPlan:
-    """How an engine selects: what its manifest says, and of style shadow+ the shares of the layers that it holds."""
+    """How an engine selects: what its manifest says, with the thresholds or (style shadow+) shares that it holds."""
     from shadowc.spec.program import SparsityPlan
 
-    shares = None
-    if sparsity.style == "shadow+":
+    exact = sparsity.select == "exact"
+    shares = thresholds = None
+    if not exact:
+        thresholds = engine.initialiser("limits.heads"), engine.initialiser("limits.neurons")
+    elif sparsity.style == "shadow+":
         shares = engine.initialiser("shares.heads"), engine.initialiser("shares.neurons")
-    style = sparsity.style
-    return SparsityPlan(0, 0, sparsity.neuron_block, sparsity.scope, sparsity.exempt, style=style, shares=shares)
+    return SparsityPlan(
+        0, 0, sparsity.neuron_block, sparsity.scope, sparsity.exempt,
+        style=sparsity.style, shares=shares, select=sparsity.select, thresholds=thresholds,
+    )  # fmt: skip
 
 
 def _parity(engine: Engine, checkpoint: Checkpoint, predictor: Predictor | None, progress: Progress) -> ParityReport:
@@ -186,11 +192,13 @@ def _free_runs(
 
     torch_model = load_torch_model(checkpoint)
     prompts_BS = sample_text(torch_model, checkpoint.facts, prompts, PROMPT_TOKENS, seed + 1)
-    scopes = SCOPES if sparsity.style == "shadow" else ("local",)
+    exact = sparsity.select == "exact"
+    scopes = SCOPES if exact and sparsity.style == "shadow" else (sparsity.scope,)
     settings: Sequence[tuple[Scope, Density]] = [(scope, density) for scope in scopes for density in DENSITIES]
     runs = []
     for done, (scope, density) in enumerate(settings, start=1):
-        masked = MaskedModel(torch_model, predictor.plan(scope, sparsity.exempt), predictor)
-        runs.append(free_run(engine.with_scope(scope), masked, prompts_BS, tokens=tokens, density=density))
+        masked = MaskedModel(torch_model, predictor.plan(scope, sparsity.exempt, select=sparsity.select), predictor)
+        ranked = engine.with_scope(scope) if exact else engine
+        runs.append(free_run(ranked, masked, prompts_BS, tokens=tokens, density=density))
         progress.advance(done, len(settings), "settings")
     return runs

@@ -99,7 +99,8 @@ def free_run(
         raise InputError(
             "a dense engine makes no masks that could differ", hint="shadowc compile without --predictor none"
         )
-    rows = [_Row(sparsity.scope, sparsity.exempt, sparsity.style) for _ in prompts_BS]
+    ranked = sparsity.select == "exact"
+    rows = [_Row(sparsity.scope, sparsity.exempt, sparsity.style, ranked) for _ in prompts_BS]
     ours, theirs = _engine_steps(engine.prober()(), prompts_BS, density), _torch_steps(masked, prompts_BS, density)
     mine, other = ours(None), theirs(None)
     for _ in range(tokens):
@@ -122,6 +123,8 @@ class _Row:
     scope: str
     exempt: Sequence[int]
     style: Style = "shadow"
+    ranked: bool = True
+    """One of the units sets the threshold."""
     tokens: int = 0
     near_units: int = 0
     near_ties: int = 0
@@ -161,7 +164,7 @@ class _Row:
                 other[f"scores.{kind}"], other[f"threshold.{kind}"], scope=self.scope, exempt=self.exempt
             )
             together = (1, 2) if self.scope == "global" else 2
-            near |= bool((close.sum(axis=together) > 1).any())  # the unit that sets the threshold is always close
+            near |= bool((close.sum(axis=together) > int(self.ranked)).any())  # the unit that sets it is always close
             differ.append((a != b).any(axis=(0, 2)))
             beyond.append(((a != b) & ~close).any(axis=(0, 2)))
         self.near_units += near

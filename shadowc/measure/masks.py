@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 import torch
 
-from shadowc.sparsity.selection import select_threshold
+from shadowc.sparsity.selection import select_calibrated, select_threshold
 from shadowc.sparsity.shares import layer_density
 
 if TYPE_CHECKING:
@@ -94,10 +94,14 @@ def wrong_selections(run: Mapping[str, Float], plan: SparsityPlan, density: Dens
         ("neurons", density.neurons, plan.min_active_neurons),
     ):
         scores_BZLN = torch.from_numpy(run[f"scores.{kind}"])
-        kept = torch.tensor([share])
-        if plan.shares is not None:
-            kept = layer_density(torch.from_numpy(np.array(plan.shares[KINDS.index(kind)])), kept)
-        wanted = select_threshold(scores_BZLN, kept, scope=plan.scope, exempt=plan.exempt, min_active=least)
+        kept, number = torch.tensor([share]), KINDS.index(kind)
+        if plan.thresholds is not None:
+            table = torch.from_numpy(np.array(plan.thresholds[number]))
+            wanted = select_calibrated(scores_BZLN, table, kept, exempt=plan.exempt)
+        else:
+            if plan.shares is not None:
+                kept = layer_density(torch.from_numpy(np.array(plan.shares[number])), kept)
+            wanted = select_threshold(scores_BZLN, kept, scope=plan.scope, exempt=plan.exempt, min_active=least)
         found = (torch.from_numpy(run[f"{part}.{kind}"]) for part in ("threshold", "active"))
         if scores_BZLN.shape[1] != masked:
             wrong += scores_BZLN.shape[0] * masked * scores_BZLN.shape[2]

@@ -46,6 +46,8 @@ _FIRST: dict[str, Part] = {
     "tail": "selection",
     "threshold": "selection",
     "active": "selection",
+    "limits": "selection",
+    "shares": "selection",
     "logits": "lm_head",
 }
 """First component of a node's name. What cuts and joins scores, thresholds and the masked tail is there for masks."""

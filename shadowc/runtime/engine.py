@@ -24,6 +24,7 @@ from shadowc.runtime.prompts import Batch
 from shadowc.runtime.session import Session
 from shadowc.runtime.stored import Ranking
 from shadowc.spec.density import Density
+from shadowc.spec.errors import UnsupportedError
 
 if TYPE_CHECKING:
     import onnx
@@ -89,6 +90,7 @@ class Engine(CausalEngine):
         """See CausalEngine.logits."""
         session, outputs = self._session, ("logits", *COUNTED)
         if scores is not None:
+            self._require_ranks("scores of the caller's own")
             session = self._scored_session
         logits, _ = self._forced(
             session, outputs, ids, self._density(density), protocol, prompt_tokens, attention_mask, scores
@@ -133,8 +135,13 @@ class Engine(CausalEngine):
         return self._variant(lambda model: variants.with_skip_zeros(model, on))
 
     def with_scope(self, scope: Literal["local", "global"]) -> Engine:
-        """The same engine with units ranked within each layer, or over all layers."""
-        self._require_sparse()
+        """The same engine with units ranked within each layer, or over all layers.
+
+        Raises:
+            InputError: the engine is dense.
+            UnsupportedError: it has thresholds, or its layers have selections of their own.
+        """
+        self._require_ranks("another scope")
         other = self._variant(lambda model: variants.with_scope(model, scope))
         if self.manifest.sparsity is not None:
             changed = self.manifest.sparsity.model_copy(update={"scope": scope})
@@ -209,6 +216,16 @@ class Engine(CausalEngine):
     @cached_property
     def _scored_session(self) -> Session:
         return rewritten(self._session, variants.with_scores_as_inputs)
+
+    def _require_ranks(self, what: str) -> None:
+        """Refuse what an engine whose thresholds are calibrated cannot do."""
+        select = self._require_sparse().select
+        if select != "exact":
+            raise UnsupportedError(
+                f"this engine was compiled with --select {select}: its thresholds belong to its predictor's scores and "
+                f"its scope, so it cannot take {what}",
+                hint="shadowc compile --select exact",
+            )
 
     def _variant(self, rewrite: Callable[[Any], Any]) -> Engine:
         return Engine(self.folder, self.manifest, rewritten(self._session, rewrite), in_place=self._in_place)

@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shadowc.output import check_output, staged
-from shadowc.sparsity import shares
+from shadowc.sparsity import shares, thresholds
 from shadowc.sparsity.networks import LayerNetworks, Network, blocks_of, default_width, widths
-from shadowc.sparsity.styles import global_is_not_causal, network_inputs
+from shadowc.sparsity.styles import network_inputs, scope_of
 from shadowc.spec.errors import InputError
-from shadowc.spec.options import STYLES, Scope, Style
+from shadowc.spec.options import STYLES, Scope, Select, Style
 from shadowc.spec.program import SparsityPlan
 
 if TYPE_CHECKING:
@@ -69,6 +69,8 @@ class Predictor:
     """Context-free scores ([Lp, H], [Lp, N]) of the same trace, by name: what the predictor has to beat."""
     shares: tuple[Floats, Floats] | None = None
     """Of style shadow+, for heads and for neurons: density -> share of each layer, see shares.py."""
+    thresholds: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
+    """Budget -> for heads and for neurons: density -> threshold of each layer, see thresholds.py."""
 
     @property
     def style(self) -> Style:
@@ -111,44 +113,51 @@ class Predictor:
             return np.stack([one(inputs[:, layer]) for layer, one in enumerate(networks.networks)], axis=1)
         return networks(inputs).reshape(len(inputs), self.layers, networks.outputs // self.layers)
 
-    def scope(self, wanted: Scope | None) -> Scope:
-        """Return the scope of the ranking: the one that is wanted, else the widest that the style allows.
+    def scope(self, wanted: Scope | None, select: Select = "exact") -> Scope:
+        """Return the scope of the selection: the one that is wanted, else the widest that there is.
 
         Raises:
-            InputError: "global" is wanted where every layer has a predictor of its own.
+            InputError: see `styles.scope_of`.
         """
-        if self.style != "shadow" and wanted == "global":
-            raise global_is_not_causal(self.style)
-        return wanted or ("global" if self.style == "shadow" else "local")
+        return scope_of(self.style, wanted, select)
 
     def plan(
         self,
         scope: Scope | None,
         exempt: tuple[int, ...] = (),
         *,
+        select: Select = "exact",
         min_active_heads: int = 0,
         min_active_neurons: int = 0,
     ) -> SparsityPlan:
         """Return what the passes need to know about this predictor.
 
         Raises:
-            InputError: see `scope`.
+            InputError: see `scope`; or there are no thresholds to select by, or none that keep a least number of units.
         """
+        found_scope = self.scope(scope, select)
+        tables = None
+        if select != "exact":
+            thresholds.refuse_least(max(min_active_heads, min_active_neurons))
+            tables = thresholds.of_budget(self.thresholds, thresholds.budget_of(select, found_scope))
         return SparsityPlan(
             width_heads=self.heads.width,
             width_neurons=self.neurons.width,
             block=self.block,
-            scope=self.scope(scope),
+            scope=found_scope,
             exempt=exempt,
             min_active_heads=min_active_heads,
             min_active_neurons=min_active_neurons,
             style=self.style,
             shares=self.shares,
+            select=select,
+            thresholds=tables,
         )
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the networks, for blocks of more than one neuron `order.{model layer}`, and `shares.{kind}`."""
+        """Return the networks, for blocks `order.{model layer}`, `shares.{kind}` and `threshold.{budget}.{kind}`."""
         tables = {} if self.shares is None else dict(zip(_SHARES, self.shares, strict=True))
+        tables |= thresholds.named(self.thresholds)
         orders = {f"order.{i + 1}": order_F for i, order_F in enumerate(self.orders_LF)} if self.block > 1 else {}
         return {**self.heads.tensors("heads"), **self.neurons.tensors("neurons"), **orders, **tables}
 
@@ -201,6 +210,7 @@ class Predictor:
                 meta=meta,
                 controls=_controls(tensors),
                 shares=(tensors[_SHARES[0]], tensors[_SHARES[1]]) if style == "shadow+" else None,
+                thresholds=thresholds.read(tensors),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -372,6 +382,7 @@ def _inconsistencies(predictor: Predictor, ffn: int) -> list[str]:
         problems += getattr(predictor, name).problems(name, predictor.heads.inputs, outputs)
     for name, table in zip(_SHARES, predictor.shares or (), strict=False):
         problems += shares.problems(name, table, predictor.layers)
+    problems += thresholds.problems(predictor.thresholds, predictor.layers)
     for i, order_F in enumerate(predictor.orders_LF):
         if not np.array_equal(np.sort(order_F), np.arange(ffn)):
             problems.append(f"order.{i + 1} is not a permutation of the {ffn} neurons")

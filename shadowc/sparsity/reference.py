@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from shadowc.sparsity.families import Site, decoder_of, empty_model, restore_buffers, watched
-from shadowc.sparsity.selection import select_threshold, unit_mask
-from shadowc.sparsity.shares import layer_density
+from shadowc.sparsity.selection import Selection, unit_mask
 from shadowc.sparsity.torch_scores import KINDS, TorchScores
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, InternalError
@@ -154,7 +153,7 @@ class MaskedModel:
         tensors = {} if predictor is None else predictor.tensors()
         self._tensors = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
         self._scores = TorchScores(self._tensors, layers - 1, plan.style)
-        self._shares = None if plan.shares is None else tuple(torch.from_numpy(np.array(one)) for one in plan.shares)
+        self._selection = Selection(plan)
         self._unit_of_neuron = [self._units(layer) for layer in range(1, layers)]
 
     def logits(
@@ -178,7 +177,8 @@ class MaskedModel:
             masked_from: the first masked slot (pads and what `state` holds are counted) for all rows or for each
                 [B]; earlier tokens are dense. None: the length of the forced `masks` decides.
             masks: forced, (heads [B,Z,L,N], neurons [B,Z,L,N]), bool.
-            scores: in place of the predictor's, (heads, neurons), each [L,N] or [B,Z,L,N] where B and Z may be 1.
+            scores: in place of the predictor's, (heads, neurons), each [L,N] or [B,Z,L,N] where B and Z may be 1; they
+                are ranked, whatever the plan says of thresholds, which were calibrated for the predictor's.
             granularity: "token": the token's own context decides; "sequence": that of the last token before
                 `masked_from` decides for all that follow.
             state: starts (`MaskedState()`) or continues a text that is fed in pieces.
@@ -196,16 +196,17 @@ class MaskedModel:
             if masks is not None:
                 _force(call, masks)
             elif scores is not None:
-                self._select(call, scores)
+                for number, given in enumerate(scores):
+                    self._select(call, number, torch.as_tensor(given), ranked=True)
             elif not self._tensors:
                 raise InputError("a model without a predictor needs scores or masks")
-            given = {} if attention_mask_BP is None else self._placed(torch.as_tensor(attention_mask_BP), call.tokens)
+            places = {} if attention_mask_BP is None else self._placed(torch.as_tensor(attention_mask_BP), call.tokens)
             with watched(*self._sites(call)):
                 output = self.model(
                     input_ids=ids_BS,
                     past_key_values=None if state is None else state.cache,
                     use_cache=state is not None,
-                    **given,
+                    **places,
                 )
         heads, neurons = call.kinds
         return MaskedResult(
@@ -275,43 +276,33 @@ class MaskedModel:
         if call.granularity == "sequence":
             _remember_prompt_end(call, context_BSE)
             source = _known(call.state.prompt_end)[:, None]
-        self._select(call, self._scores.of_all_layers(source))
+        for number, scores in enumerate(self._scores.of_all_layers(source)):
+            self._select(call, number, scores)
 
     def _predict_layer(self, call: _Call, layer: int, name: str) -> Callable[[Tensor], None]:
         """Return what scores and selects the units of a kind of a model layer from what it reads."""
 
         def act(read: Tensor) -> None:
             read_BSE = read.view(-1, call.tokens, read.shape[-1])  # transformers flattens what fc1 reads
-            self._select_kind(
-                call, KINDS.index(name), self._scores.of_layer(name, layer, read_BSE[:, call.tail]), layer
-            )
+            self._select(call, KINDS.index(name), self._scores.of_layer(name, layer, read_BSE[:, call.tail]), layer)
 
         return act
 
-    def _select(self, call: _Call, scores: Pair) -> None:
-        """Turn scores of all layers into thresholds and masks."""
-        for number, given in enumerate(scores):
-            self._select_kind(call, number, torch.as_tensor(given))
-
-    def _select_kind(self, call: _Call, number: int, ranked: Tensor, layer: int = 0) -> None:
+    def _select(self, call: _Call, number: int, scores: Tensor, layer: int = 0, *, ranked: bool = False) -> None:
         """Turn scores of one kind, those of a model layer or (0) of all predicted ones, into thresholds and masks.
 
-        Rows and tokens that share their scores are ranked once.
+        Rows and tokens that share their scores are ranked once. `ranked`: see `Selection`.
         """
         batch, tail = call.dense.shape
-        kind, exempt = call.kinds[number], self.plan.exempt
-        density = kind.density if self._shares is None else layer_density(self._shares[number], kind.density)
-        if layer:
-            density = density if density.ndim == 1 else density[:, layer - 1]
-            exempt = (0,) if layer - 1 in exempt else ()
-        ranked = ranked[None, None] if ranked.ndim == 2 else ranked
-        ranked = ranked.expand(max(len(ranked), len(kind.density)), -1, -1, -1)
-        threshold, _ = select_threshold(
-            ranked, density, scope=self.plan.scope, exempt=exempt, min_active=kind.min_active
+        kind = call.kinds[number]
+        scores = scores[None, None] if scores.ndim == 2 else scores
+        scores = scores.expand(max(len(scores), len(kind.density)), -1, -1, -1)
+        threshold = self._selection.threshold(
+            number, scores, kind.density, min_active=kind.min_active, layer=layer, ranked=ranked
         )
         kind.add(
-            mask=_or_dense(call, unit_mask(ranked, threshold).expand(batch, tail, -1, -1)),
-            scores=ranked.expand(batch, tail, -1, -1),
+            mask=_or_dense(call, unit_mask(scores, threshold).expand(batch, tail, -1, -1)),
+            scores=scores.expand(batch, tail, -1, -1),
             threshold=torch.where(call.dense[:, :, None], -math.inf, threshold.expand(batch, tail, -1)),
         )
 

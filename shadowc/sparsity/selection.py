@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From scores and a density to thresholds and masks, in torch: the twin of the operator SelectThreshold.
+"""From scores and a density to thresholds and masks, in torch: the twin of what selects in an engine.
+
+Exact: the operator SelectThreshold, which ranks. Calibrated: a row of a table, see thresholds.py.
 
 Letters: B batch, Z tokens, L predicted layers, N units of a layer.
 """
@@ -8,12 +10,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from shadowc.sparsity.shares import layer_density
 from shadowc.spec.errors import InputError
+
+if TYPE_CHECKING:
+    from shadowc.spec.program import SparsityPlan
 
 
 def select_threshold(
@@ -75,6 +82,72 @@ def _layer_by_layer(
     ]
     thresholds, actives = zip(*parts, strict=True)
     return torch.cat(thresholds, dim=2), torch.cat(actives, dim=2)
+
+
+def select_calibrated(
+    scores_BZLN: Tensor, thresholds_GL: Tensor, density_B: Tensor, *, exempt: Sequence[int] = ()
+) -> tuple[Tensor, Tensor]:
+    """Return the same from a table of thresholds: no score of another unit matters, and NaN is active here too.
+
+    Args:
+        scores_BZLN: float32.
+        thresholds_GL: row i is for density i / GRID; the nearest one is taken.
+        density_B: as for `select_threshold`.
+        exempt: layers that stay dense.
+    """
+    batch, tail, layers, _ = scores_BZLN.shape
+    row_BL = layer_density(thresholds_GL, density_B).clone()
+    row_BL[:, [layer for layer in range(layers) if layer in exempt]] = -math.inf
+    threshold_BZL = row_BL[:, None].expand(batch, tail, layers)
+    return threshold_BZL, unit_mask(scores_BZLN, threshold_BZL).sum(-1, dtype=torch.int32)
+
+
+class Selection:
+    """How a plan selects: by ranks, of all layers together or by each layer's share, or by calibrated thresholds.
+
+    Args:
+        plan: scope, exempt layers, and what tables there are.
+    """
+
+    def __init__(self, plan: SparsityPlan) -> None:
+        self._plan = plan
+        self._shares, self._thresholds = (
+            None if pair is None else tuple(torch.from_numpy(np.array(table)) for table in pair)
+            for pair in (plan.shares, plan.thresholds)
+        )
+
+    def threshold(
+        self,
+        number: int,
+        scores_BZLN: Tensor,
+        density_B: Tensor,
+        *,
+        min_active: int = 0,
+        layer: int = 0,
+        ranked: bool = False,
+    ) -> Tensor:
+        """Return the thresholds [B,Z,L].
+
+        Args:
+            number: 0 for heads, 1 for neurons.
+            scores_BZLN: of all predicted layers, or (L = 1) of one.
+            density_B: asked for.
+            min_active: units that every layer keeps at least.
+            layer: the model layer of the scores; 0: they are of all predicted layers.
+            ranked: the scores are not the predictor's own, so that no thresholds were calibrated for them.
+        """
+        exempt = self._plan.exempt if not layer else (0,) if layer - 1 in self._plan.exempt else ()
+        if self._thresholds is not None and not ranked:
+            table = self._thresholds[number]
+            table = table[:, layer - 1 : layer] if layer else table
+            return select_calibrated(scores_BZLN, table, density_B, exempt=exempt)[0]
+        if self._shares is not None:
+            density_B = layer_density(self._shares[number], density_B)
+            density_B = density_B[:, layer - 1] if layer else density_B
+        found, _ = select_threshold(
+            scores_BZLN, density_B, scope=self._plan.scope, exempt=exempt, min_active=min_active
+        )
+        return found
 
 
 def unit_mask(scores: Tensor, threshold: Tensor) -> Tensor:

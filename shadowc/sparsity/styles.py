@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from shadowc.spec.options import CompileOptions, Style
+    from shadowc.spec.options import CompileOptions, Scope, Select, Style
 
     Floats = npt.NDArray[np.float32]
 
@@ -33,8 +33,50 @@ def global_is_not_causal(style: Style) -> InputError:
     return InputError(
         f"style {style} ranks the units of each layer by themselves: when a layer has to know its mask, the scores of "
         f"the later layers do not exist yet, so they cannot be ranked together{budget}",
-        hint="--scope local, or --style shadow",
+        hint="--scope local, --select calibrated, or --style shadow",
     )
+
+
+def scope_of(style: Style, wanted: Scope | None, select: Select = "exact") -> Scope:
+    """Return the scope of a selection: the one that is wanted, else the widest that there is.
+
+    Raises:
+        InputError: units of all layers are to be ranked together, and every layer has a predictor of its own; or all
+            layers are to share one threshold, and each has its own by its sensitivity.
+    """
+    if select == "sensitivity":
+        if wanted == "global":
+            raise InputError(
+                "--select sensitivity gives every layer a share of its own, --scope global one threshold to all layers",
+                hint="--select calibrated --scope global, or leave --scope out",
+            )
+        return "local"
+    if select == "calibrated":
+        return wanted or "global"  # one threshold for all layers needs no scores of later ones
+    if style != "shadow" and wanted == "global":
+        raise global_is_not_causal(style)
+    return wanted or ("global" if style == "shadow" else "local")
+
+
+def check_select(options: CompileOptions) -> None:
+    """Refuse calibrated thresholds where they cannot work.
+
+    Raises:
+        UnsupportedError: for a target that only ranks, or with a mask per sequence.
+    """
+    if options.select == "exact":
+        return
+    if options.mask == "sequence":
+        raise UnsupportedError(
+            f"--select {options.select} meets a density in the mean over tokens; the one token that makes the mask of "
+            "a sequence may be far from the mean, for as long as the mask holds",
+            hint="--mask token, or --select exact",
+        )
+    if options.target != "cpu":
+        raise UnsupportedError(
+            f"target {options.target} ranks the units of every token, --select {options.select} is for target cpu",
+            hint="--select exact, or --target cpu",
+        )
 
 
 def check_style(style: Style, options: CompileOptions) -> None:
@@ -46,7 +88,7 @@ def check_style(style: Style, options: CompileOptions) -> None:
     """
     if style == "shadow":
         return
-    if options.scope == "global":
+    if options.scope == "global" and options.select == "exact":
         raise global_is_not_causal(style)
     if options.mask == "sequence":
         raise UnsupportedError(

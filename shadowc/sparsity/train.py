@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shadowc.sparsity import thresholds
 from shadowc.sparsity.cluster import neuron_orders
 from shadowc.sparsity.criteria import require_trainable
 from shadowc.sparsity.fit import Examples, Fit, fit
@@ -136,10 +137,13 @@ def train(
     )
     if options.style == "shadow+":
         predictor = replace(predictor, shares=_shares(predictor, trace, taught, options))
+    predictor = replace(predictor, thresholds=_thresholds(predictor, trace, raw, taught, options))
+    held_scores = dict(zip(KINDS, predictor.scores(_inputs(trace, held, options)), strict=True))
     predictor.meta["report"] = {
         "positions": {"taught": len(taught), "held_out": len(held), "dropped": dropped},
         **_errors(fits, options),
-        "found": _report(predictor, _inputs(trace, held, options), {k: raw[k][held] for k in raw}, options.seed),
+        "found": _report(predictor, held_scores, {k: raw[k][held] for k in raw}, options.seed),
+        "met": thresholds.met_report(predictor.thresholds, held_scores),
     }
     if out is not None:
         predictor.save(out)
@@ -187,10 +191,24 @@ def _read(trace: ImportanceTrace, kind: str, layer: int, options: TrainOptions) 
 
 def _shares(predictor: Predictor, trace: ImportanceTrace, taught: Rows, options: TrainOptions) -> tuple[Floats, Floats]:
     """Return the tables of both kinds, from the scores of as many taught positions as SHARED_SCORES allows."""
-    most = max(SHARED_SCORES // (predictor.layers * max(predictor.units)), 64)
-    rows = taught[:: -(-len(taught) // most)]
-    heads, neurons = predictor.scores(_inputs(trace, rows, options))
+    heads, neurons = predictor.scores(_inputs(trace, _some(predictor, taught), options))
     return shares_of(heads), shares_of(neurons)
+
+
+def _thresholds(
+    predictor: Predictor, trace: ImportanceTrace, raw: dict[str, Floats], taught: Rows, options: TrainOptions
+) -> dict[str, thresholds.Tables]:
+    """Return the tables of all budgets, from the same positions."""
+    rows = _some(predictor, taught)
+    scores = zip(KINDS, predictor.scores(_inputs(trace, rows, options)), strict=True)
+    heads, neurons = (thresholds.calibrate(found, raw[kind][rows]) for kind, found in scores)
+    return {budget: (heads[budget], neurons[budget]) for budget in thresholds.BUDGETS}
+
+
+def _some(predictor: Predictor, taught: Rows) -> Rows:
+    """Return as many taught positions as SHARED_SCORES allows, spread over all of them."""
+    most = max(SHARED_SCORES // (predictor.layers * max(predictor.units)), 64)
+    return taught[:: -(-len(taught) // most)]
 
 
 def _networks(fits: Sequence[Fit], options: TrainOptions) -> Networks:
@@ -267,10 +285,9 @@ def layer_minmax(scores_MLU: Floats) -> Floats:
     return np.stack([np.zeros_like(s) if dead else s for s, dead in zip(layers, never, strict=True)], axis=1)
 
 
-def _report(predictor: Predictor, inputs: Floats, raw: dict[str, Floats], seed: int) -> dict[str, Any]:
+def _report(predictor: Predictor, scores: dict[str, Floats], raw: dict[str, Floats], seed: int) -> dict[str, Any]:
     """Return recall and captured importance on held-out positions, beside the controls'."""
     layers = predictor.layers
-    scores = dict(zip(("heads", "neurons"), predictor.scores(inputs), strict=True))
     heads, blocks = predictor.units
     chance = dict(zip(("heads", "neurons"), random_scores(seed, (layers, heads), (layers, blocks)), strict=True))
     report = {}

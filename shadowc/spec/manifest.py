@@ -64,6 +64,9 @@ class SparsityPart(_Part):
     refresh: int = 0
     """Tokens for which a mask of "sequence" holds; 0: until the end."""
     scope: Literal["local", "global"]
+    select: Literal["exact", "calibrated", "sensitivity"] = "exact"
+    """exact: units are ranked for every token; otherwise a unit is active whose score reaches a threshold that was
+    calibrated: of each layer or of all (`scope`), or of each layer for its share by measured importance."""
     head_density: float
     neuron_density: float
     neuron_block: int

@@ -15,6 +15,12 @@ from shadowc.spec.density import Density
 Criterion = str
 Scope = Literal["local", "global"]
 Mask = Literal["token", "sequence"]
+Select = Literal["exact", "calibrated", "sensitivity"]
+"""exact: units are ranked for every token; calibrated: a unit is kept whose score reaches a threshold, which kept that
+share of the calibration text; sensitivity: the same, each layer with a share by the importance measured in it."""
+SELECTS: tuple[Select, ...] = get_args(Select)
+Budget = Literal["local", "global", "sensitivity"]
+"""Who meets a density: every layer, all layers together, or every layer its own share."""
 Style = Literal["shadow", "dejavu", "shadow+"]
 """shadow: one look at layer 0's attention scores all later layers; dejavu: every layer has a predictor of its own;
 shadow+: the same, each kind from the latest input, and every layer has its share of one budget."""
@@ -109,6 +115,8 @@ class CompileOptions(_Frozen):
     neuron_density: float = 0.5
     scope: Scope | None = None
     """None: global, where every layer has its own predictor local."""
+    select: Select = "exact"
+    """How masks come from scores."""
     mask: Mask = "token"
     """"token": every token has its own mask; "sequence": the last token of the prompt decides for all that follow."""
     refresh: int = Field(default=0, ge=0)

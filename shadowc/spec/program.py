@@ -22,7 +22,7 @@ SMALLEST_SPAN = 1e-12
 """What a predictor's input is divided by at least: the context of a token that sees nothing is constant."""
 
 GRID = 200
-"""Densities at which a predictor of style shadow+ knows the shares of the layers: steps of half a per cent."""
+"""Densities at which a predictor knows thresholds, and of style shadow+ shares of the layers: half a per cent each."""
 
 RecipeKind = Literal[
     "copy",  # sources[0] as it is
@@ -89,6 +89,15 @@ class SparsityPlan:
     shadow+: as dejavu, those of neurons from what the FFN reads, and each layer has its own share."""
     shares: Shares | None = field(default=None, compare=False, repr=False)
     """Of style shadow+: for heads and for neurons, density -> share of each layer."""
+    select: Literal["exact", "calibrated", "sensitivity"] = "exact"
+    """exact: units are ranked for every token; otherwise scores are compared with thresholds."""
+    thresholds: Shares | None = field(default=None, compare=False, repr=False)
+    """Unless `select` is exact: for heads and for neurons, density -> threshold of each layer."""
+
+    @property
+    def budget(self) -> Literal["local", "global", "sensitivity"]:
+        """Which of a predictor's tables the thresholds are."""
+        return "sensitivity" if self.select == "sensitivity" else self.scope
 
 
 @dataclass(slots=True)

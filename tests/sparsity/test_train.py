@@ -201,7 +201,8 @@ def test_positions_without_information_are_dropped_and_counted(plant: Plant, sma
     trace.heads_MLH[9, 2] = np.nan
     predictor = train(trace, small_facts, OPTIONS.model_copy(update={"epochs": 1}))
     assert predictor.report["positions"]["dropped"] == {"heads": 2, "neurons": 0}
-    assert all(np.isfinite(value).all() for value in predictor.tensors().values())
+    networks = predictor.heads.tensors("heads") | predictor.neurons.tensors("neurons")
+    assert all(np.isfinite(value).all() for value in networks.values())
 
 
 def test_scores_that_never_vary_together_are_refused(plant: Plant, small_facts: OptFacts) -> None:
