@@ -22,23 +22,31 @@ from shadowc.eval.store import Store
 from shadowc.eval.texts import TextCorpus, text_corpus
 from shadowc.eval.torch_model import TorchModel
 from shadowc.sparsity.importance import Origin
+from shadowc.sparsity.predictor import style_in
 from shadowc.spec.density import Density
+from shadowc.spec.options import Style
 from shadowc.spec.progress import NullProgress
 
 CASES = {"local": ("calibrated", "local"), "global": ("calibrated", "global"), "sensitivity": ("sensitivity", "local")}
-"""Budget -> method and scope of the thresholds. By sensitivity there is no ranking: it stands beside the local one."""
+"""Budget -> method and scope of the thresholds.
+
+Beside it stands the ranking of that scope; by sensitivity, and of styles that know one layer at a time, the local one.
+"""
 COLUMNS = (
     "budget", "asked for", "kept: heads", "neurons", "not read", "ranked, bits/byte", "thresholds",
     "thresholds - ranked", "95 %",
 )  # fmt: skip
 
 
-def compared(model: TorchModel, corpus: TextCorpus, budget: str, densities: list[float], store: Store) -> list[str]:
+def compared(
+    model: TorchModel, corpus: TextCorpus, budget: str, densities: list[float], store: Store, style: Style
+) -> list[str]:
     """Return a line of the table for every density."""
     method, scope = CASES[budget]
+    beside = scope if style == "shadow" else "local"
     settings = [Setting(method, Density.of(density), scope=scope) for density in densities]
     by_threshold = evaluate(model, [corpus], settings, store=store).rows[1:]
-    ranked = [replace(row.setting, method="predictor", density=_met(row)) for row in by_threshold]
+    ranked = [replace(row.setting, method="predictor", density=_met(row), scope=beside) for row in by_threshold]
     by_rank = evaluate(model, [corpus], ranked, store=store).rows[1:]
     return [_line(budget, one, other) for one, other in zip(by_threshold, by_rank, strict=True)]
 
@@ -74,13 +82,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--limit", type=int, help="first windows only")
     given = parser.parse_args(arguments)
     model = torch_model(Origin(given.model, "auto", 0), given.predictor, progress=NullProgress())
+    style = style_in(given.predictor)
     corpus, store = text_corpus(model, given.text, limit=given.limit), Store()
     facts = corpus.facts
     sys.stdout.write(f"{facts['name']}, sha256 {facts['sha256']}: {facts['tokens']:,} tokens\n")
     sys.stdout.write(f"{model.name} {model.identity}\n\n")
     sys.stdout.write(f"| {' | '.join(COLUMNS)} |\n|{' --- |' * len(COLUMNS)}\n")
     for budget in given.budgets:
-        for line in compared(model, corpus, budget, given.densities, store):
+        for line in compared(model, corpus, budget, given.densities, store, style):
             sys.stdout.write(line + "\n")
             sys.stdout.flush()
 
