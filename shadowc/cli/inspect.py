@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from shadowc.cli import drawings, flags, render
-from shadowc.cli.recall import layer_tables, summary_table
+from shadowc.cli.recall import layer_tables, met_text, summary_table
 from shadowc.measure.expected import expected_bytes
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
@@ -233,11 +233,7 @@ def _density_met(plan: SparsityPart) -> dict[str, str]:
     if plan.select == "exact" or not isinstance(met, Mapping):
         return {}
     budget = "sensitivity" if plan.select == "sensitivity" else plan.scope
-    found = []
-    for kind, by_budget in met.items():
-        shares = (f"{render.share(share)} at {float(asked):g}" for asked, share in by_budget[budget].items())
-        found.append(f"{', '.join(shares)} of {kind}")
-    return {"density met": f"on held-out text {'; '.join(found)}"}
+    return {"density met": met_text(met, budget)}
 
 
 def predictor_text(predictor: Mapping[str, object]) -> str:

@@ -31,6 +31,15 @@ def summary_table(report: Mapping[str, Any], scope: str = "global") -> Table:
     return ("recall (mass)", *methods), rows
 
 
+def met_text(met: Mapping[str, Mapping[str, Mapping[str, float]]], budget: str) -> str:
+    """Return which shares of the units of held-out text calibrated thresholds kept, beside the densities asked for."""
+    found = []
+    for kind, by_budget in met.items():
+        shares = (f"{render.share(share)} at {float(asked):g}" for asked, share in by_budget[budget].items())
+        found.append(f"{', '.join(shares)} of {kind}")
+    return f"on held-out text {'; '.join(found)}"
+
+
 def layer_tables(report: Mapping[str, Any], scope: str = "global") -> dict[str, Table]:
     """Return by kind of unit columns and rows: recall per model layer at every density, the predictor and its controls.
 

@@ -91,7 +91,7 @@ def train(
 
 
 def _show(learned: Learned) -> None:
-    from shadowc.cli.recall import layer_tables, summary_table
+    from shadowc.cli.recall import layer_tables, met_text, summary_table
 
     predictor, trace = learned.predictor, learned.trace
     meta, report = predictor.meta, predictor.report
@@ -102,6 +102,7 @@ def _show(learned: Learned) -> None:
             "trace": f"{trace.folder}: {positions['taught']:,} positions taught, {positions['held_out']:,} held out",
             "style": f"{predictor.style}, labels {meta['labels']}",
             "width": f"{meta['width']}, {render.share(meta['parameters_share'])} of the model's parameters",
+            "thresholds met": met_text(report["met"], "global"),
             "folder": str(learned.folder),
         }
     )

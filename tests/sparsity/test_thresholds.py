@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from shadowc.checkpoint.opt import OptFacts
+from shadowc.cli.recall import met_text
 from shadowc.sparsity import thresholds
 from shadowc.sparsity.importance import ImportanceTrace
 from shadowc.sparsity.predictor import Predictor
@@ -151,6 +152,9 @@ def test_what_held_out_text_meets_is_told_beside_the_density(trained: Predictor,
     met = trained.report["met"]["neurons"]
     assert met["local"]["0.25"] == pytest.approx(kept(neurons, trained.thresholds["local"][1], 0.25).mean(), abs=1e-4)
     assert all(abs(value - float(density)) < 0.1 for one in met.values() for density, value in one.items())
+    told = met_text(trained.report["met"], "local")
+    assert f"{met['local']['0.25']:.1%} at 0.25".replace("%", " %") in told
+    assert told.endswith("of neurons")
 
 
 def test_a_predictor_keeps_its_thresholds_on_disk(trained: Predictor, small_facts: OptFacts, tmp_path: Path) -> None:
