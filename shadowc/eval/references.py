@@ -35,6 +35,9 @@ REFERENCES = ("oracle", "prompt")
 KEPT_ORACLE_BYTES = 1 << 30
 """Of true scores that are kept; a piece of work needs them once for each setting, and they cost a backward pass."""
 
+TIE = np.float32(1e-30)
+"""Distance of two units without importance: smaller than any importance."""
+
 
 class Oracle:
     """True scores of requests, those last asked for kept: settings take turns on the requests of a piece of work.
@@ -98,7 +101,13 @@ def oracle_scores(
         raise InputError(f"the oracle's scores are not finite: {next(iter(rows.dropped.values()))}")
     pairs = zip(rows.neurons_LMF[1:], predictor.orders_LF, strict=True)
     blocks = [block_sums(scores_ZF, order_F, predictor.block) for scores_ZF, order_F in pairs]
-    return rows.heads_MLH[:, 1:], np.stack(blocks, axis=1)
+    return _ties_apart(rows.heads_MLH[:, 1:]), _ties_apart(np.stack(blocks, axis=1))
+
+
+def _ties_apart(scores_ZLU: Floats) -> Floats:
+    """Rank the zeros of a token one behind the other: most neurons do not fire, and ties at a threshold all stay."""
+    behind_LU = -TIE * np.arange(1, scores_ZLU[0].size + 1, dtype=np.float32).reshape(scores_ZLU[0].shape)
+    return np.where(scores_ZLU == 0, behind_LU, scores_ZLU)
 
 
 def prompt_scores(model: Any, predictor: Predictor, ids: tuple[int, ...]) -> tuple[Floats, Floats]:

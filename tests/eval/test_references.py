@@ -37,6 +37,18 @@ def test_the_oracle_knows_each_tokens_own_scores(in_torch: TorchModel) -> None:
     assert neurons[6, 1, 0] == pytest.approx(first_block, rel=1e-4)
 
 
+def test_the_oracle_keeps_no_more_units_than_asked_where_most_have_no_importance(in_torch: TorchModel) -> None:
+    from shadowc.sparsity.selection import select_threshold
+
+    scores_ZLU = np.zeros((2, 3, 64), np.float32)
+    scores_ZLU[:, :, ::16] = 0.5
+    apart = torch.from_numpy(references._ties_apart(scores_ZLU))[None]
+    for scope in ("local", "global"):
+        _, active_BZL = select_threshold(apart, torch.tensor([0.25]), scope=scope)
+        assert active_BZL.sum(-1).tolist() == [[48, 48]], scope
+    assert (apart[0].numpy() > 0).tolist() == (scores_ZLU > 0).tolist()
+
+
 def test_the_oracle_asks_once_for_all_settings_and_keeps_what_fits(
     in_torch: TorchModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
