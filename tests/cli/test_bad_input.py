@@ -230,7 +230,7 @@ def test_eval_of_a_missing_text(shadowc: Shadowc, engine: Path) -> None:
 def test_eval_of_an_unknown_method(shadowc: Shadowc, engine: Path, tmp_path: Path) -> None:
     text = tmp_path / "t.txt"
     text.write_text("words", encoding="utf-8")
-    refused(shadowc, INPUT, "eval", engine, "--text", text, "--methods", "oracle", says="'oracle'")
+    refused(shadowc, INPUT, "eval", engine, "--text", text, "--methods", "psychic", says="'psychic'")
 
 
 def test_unknown_flag_is_a_usage_error(shadowc: Shadowc) -> None:

@@ -25,11 +25,15 @@ _HELD = {SPARSE_FFN.name: ("x", "w", "b2"), SPARSE_ATTENTION.name: ("x", "w", "b
 
 
 def rounded(operands: dict[str, np.ndarray], act: str) -> dict[str, np.ndarray]:
-    """The operands as float32, with values that the activation type holds wherever that makes a result exact."""
+    """The operands as float32, with values that the activation type holds wherever that makes a result exact.
+
+    Without those of a layer norm: for TensorRT norms and residuals stay nodes of the graph.
+    """
     held = {name for names in _HELD.values() for name in names}
     return {
         name: array.astype(ACTIVATIONS[act]).astype(np.float32) if name in held and array.dtype == np.float32 else array
         for name, array in operands.items()
+        if not name.startswith("norm_")
     }
 
 

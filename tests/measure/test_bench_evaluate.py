@@ -76,7 +76,10 @@ def test_every_method_keeps_the_share_that_was_asked_for(sparse_engine: Path) ->
 def test_eval_measures_all_controls_under_one_mask_per_sequence(sequence_engine: Path) -> None:
     report = evaluate(load_cpu(sequence_engine), TEXT, densities=[Density(0.5, 0.25)], window=32)
     assert [row.method for row in report.rows] == ["predictor", "static", "normalised", "random"]
-    assert len({row.bits_per_byte for row in report.rows}) == 4
+    by_method = {row.method: row.bits_per_byte for row in report.rows}
+    # Of random weights a predictor may learn no more than their mean: its masks are then those of `normalised`.
+    assert len({by_method[method] for method in ("static", "normalised", "random")}) == 3
+    assert by_method["predictor"] not in {by_method["static"], by_method["random"]}
     assert all(row.active_heads == pytest.approx(0.5, abs=0.02) for row in report.rows)
 
 
@@ -142,7 +145,8 @@ def test_the_numbers_of_a_bench_row_follow_from_its_rounds(sparse_engine: Path) 
     (found,) = report.break_even
     ratio = median(own / base for own, base in zip(half.ms_by_round, twin.ms_by_round, strict=True))
     assert found.break_even == BreakEven("at least" if ratio < 1 else "below", 0.5)
-    assert report.noise.spread == max((row.ms_highest - row.ms_lowest) / row.ms_per_token for row in report.rows)
+    spreads = [(row.ms_highest - row.ms_lowest) / row.ms_per_token for row in report.rows]
+    assert report.noise.spread == pytest.approx(max(spreads))
     assert report.noise.stream_spread == pytest.approx((max(stream) - min(stream)) / median(stream))
 
 
