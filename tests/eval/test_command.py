@@ -84,7 +84,11 @@ def test_what_does_not_go_together_is_refused(engine_folders: dict[str, Path], f
 @pytest.mark.parametrize(
     ("flag", "value", "listed"),
     [
-        ("--methods", "predictor,psychic", "predictor, static, normalised, random, oracle, prompt"),
+        (
+            "--methods",
+            "predictor,psychic",
+            "predictor, static, normalised, random, calibrated, sensitivity, oracle, prompt",
+        ),
         ("--protocol", "dense", "decode, prompt, paper"),
         ("--task", "boolq", "piqa, copa, openbookqa, winogrande, rte, hellaswag, arc_easy"),
         ("--shots", "few", "0,5"),
