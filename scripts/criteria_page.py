@@ -12,19 +12,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from shadowc.cli import criteria
+
 FOLDER = Path(__file__).resolve().parent.parent / "docs" / "results"
 PAGE = FOLDER / "criteria.md"
 DIGITS = 4
-COLUMNS = {
-    "token, size": "token size all",
-    "heard": "token size heard",
-    "token, change": "token change all",
-    "text, size": "text size all",
-    "text, change": "text change all",
-    "static, size": "static size all",
-    "static, change": "static change all",
-    "static, change, in a layer": "static change layer",
-}
+COLUMNS = criteria.COLUMNS | {"static, change, in a layer": "static change layer"}
 """Heading -> one of the correlations of a row."""
 TYPED = {"SmolLM2-135M-Instruct.Q4_1": "SmolLM2-135M-Instruct.Q4_1.gguf"}
 """Model -> what --model took, where that is no name."""

@@ -13,22 +13,19 @@ from typing import Any
 
 from shadowc.checkpoint import llama
 from shadowc.checkpoint.converted import converted_gguf
-from shadowc.checkpoint.digest import facts_key, fingerprint, identity
-from shadowc.checkpoint.dummy import SCHEME, DummyWeights
 from shadowc.checkpoint.llama import LlamaFacts
 from shadowc.checkpoint.resolve import (
     LoadFormat,
     ModelCheckpoint,
-    check_vocabulary,
+    checkpoint_of,
+    dummy_checkpoint,
     find_folder,
     gguf_file,
     is_short_name,
     read_config,
     resolve,
-    total_bytes,
 )
-from shadowc.checkpoint.tokenizer import has_tokenizer, load_tokenizer, tokenizer_files
-from shadowc.checkpoint.weights import open_weights
+from shadowc.checkpoint.tokenizer import load_tokenizer
 from shadowc.spec.errors import InputError
 from shadowc.stage_cache import StageCache
 
@@ -65,7 +62,9 @@ def resolve_model(
         config = read_config(folder)
         if config.get("model_type") == llama.MODEL_TYPE:
             facts = LlamaFacts.from_config(config, name)
-            return _dummy(facts, folder, seed) if load_format == "dummy" else _from_folder(facts, folder, advance)
+            if load_format == "dummy":
+                return dummy_checkpoint(ModelCheckpoint, facts, folder, seed)
+            return checkpoint_of(ModelCheckpoint, facts, folder, advance)
     return resolve(model, load_format=load_format, offline=offline, seed=seed, advance=advance)
 
 
@@ -102,37 +101,4 @@ def _from_gguf(file: Path, load_format: LoadFormat, advance: Advance | None) -> 
         )
     folder = converted_gguf(file, StageCache())
     facts = LlamaFacts.from_config(read_config(folder), file.stem)
-    return _from_folder(facts, folder, advance, files=(file,))
-
-
-def _from_folder(
-    facts: LlamaFacts, folder: Path, advance: Advance | None, files: tuple[Path, ...] = ()
-) -> ModelCheckpoint:
-    """Open the weights of a folder; `files` decide the identity in place of those in it."""
-    tokenizer = folder if has_tokenizer(folder) else None
-    if tokenizer is not None:
-        check_vocabulary(facts, tokenizer)
-    opened = open_weights(folder, facts, advance)
-    tokens = tokenizer_files(folder) if tokenizer else ()
-    return ModelCheckpoint(
-        facts=facts,
-        weights=opened.source,
-        identity=identity(facts, files or (*opened.files, *tokens), StageCache(), advance),
-        folder=folder,
-        tokenizer=tokenizer,
-        dummy=False,
-        total_bytes=total_bytes(facts),
-        unused=opened.unused,
-    )
-
-
-def _dummy(facts: LlamaFacts, folder: Path, seed: int) -> ModelCheckpoint:
-    return ModelCheckpoint(
-        facts=facts,
-        weights=DummyWeights(facts, seed),
-        identity=f"dummy-{seed}-{fingerprint({'facts': facts_key(facts), 'scheme': SCHEME})}",
-        folder=folder,
-        tokenizer=folder if has_tokenizer(folder) else None,
-        dummy=True,
-        total_bytes=total_bytes(facts),
-    )
+    return checkpoint_of(ModelCheckpoint, facts, folder, advance, files=(file,))

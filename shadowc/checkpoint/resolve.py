@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from shadowc.checkpoint.digest import facts_key, fingerprint, identity
 from shadowc.checkpoint.dummy import SCHEME, DummyWeights
@@ -65,6 +65,9 @@ class Checkpoint(ModelCheckpoint):
     facts: OptFacts
 
 
+Found = TypeVar("Found", bound=ModelCheckpoint)
+
+
 def resolve(
     model: str,
     *,
@@ -92,13 +95,13 @@ def resolve(
     if is_short_name(model) and model != OPT_MINI:
         facts = OptFacts.from_config(published_config(short), short)
         if dummy:
-            return _dummy(facts, None, seed)
+            return dummy_checkpoint(Checkpoint, facts, None, seed)
         folder = _download(_OWNER + short, offline, weights=True)
         return _from_folder(folder, short, advance)
     refuse_llama(model)
     folder, name = find_folder(model, offline, dummy)
     if dummy:
-        return _dummy(OptFacts.from_config(read_config(folder), name), folder, seed)
+        return dummy_checkpoint(Checkpoint, OptFacts.from_config(read_config(folder), name), folder, seed)
     return _from_folder(folder, name, advance)
 
 
@@ -243,15 +246,28 @@ def _from_folder(folder: Path, name: str, advance: Callable[[int, int], None] | 
         facts = OptFacts.from_config(config, name)
     except InputError as error:
         raise _with_damage(error, folder) from error
-    tokenizer = folder if has_tokenizer(folder) else None
-    if tokenizer is not None:
-        check_vocabulary(facts, tokenizer)
+    return checkpoint_of(Checkpoint, facts, folder, advance)
+
+
+def checkpoint_of(
+    kind: type[Found],
+    facts: ModelFacts,
+    folder: Path,
+    advance: Callable[[int, int], None] | None,
+    files: tuple[Path, ...] = (),
+) -> Found:
+    """Open the weights of a folder; `files` decide the identity in place of those in it.
+
+    Raises:
+        InputError: weights or tokenizer are missing or damaged.
+    """
+    tokenizer = _checked_tokenizer(facts, folder)
     opened = open_weights(folder, facts, advance)
     tokens = tokenizer_files(folder) if tokenizer else ()
-    return Checkpoint(
+    return kind(
         facts=facts,
         weights=opened.source,
-        identity=identity(facts, (*opened.files, *tokens), StageCache(), advance),
+        identity=identity(facts, files or (*opened.files, *tokens), StageCache(), advance),
         folder=folder,
         tokenizer=tokenizer,
         dummy=False,
@@ -260,11 +276,14 @@ def _from_folder(folder: Path, name: str, advance: Callable[[int, int], None] | 
     )
 
 
-def _dummy(facts: OptFacts, folder: Path | None, seed: int) -> Checkpoint:
-    tokenizer = folder if folder is not None and has_tokenizer(folder) else None
-    if tokenizer is not None:
-        check_vocabulary(facts, tokenizer)
-    return Checkpoint(
+def dummy_checkpoint(kind: type[Found], facts: ModelFacts, folder: Path | None, seed: int) -> Found:
+    """Return seeded random weights in place of those of a folder; None: of a published shape.
+
+    Raises:
+        InputError: the folder's tokenizer does not fit the model.
+    """
+    tokenizer = None if folder is None else _checked_tokenizer(facts, folder)
+    return kind(
         facts=facts,
         weights=DummyWeights(facts, seed),
         identity=f"dummy-{seed}-{fingerprint({'facts': facts_key(facts), 'scheme': SCHEME})}",
@@ -273,6 +292,13 @@ def _dummy(facts: OptFacts, folder: Path | None, seed: int) -> Checkpoint:
         dummy=True,
         total_bytes=total_bytes(facts),
     )
+
+
+def _checked_tokenizer(facts: ModelFacts, folder: Path) -> Path | None:
+    if not has_tokenizer(folder):
+        return None
+    check_vocabulary(facts, folder)
+    return folder
 
 
 def _with_damage(error: InputError, folder: Path) -> InputError:

@@ -8,13 +8,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shadowc.eval.request import Request
-from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
     from shadowc.eval.metric import Metric
@@ -70,21 +68,3 @@ class Corpus(ABC):
         """Share of the scored tokens that are predicted by a token computed under a mask."""
         masked = sum(setting.under_masks(request) for item in self.items for request in item.requests)
         return masked / self.tokens
-
-
-def read_text(path: Path, flag: str) -> tuple[str, bytes]:
-    """Read a UTF-8 file as it is: text mode would change line ends, and with them bytes and hash.
-
-    Raises:
-        InputError: it cannot be read, or is not UTF-8.
-    """
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}", hint=f"{flag} takes a UTF-8 text file") from None
-    try:
-        return content.decode("utf-8"), content
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path} is not UTF-8 at byte {error.start}", hint=f"iconv -t UTF-8 {path} converts it"
-        ) from None

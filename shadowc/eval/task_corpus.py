@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shadowc.eval.corpus import Corpus, Item, read_text
+from shadowc.eval.corpus import Corpus, Item
 from shadowc.eval.metric import Metric
 from shadowc.eval.request import Request, fitted
 from shadowc.eval.task import Question, RecordError, Task
-from shadowc.eval.texts import bad_line, json_lines
+from shadowc.sparsity.text_files import bad_line, json_lines, read_utf8
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def _questions(task: Task, path: Path) -> tuple[list[Question], bytes]:
             f"there is no file {path}",
             hint=f"a folder of tasks has {task.name}/{EVAL_FILE}, and {task.name}/{FEWSHOT_FILE} for --shots",
         )
-    text, content = read_text(path, "--tasks")
+    text, content = read_utf8(path, "--tasks")
     wanted = ", ".join(f'"{name}"' for name in task.fields)
     found = []
     for number, record in json_lines(path, text, task.fields):

@@ -8,17 +8,17 @@ document into the next. Where there are few documents, their windows are what th
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from shadowc.eval.corpus import Corpus, Item, read_text
+from shadowc.eval.corpus import Corpus, Item
 from shadowc.eval.metric import Metric
 from shadowc.eval.request import Request
+from shadowc.sparsity.text_files import read_utf8, texts_of_lines
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ def text_corpus(model: EvaluatedModel, path: Path, window: int | None = None, li
     Raises:
         InputError: the text cannot be read, is empty, was used for calibration, or is shorter than the window.
     """
-    text, content = read_text(path, "--text")
-    texts = _json_texts(path, text) if path.suffix == ".jsonl" else [text]
+    text, content = read_utf8(path, "--text")
+    texts = texts_of_lines(path, text) if path.suffix == ".jsonl" else [text]
     model.refuse_calibration_text(content, texts)
     return corpus_of(model, path.name, texts, hashlib.sha256(content).hexdigest(), window, limit)
 
@@ -215,8 +215,8 @@ def wikitext_corpus(
     """
     from shadowc.eval.wikitext import detokenised, pages, rolling, words_of
 
-    text, content = read_text(path, "--wikitext")
-    raw = _json_texts(path, text, "page") if path.suffix == ".jsonl" else list(pages(text))
+    text, content = read_utf8(path, "--wikitext")
+    raw = texts_of_lines(path, text, "page") if path.suffix == ".jsonl" else list(pages(text))
     model.refuse_calibration_text(content, raw)
     size = min(window or model.context, model.context)
     documents, items, longest = [], [], 0
@@ -234,42 +234,3 @@ def wikitext_corpus(
         )
     sha256 = hashlib.sha256(content).hexdigest()
     return TextCorpus(path.name, sha256, "wikitext", documents, tuple(items), size)
-
-
-def _json_texts(path: Path, text: str, field: str = "text") -> list[str]:
-    """Return the field of every line that is not empty.
-
-    Raises:
-        InputError: a line is no JSON object with such a field.
-    """
-    return [str(record[field]) for _, record in json_lines(path, text, {field: str})]
-
-
-def json_lines(path: Path, text: str, fields: Mapping[str, type]) -> Iterator[tuple[int, dict[str, object]]]:
-    """Yield the number and object of every line that is not empty.
-
-    Raises:
-        InputError: a line is not a JSON object, or lacks a field; file, line and reason are named.
-    """
-    wanted = ", ".join(f'"{name}"' for name in fields)
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise bad_line(path, number, f"is not JSON: {error.msg} at column {error.colno}", wanted) from None
-        if not isinstance(record, dict):
-            raise bad_line(path, number, f"is {type(record).__name__}, expected an object", wanted)
-        for name, kind in fields.items():
-            if name not in record:
-                raise bad_line(path, number, f"has no field {name!r}", wanted)
-            if not isinstance(record[name], kind) or isinstance(record[name], bool):
-                found = type(record[name]).__name__
-                raise bad_line(path, number, f"has {found} in field {name!r}, expected {kind.__name__}", wanted)
-        yield number, record
-
-
-def bad_line(path: Path, number: int, reason: str, wanted: str) -> InputError:
-    """The refusal of one line of a file."""
-    return InputError(f"{path}, line {number} {reason}", hint=f"one JSON object a line, with {wanted}")

@@ -12,7 +12,6 @@ Letters: N sequences, B sequences of one batch, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shadowc.sparsity.fingerprint import Fingerprint, fingerprint
+from shadowc.sparsity.text_files import read_utf8, texts_of_lines
 from shadowc.sparsity.threads import threads_for
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
@@ -123,39 +123,12 @@ def read_text(path: Path) -> tuple[list[str], Fingerprint]:
         InputError: it cannot be read as that, or holds no text.
     """
     check_data(str(path))
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}", hint="check its permissions") from error
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start})", hint="convert it to UTF-8") from error
-    documents = [text] if path.suffix == ".txt" else _json_texts(path, text)
+    text, content = read_utf8(path, "--data")
+    documents = [text] if path.suffix == ".txt" else texts_of_lines(path, text)
     documents = [document for document in documents if document.strip()]
     if not documents:
         raise InputError(f"{path} holds no text", hint="give a file with some text, or use --data self")
     return documents, fingerprint(content, documents)
-
-
-def _json_texts(path: Path, text: str) -> list[str]:
-    documents = []
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(
-                f"{path}, line {number} is not JSON: {error.msg}", hint="one JSON object a line"
-            ) from error
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str):
-            raise InputError(
-                f"{path}, line {number} has no field 'text' with a string in it",
-                hint='one JSON object a line: {"text": "..."}',
-            )
-        documents.append(record["text"])
-    return documents
 
 
 def tokenise(documents: list[str], checkpoint: ModelCheckpoint) -> list[list[int]]:

@@ -6,7 +6,6 @@ Letters: S tokens, L predicted layers, N units of a kind.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
 from shadowc.spec.options import TrainOptions
 from tests.e2e import compiled
+from tests.e2e.defects import Defect, named, with_defect
 
 PROMPT = np.array([[2, 40, 50, 60, 70, 80]], np.int64)
 HALF = Density(0.5, 0.5)
@@ -124,10 +124,6 @@ def test_what_the_style_cannot_do_is_refused(
 # --- planted defects ---------------------------------------------------------------------------------------
 
 
-def named(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return next(node for node in model.graph.node if node.name == name)
-
-
 def _neurons_scored_by_what_attention_reads(model: onnx.ModelProto) -> None:
     named(model, f"predictor.{LAYER}.ffn_input").input[0] = named(model, f"predictor.{LAYER}.input").input[0]
 
@@ -153,20 +149,13 @@ def _table_ignored(model: onnx.ModelProto) -> None:
 def test_parity_names_the_part_that_has_the_defect(
     engine_folder: Path,
     tiny_checkpoint: Path,
-    defect: Callable[[onnx.ModelProto], None] | None,
+    defect: Defect | None,
     caught: list[str],
 ) -> None:
-    def rewrite(model: onnx.ModelProto) -> onnx.ModelProto:
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        if defect is not None:
-            defect(copy)
-        return copy
-
     engine, resolved = shadowc.load(engine_folder), resolve(str(tiny_checkpoint))
     predictor: Predictor = stored_predictor(engine, engine.manifest.sparsity)  # type: ignore[arg-type]
     report = check_parity(
-        engine._variant(rewrite).prober(), resolved.facts, resolved.weights, weights="fp32", head_block=0, block=1,
+        with_defect(engine, defect).prober(), resolved.facts, resolved.weights, weights="fp32", head_block=0, block=1,
         orders={}, sparse=True, plan=predictor.plan(None), predictor=predictor,
     )  # fmt: skip
     assert [problem.split(":")[0] for problem in report.problems()] == caught

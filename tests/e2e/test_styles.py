@@ -7,7 +7,6 @@ Letters: S tokens, L predicted layers, N units of a kind.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from shadowc.spec.progress import NullProgress
 from shadowc.stages import Stages
 from tests.conftest import TOKENIZER_TEXT
 from tests.e2e import compiled
+from tests.e2e.defects import Defect, named, with_defect
 
 PROMPT = np.array([[2, 40, 50, 60, 70, 80]], np.int64)
 HALF = Density(0.5, 0.5)
@@ -220,10 +220,6 @@ def problems(report: ParityReport) -> list[str]:
     return [problem.split(":")[0] for problem in report.problems()]
 
 
-def named(model: onnx.ModelProto, name: str) -> onnx.NodeProto:
-    return next(node for node in model.graph.node if node.name == name)
-
-
 def _masks_of_the_layer_before(model: onnx.ModelProto) -> None:
     for part in ("attention", "ffn"):
         mine, other = named(model, f"layers.{LAYER}.{part}"), named(model, f"layers.{LAYER - 1}.{part}")
@@ -252,17 +248,10 @@ def _density_of_one_layer_ignored(model: onnx.ModelProto) -> None:
 def test_parity_names_the_part_that_has_the_defect(
     dejavu_engine: Path,
     tiny_checkpoint: Path,
-    defect: Callable[[onnx.ModelProto], None] | None,
+    defect: Defect | None,
     caught: list[str],
 ) -> None:
-    def rewrite(model: onnx.ModelProto) -> onnx.ModelProto:
-        copy = onnx.ModelProto()
-        copy.CopyFrom(model)
-        if defect is not None:
-            defect(copy)
-        return copy
-
-    report = parity_of(shadowc.load(dejavu_engine)._variant(rewrite), tiny_checkpoint)
+    report = parity_of(with_defect(shadowc.load(dejavu_engine), defect), tiny_checkpoint)
     assert problems(report) == caught
 
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -53,13 +53,14 @@ def small_facts() -> OptFacts:
 
 @pytest.fixture(scope="session")
 def make_trace(tmp_path_factory: pytest.TempPathFactory, small_facts: OptFacts) -> MakeTrace:
-    """Write a trace from arrays: context [M,E], heads [M,L,H], neurons [L,M,F], sequence [M]."""
+    """Write a trace from arrays: context [M,E], heads [M,L,H], neurons [L,M,F], sequence [M]; inputs by name, [M,E]."""
 
     def make(
         context_ME: np.ndarray[Any, Any],
         heads_MLH: np.ndarray[Any, Any],
         neurons_LMF: np.ndarray[Any, Any],
         sequence_M: np.ndarray[Any, Any],
+        inputs: Mapping[str, np.ndarray[Any, Any]] | None = None,
     ) -> ImportanceTrace:
         rows = len(context_ME)
         meta = {
@@ -76,6 +77,8 @@ def make_trace(tmp_path_factory: pytest.TempPathFactory, small_facts: OptFacts) 
         for layer, (relative_MF, _) in enumerate(pairs):
             writer.put(f"neurons.{layer}", relative_MF)
         writer.put("neurons.scale", np.stack([scale_M for _, scale_M in pairs], axis=1))
+        for name, input_ME in (inputs or {}).items():
+            writer.put(name, input_ME)
         writer.commit(rows, meta)
         return writer.finish()
 

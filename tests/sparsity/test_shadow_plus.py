@@ -7,7 +7,6 @@ Letters: M positions, E hidden, L predicted layers, U units of a kind per layer.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from pydantic import ValidationError
 
 from shadowc.checkpoint.opt import OptFacts, published_config
 from shadowc.sparsity.graded import grade_bounds, grades_of, offsets_of
-from shadowc.sparsity.importance import ImportanceTrace, TraceWriter, relative, trace_layout
+from shadowc.sparsity.importance import ImportanceTrace
 from shadowc.sparsity.networks import BUDGET, byte_share, cost_share, default_width
 from shadowc.sparsity.predictor import Predictor, style_in
 from shadowc.sparsity.selection import select_threshold
@@ -160,7 +159,7 @@ def test_grades_count_the_tops_of_all_layers_together() -> None:
 
 
 @pytest.fixture(scope="module")
-def turns(small_facts: OptFacts, tmp_path_factory: pytest.TempPathFactory) -> Plant:
+def turns(make_trace: Plant) -> Plant:
     """Return traces whose named input tells which of four groups of units matters; other inputs are noise.
 
     Units of layer 2 matter ten times as much as those of layer 1.
@@ -175,28 +174,16 @@ def turns(small_facts: OptFacts, tmp_path_factory: pytest.TempPathFactory) -> Pl
             strength = np.array([1, 1, 10])[None, :, None]
             return (strength * np.where(mine_MLU, 10, 1) * (rng.random((rows, 3, units)) + 0.5)).astype(np.float32)
 
-        meta = {
-            "facts": asdict(small_facts), "criterion": "plainact", "model": {"name": "planted", "identity": "0"},
-            "text": {"sha256": "0" * 64, "paragraphs": [], "complete": True}, "source": "self", "seed": 0,
-            "positions": rows, "loss": 0.0,
-        }  # fmt: skip
-        writer = TraceWriter(tmp_path_factory.mktemp("turns") / "trace", "")
-        writer.begin(trace_layout(small_facts, rows, 1, 8), meta)
-        writer.put("context", rng.standard_normal((rows, 16)).astype(np.float32))
-        writer.put("sequence", np.arange(rows, dtype=np.int32) // 40)
-        writer.put("heads", importance(4))
-        pairs = [relative(values) for values in importance(64).transpose(1, 0, 2)]
-        for layer, (relative_MF, _) in enumerate(pairs):
-            writer.put(f"neurons.{layer}", relative_MF)
-        writer.put("neurons.scale", np.stack([scale_M for _, scale_M in pairs], axis=1))
+        context_ME = rng.standard_normal((rows, 16)).astype(np.float32)
+        heads_MLH, neurons_LMF = importance(4), importance(64).transpose(1, 0, 2)
+        inputs = {}
         for layer in (1, 2):
             for name in ("input", "ffn_input"):
                 input_ME = rng.standard_normal((rows, 16)).astype(np.float32)
                 if name == told:
                     input_ME[np.arange(rows), turn_ML[:, layer]] += 4
-                writer.put(f"{name}.{layer}", input_ME)
-        writer.commit(rows, meta)
-        return writer.finish()
+                inputs[f"{name}.{layer}"] = input_ME
+        return make_trace(context_ME, heads_MLH, neurons_LMF, np.arange(rows, dtype=np.int32) // 40, inputs)
 
     return make
 

@@ -19,7 +19,7 @@ from transformers import OPTForCausalLM
 
 from shadowc.checkpoint.opt import OptFacts, published_config
 from shadowc.sparsity.fit import Examples, fit
-from shadowc.sparsity.importance import ImportanceTrace, TraceWriter, relative, trace_layout
+from shadowc.sparsity.importance import ImportanceTrace
 from shadowc.sparsity.networks import BUDGET, LayerNetworks, cost_share, default_width
 from shadowc.sparsity.predictor import META_FILE, Predictor, style_in
 from shadowc.sparsity.reference import MaskedModel, MaskedState
@@ -137,7 +137,7 @@ def test_cost_share_counts_what_the_tensors_hold(small_facts: OptFacts, style: A
 
 
 @pytest.fixture(scope="module")
-def turns(small_facts: OptFacts, tmp_path_factory: pytest.TempPathFactory) -> Plant:
+def turns(make_trace: Plant) -> Plant:
     """Return traces in which a layer's own input tells which of four groups matters there; layer 0 tells nothing.
 
     `told`: the input of the layer that is told; of the others the inputs are noise. None: all are told.
@@ -151,29 +151,15 @@ def turns(small_facts: OptFacts, tmp_path_factory: pytest.TempPathFactory) -> Pl
             mine_MLU = np.arange(units)[None, None] % 4 == turn_ML[..., None]
             return (np.where(mine_MLU, 10, 1) * (rng.random((rows, 3, units)) + 0.5)).astype(np.float32)
 
-        from dataclasses import asdict
-
-        meta = {
-            "facts": asdict(small_facts), "criterion": "plainact", "model": {"name": "planted", "identity": "0"},
-            "text": {"sha256": "0" * 64, "paragraphs": [], "complete": True}, "source": "self", "seed": 0,
-            "positions": rows, "loss": 0.0,
-        }  # fmt: skip
-        writer = TraceWriter(tmp_path_factory.mktemp("turns") / "trace", "")
-        writer.begin(trace_layout(small_facts, rows, 1, 8), meta)
-        writer.put("context", rng.standard_normal((rows, 16)).astype(np.float32))
-        writer.put("sequence", np.arange(rows, dtype=np.int32) // 40)
-        writer.put("heads", importance(4))
-        pairs = [relative(values) for values in importance(64).transpose(1, 0, 2)]
-        for layer, (relative_MF, _) in enumerate(pairs):
-            writer.put(f"neurons.{layer}", relative_MF)
-        writer.put("neurons.scale", np.stack([scale_M for _, scale_M in pairs], axis=1))
+        context_ME = rng.standard_normal((rows, 16)).astype(np.float32)
+        heads_MLH, neurons_LMF = importance(4), importance(64).transpose(1, 0, 2)
+        inputs = {}
         for layer in (1, 2):
             input_ME = rng.standard_normal((rows, 16)).astype(np.float32)
             if told in (None, layer):
                 input_ME[np.arange(rows), turn_ML[:, layer]] += 4
-            writer.put(f"input.{layer}", input_ME)
-        writer.commit(rows, meta)
-        return writer.finish()
+            inputs[f"input.{layer}"] = input_ME
+        return make_trace(context_ME, heads_MLH, neurons_LMF, np.arange(rows, dtype=np.int32) // 40, inputs)
 
     return make
 
