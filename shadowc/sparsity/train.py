@@ -75,6 +75,7 @@ def train(
     progress: Progress | None = None,
     *,
     rankings: Sequence[ImportanceTrace] = (),
+    calibrated: bool = True,
 ) -> Predictor:
     """Train a predictor and write it to the folder `out`.
 
@@ -86,6 +87,7 @@ def train(
         progress: told about stages.
         rankings: traces of the same model by other criteria; their static rankings become controls beside the trace's
             own, named static-CRITERION.
+        calibrated: whether thresholds are made too, see thresholds.py; that takes as long as a few epochs.
 
     Raises:
         InputError: the trace is of another model, of a criterion that no predictor can learn, too small to hold
@@ -137,7 +139,8 @@ def train(
     )
     if options.style == "shadow+":
         predictor = replace(predictor, shares=_shares(predictor, trace, taught, options))
-    predictor = replace(predictor, thresholds=_thresholds(predictor, trace, raw, taught, options))
+    if calibrated:
+        predictor = replace(predictor, thresholds=_thresholds(predictor, trace, raw, taught, options))
     held_scores = dict(zip(KINDS, predictor.scores(_inputs(trace, held, options)), strict=True))
     predictor.meta["report"] = {
         "positions": {"taught": len(taught), "held_out": len(held), "dropped": dropped},
@@ -339,6 +342,7 @@ def _meta(trace: ImportanceTrace, facts: ModelFacts, options: TrainOptions, widt
         "source": trace.meta["source"],
         "positions": trace.meta["positions"],
         "collect_seed": trace.meta["seed"],
+        "trace": trace.meta.get("key"),
         "seed": options.seed,
         "width": width,
         "training": options.model_dump(),
