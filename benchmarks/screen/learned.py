@@ -104,7 +104,7 @@ class Learned:
             folder.parent.mkdir(parents=True, exist_ok=True)
             return train(trace, self._checkpoint.facts, options, folder, self._progress, calibrated=False)
         found = Predictor.load(folder, self._checkpoint.facts)
-        wanted = {"criterion": criterion, "trace": trace.meta["key"], "training": options.model_dump()}
+        wanted = {"criterion": criterion, "trace_key": trace.meta["key"], "training": options.model_dump()}
         differing = [name for name, value in wanted.items() if found.meta.get(name) != value]
         if differing:
             raise InputError(

@@ -342,7 +342,7 @@ def _meta(trace: ImportanceTrace, facts: ModelFacts, options: TrainOptions, widt
         "source": trace.meta["source"],
         "positions": trace.meta["positions"],
         "collect_seed": trace.meta["seed"],
-        "trace": trace.meta.get("key"),
+        "trace_key": trace.meta.get("key"),
         "seed": options.seed,
         "width": width,
         "training": options.model_dump(),

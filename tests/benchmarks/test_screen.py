@@ -220,7 +220,7 @@ def test_a_trace_or_a_predictor_of_something_else_is_refused(
     shutil.rmtree(folder / "snip-shadow-0")
     shutil.copytree(folder / "plainact-shadow-0", folder / "snip-shadow-0")
     said = refused(capsys, run, part)
-    assert "is not the predictor that this screen takes; it has another criterion, trace" in said
+    assert "is not the predictor that this screen takes; it has another criterion, trace_key" in said
     shutil.rmtree(part / "traces" / "snip")
     shutil.copytree(part / "traces" / "plainact", part / "traces" / "snip")
     assert "is not the trace of snip that this screen takes" in refused(capsys, run, part)
