@@ -3,7 +3,7 @@
 
 The mask of a token depends on the tokens up to it alone, so all tokens of a window go through the model together, each
 under its own mask. Rows of a batch are padded behind their end, which no token before it sees. A prompt that several
-continuations or settings share is read once, and its K/V are kept for a while.
+continuations share is read once; if it is dense, its K/V are kept for a while, since settings share it too.
 
 Letters: B rows, S tokens, Z the last of them from the first masked token of any row on, L predicted layers, H heads,
 N units of neurons, V vocabulary.
@@ -44,16 +44,19 @@ BATCH_BYTES = 1 << 29
 """Rough bound on the logits, and on the scores and masks, of one batch."""
 KEPT_PROMPT_BYTES = 1 << 30
 """Of K/V of prompts that are kept."""
+Counted = tuple[int, float, float]
+"""Masked tokens, and the sums over them of the shares of active heads and neurons."""
 
 
 @dataclass(slots=True)
 class _Prompt:
-    """A prompt that was read without masks."""
+    """A prompt that was read."""
 
     state: MaskedState
     """Of one row; `prompt_end` is there if a predictor can score it."""
     logits: Any
     """[1,V] float32 of its last token."""
+    counted: Counted = (0, 0.0, 0.0)
 
 
 class TorchModel(EvaluatedModel):
@@ -158,19 +161,25 @@ class TorchModel(EvaluatedModel):
                 found.update(zip(indices, outcomes, strict=True))
         return [found[index] for index in range(len(requests))]
 
-    @staticmethod
-    def _continues(request: Request, setting: Setting) -> bool:
-        """Whether a request is a dense prompt and a continuation of it that is scored as a whole."""
+    def _continues(self, request: Request, setting: Setting) -> bool:
+        """Whether a request is a prompt and a continuation of it, scored as a whole, that leaves the prompt as it is.
+
+        A dense prompt stays, and one whose tokens make their own masks or have those of a control that knows no text.
+        """
         if request.prompt is None or request.scored != len(request.ids) - request.prompt:
             return False
-        return setting.dense or setting.dense_tokens(request) == request.prompt
+        if setting.dense or setting.dense_tokens(request) == request.prompt:
+            return True
+        return setting.protocol == "decode" and (setting.method in LEARNED or setting.method in self._controls)
 
     def _continued(self, prompt: tuple[int, ...], requests: Sequence[Request], setting: Setting) -> list[Outcome]:
         """Answer requests that share a prompt: its last logits give the first tokens, one batch all later ones."""
-        read = self._prompt(prompt)
+        dense = setting.dense or setting.dense_tokens(requests[0]) == len(prompt)
+        read = self._prompt(prompt) if dense else self._masked_prompt(prompt, requests[0], setting)
         lengths = [request.scored - 1 for request in requests]
         if not max(lengths):
-            return [Outcome(*log_likelihood(read.logits, request.targets)) for request in requests]
+            answers = [log_likelihood(read.logits, request.targets) for request in requests]
+            return [Outcome(nats, greedy, *read.counted) for nats, greedy in answers]
         ids_BS = _padded([request.inputs[len(prompt) :] for request in requests])
         state = _rows(read.state, len(requests))
         logits, heads_BS, neurons_BS = self._run(ids_BS, setting, requests, len(prompt), state)
@@ -178,9 +187,15 @@ class TorchModel(EvaluatedModel):
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             logits_SV = np.concatenate([read.logits, logits[row, :length].numpy()])
             nats, greedy = log_likelihood(logits_SV, request.targets)
-            counted = () if setting.dense else _counted(heads_BS[row, :length], neurons_BS[row, :length])
-            outcomes.append(Outcome(nats, greedy, *counted))
+            shares = heads_BS[row, :length], neurons_BS[row, :length]
+            outcomes.append(Outcome(nats, greedy, *(() if setting.dense else _counted(*shares, read.counted))))
         return outcomes
+
+    def _masked_prompt(self, ids: tuple[int, ...], request: Request, setting: Setting) -> _Prompt:
+        """Read a request's prompt under a setting's masks; it serves that setting only, so it is not kept."""
+        state, first = MaskedState(), setting.dense_tokens(request)
+        logits, heads_BS, neurons_BS = self._run(torch.tensor([ids]), setting, [request], 0, state)
+        return _Prompt(state, logits[:, -1].numpy(), _counted(heads_BS[0, first:], neurons_BS[0, first:]))
 
     def _prompt(self, ids: tuple[int, ...]) -> _Prompt:
         """Read a prompt without masks, or find it read."""
@@ -195,7 +210,7 @@ class TorchModel(EvaluatedModel):
             )
             logits = result.logits
         else:
-            logits = self._model(input_ids=ids_BS, past_key_values=state.cache, use_cache=True).logits
+            logits = self._model(input_ids=ids_BS, past_key_values=state.cache, use_cache=True, logits_to_keep=1).logits
         self.passes += len(ids)
         self._prompts[ids] = _Prompt(state, logits[:, -1].numpy().copy())
         self._kept_tokens += len(ids)
@@ -367,8 +382,9 @@ def _active(result: MaskedResult, ones_BS: Tensor) -> tuple[Tensor, Tensor]:
     return shares[0], shares[1]
 
 
-def _counted(heads_S: Tensor, neurons_S: Tensor) -> tuple[int, float, float]:
-    return len(heads_S), float(heads_S.double().sum()), float(neurons_S.double().sum())
+def _counted(heads_S: Tensor, neurons_S: Tensor, before: Counted = (0, 0.0, 0.0)) -> Counted:
+    tokens, heads, neurons = before
+    return tokens + len(heads_S), heads + float(heads_S.double().sum()), neurons + float(neurons_S.double().sum())
 
 
 def _hash(predictor: Predictor) -> str:

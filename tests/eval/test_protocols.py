@@ -163,6 +163,41 @@ def test_a_shared_prompt_is_read_once_and_changes_nothing(
     assert model.passes - read == 3 * 3  # rows x inputs behind the prompt: the prompt itself is not read again
 
 
+@pytest.mark.parametrize("style", ["shadow", "dejavu", "shadow+"])
+@pytest.mark.parametrize("dense", [1, 5])
+def test_a_prompt_under_masks_is_read_once_and_changes_nothing(
+    fresh_torch: Callable[[], TorchModel], style: Style, dense: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = fresh_torch()
+    if style != "shadow":
+        checkpoint, known = model._checkpoint, model._predictor
+        assert known is not None
+        predictor = replace(Predictor.dummy(checkpoint.facts, known.block, 32, style=style), controls=known.controls)
+        model = TorchModel(model._model, checkpoint, predictor)
+    ids = request(4, 16, 1).ids
+    requests = [Request((*ids, *tail), len(tail), 16) for tail in ((7, 8, 9), (7,), (11, 12, 13, 14))]
+    for method in ("predictor", "normalised"):
+        setting = Setting(method, HALF, "decode", prompt_tokens=dense)
+        before = model.passes
+        shared = model.score(requests, setting)
+        assert model.passes - before == 16 + 3 * 3  # the prompt, then rows x inputs behind it
+        with monkeypatch.context() as patch:
+            patch.setattr(TorchModel, "_continues", lambda *_: False)
+            whole = model.score(requests, setting)
+        for one, other in zip(shared, whole, strict=True):
+            assert one.log_probability == pytest.approx(other.log_probability, rel=1e-5)
+            assert (one.masked, one.greedy) == (other.masked, other.greedy)
+            assert (one.heads, one.neurons) == pytest.approx((other.heads, other.neurons))
+        assert shared[1].log_probability != model.score(requests, Setting())[1].log_probability
+
+
+def test_what_a_mask_reads_of_the_answer_keeps_prompts_apart(in_torch: TorchModel) -> None:
+    asked = request(4, 20, 4, 16)
+    for method in ("random", "oracle"):
+        assert not in_torch._continues(asked, Setting(method, HALF, prompt_tokens=1))
+    assert not in_torch._continues(asked, Setting("predictor", HALF, "paper"))
+
+
 @pytest.mark.parametrize("style", ["dejavu", "shadow+"])
 def test_styles_that_know_one_layer_are_decoded_and_their_controls_are_ranked_anywhere(
     in_torch: TorchModel, style: Style
