@@ -69,6 +69,8 @@ class Fit:
     """On the held-out positions: mean squared error, or of labels "top" the mean cross entropy in nats."""
     mean_error: float
     """The same for the mean score."""
+    curve: tuple[float, ...] = ()
+    """The same after every epoch; the mean score's in front."""
 
 
 def fit(examples: Examples, width: int, options: TrainOptions, seed: int, progress: Progress | None = None) -> Fit:
@@ -97,6 +99,7 @@ def _fit(examples: Examples, width: int, options: TrainOptions, seed: int, progr
     ]
     mean_error = float(aim.loss(torch.zeros_like(held_y_MO), held_y_MO))
     best, best_error, best_epoch = [w.clone() for w in weights], mean_error, 0
+    curve = [mean_error]
     steps = -(-len(x_ME) // options.batch)
     step = _stepper(weights, aim, options.rate, options.epochs * steps)
     for epoch in range(1, options.epochs + 1):
@@ -105,11 +108,12 @@ def _fit(examples: Examples, width: int, options: TrainOptions, seed: int, progr
             step(x_ME[rows], y_MO[rows], masks)
         with torch.no_grad():
             error = float(aim.loss(_forward(weights, held_x_ME), held_y_MO))
+        curve.append(error)
         if error < best_error:
             best, best_error, best_epoch = [w.detach().clone() for w in weights], error, epoch
         progress.advance(epoch, options.epochs, "epochs")
     network = _folded([w.numpy() for w in best], centre_E, spread_E, aim.centre_O, aim.scale)
-    return Fit(network, best_epoch, best_error * aim.unit, mean_error * aim.unit)
+    return Fit(network, best_epoch, best_error * aim.unit, mean_error * aim.unit, tuple(e * aim.unit for e in curve))
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def _fit(
     first = [torch.zeros(width, x_ME.shape[1]), torch.zeros(y_MO.shape[1], width), odds_O]
     weights = [*_low_rank(x_ME, y_MO, width), odds_O.clone()]
     best, mean_error = first, float(_loss(first, held_x_ME, held_y_MO, offsets))
-    best_error, best_epoch = mean_error, 0
+    best_error, best_epoch, curve = mean_error, 0, [mean_error]
     for weight in weights:
         weight.requires_grad_()
     optimiser = torch.optim.AdamW(weights, lr=RATE * options.rate, weight_decay=WEIGHT_DECAY)
@@ -110,10 +110,12 @@ def _fit(
             schedule.step()
         with torch.no_grad():
             error = float(_loss(weights, held_x_ME, held_y_MO, offsets))
+        curve.append(error)
         if error < best_error:
             best, best_error, best_epoch = [weight.detach().clone() for weight in weights], error, epoch
         progress.advance(epoch, options.epochs, "epochs")
-    return Fit(_unscaled([weight.numpy() for weight in best], centre_E, spread_E), best_epoch, best_error, mean_error)
+    network = _unscaled([weight.numpy() for weight in best], centre_E, spread_E)
+    return Fit(network, best_epoch, best_error, mean_error, tuple(curve))
 
 
 def _loss(weights: list[Tensor], x_ME: Tensor, grades_MO: Tensor, offsets_G: Tensor) -> Tensor:

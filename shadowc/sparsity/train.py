@@ -221,7 +221,10 @@ def _networks(fits: Sequence[Fit], options: TrainOptions) -> Networks:
 
 
 def _errors(fits: dict[str, list[Fit]], options: TrainOptions) -> dict[str, Any]:
-    """Return the epochs kept and the errors on held-out positions; with several networks, a list and their mean."""
+    """Return the epochs kept and the errors on held-out positions; with several networks, a list and their mean.
+
+    The curve is the error after every epoch, the mean score's in front.
+    """
     several = options.style != "shadow"
     epochs = {kind: [one.epoch for one in found] for kind, found in fits.items()}
     return {
@@ -233,6 +236,7 @@ def _errors(fits: dict[str, list[Fit]], options: TrainOptions) -> dict[str, Any]
             }
             for kind, found in fits.items()
         },
+        "curve": {kind: np.mean([one.curve for one in found], axis=0).tolist() for kind, found in fits.items()},
     }
 
 

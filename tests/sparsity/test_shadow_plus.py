@@ -205,6 +205,10 @@ def test_each_kind_learns_from_its_own_input_alone(
     error = predictor.report["error"]
     assert error[taught]["predictor"] < 0.85 * error[taught]["mean"]
     assert error[other]["predictor"] > 0.97 * error[other]["mean"]
+    curve = predictor.report["curve"][taught]
+    assert len(curve) == PLUS.epochs + 1
+    assert curve[0] == pytest.approx(error[taught]["mean"])
+    assert min(curve) == pytest.approx(error[taught]["predictor"], rel=0.02)
 
 
 def test_the_layer_that_matters_more_gets_more_of_the_budget(turns: Plant, small_facts: OptFacts) -> None:

@@ -144,6 +144,9 @@ def test_the_error_reported_is_the_folded_networks_own() -> None:
     assert fitted.error == pytest.approx(own, rel=1e-3)
     assert fitted.error < fitted.mean_error
     assert fitted.epoch > 0
+    assert len(fitted.curve) == OPTIONS.epochs + 1
+    assert (fitted.curve[0], fitted.curve[fitted.epoch]) == (fitted.mean_error, fitted.error)
+    assert fitted.error == min(fitted.curve)
 
 
 def test_the_mean_is_kept_when_training_only_makes_it_worse() -> None:
