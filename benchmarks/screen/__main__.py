@@ -116,7 +116,7 @@ class _Work:
         dense, *found = self._bare(densities)
         for criterion in self._traces:
             found += self._of_criterion(criterion, densities, [asked.seed])
-        best = table.best_criteria(found, plan.BEST) if grid or parts else []
+        best = table.best_criteria(found, asked.best) if grid or parts else []
         every: list[Line] = []
         if grid:
             seeds = [asked.seed + number for number in range(plan.GRID_SEEDS)]
@@ -252,6 +252,7 @@ def _plan(given: argparse.Namespace) -> plan.Plan:
         positions=given.positions,
         length=given.length,
         block=given.neuron_block,
+        best=given.best,
         seed=given.seed,
     )
 
@@ -269,6 +270,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--densities", default=",".join(map(str, plan.DENSITIES)), help="of heads and neurons alike (%(default)s)")
     add("--grid", action="store_true", help=f"{len(plan.GRID)} densities and {plan.GRID_SEEDS} seeds, best criteria")
     add("--parts", action="store_true", help="heads alone and neurons alone too, best criteria")
+    add("--best", type=int, default=plan.BEST, help="criteria of --grid and --parts (%(default)s)")
     add("--tokens", type=int, default=TOKENS, help="evaluated at least, where the text has them (%(default)s)")
     add("--window", type=int, help="tokens of a window; default: the model's context")
     add("--positions", type=int, default=4096, help="recorded of the calibration text (%(default)s)")

@@ -101,12 +101,12 @@ def task_corpus(
     Raises:
         InputError: a file is missing, holds a bad line or too few examples, or calibrated the predictor.
     """
-    questions, content = _questions(task, folder / task.name / EVAL_FILE)
-    model.refuse_calibration_text(content, [])
+    questions, content = questions_of(task, folder / task.name / EVAL_FILE)
+    model.refuse_calibration_text(content, [question.solved for question in questions])
     questions = questions[:limit]
     fronts = [""] * len(questions)
     if shots:
-        pool, _ = _questions(task, folder / task.name / FEWSHOT_FILE)
+        pool, _ = questions_of(task, folder / task.name / FEWSHOT_FILE)
         if len(pool) < shots:
             raise InputError(
                 f"{folder / task.name / FEWSHOT_FILE} holds {len(pool)} examples, and {shots} shots take {shots}",
@@ -121,8 +121,8 @@ def task_corpus(
     return TaskCorpus(task, questions, items, shots, hashlib.sha256(content).hexdigest())
 
 
-def _questions(task: Task, path: Path) -> tuple[list[Question], bytes]:
-    """Read a file of a task.
+def questions_of(task: Task, path: Path) -> tuple[list[Question], bytes]:
+    """Read a file of a task; returns its bytes too.
 
     Raises:
         InputError: it is missing, empty, or has a bad line.

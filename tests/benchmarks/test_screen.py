@@ -63,9 +63,8 @@ def whole(run: Screen, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "GRID", (0.25, 0.5))
         patch.setattr(plan, "GRID_SEEDS", 2)
-        patch.setattr(plan, "BEST", 1)
         out = tmp_path_factory.mktemp("screen") / "whole"
-        assert run(out, "--grid", "--parts") == 0
+        assert run(out, "--grid", "--parts", "--best", "1") == 0
     return out
 
 

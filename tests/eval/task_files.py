@@ -83,6 +83,21 @@ def write_tasks(folder: Path) -> Path:
     return folder
 
 
+_ASKED = ("goal", "premise", "question_stem", "sentence", "sentence1", "query", "ctx_a")
+
+
+def pools_apart(folder: Path) -> Path:
+    """Change the solved examples of `write_tasks`, so that no task asks one of them."""
+    for task in _RECORDS:
+        path = folder / task / "fewshot.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        fields = (*_ASKED, "question") if task == "arc_easy" else _ASKED
+        write_lines(
+            path, [{name: f"Now {value}" if name in fields else value for name, value in x.items()} for x in lines]
+        )
+    return folder
+
+
 WIKITEXT = (
     " \n = Lazy Engine = \n \n A lazy engine ( 1843 ) reads 1 @,@ 024 rows , or 2 @.@ 5 % of them ; it 's well @-@"
     " known for \" rest \" at 20 ° C . \n \n = = Design = = \n \n The head sleeps ' soundly ' until it is asked : "

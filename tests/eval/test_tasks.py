@@ -7,14 +7,16 @@ import json
 import math
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from shadowc.eval.request import Outcome
 from shadowc.eval.task import TASKS, tasks_named
-from shadowc.eval.task_corpus import encoded, request_of, task_corpus
+from shadowc.eval.task_corpus import encoded, questions_of, request_of, task_corpus
 from shadowc.eval.torch_model import TorchModel
+from shadowc.sparsity.fingerprint import fingerprint
 from shadowc.spec.errors import InputError
 from tests.eval.task_files import records, write_lines, write_tasks
 
@@ -206,3 +208,26 @@ def test_unknown_tasks_are_refused_with_all_that_are_known() -> None:
     with pytest.raises(InputError, match="'boolq'") as caught:
         tasks_named("rte,boolq")
     assert all(task in caught.value.hint for task in TASKS)
+
+
+def test_questions_that_calibrated_the_predictor_are_refused(in_torch: TorchModel, tmp_path: Path) -> None:
+    """A question of 200 letters is recognised, whatever else the calibration text says; its pool is not refused."""
+    long = [line | {"sentence1": f"{line['sentence1']} " * 8} for line in records("rte")]
+    write_lines(tmp_path / "rte" / "eval.jsonl", long)
+    write_lines(tmp_path / "rte" / "fewshot.jsonl", [line | {"sentence1": f"Now {line['sentence1']}"} for line in long])
+    task, predictor = TASKS["rte"], in_torch._predictor
+    assert predictor is not None
+
+    def calibrated_on(name: str) -> TorchModel:
+        questions, _ = questions_of(task, tmp_path / "rte" / name)
+        text = "\n\n".join(["Some other words.", *(question.solved for question in questions)])
+        seen = fingerprint(text.encode(), [text]).to_meta()
+        return TorchModel(
+            in_torch._model, in_torch._checkpoint, replace(predictor, meta=predictor.meta | {"text": seen})
+        )
+
+    with pytest.raises(
+        InputError, match=r"of this text's paragraphs were in the text that the predictor was calibrated on"
+    ):
+        task_corpus(calibrated_on("eval.jsonl"), tmp_path, task)
+    assert task_corpus(calibrated_on("fewshot.jsonl"), tmp_path, task, 2).items
