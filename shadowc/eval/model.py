@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from shadowc.eval.ledger import Ledger
 
     Floats = npt.NDArray[np.float32]
+    Masks = npt.NDArray[np.bool_]
 
 METHODS = ("predictor", "static", "normalised", "random")
 """Whose masks: the predictor's, and those of its controls, which know no context."""
@@ -58,6 +59,17 @@ class EvaluatedModel(ABC):
         Raises:
             InputError, UnsupportedError: the setting is not one of this model.
         """
+
+    def masks(self, request: Request, setting: Setting) -> tuple[Masks, Masks]:
+        """Which units every masked token of a request computes: heads [Z,L,H], then units of neurons [Z,L,N].
+
+        Of method oracle without those of no importance, which only fill the density up.
+
+        Raises:
+            InputError: the setting is not one of this model.
+            UnsupportedError: the model does not show its masks.
+        """
+        raise UnsupportedError(f"{self.name} does not show its masks here", hint="shadowc eval --model MODEL")
 
     @property
     @abstractmethod

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Pictures of an evaluation: quality against bytes read, and recall per layer. matplotlib is optional."""
+"""Pictures of an evaluation: quality against bytes read, recall per layer, heat maps. matplotlib is optional."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from shadowc.eval.report import corpora
 from shadowc.measure.plot import FLOOR, figure, save
 
 if TYPE_CHECKING:
+    from shadowc.eval.heat import HeatMap
     from shadowc.eval.model import EvaluatedModel
     from shadowc.eval.run import Evaluation, Row
 
@@ -89,6 +90,38 @@ def recall(model: EvaluatedModel, path: Path) -> None:
         panel.set(title=f"{kind}, {scope} ranking", xlabel="layer", ylabel="recall", ylim=(0, 1.02))
         panel.legend(fontsize=5)
     save(drawn, f"{model.name}: found among the important units of held-out calibration text", path)
+
+
+def heat(maps: Sequence[HeatMap], name: str, path: Path) -> None:
+    """Draw a row for every kind and density: chosen by the predictor, by the truth, and the difference.
+
+    Args:
+        maps: see heat.py.
+        name: of the model and the text, for the note.
+        path: of the picture.
+
+    Raises:
+        SetupError: matplotlib is not installed.
+    """
+    drawn, panels = figure(len(maps), 3)
+    for row, one in enumerate(maps):
+        parts = (("predicted", one.predicted), ("true", one.true), ("predicted - true", one.difference))
+        for (title, share_LC), panel in zip(parts, panels[3 * row : 3 * row + 3], strict=True):
+            signed = share_LC is parts[-1][1]
+            ends = (0.5, len(share_LC) + 0.5)
+            shown = panel.imshow(
+                share_LC,
+                cmap="RdBu_r" if signed else "Blues",
+                vmin=-1 if signed else 0,
+                vmax=1,
+                aspect="auto",
+                interpolation="nearest",
+                extent=(0, share_LC.shape[1], ends[1], ends[0]),
+            )
+            panel.set_title(f"{one.kind}, {one.density.heads:g}/{one.density.neurons:g}: {title}", fontsize=7)
+            panel.set(xlabel=f"{one.kind}, by block", ylabel="layer")
+            drawn.colorbar(shown, ax=panel)
+    save(drawn, f"{name}: share of {maps[0].tokens:,} masked tokens in which a unit was computed", path)
 
 
 def _note(evaluation: Evaluation) -> str:

@@ -11,7 +11,6 @@ N units of neurons, V vocabulary.
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence
@@ -28,6 +27,7 @@ from shadowc.eval.likelihood import log_likelihood
 from shadowc.eval.model import METHODS, EvaluatedModel, random_scores
 from shadowc.eval.references import REFERENCES, Oracle, prompt_scores
 from shadowc.eval.request import BY_THRESHOLD, LEARNED, PROTOCOLS, Outcome, Request, Setting
+from shadowc.eval.rows import Counted, active, counted, padded, repeated
 from shadowc.sparsity.families import decoder_of
 from shadowc.sparsity.reference import MaskedModel, MaskedState
 from shadowc.spec.density import Density
@@ -36,6 +36,7 @@ from shadowc.spec.program import SparsityPlan
 
 if TYPE_CHECKING:
     from shadowc.checkpoint.resolve import ModelCheckpoint
+    from shadowc.eval.model import Masks
     from shadowc.sparsity.predictor import Predictor
     from shadowc.sparsity.reference import MaskedResult, Pair
     from shadowc.spec.options import Scope
@@ -44,8 +45,6 @@ BATCH_BYTES = 1 << 29
 """Rough bound on the logits, and on the scores and masks, of one batch."""
 KEPT_PROMPT_BYTES = 1 << 30
 """Of K/V of prompts that are kept."""
-Counted = tuple[int, float, float]
-"""Masked tokens, and the sums over them of the shares of active heads and neurons."""
 
 
 @dataclass(slots=True)
@@ -161,6 +160,16 @@ class TorchModel(EvaluatedModel):
                 found.update(zip(indices, outcomes, strict=True))
         return [found[index] for index in range(len(requests))]
 
+    def masks(self, request: Request, setting: Setting) -> tuple[Masks, Masks]:
+        """See EvaluatedModel.masks."""
+        self.check(setting)
+        with torch.inference_mode():
+            result = self._masked_run(padded([request.inputs]), setting, [request], 0, None)
+        heads, neurons = result.mask_heads, result.mask_neurons
+        if setting.method == "oracle" and result.scores_heads is not None and result.scores_neurons is not None:
+            heads, neurons = heads & (result.scores_heads > 0), neurons & (result.scores_neurons > 0)
+        return heads[0].numpy(), neurons[0].numpy()
+
     def _continues(self, request: Request, setting: Setting) -> bool:
         """Whether a request is a prompt and a continuation of it, scored as a whole, that leaves the prompt as it is.
 
@@ -180,22 +189,22 @@ class TorchModel(EvaluatedModel):
         if not max(lengths):
             answers = [log_likelihood(read.logits, request.targets) for request in requests]
             return [Outcome(nats, greedy, *read.counted) for nats, greedy in answers]
-        ids_BS = _padded([request.inputs[len(prompt) :] for request in requests])
-        state = _rows(read.state, len(requests))
+        ids_BS = padded([request.inputs[len(prompt) :] for request in requests])
+        state = repeated(read.state, len(requests))
         logits, heads_BS, neurons_BS = self._run(ids_BS, setting, requests, len(prompt), state)
         outcomes = []
         for row, (request, length) in enumerate(zip(requests, lengths, strict=True)):
             logits_SV = np.concatenate([read.logits, logits[row, :length].numpy()])
             nats, greedy = log_likelihood(logits_SV, request.targets)
             shares = heads_BS[row, :length], neurons_BS[row, :length]
-            outcomes.append(Outcome(nats, greedy, *(() if setting.dense else _counted(*shares, read.counted))))
+            outcomes.append(Outcome(nats, greedy, *(() if setting.dense else counted(*shares, read.counted))))
         return outcomes
 
     def _masked_prompt(self, ids: tuple[int, ...], request: Request, setting: Setting) -> _Prompt:
         """Read a request's prompt under a setting's masks; it serves that setting only, so it is not kept."""
         state, first = MaskedState(), setting.dense_tokens(request)
         logits, heads_BS, neurons_BS = self._run(torch.tensor([ids]), setting, [request], 0, state)
-        return _Prompt(state, logits[:, -1].numpy(), _counted(heads_BS[0, first:], neurons_BS[0, first:]))
+        return _Prompt(state, logits[:, -1].numpy(), counted(heads_BS[0, first:], neurons_BS[0, first:]))
 
     def _prompt(self, ids: tuple[int, ...]) -> _Prompt:
         """Read a prompt without masks, or find it read."""
@@ -233,15 +242,15 @@ class TorchModel(EvaluatedModel):
 
     def _whole(self, requests: Sequence[Request], setting: Setting) -> list[Outcome]:
         """Answer requests in one pass over all their tokens; under protocol paper one more for the masks."""
-        ids_BS = _padded([request.inputs for request in requests])
+        ids_BS = padded([request.inputs for request in requests])
         logits, heads_BS, neurons_BS = self._run(ids_BS, setting, requests, 0, None)
         outcomes = []
         for row, request in enumerate(requests):
             end = len(request.ids) - 1
             nats, greedy = log_likelihood(logits[row, end - request.scored : end].numpy(), request.targets)
             first = setting.dense_tokens(request)
-            counted = () if setting.dense else _counted(heads_BS[row, first:end], neurons_BS[row, first:end])
-            outcomes.append(Outcome(nats, greedy, *counted))
+            shares = heads_BS[row, first:end], neurons_BS[row, first:end]
+            outcomes.append(Outcome(nats, greedy, *(() if setting.dense else counted(*shares))))
         return outcomes
 
     def _run(
@@ -254,11 +263,16 @@ class TorchModel(EvaluatedModel):
             kept = {} if state is None else {"past_key_values": state.cache}
             logits = self._model(input_ids=ids_BS, use_cache=state is not None, **kept).logits
             return logits, share_BS, share_BS
-        masked = self._masked_model(setting)
+        result = self._masked_run(ids_BS, setting, requests, past, state)
+        return result.logits, *active(result, share_BS)
+
+    def _masked_run(
+        self, ids_BS: Tensor, setting: Setting, requests: Sequence[Request], past: int, state: MaskedState | None
+    ) -> MaskedResult:
         first_B = torch.tensor([setting.dense_tokens(request) for request in requests])
         scores = self._scores(ids_BS, setting, requests, first_B - past)
         held = setting.protocol == "prompt" and scores is None
-        result = masked.logits(
+        return self._masked_model(setting).logits(
             ids_BS,
             density=setting.density,
             masked_from=first_B,
@@ -266,8 +280,6 @@ class TorchModel(EvaluatedModel):
             granularity="sequence" if held else "token",
             state=state,
         )
-        heads_BS, neurons_BS = _active(result, share_BS)
-        return result.logits, heads_BS, neurons_BS
 
     def _scores(self, ids_BS: Tensor, setting: Setting, requests: Sequence[Request], first_B: Tensor) -> Pair | None:
         """Return what takes the place of the predictor's own scores of each token; None: nothing does."""
@@ -354,37 +366,6 @@ def ledger_of(model: Any, predictor_bytes: float) -> Ledger:
     attention = own + shared
     grouped = getattr(model.config, "num_key_value_heads", None) not in (None, model.config.num_attention_heads)
     return Ledger(len(blocks), attention, own, own if grouped else attention, neurons, predictor_bytes)
-
-
-def _padded(rows: Sequence[np.ndarray[Any, Any]]) -> Tensor:
-    """Return rows of ids as one tensor, filled up behind their ends."""
-    ids_BS = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
-    for index, row in enumerate(rows):
-        ids_BS[index, : len(row)] = torch.from_numpy(row)
-    return ids_BS
-
-
-def _rows(state: MaskedState, count: int) -> MaskedState:
-    """Return a copy of a state of one row with as many rows as there are continuations; the kept one stays."""
-    cache = copy.deepcopy(state.cache)
-    cache.batch_repeat_interleave(count)
-    end = None if state.prompt_end is None else state.prompt_end.expand(count, -1).clone()
-    return MaskedState(cache, end)
-
-
-def _active(result: MaskedResult, ones_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the shares of active heads and neurons of every token, [B,S]."""
-    shares = []
-    for mask_BZLN in (result.mask_heads, result.mask_neurons):
-        share_BS = ones_BS.clone()
-        share_BS[:, ones_BS.shape[1] - mask_BZLN.shape[1] :] = mask_BZLN.flatten(2).float().mean(2)
-        shares.append(share_BS)
-    return shares[0], shares[1]
-
-
-def _counted(heads_S: Tensor, neurons_S: Tensor, before: Counted = (0, 0.0, 0.0)) -> Counted:
-    tokens, heads, neurons = before
-    return tokens + len(heads_S), heads + float(heads_S.double().sum()), neurons + float(neurons_S.double().sum())
 
 
 def _hash(predictor: Predictor) -> str:
