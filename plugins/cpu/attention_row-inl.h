@@ -70,11 +70,9 @@ ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& paral
   SumTree sums(partial, a.heads, a.width, arena);
   const SumRuns runs(a.heads, Parallel::LikelyThreads(), arena);
   const auto is_read = [&](size_t h) { return masks[h] != 0 || !a.kv_active_only; };
-  std::atomic<size_t> running{0};
   parallel.For(runs.Count(), [&](size_t r) {
     const auto [first, leaves] = runs[r];
-    const size_t later = r + 1 + running.fetch_add(1, std::memory_order_relaxed);  // see sparse_ffn.cc
-    const size_t after = later < runs.Count() ? runs[later].first : a.heads;
+    const size_t after = r + 1 < runs.Count() ? runs[r + 1].first : a.heads;
     Arena& memory = ThreadArena();
     float* sum = memory.Take<float>(SumDepth(leaves) * a.width);
     SumInOrder(first, leaves, a.heads, a.width, sum, [&](size_t h, float* y) {
@@ -89,7 +87,6 @@ ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& paral
     });
     std::copy(sum, sum + a.width, partial + first * a.width);
     sums.Finish(first, leaves);
-    running.fetch_sub(1, std::memory_order_relaxed);
   });
   WithBias(a.bo, a.residual, partial, 1, a.width, a.y);
   return read;

@@ -2,7 +2,6 @@
 #include "sparse_ffn.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "arena.h"
 #include "ffn_panels.h"
@@ -259,12 +258,9 @@ ReadCount OneRow(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
   SumTree sums(partial, pieces, a.width, arena);
   const SumRuns runs(pieces, Parallel::LikelyThreads(), arena);
   ReadCount read[kMostPieces];
-  std::atomic<size_t> running{0};
   parallel.For(runs.Count(), [&](size_t r) {
     const auto [first, leaves] = runs[r];
-    // Runs are handed out in order: those after r are the other running threads'.
-    const size_t later = r + 1 + running.fetch_add(1, std::memory_order_relaxed);
-    const size_t after = later < runs.Count() ? runs[later].first : pieces;
+    const size_t after = r + 1 < runs.Count() ? runs[r + 1].first : pieces;
     Arena& memory = ThreadArena();
     uint32_t* list = memory.Take<uint32_t>(2 * MostListed(a, pieces));
     // Not straight into `partial`: the next run's sums lie behind it, and the prefetchers of one core would
@@ -278,7 +274,6 @@ ReadCount OneRow(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
     });
     std::copy(sum, sum + a.width, partial + first * a.width);
     sums.Finish(first, leaves);
-    running.fetch_sub(1, std::memory_order_relaxed);
   });
   WithBias(a.b2, a.residual, partial, 1, a.width, a.y);
   ReadCount total;

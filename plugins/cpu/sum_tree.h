@@ -79,9 +79,10 @@ inline size_t TreeWidth(size_t count) {
 }
 
 // Leaves in runs that one thread adds up by itself, in its own cache. A run is a whole subtree, so the sum is
-// the same, bit for bit, however leaves are cut into runs. Long runs come first and single leaves last: a
-// leaf of its own costs some 2 us, most of them for lines that the other core holds, and a long run at the
-// end would leave the other threads idle.
+// the same, bit for bit, however leaves are cut into runs. The host's pool cuts the runs into a range for
+// each thread, and a thread that is done takes from the others' ranges: so there is a share of the leaves for
+// each thread, in which long runs come first and single leaves last. A leaf of its own costs some 2 us, most
+// of them for lines that the other core holds, and a long run at the end would leave the other threads idle.
 class SumRuns {
  public:
   struct Run {
@@ -90,11 +91,14 @@ class SumRuns {
 
   template <class SomeArena>
   SumRuns(size_t leaves, size_t threads, SomeArena* arena) : runs_(arena->template Take<Run>(leaves)) {
-    for (size_t first = 0; first < leaves;) {
-      size_t length = 1;
-      while (first % (2 * length) == 0 && 2 * length * 2 * threads <= leaves - first) length *= 2;
-      runs_[count_++] = {first, length};
-      first += length;
+    for (size_t t = 0; t < threads; ++t) {
+      const size_t end = leaves * (t + 1) / threads;
+      for (size_t first = leaves * t / threads; first < end;) {
+        size_t length = 1;
+        while (first % (2 * length) == 0 && 4 * length <= end - first) length *= 2;
+        runs_[count_++] = {first, length};
+        first += length;
+      }
     }
   }
 
