@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m benchmarks.styles`, from the repository root: predictors of both styles, their bytes, time and quality.
+"""`python -m benchmarks.styles`, from the repository root: predictors of all styles, their bytes, time and quality.
 
 Time: a model's shape with dummy weights is compiled once per predictor, and the engines are measured in turns, round by
 round. Quality: a model that says something is compiled once per predictor, kind of labels and criterion. Everything is
@@ -18,7 +18,7 @@ from benchmarks.decoding import DENSE, Setting
 from benchmarks.quality import heldout
 from benchmarks.rounds import Asked, Ledger, LedgerError, compile_dummy, measure, say, threads_of
 from benchmarks.styles import parts, quality, table
-from benchmarks.styles.contestants import BLOCK, Contestant, contestants
+from benchmarks.styles.contestants import Contestant, contestants, timed
 from shadowc.checkpoint.resolve import resolve
 from shadowc.runtime.load import read_manifest
 from shadowc.spec.errors import ShadowcError
@@ -52,7 +52,7 @@ def _speed(given: argparse.Namespace) -> str:
     for text in settings:
         Setting.parse(text)
     facts = resolve(given.model, load_format="dummy", offline=True).facts
-    found = contestants(facts, given.width)
+    found = timed(facts, given.width)
     ledger = Ledger(
         given.out / f"{given.model}.json",
         Asked(given.weights, "token", settings, given.tokens, threads_of(given.threads)),
@@ -86,7 +86,7 @@ def _complete(ledger: Ledger, name: str, rounds: int) -> bool:
 def _compile(one: Contestant, folder: Path, ledger: Ledger, given: argparse.Namespace) -> None:
     """Compile where it is not up to date, and note what the manifest says."""
     flags = ("--weights", given.weights, "--scope", "local", "--style", one.style, "--width", str(one.width))
-    compile_dummy(one.name, given.model, folder, *flags, "--neuron-block", str(BLOCK))
+    compile_dummy(one.name, given.model, folder, *flags, "--neuron-block", str(one.block))
     part = read_manifest(folder).bytes_per_token
     ledger.note(one.name, predictor_bytes=part.predictor, dense_bytes=part.records + part.lm_head + part.other)
 
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--only", choices=("speed", "quality"), help="one of both halves")
     add("--model", default="opt-1.3b", help="short name, of the shape that is timed (%(default)s)")
     add("--weights", default="int8", choices=("fp32", "bf16", "int8", "int4"), help="of that shape (%(default)s)")
-    add("--width", type=int, default=1024, help="of both styles there (%(default)s)")
+    add("--width", type=int, default=1024, help="of styles shadow and dejavu there (%(default)s)")
     add("--densities", default=DENSITIES, help="HEADS/NEURONS kept, by commas (%(default)s)")
     add("--rounds", type=int, default=5, help="(%(default)s)")
     add("--tokens", type=int, default=16, help="timed per setting and round (%(default)s)")

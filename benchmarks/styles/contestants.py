@@ -1,24 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who is compared: both styles at equal width, and style dejavu once more at the bytes of style shadow."""
+"""Who is compared: both published styles at equal width, dejavu at the bytes of shadow too; in time also shadow+.
+
+What shadow+ knows is compared in docs/results/predictors.md, with units and labels of its own.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from shadowc.checkpoint.opt import OptFacts
-from shadowc.sparsity.networks import WIDTH_STEP, cost_share
+from shadowc.sparsity.networks import WIDTH_STEP, cost_share, default_width
 from shadowc.spec.options import Style
 
 BLOCK = 16
-"""Neurons per unit."""
+"""Neurons per unit of the published styles."""
 
 
 @dataclass(frozen=True, slots=True)
 class Contestant:
-    """A style at a width."""
+    """A style at a width, with units of `block` neurons."""
 
     style: Style
     width: int
+    block: int = BLOCK
 
     @property
     def name(self) -> str:
@@ -35,6 +39,11 @@ def contestants(facts: OptFacts, width: int) -> tuple[Contestant, ...]:
         Contestant("dejavu", nearest_width(facts, "dejavu", bytes_of_shadow)),
     )
     return tuple(dict.fromkeys(found))
+
+
+def timed(facts: OptFacts, width: int) -> tuple[Contestant, ...]:
+    """As `contestants`, and shadow+ as `compile` makes it: single neurons, and the width that 3 % of the bytes buy."""
+    return (*contestants(facts, width), Contestant("shadow+", default_width(facts, 1, "shadow+"), 1))
 
 
 def nearest_width(facts: OptFacts, style: Style, share: float) -> int:

@@ -13,11 +13,11 @@ from benchmarks.decoding import Round, Sample
 from benchmarks.rounds import Asked, Ledger
 from benchmarks.styles import __main__ as styles
 from benchmarks.styles import parts, quality, table
-from benchmarks.styles.contestants import BLOCK, Contestant, contestants
+from benchmarks.styles.contestants import BLOCK, Contestant, contestants, timed
 from shadowc.checkpoint.opt import OptFacts, published_config
 from shadowc.compiler import compile as compile_engine
 from shadowc.measure.evaluate import METHODS
-from shadowc.sparsity.networks import cost_share
+from shadowc.sparsity.networks import BUDGET, byte_share, cost_share
 from tests.conftest import TOKENIZER_TEXT
 from tests.e2e import compiled
 from tests.e2e.conftest import sparse_engine, stage_cache
@@ -26,8 +26,8 @@ __all__ = ["sparse_engine", "stage_cache"]
 
 SETTINGS = ("dense", "0.5/0.5", "0.5/0.2")
 ASKED = Asked("int8", "token", SETTINGS, tokens=4, threads=2)
-NAMES = ["shadow-1024", "dejavu-1024", "dejavu-160"]
-BYTES = {"shadow-1024": 17e6, "dejavu-1024": 109e6, "dejavu-160": 17e6}
+NAMES = ["shadow-1024", "dejavu-1024", "dejavu-160", "shadow+-128"]
+BYTES = {"shadow-1024": 17e6, "dejavu-1024": 109e6, "dejavu-160": 17e6, "shadow+-128": 33e6}
 TWO = (Contestant("shadow", 32), Contestant("dejavu", 32))
 
 
@@ -39,6 +39,14 @@ def test_dejavu_runs_at_the_width_and_at_the_bytes_of_shadow(name: str, width: i
     share = cost_share(facts, BLOCK, width)
     assert cost_share(facts, BLOCK, narrow.width, "dejavu") == pytest.approx(share, rel=0.1)
     assert cost_share(facts, BLOCK, width, "dejavu") > 4 * share
+
+
+def test_shadow_plus_is_timed_as_it_is_compiled_by_default() -> None:
+    facts = OptFacts.from_config(published_config("opt-1.3b"), "opt-1.3b")
+    *published, plus = timed(facts, 1024)
+    assert tuple(published) == contestants(facts, 1024)
+    assert (plus.style, plus.block) == ("shadow+", 1)
+    assert byte_share(facts, 1, plus.width) <= BUDGET < byte_share(facts, 1, plus.width + 32)
 
 
 @pytest.fixture
