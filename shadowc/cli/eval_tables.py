@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 def show(evaluation: Evaluation) -> None:
     """Print everything."""
-    from shadowc.eval.report import COMPARED, cells, columns, compared, corpora
+    from shadowc.eval.report import COMPARED, MEANS, cells, columns, compared, corpora, mean_cells
     from shadowc.eval.request import PROTOCOLS
 
     for corpus in corpora(evaluation):
@@ -24,6 +24,8 @@ def show(evaluation: Evaluation) -> None:
         against = [compared(one) for one in evaluation.comparisons if one.corpus is corpus]
         if against:
             render.table(COMPARED, against, title=f"paired over {corpus.facts['drawn']}")
+    for name in dict.fromkeys(one.name for one in evaluation.means):
+        render.table(MEANS, [mean_cells(one) for one in evaluation.means if one.name == name], title=name)
     for name in dict.fromkeys(row.setting.protocol for row in evaluation.rows if not row.setting.dense):
         render.line(f"protocol {name}: {PROTOCOLS[name]}")
 

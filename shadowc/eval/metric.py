@@ -7,6 +7,7 @@ Letters: D documents (examples of a task, windows of a single text), R draws.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -19,6 +20,8 @@ DRAWS = 2000
 PERCENT = 95
 LOWER_IS_BETTER = ("bits", "perplexity")
 _DRAWS_AT_ONCE = 100
+_NEXT_PAIR = 1 << 32
+"""Between the seeds of two pairs: no seed that is typed lands on another's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +81,22 @@ def difference(one: Metric, other: Metric, seed: int = 0) -> Interval:
     if len(one.numerator) < 2:
         return Interval(value, math.nan, math.nan)
     return Interval(value, *_middle(_drawn(one, seed) - _drawn(other, seed)))
+
+
+def mean_difference(ones: Sequence[Metric], others: Sequence[Metric], seed: int = 0) -> Interval:
+    """Return how far the mean of `ones` lies above that of `others`, pair by pair from the same documents.
+
+    Pairs have documents of their own and are drawn apart from each other.
+    """
+    pairs = list(zip(ones, others, strict=True))
+    value = math.fsum(one.value - other.value for one, other in pairs) / len(pairs)
+    if min(len(one.numerator) for one in ones) < 2:
+        return Interval(value, math.nan, math.nan)
+    drawn_PR = [
+        _drawn(one, seed + _NEXT_PAIR * at) - _drawn(other, seed + _NEXT_PAIR * at)
+        for at, (one, other) in enumerate(pairs)
+    ]
+    return Interval(value, *_middle(np.mean(drawn_PR, axis=0)))
 
 
 def _drawn(metric: Metric, seed: int) -> Floats:

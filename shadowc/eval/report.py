@@ -15,6 +15,7 @@ from shadowc.eval.request import PROTOCOLS
 
 if TYPE_CHECKING:
     from shadowc.eval.corpus import Corpus
+    from shadowc.eval.means import Mean
     from shadowc.eval.metric import Interval
     from shadowc.eval.run import Comparison, Evaluation, Row
 
@@ -42,6 +43,7 @@ def as_data(evaluation: Evaluation) -> dict[str, object]:
             }
             for corpus in corpora(evaluation)
         ],
+        "means": [_mean(one) for one in evaluation.means],
     }
 
 
@@ -139,6 +141,37 @@ def compared(one: Comparison) -> tuple[str, ...]:
 COMPARED = ("difference", "heads", "neurons", "protocol", "scope", "of the first figure", f"{PERCENT} %", "excludes 0")
 
 
+MEANS = (
+    "masks",
+    "heads",
+    "neurons",
+    "protocol",
+    "scope",
+    "mean",
+    "± error",
+    "over dense",
+    f"{PERCENT} %",
+    "under masks",
+)
+
+
+def mean_cells(one: Mean) -> tuple[str, ...]:
+    """A mean over tasks for people."""
+    setting, dense = one.setting, one.setting.dense
+    return (
+        setting.method,
+        "" if dense else f"{setting.density.heads:g}",
+        "" if dense else f"{setting.density.neurons:g}",
+        "" if dense else setting.protocol,
+        "" if dense else setting.scope,
+        _figure(one.value),
+        f"± {one.standard_error:.4f}",
+        "" if dense else f"{one.above_dense.value:+.4f}",
+        "" if dense else span(one.above_dense),
+        _share(one.masked_share),
+    )
+
+
 def span(found: Interval) -> str:
     """Both ends of an interval; empty where one document was all there was."""
     return f"{_figure(found.low)} to {_figure(found.high)}" if math.isfinite(found.low) else ""
@@ -158,6 +191,9 @@ def as_markdown(evaluation: Evaluation) -> str:
         against = [compared(one) for one in evaluation.comparisons if one.corpus is corpus]
         if against:
             lines += ["", *_markdown(COMPARED, against)]
+    for name in dict.fromkeys(one.name for one in evaluation.means):
+        lines += ["", f"## {name}", ""]
+        lines += _markdown(MEANS, [mean_cells(one) for one in evaluation.means if one.name == name])
     return "\n".join(lines) + "\n"
 
 
@@ -165,7 +201,7 @@ def _markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (names, ["---"] * len(names), *rows)]
 
 
-def _settings(row: Row) -> dict[str, Value]:
+def _settings(row: Row | Mean) -> dict[str, Value]:
     setting = row.setting
     return {
         "method": setting.method,
@@ -197,6 +233,19 @@ def _row(row: Row) -> dict[str, object]:
         for metric, found, above in zip(row.metrics, row.intervals, row.above_dense, strict=True)
     }
     return {**_settings(row), **_costs(row), "metrics": figures}
+
+
+def _mean(one: Mean) -> dict[str, object]:
+    return {
+        "name": one.name,
+        "tasks": list(one.tasks),
+        "shots": one.shots,
+        **_settings(one),
+        "masked_share": one.masked_share,
+        "value": one.value,
+        "standard_error": _number(one.standard_error),
+        "above_dense": _interval(one.above_dense),
+    }
 
 
 def _comparison(one: Comparison) -> dict[str, object]:

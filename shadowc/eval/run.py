@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shadowc.eval.means import Mean, means
 from shadowc.eval.metric import Interval, difference, interval
 from shadowc.eval.model import dense_setting
 from shadowc.eval.request import Setting
@@ -66,6 +67,8 @@ class Evaluation:
     rows: tuple[Row, ...]
     comparisons: tuple[Comparison, ...]
     seed: int
+    means: tuple[Mean, ...] = ()
+    """Over tasks, where there are several."""
 
 
 def evaluate(
@@ -104,7 +107,7 @@ def evaluate(
                     done += len(indices)
                     progress.advance(done, work, "items under masks")
     rows = [row for corpus in corpora for row in _rows(model, corpus, wanted, store, seed)]
-    return Evaluation(model, tuple(rows), tuple(_comparisons(rows, seed)), seed)
+    return Evaluation(model, tuple(rows), tuple(_comparisons(rows, seed)), seed, tuple(means(rows, seed)))
 
 
 def _compute(model: EvaluatedModel, corpus: Corpus, setting: Setting, indices: Sequence[int], store: Store) -> None:
