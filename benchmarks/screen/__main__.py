@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks.screen`, from the repository root: which criterion, which style, at which density, on a model.
 
-    python -m benchmarks.screen --model opt-mini --data CALIBRATION --text TEST --out FOLDER [--grid] [--parts]
+    python -m benchmarks.screen --model opt-mini --data CALIBRATION --text TEST --out FOLDER [--grid [N]] [--parts [N]]
 
 Every criterion is recorded once, every predictor trained once, and everything is evaluated under protocol decode (each
 token under the mask that its own step would use) beside rankings that know no context, the true scores, random masks
@@ -106,8 +106,8 @@ class _Work:
         self._traces: dict[str, ImportanceTrace] = {}
         self._hashes: dict[str, str] = {}
 
-    def done(self, about: Mapping[str, Any], *, grid: bool, parts: bool) -> table.Found:
-        """Do everything."""
+    def done(self, about: Mapping[str, Any], *, grid: int, parts: int) -> table.Found:
+        """Do everything; the grid and the parts of so many of the best criteria."""
         asked = self._asked
         self._traces = self._learned.traces()
         if asked.host not in self._traces:
@@ -116,14 +116,14 @@ class _Work:
         dense, *found = self._bare(densities)
         for criterion in self._traces:
             found += self._of_criterion(criterion, densities, [asked.seed])
-        best = table.best_criteria(found, asked.best) if grid or parts else []
+        best = table.best_criteria(found, max(grid, parts))
         every: list[Line] = []
         if grid:
             seeds = [asked.seed + number for number in range(plan.GRID_SEEDS)]
-            for criterion in best:
+            for criterion in best[:grid]:
                 every += self._of_criterion(criterion, asked.both(plan.GRID), seeds)
         alone = self._bare(asked.parts())[1:] if parts else []
-        for criterion in best if parts else ():
+        for criterion in best[:parts]:
             alone += self._of_criterion(criterion, asked.parts(), [asked.seed])
         facts = {
             **about,
@@ -252,7 +252,6 @@ def _plan(given: argparse.Namespace) -> plan.Plan:
         positions=given.positions,
         length=given.length,
         block=given.neuron_block,
-        best=given.best,
         seed=given.seed,
     )
 
@@ -268,9 +267,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--styles", default=",".join(STYLES), help="of predictors, by commas (%(default)s)")
     add("--scopes", default=",".join(plan.SCOPES), help="by commas (%(default)s)")
     add("--densities", default=",".join(map(str, plan.DENSITIES)), help="of heads and neurons alike (%(default)s)")
-    add("--grid", action="store_true", help=f"{len(plan.GRID)} densities and {plan.GRID_SEEDS} seeds, best criteria")
-    add("--parts", action="store_true", help="heads alone and neurons alone too, best criteria")
-    add("--best", type=int, default=plan.BEST, help="criteria of --grid and --parts (%(default)s)")
+    best: Any = {"type": int, "nargs": "?", "default": 0, "const": plan.BEST, "metavar": "N"}
+    add(
+        "--grid",
+        help=f"{len(plan.GRID)} densities and {plan.GRID_SEEDS} seeds, of N best criteria ({plan.BEST})",
+        **best,
+    )
+    add("--parts", help=f"heads alone and neurons alone too, of N best criteria ({plan.BEST})", **best)
     add("--tokens", type=int, default=TOKENS, help="evaluated at least, where the text has them (%(default)s)")
     add("--window", type=int, help="tokens of a window; default: the model's context")
     add("--positions", type=int, default=4096, help="recorded of the calibration text (%(default)s)")

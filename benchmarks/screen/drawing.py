@@ -26,7 +26,8 @@ def bits_against_bytes(found: Found, path: Path) -> None:
         SetupError: matplotlib is not installed.
     """
     lines = found.grid or found.screen
-    names = list(found.best) if found.grid else best_criteria(found.screen, len(found.screen))
+    drawn_of = {line.criterion for line in lines}
+    names = [name for name in best_criteria(found.screen, len(found.screen)) if name in drawn_of]
     common = [line for line in found.screen if not line.criterion]
     columns = min(COLUMNS, len(names))
     drawn, panels = figure(-(-len(names) // columns), columns, scale=1.3)

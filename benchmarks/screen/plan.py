@@ -18,6 +18,7 @@ DENSITIES = (0.2, 0.5, 0.8)
 GRID = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 GRID_SEEDS = 3
 BEST = 3
+"""Criteria that the grid and the parts are measured of, unless a number is given."""
 RANKINGS = ("static", "normalised")
 """Methods that know no context, by every criterion."""
 
@@ -37,8 +38,6 @@ class Plan:
     block: int
     """Neurons of a unit, the same for all styles: so references are those of the criterion alone."""
     seed: int
-    best: int = BEST
-    """Criteria that the grid and the parts are measured of."""
 
     @property
     def learnable(self) -> tuple[str, ...]:

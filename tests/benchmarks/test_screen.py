@@ -64,7 +64,7 @@ def whole(run: Screen, tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setattr(plan, "GRID", (0.25, 0.5))
         patch.setattr(plan, "GRID_SEEDS", 2)
         out = tmp_path_factory.mktemp("screen") / "whole"
-        assert run(out, "--grid", "--parts", "--best", "1") == 0
+        assert run(out, "--grid", "1", "--parts", "1") == 0
     return out
 
 
