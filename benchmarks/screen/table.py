@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.screen.measured import Line
+from benchmarks.screen.plan import BEST, RANKINGS
 from shadowc.eval.metric import DRAWS, PERCENT, Interval, Metric, difference
 from shadowc.eval.report import Value
 from shadowc.spec.density import Density
@@ -119,11 +120,11 @@ def as_markdown(found: Found) -> str:
         f"Dense: {dense.value:.4f} bits per byte {_span(dense, plain=True)}. All other figures are bits per byte above "
         "it; *not read* is the effective sparsity, the predictor's own bytes counted as read.\n",
         *_criteria(found),
+        *_rankings(found.screen),
         *_by_density(found.screen),
         *_references(found.screen),
     ]
-    if found.best:
-        sections += _differences(found)
+    sections += _differences(found.screen)
     sections += _grid(found.grid)
     sections += _parts(found)
     return "\n".join(sections)
@@ -153,6 +154,26 @@ def _criteria(found: Found) -> Iterator[str]:
         yield f"- `{name}` has no formula for {' and '.join(kinds)}: ranked as by `{found.about['host']}`."
     for name, reason in found.about["left_out"].items():
         yield f"- `{name}` is left out: {reason}"
+    yield ""
+
+
+def _rankings(lines: Sequence[Line]) -> Iterator[str]:
+    """Rankings that know no context against one that was drawn once, where that was asked for."""
+    by_name: dict[tuple[str, str], list[Line]] = {}
+    for line in lines:
+        if line.criterion and line.style in RANKINGS:
+            by_name.setdefault((line.criterion, line.style), []).append(line)
+    if ("random", "static") not in by_name:
+        return
+    yield "## Rankings by criteria against a random one, in the mean over scopes and densities\n"
+    yield "`random` ranks all units once, by a draw, and keeps that ranking for all tokens.\n"
+    yield _heading("ranking by", "static: behind `random`", "95 %", "normalised: behind `random`", "95 %")
+    for criterion in dict.fromkeys(name for name, _ in by_name if name != "random"):
+        cells = []
+        for style in RANKINGS:
+            gap = difference(mean_of(by_name[criterion, style]), mean_of(by_name["random", style]))
+            cells += [f"{gap.value:+.4f}", _span(gap)]
+        yield _row(f"`{criterion}`", *cells)
     yield ""
 
 
@@ -187,13 +208,13 @@ def _references(lines: Sequence[Line]) -> Iterator[str]:
     yield ""
 
 
-def _differences(found: Found) -> Iterator[str]:
+def _differences(lines: Sequence[Line]) -> Iterator[str]:
     """The best style of every one of the best criteria against all others, paired."""
     yield "## Styles of one criterion, paired\n"
     yield "How far each lies above the best predictor of its criterion and density; the bytes read differ a little.\n"
     yield _heading("criterion", "kept", "best predictor", "other", "difference", "95 %")
-    for criterion in found.best:
-        mine = [line for line in found.screen if line.criterion == criterion]
+    for criterion in best_criteria(lines, BEST):
+        mine = [line for line in lines if line.criterion == criterion]
         for density in dict.fromkeys(line.row.setting.density for line in mine):
             here = [line for line in mine if line.row.setting.density == density]
             first = min((line for line in here if line.learned), key=lambda line: line.above_dense)
