@@ -22,12 +22,12 @@ import shadowc
 from shadowc.checkpoint.models import resolve_model
 from shadowc.eval.engine_model import EngineModel
 from shadowc.eval.texts import text_corpus
-from shadowc.measure.mask_overlap import KINDS, OverlapReport, OverlapRow, overlap
+from shadowc.measure.mask_overlap import OverlapReport, OverlapRow, overlap
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import load_cpu
 from shadowc.sparsity.predictor import Predictor
 from shadowc.sparsity.reference import MaskedModel, load_torch_model
-from shadowc.spec.density import Density
+from shadowc.spec.density import UNIT_KINDS, Density
 from shadowc.spec.errors import ShadowcError, VerificationError
 
 WEIGHTS = "fp32,int8"
@@ -128,7 +128,7 @@ def as_csv(found: Found, predictors: dict[str, str]) -> str:
 
 
 def _line(row: OverlapRow) -> dict[str, float]:
-    shares = {f"{kind}_{name}": value for kind in KINDS for name, value in asdict(getattr(row, kind)).items()}
+    shares = {f"{kind}_{name}": value for kind in UNIT_KINDS for name, value in asdict(getattr(row, kind)).items()}
     return {
         "head_density": row.density.heads,
         "neuron_density": row.density.neurons,
@@ -155,8 +155,8 @@ def markdown(found: Found) -> str:
                 name.rpartition(" ")[0],
                 report.weights,
                 f"{row.density.heads:g} / {row.density.neurons:g}",
-                *(f"{getattr(row, kind).shared:.2%}" for kind in KINDS),
-                *(f"{getattr(row, kind).alike:.2%}" for kind in KINDS),
+                *(f"{getattr(row, kind).shared:.2%}" for kind in UNIT_KINDS),
+                *(f"{getattr(row, kind).alike:.2%}" for kind in UNIT_KINDS),
                 f"{min(row.heads.tokens_alike, row.neurons.tokens_alike):.1%}",
                 f"{row.engine:.4f}",
                 f"{row.torch:.4f}",

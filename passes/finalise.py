@@ -18,13 +18,13 @@ import onnx_graphsurgeon as gs
 
 from shadowc.checkpoint.opt import FINAL_NORM, POSITIONS, layer_names
 from shadowc.passes.surgery import Builder, scope_of, tidy
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InternalError
 from shadowc.spec.ops import DOMAIN, VERSION
 from shadowc.spec.program import PassReport, Program
 
 NAME = "finalise"
 IR_VERSION = 10
-_KINDS = ("heads", "neurons")
 
 
 def apply(program: Program) -> PassReport:
@@ -101,7 +101,7 @@ def output_names(program: Program) -> list[str]:
     return [
         "logits",
         *cache_names(program, "present"),
-        *(f"{part}.{kind}" for part in masks for kind in _KINDS),
+        *(f"{part}.{kind}" for part in masks for kind in UNIT_KINDS),
         "read",
     ]
 
@@ -109,7 +109,7 @@ def output_names(program: Program) -> list[str]:
 def mask_inputs(program: Program) -> list[str]:
     """Inputs that hold a fixed mask; empty where a predictor makes the masks."""
     inputs = {value.name for value in program.graph.inputs}
-    return [name for kind in _KINDS if (name := f"mask_scores.{kind}") in inputs]
+    return [name for kind in UNIT_KINDS if (name := f"mask_scores.{kind}") in inputs]
 
 
 def cache_names(program: Program, side: str) -> list[str]:

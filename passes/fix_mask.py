@@ -18,12 +18,12 @@ import numpy as np
 
 from shadowc.passes.finalise import mask_inputs
 from shadowc.passes.surgery import Builder, replace_uses, tidy
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InternalError
 from shadowc.spec.ops import SPARSE_ATTENTION
 from shadowc.spec.program import PassReport, Program
 
 NAME = "fix_mask"
-_KINDS = ("heads", "neurons")
 
 
 def apply(program: Program, *, kv: Literal["active", "all"] = "active") -> PassReport:
@@ -32,17 +32,17 @@ def apply(program: Program, *, kv: Literal["active", "all"] = "active") -> PassR
         return PassReport(NAME, {"inputs": 0}, ("the masks are inputs already",))
     requires(program)
     graph, builder = program.graph, Builder(program)
-    predicted = {f"{part}.{kind}" for part in ("mask_scores", "scores") for kind in _KINDS}
+    predicted = {f"{part}.{kind}" for part in ("mask_scores", "scores") for kind in UNIT_KINDS}
     graph.outputs = [value for value in graph.outputs if value.name not in predicted]
     graph.inputs = [value for value in graph.inputs if value.name != "sparse_tail"]
-    for kind in _KINDS:
+    for kind in UNIT_KINDS:
         builder.tensor(f"mask_scores.{kind}", "insert_predictor").name += ".predicted"  # goes with the predictor
         scores = builder.tensor(f"scores.{kind}", "insert_predictor")
         replace_uses(scores, builder.input(f"mask_scores.{kind}", np.float32, tuple(scores.shape)))
     attentions = [node for node in graph.nodes if node.op == SPARSE_ATTENTION.name]
     for node in attentions:
         node.attrs["kv"] = kv
-    counts = {"inputs": len(_KINDS), "attentions": len(attentions), "removed": tidy(program)}
+    counts = {"inputs": len(UNIT_KINDS), "attentions": len(attentions), "removed": tidy(program)}
     ensures(program)
     return PassReport(NAME, counts)
 
@@ -50,7 +50,7 @@ def apply(program: Program, *, kv: Literal["active", "all"] = "active") -> PassR
 def requires(program: Program) -> None:
     """The pass insert_predictor and both sparsify passes have run."""
     builder = Builder(program)
-    for kind in _KINDS:
+    for kind in UNIT_KINDS:
         if not builder.tensor(f"scores.{kind}", "insert_predictor").outputs:
             raise InternalError(f"{NAME}: nothing reads scores.{kind}")
 
@@ -61,5 +61,5 @@ def ensures(program: Program) -> None:
     left += [node.name for node in program.graph.nodes if node.name.startswith("predictor.")]
     if left:
         raise InternalError(f"{NAME}: {left[0]} is still in the graph")
-    if len(mask_inputs(program)) != len(_KINDS):
+    if len(mask_inputs(program)) != len(UNIT_KINDS):
         raise InternalError(f"{NAME}: the graph takes {mask_inputs(program)}")

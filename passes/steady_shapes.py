@@ -15,13 +15,13 @@ from __future__ import annotations
 import numpy as np
 
 from shadowc.passes.surgery import Builder, replace_uses, tidy
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InternalError
 from shadowc.spec.program import PassReport, Program
 
 NAME = "steady_shapes"
 TIMES = ("past", "start")
 MASK = "attention_mask"
-_KINDS = ("heads", "neurons")
 _INNER = ("mask_scores", "scores", "threshold")
 
 
@@ -74,9 +74,9 @@ def _times_as_inputs(program: Program) -> int:
 
 def _whole_tail(program: Program) -> int:
     """Bypass the slices around the predictor's networks: all tokens go in, all scores come out."""
-    count = 0
+    count, sliced = 0, {"predictor.context", *(f"scores.{kind}" for kind in UNIT_KINDS)}
     for node in program.graph.nodes:
-        if node.op != "Slice" or node.outputs[0].name not in {"predictor.context", *(f"scores.{k}" for k in _KINDS)}:
+        if node.op != "Slice" or node.outputs[0].name not in sliced:
             continue
         cut, whole = node.outputs[0], node.inputs[0]
         replace_uses(cut, whole)
@@ -93,7 +93,7 @@ def _whole_tail(program: Program) -> int:
 
 
 def _drop_outputs(program: Program) -> int:
-    inner = {f"{part}.{kind}" for part in _INNER for kind in _KINDS}
+    inner = {f"{part}.{kind}" for part in _INNER for kind in UNIT_KINDS}
     kept = [value for value in program.graph.outputs if value.name not in inner]
     count = len(program.graph.outputs) - len(kept)
     program.graph.outputs = kept

@@ -16,7 +16,8 @@ from shadowc.sparsity.collect import collect, trace_key
 from shadowc.sparsity.importance import ImportanceTrace, Origin
 from shadowc.sparsity.predictor import META_FILE, Predictor
 from shadowc.sparsity.rank import normalised_static_scores, predicted_scores, ranking_of
-from shadowc.sparsity.train import KINDS, train
+from shadowc.sparsity.train import train
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
@@ -125,11 +126,11 @@ def with_rankings(host: Predictor, trace: ImportanceTrace) -> Predictor:
     borrowed = lacking(trace)
     scaled = [
         host.controls["normalised"][number] if kind in borrowed else normalised_static_scores(scores)
-        for number, (kind, scores) in enumerate(zip(KINDS, raw, strict=True))
+        for number, (kind, scores) in enumerate(zip(UNIT_KINDS, raw, strict=True))
     ]
     return replace(host, controls={"static": static, "normalised": (scaled[0], scaled[1])})
 
 
 def lacking(trace: ImportanceTrace) -> list[str]:
     """Return the kinds that a trace's criterion has no formula for."""
-    return [kind for kind in KINDS if kind not in trace.meta.get("kinds", KINDS)]
+    return [kind for kind in UNIT_KINDS if kind not in trace.meta.get("kinds", UNIT_KINDS)]

@@ -19,7 +19,7 @@ import shadowc
 from benchmarks.styles.contestants import BLOCK, Contestant
 from shadowc.measure.evaluate import METHODS, evaluate
 from shadowc.runtime.load import read_manifest
-from shadowc.spec.density import Density
+from shadowc.spec.density import UNIT_KINDS, Density
 from shadowc.spec.options import CollectOptions, Labels, Scope, TrainOptions
 
 
@@ -106,7 +106,7 @@ def _entry(taught: Taught, folder: Path, report: dict[str, Any]) -> dict[str, An
         "predictor_bytes": part.predictor,
         "dense_bytes": part.records + part.lm_head + part.other,
         "report": report,
-        "recall": {kind: learned["report"]["found"][kind][taught.scope] for kind in ("heads", "neurons")},
+        "recall": {kind: learned["report"]["found"][kind][taught.scope] for kind in UNIT_KINDS},
         "error": learned["report"]["error"],
         "epoch": learned["report"]["epoch"],
     }

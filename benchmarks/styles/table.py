@@ -8,6 +8,7 @@ from typing import Any
 
 from benchmarks.decoding import DENSE
 from benchmarks.rounds import Ledger, figures, surroundings
+from shadowc.spec.density import UNIT_KINDS
 
 _METHODS = ("predictor", "normalised", "static", "random")
 _RECALL_AT = ("0.5", "0.2")
@@ -71,8 +72,7 @@ def _quality_lines(row: Mapping[str, Any], settings: int) -> list[list[str]]:
             continue
         own = method == "predictor"
         recalls = [
-            " / ".join(f"{row['recall'][kind][at][method]['recall']:.3f}" for at in _RECALL_AT)
-            for kind in ("heads", "neurons")
+            " / ".join(f"{row['recall'][kind][at][method]['recall']:.3f}" for at in _RECALL_AT) for kind in UNIT_KINDS
         ]
         taught = f"{row['labels']}, {row['criterion']}" if own else "-"
         size = f"{row['predictor_bytes'] / 1e3:.0f}" if own else "0"
@@ -85,7 +85,7 @@ def _by_layer(rows: Mapping[str, Any]) -> list[str]:
     first = next(iter(rows.values()))
     shown = [row for row in rows.values() if row["scope"] == "local" and row["criterion"] == first["criterion"]]
     lines = []
-    for kind in ("heads", "neurons"):
+    for kind in UNIT_KINDS:
         at = _RECALL_AT[-1]
         columns = {
             f"{row['contestant']['style']}-{row['contestant']['width']}, {row['labels']}": row["recall"][kind][at][

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from shadowc.cli import render
+from shadowc.spec.density import UNIT_KINDS
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -43,7 +44,7 @@ class PlainMap:
     def watch(self, masks: TokenMasks) -> None:
         """Take the masks of the next token."""
         self._map.add(masks)
-        by_layer = (f"{kind} {' '.join(map(str, self._map.active(kind)))}" for kind in ("heads", "neurons"))
+        by_layer = (f"{kind} {' '.join(map(str, self._map.active(kind)))}" for kind in UNIT_KINDS)
         self._say(f"token {self._map.tokens + 1}, active units by layer: {', '.join(by_layer)}")
 
     def piece(self, text: str) -> None:
@@ -109,12 +110,12 @@ def map_lines(counted: MaskMap, width: int) -> list[Text]:
     from rich.style import Style
     from rich.text import Text
 
-    from shadowc.measure.mask_map import KINDS, cells
+    from shadowc.measure.mask_map import cells
 
     room = max(width - _LABEL - 4, 8)
     heads = cells(counted.last("heads"), max(room // 4, 4))
     neurons = cells(counted.last("neurons"), max(room - heads.shape[1], 4))
-    totals = {kind: f"{counted.active(kind).sum()} of {counted.last(kind).size} {_name(kind)}" for kind in KINDS}
+    totals = {kind: f"{counted.active(kind).sum()} of {counted.last(kind).size} {_name(kind)}" for kind in UNIT_KINDS}
     lines = [Text(f"{'':{_LABEL}} token {counted.tokens + 1}: {totals['heads']}, {totals['neurons']}", style="dim")]
     for layer in range(0, len(heads), 2):
         line = Text(f"{layer:>{_LABEL}} ")

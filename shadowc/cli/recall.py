@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from shadowc.cli import render
+from shadowc.spec.density import UNIT_KINDS
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]
-KINDS = ("heads", "neurons")
 METHODS = ("predictor", "normalised", "static", "random")
 """Left to right in the table: the learned one, then its controls."""
 PER_LAYER_METHODS = ("predictor", "normalised", "static")
@@ -21,7 +21,7 @@ def summary_table(report: Mapping[str, Any], scope: str = "global") -> Table:
     measured = next(iter(found["heads"][scope].values()))
     methods = tuple(name for name in (*METHODS, *sorted(set(measured) - set(METHODS))) if name in measured)
     rows = []
-    for kind in KINDS:
+    for kind in UNIT_KINDS:
         for density, by_method in found[kind][scope].items():
             cells = (
                 f"{render.share(by_method[name]['recall'])} ({render.share(by_method[name]['mass'])})"
@@ -45,7 +45,7 @@ def layer_tables(report: Mapping[str, Any], scope: str = "global") -> dict[str, 
 
     The raw static ranking is the published one; the normalised one shows how much of a gain needs no context.
     """
-    return {kind: _layer_table(report["found"][kind][scope]) for kind in KINDS}
+    return {kind: _layer_table(report["found"][kind][scope]) for kind in UNIT_KINDS}
 
 
 def _layer_table(by_density: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shadowc.measure.mask_map import KINDS, cells
-from shadowc.spec.density import Density
+from shadowc.measure.mask_map import cells
+from shadowc.spec.density import UNIT_KINDS, Density
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -94,7 +94,7 @@ def heat_maps(model: EvaluatedModel, corpus: Corpus, pairs: Sequence[tuple[Setti
             *(cells(sums[number, side, kind] / tokens[number], CELLS) for side in range(2)),
         )
         for number, pair in enumerate(pairs)
-        for kind, name in enumerate(KINDS)
+        for kind, name in enumerate(UNIT_KINDS)
     )
 
 

@@ -12,6 +12,7 @@ from shadowc.eval.metric import Interval, difference, interval
 from shadowc.eval.model import dense_setting
 from shadowc.eval.request import Setting
 from shadowc.eval.store import Store
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
@@ -161,7 +162,7 @@ def _active(outcomes: Sequence[Outcome]) -> tuple[float, float]:
     masked = sum(outcome.masked for outcome in outcomes)
     if not masked:
         return 1.0, 1.0
-    heads, neurons = (sum(getattr(outcome, kind) for outcome in outcomes) for kind in ("heads", "neurons"))
+    heads, neurons = (sum(getattr(outcome, kind) for outcome in outcomes) for kind in UNIT_KINDS)
     return heads / masked, neurons / masked
 
 

@@ -35,8 +35,9 @@ from shadowc.measure.rank_correlation import Interval, within_groups
 from shadowc.sparsity.criteria import Criterion, find_criterion
 from shadowc.sparsity.families import Decoder, decoder_of
 from shadowc.sparsity.text import TextRows, text_scores
-from shadowc.sparsity.truth import KINDS, DenseRun, Kind, Units, sampled_units
+from shadowc.sparsity.truth import DenseRun, Units, sampled_units
 from shadowc.sparsity.whole import whole_signals
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
 
@@ -60,7 +61,7 @@ class Agreed:
     """One criterion and one kind of unit."""
 
     criterion: str
-    kind: Kind
+    kind: str
     zeros: float
     """Share of its scores of the sampled units that are exactly zero."""
     ranks: dict[str, Interval]
@@ -131,9 +132,9 @@ def measure_agreement(
             f"correlations over texts need several sequences; found {len(ids_NT)}", hint="--sequences 16, a longer text"
         )
     decoder = decoder_of(model)
-    seen = [_Seen(sampled_units(decoder, kind, units, seed)) for kind in KINDS]
+    seen = [_Seen(sampled_units(decoder, kind, units, seed)) for kind in UNIT_KINDS]
     rows = TextRows(decoder, seed)
-    generator = np.random.default_rng([seed, len(KINDS)])
+    generator = np.random.default_rng([seed, len(UNIT_KINDS)])
     count, length = ids_NT.shape
     runs, losses, dropped = 0, [], []
     for n in range(count):
@@ -185,8 +186,8 @@ class _Sequence:
             "rows": any(one.weights for one in self._criteria),
         }
         self._signals: list[LayerSignals] = []
-        self._truth: dict[Kind, tuple[Floats, Floats]] = {}
-        self._scores: dict[tuple[str, Kind], tuple[Floats, Floats, float]] = {}
+        self._truth: dict[str, tuple[Floats, Floats]] = {}
+        self._scores: dict[tuple[str, str], tuple[Floats, Floats, float]] = {}
         self.runs = 0
 
     def run(self, seen: Sequence[_Seen]) -> str:
@@ -209,7 +210,7 @@ class _Sequence:
     def _score(self, one: Criterion, units: list[Units]) -> str:
         layers = [one.score(of_layer) for of_layer in self._signals]
         for layer, pair in enumerate(layers):
-            for kind, values in zip(KINDS, pair, strict=True):
+            for kind, values in zip(UNIT_KINDS, pair, strict=True):
                 if not bool(torch.isfinite(values).all()):
                     unit = int(torch.nonzero(~torch.isfinite(values))[0, -1])
                     return f"{one.name} of {kind[:-1]} {unit} in layer {layer} is not finite"

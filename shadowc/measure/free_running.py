@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from shadowc.spec.density import Density
+from shadowc.spec.density import UNIT_KINDS, Density
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ LOGIT_TIE = 1e-4
 """Two top logits closer than this share of the largest |logit| may change places (fp32)."""
 EXCUSED_LIMIT = 0.005
 """At most this share of the tokens may be excused."""
-KINDS = ("heads", "neurons")
 _COUNTS = (
     "tokens", "near_units", "near_ties",
     "masks_excused", "masks_after", "masks_wrong", "tokens_excused", "tokens_wrong",
@@ -158,7 +157,7 @@ class _Row:
         near = False
         differ: list[npt.NDArray[np.bool_]] = []
         beyond: list[npt.NDArray[np.bool_]] = []
-        for kind in KINDS:
+        for kind in UNIT_KINDS:
             a, b = _mask(mine, kind), _mask(other, kind)
             close = near_threshold(
                 other[f"scores.{kind}"], other[f"threshold.{kind}"], scope=self.scope, exempt=self.exempt
@@ -184,7 +183,7 @@ class _Row:
 
         Scores of style shadow are made at once, those of dejavu by layer, those of shadow+ selection by selection.
         """
-        together = {"shadow": len(beyond_S), "dejavu": len(KINDS), "shadow+": 1}[self.style]
+        together = {"shadow": len(beyond_S), "dejavu": len(UNIT_KINDS), "shadow+": 1}[self.style]
         begin = first // together * together
         return bool(beyond_S[begin : begin + together].any())
 
@@ -229,7 +228,7 @@ def _engine_steps(
             outputs = probe.step(prompts_BS, density=density, sparse_tail=0)
             return {"logits": outputs["logits"][:, -1]}
         outputs = probe.step(ids_B[:, None], density=density, sparse_tail=-1)
-        names = ["logits", *(f"{part}.{kind}" for part in ("scores", "threshold") for kind in KINDS)]
+        names = ["logits", *(f"{part}.{kind}" for part in ("scores", "threshold") for kind in UNIT_KINDS)]
         return {name: outputs[name][:, -1] for name in names}
 
     return step

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from shadowc.spec.density import UNIT_KINDS
+
 if TYPE_CHECKING:
     from shadowc.runtime.mask_trace import TokenMasks
 
 Floats = npt.NDArray[np.float64]
 Pixels = npt.NDArray[np.uint8]
 
-KINDS = ("heads", "neurons")
 _NEVER, _ALWAYS = np.array((236, 239, 243.0)), np.array((20, 60, 130.0))
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _BAND, _GAP = 12, 12
@@ -60,7 +61,7 @@ class MaskMap:
     def picture(self) -> Pixels:
         """The means as an image [height,width,3]: light for never, dark for always, heads left of neurons."""
         parts = []
-        for kind in KINDS:
+        for kind in UNIT_KINDS:
             mean_MN = self.mean(kind)
             width = -(-_LEAST_WIDTH // mean_MN.shape[1])
             parts.append(np.repeat(np.repeat(_colours(mean_MN), _BAND, axis=0), width, axis=1))

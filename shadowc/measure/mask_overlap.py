@@ -20,6 +20,7 @@ import torch
 from shadowc.eval.likelihood import log_likelihood
 from shadowc.eval.metric import Interval, Metric, difference
 from shadowc.eval.request import Outcome, Setting
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError, VerificationError
 from shadowc.spec.progress import NullProgress, Progress
 
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
 
     Masks = npt.NDArray[np.bool_]
 
-KINDS = ("heads", "neurons")
 LEAST_SHARED: Mapping[str, float] = MappingProxyType({"fp32": 0.999, "bf16": 0.95, "int8": 0.95, "int4": 0.5})
 """By type of weights, the share of the units that either computes which both must compute. fp32 parts where two sums of
 the same numbers do. The others also round weights and the K/V, so a unit near the threshold changes sides."""
@@ -92,7 +92,7 @@ class OverlapReport:
             f"{row.density.heads:g}/{row.density.neurons:g}: {getattr(row, kind).shared:.1%} of the {kind} that either "
             f"computes are computed by both, expected at least {least:.1%}"
             for row in self.rows
-            for kind in KINDS
+            for kind in UNIT_KINDS
             if not getattr(row, kind).shared >= least
         ]
         if wrong:
@@ -141,7 +141,7 @@ def overlap(
     progress, rows = progress or NullProgress(), []
     work = len(corpus.items) * len(densities)
     for number, density in enumerate(densities):
-        counts = {kind: _Counts() for kind in KINDS}
+        counts = {kind: _Counts() for kind in UNIT_KINDS}
         outcomes: tuple[list[list[Outcome]], list[list[Outcome]]] = ([], [])
         for done, item in enumerate(corpus.items, start=number * len(corpus.items) + 1):
             (request,) = item.requests
@@ -200,7 +200,7 @@ def _both(
     trace = engine.trace(ids_1S, density, prompt_tokens=first)
     with torch.inference_mode():
         result = masked.logits(ids_1S, density=density, masked_from=first)
-    for kind, mask in zip(KINDS, (result.mask_heads, result.mask_neurons), strict=True):
+    for kind, mask in zip(UNIT_KINDS, (result.mask_heads, result.mask_neurons), strict=True):
         counts[kind].add(trace.mask(kind)[0], mask[0].numpy())
     logits = trace.logits[0], result.logits[0].numpy()
     mine, other = (Outcome(*log_likelihood(one[-request.scored :], request.targets)) for one in logits)

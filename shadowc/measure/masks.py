@@ -16,6 +16,7 @@ import torch
 
 from shadowc.sparsity.selection import select_calibrated, select_threshold
 from shadowc.sparsity.shares import layer_density
+from shadowc.spec.density import UNIT_KINDS
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
     Float = npt.NDArray[np.float32]
 
-KINDS = ("heads", "neurons")
 SMALLEST_SCALE = 1e-12
 """Differences are relative to the largest true value, or to this where the truth is all zeros."""
 
@@ -94,7 +94,7 @@ def wrong_selections(run: Mapping[str, Float], plan: SparsityPlan, density: Dens
         ("neurons", density.neurons, plan.min_active_neurons),
     ):
         scores_BZLN = torch.from_numpy(run[f"scores.{kind}"])
-        kept, number = torch.tensor([share]), KINDS.index(kind)
+        kept, number = torch.tensor([share]), UNIT_KINDS.index(kind)
         if plan.thresholds is not None:
             table = torch.from_numpy(np.array(plan.thresholds[number]))
             wanted = select_calibrated(scores_BZLN, table, kept, exempt=plan.exempt)
@@ -125,7 +125,7 @@ def score_difference(run: Mapping[str, Float], scorer: Scorer, inputs: torch.Ten
     masked = run["scores.heads"].shape[1]
     first = inputs.shape[1] - masked
     tail = inputs[:, first - 1 : first].repeat_interleave(masked, dim=1) if held else inputs[:, first:]
-    for kind, wanted_MLN in zip(KINDS, scorer.scores(tail.flatten(0, 1).numpy()), strict=True):
+    for kind, wanted_MLN in zip(UNIT_KINDS, scorer.scores(tail.flatten(0, 1).numpy()), strict=True):
         found_MLN = run[f"scores.{kind}"].reshape(wanted_MLN.shape)
         for wanted_MN, found_MN in zip(wanted_MLN.swapaxes(0, 1), found_MLN.swapaxes(0, 1), strict=True):
             worst = worse(worst, relative(float(np.abs(found_MN - wanted_MN).max()), float(np.ptp(wanted_MN))))

@@ -14,9 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from shadowc.runtime.cache import KvCache
-from shadowc.runtime.mask_trace import KINDS, TokenMasks
+from shadowc.runtime.mask_trace import TokenMasks
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.runtime.variants import LOGITS_FROM
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InternalError
 
 if TYPE_CHECKING:
@@ -112,9 +113,8 @@ class Decoder:
 
     def masks(self) -> TokenMasks:
         """What the last step computed; the decoder was made to show it."""
-        found = {
-            part: {kind: self._step_outputs[f"{part}.{kind}"] for kind in KINDS} for part in ("scores", "threshold")
-        }
+        outputs = self._step_outputs
+        found = {part: {kind: outputs[f"{part}.{kind}"] for kind in UNIT_KINDS} for part in ("scores", "threshold")}
         return TokenMasks.of(found["scores"], found["threshold"])
 
     def set_density(self, heads: float | Floats, neurons: float | Floats) -> None:
@@ -214,7 +214,7 @@ class Decoder:
     def _bind_scores(self, binding: Binding, tokens: int) -> None:
         if self._scores is None:
             return
-        for kind, scores in zip(("heads", "neurons"), self._scores(tokens), strict=True):
+        for kind, scores in zip(UNIT_KINDS, self._scores(tokens), strict=True):
             shape = (self._batch.rows, *scores.shape[1:])
             binding.give(f"scores.{kind}", np.ascontiguousarray(np.broadcast_to(scores, shape), np.float32))
 

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
+
+from shadowc.spec.density import UNIT_KINDS
 
 if TYPE_CHECKING:
     from shadowc.runtime.decoder import Outputs
 
 Floats = npt.NDArray[np.float32]
 
-KINDS = ("heads", "neurons")
 PARTS = ("scores", "threshold", "active")
-SEEN = tuple(f"{part}.{kind}" for part in PARTS for kind in KINDS)
+SEEN = tuple(f"{part}.{kind}" for part in PARTS for kind in UNIT_KINDS)
 """The graph outputs that make a trace."""
 
 
@@ -36,7 +37,7 @@ class TokenMasks:
     @staticmethod
     def of(scores: Mapping[str, Floats], threshold: Mapping[str, Floats]) -> TokenMasks:
         """From "heads" and "neurons" -> scores [B,1,L,units] and thresholds [B,1,L]."""
-        return TokenMasks(*(~(scores[kind][:, 0] < threshold[kind][:, 0, :, None]) for kind in KINDS))
+        return TokenMasks(*(~(scores[kind][:, 0] < threshold[kind][:, 0, :, None]) for kind in UNIT_KINDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +56,11 @@ class MaskTrace:
     @staticmethod
     def joined(logits: Floats, chunks: Sequence[Outputs]) -> MaskTrace:
         """Put the outputs of successive runs together, along the tokens."""
-        parts = {
-            part: {kind: np.concatenate([outputs[f"{part}.{kind}"] for outputs in chunks], axis=1) for kind in KINDS}
-            for part in PARTS
-        }
+
+        def along_tokens(name: str) -> npt.NDArray[Any]:
+            return np.concatenate([outputs[name] for outputs in chunks], axis=1)
+
+        parts = {part: {kind: along_tokens(f"{part}.{kind}") for kind in UNIT_KINDS} for part in PARTS}
         return MaskTrace(logits=logits, **parts)
 
     def mask(self, kind: str) -> npt.NDArray[np.bool_]:

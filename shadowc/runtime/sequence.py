@@ -19,7 +19,8 @@ import numpy.typing as npt
 
 from shadowc.runtime.decoder import Decoder
 from shadowc.runtime.mask_trace import TokenMasks
-from shadowc.runtime.variants import CONTEXT_READ, KINDS
+from shadowc.runtime.variants import CONTEXT_READ
+from shadowc.spec.density import UNIT_KINDS
 
 if TYPE_CHECKING:
     from shadowc.runtime.cache import KvCache
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
     from shadowc.runtime.session import Session
 
 Read = npt.NDArray[np.int64]
-SELECTED = tuple(f"{part}.{kind}" for part in ("threshold", "active") for kind in KINDS)
+SELECTED = tuple(f"{part}.{kind}" for part in ("threshold", "active") for kind in UNIT_KINDS)
 """What a selection gives, [B,S,L]."""
 
 
@@ -67,7 +68,7 @@ class ScoreMaker:
         if self._control is not None:
             given = tuple(np.broadcast_to(scores, (B, *scores.shape[1:])) for scores in self._control(S))
             return given, np.zeros(2, np.int64)
-        names = [f"scores.{kind}" for kind in KINDS]
+        names = [f"scores.{kind}" for kind in UNIT_KINDS]
         names += [CONTEXT_READ] if CONTEXT_READ in self._session.outputs else []
         binding = self._session.bind()
         binding.give("input_ids", np.ascontiguousarray(ids_BS))
@@ -109,7 +110,7 @@ class SequenceDecoder(Decoder):
     ) -> None:
         super().__init__(graphs.decoding, model, batch, in_place=in_place)
         B, L = batch.rows, model.layers - 1
-        self._scores_held = {f"mask_scores.{kind}": np.zeros((B, 1, L, units[kind]), np.float32) for kind in KINDS}
+        self._scores_held = {f"mask_scores.{kind}": np.zeros((B, 1, L, units[kind]), np.float32) for kind in UNIT_KINDS}
         self._selected: Outputs = {
             name: np.zeros((B, 1, L), np.float32 if name.startswith("threshold") else np.int32) for name in SELECTED
         }
@@ -124,11 +125,11 @@ class SequenceDecoder(Decoder):
     @property
     def mask(self) -> dict[str, Floats]:
         """What the masks are made of now: scores of "heads" and "neurons" [B,1,L,N]."""
-        return {kind: self._scores_held[f"mask_scores.{kind}"] for kind in KINDS}
+        return {kind: self._scores_held[f"mask_scores.{kind}"] for kind in UNIT_KINDS}
 
     def masks(self) -> TokenMasks:
         """See Decoder.masks."""
-        return TokenMasks.of(self.mask, {kind: self._selected[f"threshold.{kind}"] for kind in KINDS})
+        return TokenMasks.of(self.mask, {kind: self._selected[f"threshold.{kind}"] for kind in UNIT_KINDS})
 
     def set_density(self, heads: float | Floats, neurons: float | Floats) -> None:
         """See Decoder.set_density."""

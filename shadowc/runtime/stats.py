@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.manifest import EngineManifest
 
 Floats = npt.NDArray[np.float64]
@@ -103,7 +104,7 @@ class Meter:
         self.tokens += int(live_BZ.sum())
         self.calls += 1
         self.predictions += predicted
-        for kind in ("heads", "neurons"):
+        for kind in UNIT_KINDS:
             active_BZL = outputs.get(f"active.{kind}")
             if active_BZL is not None:
                 total_L = active_BZL[live_BZ].sum(axis=0, dtype=np.int64)

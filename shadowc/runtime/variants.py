@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError, UnsupportedError
 from shadowc.spec.ops import DOMAIN, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
 
 if TYPE_CHECKING:
     import onnx
 
-KINDS = ("heads", "neurons")
 _SCORES, _THRESHOLD = 1, 2
 """Positions of these operands in both sparse operators."""
 CONTEXT_READ = "layers.0.attention.read"
@@ -130,11 +130,11 @@ def with_scores_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
 
     copy = _copy(model)
-    names = {f"scores.{kind}" for kind in KINDS}
+    names = {f"scores.{kind}" for kind in UNIT_KINDS}
     found = {name for node in copy.graph.node for name in node.output if name in names}
     if found != names:
         raise InputError("a dense engine has no scores", hint="shadowc compile without --predictor none")
-    gone = names | {f"mask_scores.{kind}" for kind in KINDS}
+    gone = names | {f"mask_scores.{kind}" for kind in UNIT_KINDS}
     shapes = {value.name: value.type.tensor_type.shape.dim for value in copy.graph.output}
     for name in sorted(names):
         value = onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, [None] * 4)
@@ -182,7 +182,7 @@ def predicting(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     copy = _copy(model)
     made = {name for node in copy.graph.node for name in node.output}
-    wanted = {*(f"scores.{kind}" for kind in KINDS), "present.0.key", "present.0.value"}
+    wanted = {*(f"scores.{kind}" for kind in UNIT_KINDS), "present.0.key", "present.0.value"}
     _keep(copy.graph.output, lambda value: value.name in wanted)
     if CONTEXT_READ in made:
         copy.graph.output.add(name=CONTEXT_READ)
@@ -193,7 +193,7 @@ def predicting(model: onnx.ModelProto) -> onnx.ModelProto:
 def selecting(model: onnx.ModelProto) -> onnx.ModelProto:
     """The selections of a graph whose scores are inputs, alone: `threshold.*` and `active.*` come out."""
     copy = _copy(model)
-    wanted = {f"{part}.{kind}" for part in ("threshold", "active") for kind in KINDS}
+    wanted = {f"{part}.{kind}" for part in ("threshold", "active") for kind in UNIT_KINDS}
     _keep(copy.graph.output, lambda value: value.name in wanted)
     _prune(copy.graph)
     return copy
@@ -230,7 +230,7 @@ def dense(model: onnx.ModelProto) -> onnx.ModelProto:
             if node.domain == DOMAIN and node.op_type == operator:
                 node.input[_SCORES], node.input[_THRESHOLD] = f"dense.scores.{kind}", "dense.threshold"
                 _set_int(node, "layer", 0)
-    gone = {f"{part}.{kind}" for part in ("scores", "mask_scores", "threshold", "active") for kind in KINDS}
+    gone = {f"{part}.{kind}" for part in ("scores", "mask_scores", "threshold", "active") for kind in UNIT_KINDS}
     _keep(copy.graph.output, lambda value: value.name not in gone)
     _prune(copy.graph)
     return copy

@@ -32,6 +32,7 @@ from shadowc.output import check_output, staged
 from shadowc.sparsity import shares, thresholds
 from shadowc.sparsity.networks import LayerNetworks, Network, blocks_of, default_width, widths
 from shadowc.sparsity.styles import network_inputs, scope_of
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError
 from shadowc.spec.options import STYLES, Scope, Select, Style
 from shadowc.spec.program import SparsityPlan
@@ -177,7 +178,7 @@ class Predictor:
         controls = {
             f"control.{name}.{kind}": values
             for name, pair in self.controls.items()
-            for kind, values in zip(("heads", "neurons"), pair, strict=True)
+            for kind, values in zip(UNIT_KINDS, pair, strict=True)
         }
         tensors = {name: np.ascontiguousarray(value) for name, value in {**self.tensors(), **controls}.items()}
         shape = {"layers": self.layers, "block": self.block, "ffn": self.orders_LF.shape[1]}

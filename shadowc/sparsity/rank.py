@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shadowc.sparsity.cluster import block_sums
+from shadowc.spec.density import UNIT_KINDS
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -49,8 +50,8 @@ def ranking_of(
         block: neurons per block.
         rest: takes the place of a kind that the criterion has no formula for.
     """
-    kinds = trace.meta.get("kinds", ("heads", "neurons"))
-    pair = zip(("heads", "neurons"), predicted_scores(trace, orders_LF, block), rest, strict=True)
+    kinds = trace.meta.get("kinds", UNIT_KINDS)
+    pair = zip(UNIT_KINDS, predicted_scores(trace, orders_LF, block), rest, strict=True)
     heads, neurons = (static_scores(scores) if kind in kinds else other for kind, scores, other in pair)
     return heads, neurons
 

@@ -29,8 +29,8 @@ from transformers import DynamicCache
 
 from shadowc.sparsity.families import Site, decoder_of, empty_model, restore_buffers, watched
 from shadowc.sparsity.selection import Selection, unit_mask
-from shadowc.sparsity.torch_scores import KINDS, TorchScores
-from shadowc.spec.density import Density
+from shadowc.sparsity.torch_scores import TorchScores
+from shadowc.spec.density import UNIT_KINDS, Density
 from shadowc.spec.errors import InputError, InternalError
 from shadowc.spec.program import SparsityPlan
 
@@ -284,7 +284,8 @@ class MaskedModel:
 
         def act(read: Tensor) -> None:
             read_BSE = read.view(-1, call.tokens, read.shape[-1])  # transformers flattens what fc1 reads
-            self._select(call, KINDS.index(name), self._scores.of_layer(name, layer, read_BSE[:, call.tail]), layer)
+            scores = self._scores.of_layer(name, layer, read_BSE[:, call.tail])
+            self._select(call, UNIT_KINDS.index(name), scores, layer)
 
         return act
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError
 from shadowc.spec.program import GRID
 
@@ -37,7 +38,6 @@ Tables = tuple["Floats", "Floats"]
 """Of heads and of neurons, [GRID + 1, Lp] each."""
 _STEPS = 5 * GRID
 """In which a layer's units are dealt out by sensitivity."""
-KINDS = ("heads", "neurons")
 MET_AT = (0.5, 0.25, 0.1)
 """Densities that are told beside those that held-out text meets."""
 BUDGETS: tuple[Budget, ...] = ("local", "global", "sensitivity")
@@ -137,7 +137,7 @@ def met_report(tables: Mapping[str, Tables], scores: Mapping[str, Floats]) -> di
             }
             for budget, pair in tables.items()
         }
-        for number, kind in enumerate(KINDS)
+        for number, kind in enumerate(UNIT_KINDS)
     }
 
 
@@ -145,7 +145,7 @@ def problems(tables: Mapping[str, Tables], layers: int) -> list[str]:
     """Return what is wrong with the tables of a predictor."""
     found = []
     for budget, pair in tables.items():
-        for kind, table in zip(KINDS, pair, strict=True):
+        for kind, table in zip(UNIT_KINDS, pair, strict=True):
             name = f"threshold.{budget}.{kind}"
             if table.shape != (GRID + 1, layers):
                 found.append(f"{name} has shape {list(table.shape)}, expected {[GRID + 1, layers]}")
@@ -163,7 +163,7 @@ def named(tables: Mapping[str, Tables]) -> dict[str, Floats]:
     return {
         f"threshold.{budget}.{kind}": table
         for budget, pair in tables.items()
-        for kind, table in zip(KINDS, pair, strict=True)
+        for kind, table in zip(UNIT_KINDS, pair, strict=True)
     }
 
 

@@ -11,10 +11,9 @@ from collections.abc import Mapping
 from torch import Tensor
 from torch.nn import functional
 
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.options import Style
 from shadowc.spec.program import SMALLEST_SPAN
-
-KINDS = ("heads", "neurons")
 
 
 class TorchScores:
@@ -35,7 +34,7 @@ class TorchScores:
         """Return the scores of both kinds, [B,Z,L,N], that layer 0's attention context gives (style shadow)."""
         low = context_BZE.amin(-1, keepdim=True)
         scaled = (context_BZE - low) / (context_BZE.amax(-1, keepdim=True) - low).clamp_min(SMALLEST_SPAN)
-        heads, neurons = (self._by_layer(self._network(kind, scaled)) for kind in KINDS)
+        heads, neurons = (self._by_layer(self._network(kind, scaled)) for kind in UNIT_KINDS)
         return heads, neurons
 
     def _by_layer(self, flat: Tensor) -> Tensor:

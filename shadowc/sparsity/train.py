@@ -48,6 +48,7 @@ from shadowc.sparsity.rank import (
 )
 from shadowc.sparsity.recall import found_report, selected
 from shadowc.sparsity.shares import shares_of
+from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
 
@@ -62,7 +63,6 @@ if TYPE_CHECKING:
     Floats = npt.NDArray[np.float32]
     Rows = npt.NDArray[np.intp]
 
-KINDS = ("heads", "neurons")
 SHARED_SCORES = 1 << 25
 """Scores of one kind that decide the shares of the layers, at most about."""
 
@@ -106,10 +106,10 @@ def train(
     width = options.width or default_width(facts, block, options.style)
     with progress.stage("neuron order"):
         orders_LF = neuron_orders(trace, block, rows=taught)
-    raw = dict(zip(KINDS, predicted_scores(trace, orders_LF, block), strict=True))
+    raw = dict(zip(UNIT_KINDS, predicted_scores(trace, orders_LF, block), strict=True))
     fits: dict[str, list[Fit]] = {}
     dropped: dict[str, int] = {}
-    for kind in KINDS:
+    for kind in UNIT_KINDS:
         targets_MLU = targets_of(raw[kind], options)
         valid_M: npt.NDArray[np.bool_] = np.asarray(np.isfinite(targets_MLU).all(axis=(1, 2)))
         dropped[kind] = int((~valid_M).sum())
@@ -121,7 +121,7 @@ def train(
             )
         with progress.stage(f"train {kind}"):
             fits[kind] = _fits(trace, kind, targets_MLU, (used, used_held), width, options, progress)
-    heads, neurons = (_networks(fits[kind], options) for kind in KINDS)
+    heads, neurons = (_networks(fits[kind], options) for kind in UNIT_KINDS)
     controls = {
         name: (ranking(raw["heads"][taught]), ranking(raw["neurons"][taught]))
         for name, ranking in (("static", static_scores), ("normalised", normalised_static_scores))
@@ -141,7 +141,7 @@ def train(
         predictor = replace(predictor, shares=_shares(predictor, trace, taught, options))
     if calibrated:
         predictor = replace(predictor, thresholds=_thresholds(predictor, trace, raw, taught, options))
-    held_scores = dict(zip(KINDS, predictor.scores(_inputs(trace, held, options)), strict=True))
+    held_scores = dict(zip(UNIT_KINDS, predictor.scores(_inputs(trace, held, options)), strict=True))
     predictor.meta["report"] = {
         "positions": {"taught": len(taught), "held_out": len(held), "dropped": dropped},
         **_errors(fits, options),
@@ -164,7 +164,7 @@ def _fits(
 ) -> list[Fit]:
     """Fit the networks of one kind: one, or one for every layer; `rows` are those taught and those held out."""
     used, held = rows
-    number = KINDS.index(kind)
+    number = UNIT_KINDS.index(kind)
     seed = options.seed + number
     if options.style == "shadow":
         inputs_ME = minmax_scaled(trace.context_ME)
@@ -178,7 +178,7 @@ def _fits(
         inputs_ME, of_layer_MU = _read(trace, kind, layer, options), targets_MLU[:, layer - 1]
         examples = Examples(inputs_ME[used], of_layer_MU[used], inputs_ME[held], of_layer_MU[held])
         with progress.stage(f"layer {layer}"):
-            own = seed + len(KINDS) * layer
+            own = seed + len(UNIT_KINDS) * layer
             if offsets_G is None:
                 found.append(fit(examples, wide, options, own, progress))
             else:
@@ -203,7 +203,7 @@ def _thresholds(
 ) -> dict[str, thresholds.Tables]:
     """Return the tables of all budgets, from the same positions."""
     rows = _some(predictor, taught)
-    scores = zip(KINDS, predictor.scores(_inputs(trace, rows, options)), strict=True)
+    scores = zip(UNIT_KINDS, predictor.scores(_inputs(trace, rows, options)), strict=True)
     heads, neurons = (thresholds.calibrate(found, raw[kind][rows]) for kind, found in scores)
     return {budget: (heads[budget], neurons[budget]) for budget in thresholds.BUDGETS}
 
@@ -244,7 +244,7 @@ def _inputs(trace: ImportanceTrace, rows: Rows, options: TrainOptions) -> Floats
     """Return what the predictor reads at these positions, see `Predictor.scores`."""
     if options.style == "shadow":
         return trace.context_ME[rows]
-    kinds = KINDS if options.style == "shadow+" else KINDS[:1]
+    kinds = UNIT_KINDS if options.style == "shadow+" else UNIT_KINDS[:1]
     layers = range(1, trace.layers)
     read = [np.stack([_read(trace, kind, layer, options)[rows] for layer in layers], axis=1) for kind in kinds]
     return read[0] if len(read) == 1 else np.stack(read, axis=1)
@@ -296,9 +296,9 @@ def _report(predictor: Predictor, scores: dict[str, Floats], raw: dict[str, Floa
     """Return recall and captured importance on held-out positions, beside the controls'."""
     layers = predictor.layers
     heads, blocks = predictor.units
-    chance = dict(zip(("heads", "neurons"), random_scores(seed, (layers, heads), (layers, blocks)), strict=True))
+    chance = dict(zip(UNIT_KINDS, random_scores(seed, (layers, heads), (layers, blocks)), strict=True))
     report = {}
-    for number, kind in enumerate(("heads", "neurons")):
+    for number, kind in enumerate(UNIT_KINDS):
         rivals = {name: pair[number] for name, pair in predictor.controls.items()} | {"random": chance[kind]}
         report[kind] = found_report(raw[kind], {"predictor": scores[kind], **rivals})
     return report

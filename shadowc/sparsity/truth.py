@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,9 +21,8 @@ from torch import Tensor
 
 from shadowc.sparsity.families import Decoder, watched
 from shadowc.sparsity.record import token_losses
+from shadowc.spec.density import UNIT_KINDS
 
-Kind = Literal["heads", "neurons"]
-KINDS: tuple[Kind, ...] = ("heads", "neurons")
 ROWS_AT_ONCE = 32
 """Masked copies of a text that run together."""
 
@@ -32,7 +31,7 @@ ROWS_AT_ONCE = 32
 class Units:
     """Sampled units of one kind, [U] each: model layer, and index in it."""
 
-    kind: Kind
+    kind: str
     layer_U: npt.NDArray[np.int64]  # noqa: N815 - the name carries its shape
     index_U: npt.NDArray[np.int64]  # noqa: N815
 
@@ -45,9 +44,9 @@ class Units:
         return torch.stack([values[layer][..., index] for layer, index in pairs], dim=-1)
 
 
-def sampled_units(decoder: Decoder, kind: Kind, count: int, seed: int) -> Units:
+def sampled_units(decoder: Decoder, kind: str, count: int, seed: int) -> Units:
     """Return `count` units (all, if there are fewer), as many of every predicted layer as of any other, but for one."""
-    generator = np.random.default_rng([seed, KINDS.index(kind)])
+    generator = np.random.default_rng([seed, UNIT_KINDS.index(kind)])
     each = decoder.heads if kind == "heads" else decoder.neurons
     layers = len(decoder.blocks) - 1
     count = min(count, layers * each)
@@ -119,7 +118,7 @@ class DenseRun:
             for at in range(0, len(chosen), ROWS_AT_ONCE):
                 yield chosen[at : at + ROWS_AT_ONCE]
 
-    def _masked(self, kind: Kind, layer: int, index_K: Tensor, position: int | None) -> Tensor:
+    def _masked(self, kind: str, layer: int, index_K: Tensor, position: int | None) -> Tensor:
         """Run copies of the text from a layer on, one unit masked in each; return the changes [K]."""
         decoder, count = self._decoder, len(index_K)
         block = decoder.blocks[layer]

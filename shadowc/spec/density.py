@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from shadowc.spec.errors import InputError
 
+UNIT_KINDS = ("heads", "neurons")
+"""What is kept or left out, in the order of everything that comes in pairs."""
+
 
 @dataclass(frozen=True, slots=True)
 class Density:
@@ -23,7 +26,7 @@ class Density:
         """Check the range; NaN fails the comparison and is refused too."""
         wrong = [
             f"{kind} {value}"
-            for kind, value in (("heads", self.heads), ("neurons", self.neurons))
+            for kind, value in zip(UNIT_KINDS, (self.heads, self.neurons), strict=True)
             if not 0.0 <= value <= 1.0
         ]
         if wrong:

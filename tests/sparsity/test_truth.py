@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from shadowc.sparsity.families import decoder_of
-from shadowc.sparsity.truth import DenseRun, Kind, sampled_units
+from shadowc.sparsity.truth import DenseRun, sampled_units
 from tests.sparsity.two_layers import HEAD_SIZE, HEADS, NEURONS, loss_with, model_of, texts
 
 EXACT = 1e-9
@@ -22,7 +22,7 @@ def model(request: pytest.FixtureRequest) -> Any:
     return model_of(request.param)
 
 
-def change_by_hand(model: Any, ids_T: Tensor, kind: Kind, index: int, position: int | None) -> float:
+def change_by_hand(model: Any, ids_T: Tensor, kind: str, index: int, position: int | None) -> float:
     width = HEAD_SIZE if kind == "heads" else 1
 
     def zero(values: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def change_by_hand(model: Any, ids_T: Tensor, kind: Kind, index: int, position: 
 
 @pytest.mark.parametrize("kind", ["heads", "neurons"])
 @pytest.mark.parametrize("position", [None, 1, 6])
-def test_change_is_that_of_a_whole_run_with_the_unit_zeroed(model: Any, kind: Kind, position: int | None) -> None:
+def test_change_is_that_of_a_whole_run_with_the_unit_zeroed(model: Any, kind: str, position: int | None) -> None:
     ids_T = texts()[0]
     run = DenseRun(decoder_of(model), ids_T)
     units = sampled_units(decoder_of(model), kind, 10, seed=2)
