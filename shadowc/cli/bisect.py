@@ -11,7 +11,7 @@ import typer
 from shadowc.cli import flags, render
 
 if TYPE_CHECKING:
-    from shadowc.measure.bisect import BisectReport, Compared
+    from shadowc.measure.bisect_report import BisectReport, Compared
 
 
 def bisect(
@@ -65,7 +65,7 @@ def _show(report: BisectReport) -> None:
                 "deviates" if one.deviates else "",
             )
             for one in report.compared
-            if one is first or (one.layer == first.layer is not None)
+            if one is first or (one.graph == first.graph and one.layer == first.layer is not None)
         ],
     )
     later = [one for one in report.compared if one.deviates and one is not first]

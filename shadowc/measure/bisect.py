@@ -5,13 +5,16 @@ Every tensor is compared with what torch makes of the engine's own tensors befor
 the first that is out of tolerance is where the error is made. Then the parameters that go into it are compared as they
 are stored. It works on engines that `load` refuses because a file has changed: that is what it is for.
 
-Letters: B batch, S tokens.
+Where masks hold for a sequence, model.onnx comes first, since it makes the scores; then decode_fixed.onnx under the
+mask of a prompt's last token, which must have the scores that model.onnx gives that token.
+
+Letters: B batch, S tokens, Z masked tokens, L predicted layers, N units of a kind.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -21,22 +24,29 @@ import torch
 from shadowc.checkpoint.opt import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, PROJECT_IN, PROJECT_OUT, Affine
 from shadowc.measure import parity
 from shadowc.measure.against import stored_plan
+from shadowc.measure.bisect_report import Altered, BisectReport, Compared
 from shadowc.measure.dequantised import DequantisedSource
 from shadowc.measure.layer_walk import STEPS, LayerWalk, steps_of, tensor_names
 from shadowc.measure.masks import SMALLEST_SCALE, forced_masks, relative, worse, wrong_selections
 from shadowc.measure.stored_weights import stored_as_they_are, stored_parameters
-from shadowc.spec.density import Density
-from shadowc.spec.errors import InputError, VerificationError
+from shadowc.runtime.sequence_engine import SequenceEngine
+from shadowc.runtime.stored import StoredGraph
+from shadowc.spec.density import UNIT_KINDS
+from shadowc.spec.errors import InputError
+from shadowc.spec.manifest import FIXED_FILE, MODEL_FILE, REFERENCE_FILE
 from shadowc.spec.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy.typing as npt
+    import onnx
 
     from shadowc.checkpoint.opt import OptFacts
     from shadowc.checkpoint.resolve import Checkpoint
+    from shadowc.measure.parity import Probe
     from shadowc.runtime.engine import Engine
+    from shadowc.spec.density import Density
     from shadowc.spec.manifest import EngineManifest
     from shadowc.spec.program import SparsityPlan, TensorSource
 
@@ -47,93 +57,6 @@ PARAMETER_TOLERANCE = 1e-6
 REFERENCE_CONTEXT_TOLERANCE = 1e-3
 """Of what attention of reference.onnx gives where the cache is float16: ONNX Runtime stores rounded keys and values,
 but attends to those of new tokens before their rounding, of at most 5e-4 each (tiny model, context: 3e-4)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Compared:
-    """One tensor of the engine beside torch's."""
-
-    layer: int | None
-    """Model layer; None: in front of the first or behind the last one, or the masks of all."""
-    tensor: str
-    """As the graph names it."""
-    made_by: str
-    difference: float
-    """Largest, of torch's largest value."""
-    tolerance: float
-    parameters: tuple[str, ...] = ()
-    """Names of the parameters that go into it."""
-
-    @property
-    def deviates(self) -> bool:
-        """Whether it is out of tolerance; a NaN is."""
-        return not self.difference <= self.tolerance
-
-    @property
-    def where(self) -> str:
-        """For people: layer and tensor."""
-        return self.tensor if self.layer is None else f"layer {self.layer}, {self.tensor}"
-
-
-@dataclass(frozen=True, slots=True)
-class Altered:
-    """A stored parameter that is not the checkpoint's."""
-
-    name: str
-    difference: float
-    """Largest, of the checkpoint's largest value."""
-    at: tuple[int, ...]
-    """Index of the largest difference, in the checkpoint's order."""
-    values: int
-    """How many differ."""
-
-
-@dataclass(frozen=True, slots=True)
-class BisectReport:
-    """All tensors in the order in which the engine makes them, and what is behind the first that deviates."""
-
-    folder: str
-    compared: tuple[Compared, ...]
-    altered: tuple[Altered, ...]
-    """Parameters of the first deviation that are not the checkpoint's."""
-    matched: tuple[str, ...]
-    """Parameters of the first deviation that are; those in neither are stored in a form that is not compared."""
-    changed_files: tuple[str, ...]
-    """What `verify` would say about the folder."""
-    positions: int
-    """Token positions that were compared."""
-    reference: bool
-    """Whether the graph was reference.onnx, without kernels of ours."""
-
-    @property
-    def first(self) -> Compared | None:
-        """The first tensor that deviates; None: none does."""
-        return next((one for one in self.compared if one.deviates), None)
-
-    def require(self) -> None:
-        """Raises VerificationError naming the first deviation."""
-        if self.first is None:
-            return
-        raise VerificationError(
-            f"{self.folder} parts from torch at {self.first.where} ({self.first.made_by}): {self.first.difference:.1e} "
-            f"of the largest value, tolerance {self.first.tolerance:.0e}",
-            hint=self._hint(self.first),
-            problems=[
-                f"{one.name} is stored with {one.values} other values, the worst at {list(one.at)} "
-                f"({one.difference:.1e} of the largest)"
-                for one in self.altered
-            ] + list(self.changed_files),
-        )  # fmt: skip
-
-    def _hint(self, first: Compared) -> str:
-        if self.altered or self.changed_files:
-            return "compile the engine again"
-        unseen = [name for name in first.parameters if name not in self.matched]
-        known = f"{', '.join(self.matched)}: as in the checkpoint; " if self.matched else ""
-        known += f"{', '.join(unseen)}: stored in a form that is not compared; " if unseen else ""
-        if not self.reference:
-            return f"{known}run it again with --reference to tell a kernel from the graph"
-        return f"{known}the graph{' or one of the latter' if unseen else ''} is wrong: compile the engine again"
 
 
 def bisect(
@@ -155,7 +78,8 @@ def bisect(
         load_format: None: as the engine was compiled.
         offline: do not use the network.
         seed: of dummy weights; None: as the engine was compiled.
-        reference: look at reference.onnx in stock ONNX Runtime, which has no kernels of ours.
+        reference: look at reference.onnx in stock ONNX Runtime, which has no kernels of ours (decode_fixed.onnx: the
+            same graph with the operators as functions).
         threads: of the engine.
         progress: told about layers.
 
@@ -188,9 +112,12 @@ def bisect(
     with progress.stage("files"):
         changed = tuple(file_problems(folder, manifest, remember=False))
     with progress.stage("tensors"):
-        compared, positions = _compare(engine, checkpoint, progress, reference=reference)
+        densities = parity.DENSITIES if manifest.sparsity else parity.DENSITIES[:1]
+        graphs = _graphs(engine, checkpoint.facts, densities, reference=reference)
+        compared = _compare(engine, checkpoint, graphs, densities, progress, reference=reference)
     first = next((one for one in compared if one.deviates), None)
-    altered, matched = ((), ()) if first is None else _stored(engine, _truth(engine, checkpoint), first)
+    altered, matched = ((), ()) if first is None else _stored(graphs, _truth(engine, checkpoint), first)
+    positions = sum(run["residual.0"].shape[1] for graph in graphs for run in graph.runs)
     return BisectReport(str(folder), compared, altered, matched, changed, positions, reference)
 
 
@@ -207,84 +134,144 @@ def _truth(engine: Engine, checkpoint: Checkpoint) -> TensorSource:
     )  # fmt: skip
 
 
-def _compare(
-    engine: Engine, checkpoint: Checkpoint, progress: Progress, *, reference: bool
-) -> tuple[tuple[Compared, ...], int]:
-    facts, sparsity, weights = checkpoint.facts, engine.manifest.sparsity, engine.manifest.weights
-    graph, truth = engine.graph(), _truth(engine, checkpoint)
-    names = {layer: tensor_names(graph, layer) for layer in range(facts.layers)}
-    shown = ["residual.0", *(name for of in names.values() for name in of.values() if not name.startswith("cached."))]
+@dataclass(frozen=True, slots=True)
+class _Graph:
+    """A graph of an engine, and what it gave."""
+
+    file: str
+    stored: StoredGraph
+    names: Mapping[int, Mapping[str, str]]
+    """Model layer -> step -> the graph's name of its tensor."""
+    runs: Runs
+    """One per density."""
+    masked: int
+    """Masked tokens of each run."""
+
+    def every_head_written(self, layer: int) -> bool:
+        """Whether the cache gets keys and values of inactive heads too."""
+        node = next(node for node in self.stored.model.graph.node if node.name == f"layers.{layer}.attention")
+        kv: bytes = next(attribute.s for attribute in node.attribute if attribute.name == "kv")
+        return kv == b"all"
+
+
+def _graphs(engine: Engine, facts: OptFacts, densities: Sequence[Density], *, reference: bool) -> list[_Graph]:
+    """The graphs of an engine in the order in which they depend on each other, run on the same tokens."""
     ids_BS, prefill, masked = parity.tokens_of(facts)
-    densities: tuple[Density, ...] = parity.DENSITIES if sparsity else parity.DENSITIES[:1]
-    new_probe = engine.prober(shown)
-    runs = [parity.run_of(new_probe(), ids_BS, density, prefill, masked, shown) for density in densities]
-    tolerance = parity.LAYER_TOLERANCE[weights]
-    found = [
-        Compared(
-            None, "residual.0", "both embeddings", parity.embedding_difference(runs[0], ids_BS, facts, truth),
-            tolerance, (EMBEDDING, POSITIONS, PROJECT_IN) if facts.projected else (EMBEDDING, POSITIONS),
-        )
-    ]  # fmt: skip
-    tolerances = dict.fromkeys(STEPS, tolerance)
+
+    def ran(file: str, model: onnx.ModelProto, prober: Callable[[list[str]], Callable[[], Probe]], tail: int) -> _Graph:
+        names = {layer: tensor_names(model, layer) for layer in range(facts.layers)}
+        made = (name for of in names.values() for name in of.values() if not name.startswith("cached."))
+        shown = ["residual.0", *made]
+        new_probe = prober(shown)
+        runs = [parity.run_of(new_probe(), ids_BS, density, prefill, tail, shown) for density in densities]
+        return _Graph(file, StoredGraph(model, engine.folder, engine.manifest), names, runs, tail)
+
+    graphs = [ran(REFERENCE_FILE if reference else MODEL_FILE, engine.graph(), engine.prober, masked)]
+    if isinstance(engine, SequenceEngine):
+        prober = partial(engine.fixed_prober, every_head=False)
+        # One less: the first token that has scores in the other graph makes the mask here.
+        graphs.append(ran(FIXED_FILE, engine.fixed_graph(), prober, masked - 1))
+    return graphs
+
+
+def _compare(
+    engine: Engine, checkpoint: Checkpoint, graphs: Sequence[_Graph], densities: Sequence[Density], progress: Progress,
+    *, reference: bool,
+) -> tuple[Compared, ...]:  # fmt: skip
+    facts, sparsity, weights = checkpoint.facts, engine.manifest.sparsity, engine.manifest.weights
+    truth, ids_BS = _truth(engine, checkpoint), parity.tokens_of(facts)[0]
+    tolerances = dict.fromkeys(STEPS, parity.LAYER_TOLERANCE[weights])
     if reference and weights != "fp32":
         tolerances["context"] = REFERENCE_CONTEXT_TOLERANCE
+    found = [[_embedding(graph, ids_BS, facts, truth, tolerances["output"])] for graph in graphs]
     for layer in range(facts.layers):
         walk = LayerWalk(facts, truth, layer)
-        found += _layer(walk, layer, names[layer], runs, engine, checkpoint, tolerances)
-        if layer == 0 and sparsity is not None:
-            found.append(_selection(runs, stored_plan(engine, sparsity), densities, masked))
+        for graph, of_graph in zip(graphs, found, strict=True):
+            of_graph += _layer(walk, layer, graph, engine, checkpoint, tolerances)
+            if layer == 0 and graph is not graphs[0]:
+                of_graph.append(_held_scores(graphs[0], graph, parity.SCORES_TOLERANCE[weights]))
+            if layer == 0 and sparsity is not None:
+                of_graph.append(_selection(graph, stored_plan(engine, sparsity), densities))
         progress.advance(layer + 1, facts.layers, "layers")
-    logits = reduce(worse, (parity.logits_difference(run, facts, truth) for run in runs))
-    found.append(_logits(facts, logits, parity.LOGITS_TOLERANCE[weights]))
-    return tuple(found), ids_BS.shape[1] * len(runs)
+    for graph, of_graph in zip(graphs, found, strict=True):
+        of_graph.append(_logits(graph, facts, truth, parity.LOGITS_TOLERANCE[weights]))
+    return tuple(one for of_graph in found for one in of_graph)
 
 
-def _logits(facts: OptFacts, difference: float, tolerance: float) -> Compared:
+def _embedding(
+    graph: _Graph, ids_BS: npt.NDArray[np.int64], facts: OptFacts, truth: TensorSource, tolerance: float
+) -> Compared:
+    difference = parity.embedding_difference(graph.runs[0], ids_BS, facts, truth)
+    parameters = (EMBEDDING, POSITIONS, PROJECT_IN) if facts.projected else (EMBEDDING, POSITIONS)
+    return Compared(None, "residual.0", "both embeddings", difference, tolerance, parameters, graph.file)
+
+
+def _logits(graph: _Graph, facts: OptFacts, truth: TensorSource, tolerance: float) -> Compared:
+    difference = reduce(worse, (parity.logits_difference(run, facts, truth) for run in graph.runs))
     norm = Affine.of(FINAL_NORM)
     made_by: dict[str, tuple[str, ...]] = {"final norm": (norm.weight, norm.bias)} if facts.final_norm else {}
     made_by |= {"project_out": (PROJECT_OUT,)} if facts.projected else {}
-    parameters = tuple(name for names in made_by.values() for name in names)
-    return Compared(None, "logits", " and ".join((*made_by, "LM head")), difference, tolerance, (*parameters, HEAD))
+    parameters = (*(name for names in made_by.values() for name in names), HEAD)
+    return Compared(None, "logits", " and ".join((*made_by, "LM head")), difference, tolerance, parameters, graph.file)
 
 
 def _layer(
     walk: LayerWalk,
     layer: int,
-    names: Mapping[str, str],
-    runs: Runs,
+    graph: _Graph,
     engine: Engine,
     checkpoint: Checkpoint,
     tolerances: Mapping[str, float],
 ) -> list[Compared]:
-    sparsity = engine.manifest.sparsity
+    sparsity, names = engine.manifest.sparsity, graph.names[layer]
     block, order_F = 1 if sparsity is None else sparsity.neuron_block, engine.neuron_orders().get(layer)
+    written = graph.every_head_written(layer)
     worst: dict[str, float] = {}
-    for run in runs:
+    for run in graph.runs:
         masks = forced_masks(run, layer, checkpoint.facts, block, order_F)
         seen = {step: torch.from_numpy(run[name]) for step, name in names.items()}
-        differences = walk.differences(torch.from_numpy(run[f"residual.{layer}"]), *masks, seen)
+        x_BSE = torch.from_numpy(run[f"residual.{layer}"])
+        differences = walk.differences(x_BSE, *masks, seen, every_head_written=written)
         worst = {step: worse(worst.get(step, 0.0), value) for step, value in differences.items()}
     return [
-        Compared(layer, names[step.tensor], step.made_by, worst[step.tensor], tolerances[step.tensor], step.parameters)
+        Compared(
+            layer, names[step.tensor], step.made_by, worst[step.tensor], tolerances[step.tensor], step.parameters,
+            graph.file,
+        )
         for step in steps_of(layer, names, norm_first=checkpoint.facts.norm_first)
-    ]
+    ]  # fmt: skip
 
 
-def _selection(runs: Runs, plan: SparsityPlan, densities: Sequence[Density], masked: int) -> Compared:
+def _held_scores(predicting: _Graph, held: _Graph, tolerance: float) -> Compared:
+    """The scores [B,Z,L,N] that hold, beside those that the token behind them has in the other graph."""
+    worst = 0.0
+    for own, theirs in zip(held.runs, predicting.runs, strict=True):
+        for kind in UNIT_KINDS:
+            wanted_B1LN = theirs[f"scores.{kind}"][:, :1]
+            difference_LN = np.abs(own[f"scores.{kind}"] - wanted_B1LN).max(axis=(0, 1))
+            for difference_N, wanted_BN in zip(difference_LN, wanted_B1LN[:, 0].swapaxes(0, 1), strict=True):
+                worst = worse(worst, relative(float(difference_N.max()), float(np.ptp(wanted_BN))))
+    made_by = f"predictor of {predicting.file}, at the prompt's last token"
+    return Compared(None, "mask_scores.heads, mask_scores.neurons", made_by, worst, tolerance, (), held.file)
+
+
+def _selection(graph: _Graph, plan: SparsityPlan, densities: Sequence[Density]) -> Compared:
     """Thresholds that scores and density do not give, as a share of all."""
-    tokens = masked + parity.DECODE_TOKENS
+    tokens, runs = graph.masked + parity.DECODE_TOKENS, graph.runs
     wrong = sum(wrong_selections(run, plan, density, tokens) for run, density in zip(runs, densities, strict=True))
-    every = sum(run[f"threshold.{kind}"].size for run in runs for kind in ("heads", "neurons"))
-    return Compared(None, "threshold.heads, threshold.neurons", "SelectThreshold", wrong / max(every, 1), 0.0)
+    every = sum(run[f"threshold.{kind}"].size for run in runs for kind in UNIT_KINDS)
+    share = wrong / max(every, 1)
+    return Compared(None, "threshold.heads, threshold.neurons", "SelectThreshold", share, 0.0, (), graph.file)
 
 
-def _stored(engine: Engine, truth: TensorSource, first: Compared) -> tuple[tuple[Altered, ...], tuple[str, ...]]:
+def _stored(
+    graphs: Sequence[_Graph], truth: TensorSource, first: Compared
+) -> tuple[tuple[Altered, ...], tuple[str, ...]]:
     """Of the parameters behind a tensor: those that are not the checkpoint's, and the names of those that are."""
+    graph = next(graph.stored for graph in graphs if graph.file == first.graph)
     stored = (
-        stored_as_they_are(engine, first.parameters)
-        if first.layer is None
-        else stored_parameters(engine, first.layer)
-    )  # fmt: skip
+        stored_as_they_are(graph, first.parameters) if first.layer is None else stored_parameters(graph, first.layer)
+    )
     found, matched = [], []
     for name in (name for name in first.parameters if name in stored):
         exact = truth.tensor(name)

@@ -108,6 +108,8 @@ class _Walk:
     """What one pass through a layer finds."""
 
     seen: Mapping[str, Tensor]
+    written: Tensor | None
+    """Which keys and values the cache holds [B,S,E]; None: all."""
     found: dict[str, float] = field(default_factory=dict)
 
     def take(self, step: str, exact: Tensor) -> Tensor:
@@ -116,6 +118,8 @@ class _Walk:
             return exact
         theirs = self.seen[step].reshape(exact.shape)
         if step in ("keys", "values"):
+            if self.written is not None:
+                theirs = torch.where(self.written.reshape(exact.shape), theirs, exact.to(theirs.dtype))
             self.found[step] = worse(self.found.get(step, 0.0), beyond_rounding(theirs, exact))
         else:
             difference = (theirs - exact).abs().max().item()
@@ -127,7 +131,13 @@ class LayerWalk(LayerReference):
     """As LayerReference, for single steps."""
 
     def differences(
-        self, x_BSE: Tensor, head_mask_BSH: Tensor, neuron_mask_BSF: Tensor, seen: Mapping[str, Tensor]
+        self,
+        x_BSE: Tensor,
+        head_mask_BSH: Tensor,
+        neuron_mask_BSF: Tensor,
+        seen: Mapping[str, Tensor],
+        *,
+        every_head_written: bool = True,
     ) -> dict[str, float]:
         """Step -> largest difference of the engine's tensor from torch's, of torch's largest value.
 
@@ -136,9 +146,10 @@ class LayerWalk(LayerReference):
             head_mask_BSH: its masks, in checkpoint order.
             neuron_mask_BSF: the same.
             seen: step -> the engine's tensor, [B,S,E], keys and values [B,S,H,D] as stored; only what its graph has.
+            every_head_written: False: of inactive heads the cache holds nothing that is meant, and nothing is compared.
         """
-        walk, attention = _Walk(seen), self._module.self_attn
         heads_BSE = head_mask_BSH.repeat_interleave(x_BSE.shape[2] // head_mask_BSH.shape[2], dim=2)
+        walk, attention = _Walk(seen, None if every_head_written else heads_BSE), self._module.self_attn
 
         def masked_neurons(hidden: Tensor) -> Tensor:
             return torch.where(neuron_mask_BSF.reshape(hidden.shape), hidden, 0.0)

@@ -19,7 +19,7 @@ from shadowc.spec.ops import INT4_GROUP
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from shadowc.runtime.engine import Engine
+    from shadowc.runtime.stored import StoredGraph
 
     Floats = npt.NDArray[np.float32]
 
@@ -28,15 +28,15 @@ _TRANSPOSED = {HEAD: "lm_head", PROJECT_IN: "project_in", PROJECT_OUT: "project_
 """Parameter -> matrix that the graph multiplies with; the head is tied to the embedding in the checkpoint only."""
 
 
-def stored_parameters(engine: Engine, layer: int) -> dict[str, Floats]:
+def stored_parameters(graph: StoredGraph, layer: int) -> dict[str, Floats]:
     """Parameter name -> float32 value, for everything that a model layer stores."""
-    names, order_F = layer_names(layer), engine.neuron_orders().get(layer)
+    names, order_F = layer_names(layer), graph.neuron_orders().get(layer)
     attention, ffn = f"layers.{layer}.attention", f"layers.{layer}.ffn"
-    records_H4DE, bias_H3D = _records(engine, attention), engine.initialiser(f"{attention}.bqkv")
+    records_H4DE, bias_H3D = _records(graph, attention), graph.initialiser(f"{attention}.bqkv")
     H, _, D, E = records_H4DE.shape
     query, key, value, out = (records_H4DE[:, part].reshape(H * D, E) for part in range(4))
     biases = (bias_H3D[:, part].reshape(H * D) for part in range(3))
-    records_F2E = _records(engine, ffn)
+    records_F2E = _records(graph, ffn)
     at_F = np.arange(len(records_F2E)) if order_F is None else np.argsort(order_F)  # record of a neuron
     found = {
         names.q.weight: query,
@@ -44,21 +44,21 @@ def stored_parameters(engine: Engine, layer: int) -> dict[str, Floats]:
         names.v.weight: value,
         names.out.weight: np.ascontiguousarray(out.T),
         **dict(zip((names.q.bias, names.k.bias, names.v.bias), biases, strict=True)),
-        names.out.bias: engine.initialiser(f"{attention}.bo"),
+        names.out.bias: graph.initialiser(f"{attention}.bo"),
         names.fc1.weight: records_F2E[at_F, 0],
         names.fc2.weight: np.ascontiguousarray(records_F2E[at_F, 1].T),
-        names.fc1.bias: engine.initialiser(f"{ffn}.b1")[at_F],
-        names.fc2.bias: engine.initialiser(f"{ffn}.b2"),
+        names.fc1.bias: graph.initialiser(f"{ffn}.b1")[at_F],
+        names.fc2.bias: graph.initialiser(f"{ffn}.b2"),
     }
-    return found | stored_as_they_are(engine, _parts(names.attention_norm, names.ffn_norm))
+    return found | stored_as_they_are(graph, _parts(names.attention_norm, names.ffn_norm))
 
 
-def stored_as_they_are(engine: Engine, names: tuple[str, ...]) -> dict[str, Floats]:
+def stored_as_they_are(graph: StoredGraph, names: tuple[str, ...]) -> dict[str, Floats]:
     """Those of the named parameters that the graph stores under their own names and as floats."""
     found = {}
     for name in names:
         try:
-            value = engine.initialiser(_TRANSPOSED.get(name, name))
+            value = graph.initialiser(_TRANSPOSED.get(name, name))
         except InputError:
             continue
         if value.dtype == np.float32:
@@ -70,9 +70,9 @@ def _parts(*affine: Any) -> tuple[str, ...]:
     return tuple(name for one in affine for name in (one.weight, one.bias))
 
 
-def _records(engine: Engine, operator: str) -> Floats:
+def _records(graph: StoredGraph, operator: str) -> Floats:
     """Records times their scales, [..., E]."""
-    records, scales = engine.initialiser(f"{operator}.w"), engine.initialiser(f"{operator}.scales")
+    records, scales = graph.initialiser(f"{operator}.w"), graph.initialiser(f"{operator}.scales")
     if records.dtype != np.uint8:
         return np.asarray(records.astype(np.float32) * scales[..., None], np.float32)
     pairs = records.reshape(*scales.shape, INT4_GROUP // 2)  # a group's first half in the low halves of its bytes

@@ -28,6 +28,8 @@ from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
+    import onnx
+
     from shadowc.runtime.causal import EvaluationProtocol, Floats
     from shadowc.runtime.decoder import ScoreSource
     from shadowc.runtime.prompts import Batch, Ids
@@ -102,13 +104,22 @@ class SequenceEngine(Engine):
         )
         return logits_BSV
 
-    def fixed_prober(self) -> Callable[[], SequenceProbe]:
-        """Return a maker of fresh sequences that show the residual stream, under a mask that holds till the end.
+    def fixed_graph(self) -> onnx.ModelProto:
+        """decode_fixed.onnx, without its weights; do not change it."""
+        return self._fixed.load_model()
 
-        K/V of all heads are written, so that what the cache holds can be compared too; no inactive head reads them.
+    def fixed_prober(self, outputs: Sequence[str] = (), *, every_head: bool = True) -> Callable[[], SequenceProbe]:
+        """Return a maker of fresh sequences that show inner tensors, under a mask that holds till the end.
+
+        Args:
+            outputs: names of inner tensors; empty: the residual stream in front of and behind every layer.
+            every_head: K/V of all heads are written, so that what the cache holds can be compared too; no inactive
+                head reads them. False: those that the graph writes as it is.
         """
-        names = [f"residual.{layer}" for layer in range(self.manifest.model.layers + 1)]
-        fixed = rewritten(self._fixed, lambda graph: variants.with_kv(variants.with_outputs(graph, names), "all"))
+        names = list(outputs) or [f"residual.{layer}" for layer in range(self.manifest.model.layers + 1)]
+        fixed = rewritten(self._fixed, lambda graph: variants.with_outputs(graph, names))
+        if every_head:
+            fixed = rewritten(fixed, lambda graph: variants.with_kv(graph, "all"))
         shown = SequenceEngine(self.folder, self.manifest, self._session, fixed, in_place=self._in_place)
         return lambda: SequenceProbe(shown._sequence_decoder, (*shown._graphs.decoding.outputs, *SELECTED))
 

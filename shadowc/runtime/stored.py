@@ -34,6 +34,23 @@ class Ranking:
     neurons: Floats
 
 
+@dataclass(frozen=True, slots=True)
+class StoredGraph:
+    """What one graph of an engine stores."""
+
+    model: onnx.ModelProto
+    folder: Path
+    manifest: EngineManifest
+
+    def initialiser(self, name: str) -> npt.NDArray[Any]:
+        """See `initialiser`."""
+        return initialiser(self.model, self.folder, name)
+
+    def neuron_orders(self) -> dict[int, npt.NDArray[np.int32]]:
+        """See `neuron_orders`."""
+        return neuron_orders(self.folder, self.manifest)
+
+
 def initialiser(model: onnx.ModelProto, folder: Path, name: str) -> npt.NDArray[Any]:
     """One stored tensor of the graph, as it lies in weights.bin.
 

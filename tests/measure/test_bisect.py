@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,10 @@ import pytest
 
 from shadowc.checkpoint.opt import HEAD, layer_names
 from shadowc.measure.bisect import BisectReport, bisect
+from shadowc.runtime.sequence import ScoreMaker
 from shadowc.spec.errors import InputError, VerificationError
-from shadowc.spec.manifest import MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE
+from shadowc.spec.manifest import FIXED_FILE, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE
+from shadowc.spec.ops import SELECT_THRESHOLD
 
 LAYER = 2
 NAMES = layer_names(LAYER)
@@ -172,6 +175,105 @@ def test_graph_that_uses_another_layers_masks_is_told_from_altered_weights(
     assert MODEL_FILE in caught.value.problems[0]
 
 
+def rewrite_fixed(folder: Path, plant: Callable[[onnx.GraphProto], None]) -> None:
+    """Plant a defect in decode_fixed.onnx alone; its size stays."""
+    path = folder / FIXED_FILE
+    model = onnx.load(path, load_external_data=False)
+    plant(model.graph)
+    written = model.SerializeToString()
+    assert len(written) == path.stat().st_size
+    assert written != path.read_bytes()
+    path.write_bytes(written)
+
+
+def stored_as_layer(name: str, layer: int) -> Callable[[onnx.GraphProto], None]:
+    """Let one tensor of LAYER be read where the same tensor of another layer lies."""
+
+    def plant(graph: onnx.GraphProto) -> None:
+        places = {one.name: one.external_data for one in graph.initializer}
+        mine, theirs = (places[f"layers.{number}.{name}"] for number in (LAYER, layer))
+        for entry, other in zip(mine, theirs, strict=True):
+            entry.value = other.value
+
+    return plant
+
+
+def masks_of_layer(operator: str, row: int) -> Callable[[onnx.GraphProto], None]:
+    def plant(graph: onnx.GraphProto) -> None:
+        node = next(node for node in graph.node if node.name == operator)
+        next(one for one in node.attribute if one.name == "layer").i = row
+
+    return plant
+
+
+ONLY_HELD = {
+    "other FFN bias": (stored_as_layer("ffn.b2", LAYER + 1), OUTPUT, [NAMES.fc2.bias]),
+    "other K bias": (stored_as_layer("attention.bqkv", LAYER + 1), f"cached.{LAYER}.key", [NAMES.k.bias]),
+    "masks of another layer's neurons": (masks_of_layer(FFN, 0), OUTPUT, []),
+    "masks of another layer's heads": (
+        masks_of_layer(ATTENTION, 2),
+        f"cached.{LAYER}.key",
+        [],
+    ),  # of a head that is active, not written
+}
+
+
+@pytest.mark.parametrize("name", ONLY_HELD)
+def test_defect_of_the_graph_with_held_masks_alone_is_named_with_that_graph(
+    sequence_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path], name: str
+) -> None:
+    plant, tensor, parameters = ONLY_HELD[name]
+    folder = copied(sequence_engine)
+    rewrite_fixed(folder, plant)
+    report = found(folder, tiny_checkpoint)
+    assert (report.first.graph, report.first.layer, report.first.tensor) == (FIXED_FILE, LAYER, tensor)
+    assert [one.name for one in report.altered] == parameters
+    with pytest.raises(VerificationError, match=f"{FIXED_FILE}, layer {LAYER}, {tensor}") as caught:
+        report.require()
+    assert any(FIXED_FILE in problem for problem in caught.value.problems)
+
+
+def test_held_masks_of_another_selection_are_named(
+    sequence_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path]
+) -> None:
+    def plant(graph: onnx.GraphProto) -> None:
+        nodes = [node for node in graph.node if node.op_type == SELECT_THRESHOLD.name]
+        next(one for node in nodes for one in node.attribute if one.name == "min_active").i = 4
+
+    folder = copied(sequence_engine)
+    rewrite_fixed(folder, plant)
+    report = found(folder, tiny_checkpoint)
+    assert (report.first.graph, report.first.tensor) == (FIXED_FILE, "threshold.heads, threshold.neurons")
+
+
+def test_held_masks_that_another_units_scores_make_are_named(
+    sequence_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sound = ScoreMaker.scores
+
+    def rolled(*arguments: object) -> object:
+        scores, read = sound(*arguments)
+        return tuple(np.roll(array, 1, axis=-1) for array in scores), read
+
+    monkeypatch.setattr(ScoreMaker, "scores", rolled)
+    report = found(sequence_engine, tiny_checkpoint)
+    assert (report.first.graph, report.first.tensor) == (FIXED_FILE, "mask_scores.heads, mask_scores.neurons")
+    assert [one.tensor for one in report.compared if one.deviates] == [report.first.tensor]
+
+
+def test_altered_weight_deviates_in_both_graphs_and_is_named_once(
+    sequence_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path]
+) -> None:
+    folder = copied(sequence_engine)
+    alter(folder, f"{FFN}.b2", (8,), larger)
+    report = found(folder, tiny_checkpoint)
+    assert [(one.graph, one.layer, one.tensor) for one in report.compared if one.deviates] == [
+        (MODEL_FILE, LAYER, OUTPUT),
+        (FIXED_FILE, LAYER, OUTPUT),
+    ]
+    assert [(one.name, one.at) for one in report.altered] == [(NAMES.fc2.bias, (8,))]
+
+
 def stored_head(folder: Path) -> str:
     graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
     (name,) = [one.name for one in graph.initializer if "lm_head" in one.name and one.data_type in WHOLE_NUMBERS]
@@ -218,12 +320,15 @@ def test_sound_engine_has_no_deviation(kind: str, tiny_checkpoint: Path, request
     report.require()
     assert report.first is None
     assert (report.altered, report.changed_files) == ((), ())
-    assert len(report.compared) == 2 + 1 + 5 * 4
+    of_graph = 2 + 1 + 5 * 4
+    assert Counter(one.graph for one in report.compared) == (
+        {MODEL_FILE: of_graph, FIXED_FILE: of_graph + 1} if kind == "sequence_engine" else {MODEL_FILE: of_graph}
+    )
     inner = [one.difference for one in report.compared if one.layer is not None]
     assert 0 < max(inner) < 1e-5
 
 
-@pytest.mark.parametrize("kind", ["sparse_engine", "int8_engine"])
+@pytest.mark.parametrize("kind", ["sparse_engine", "int8_engine", "sequence_engine"])
 def test_reference_graph_is_compared_without_kernels(
     kind: str, tiny_checkpoint: Path, request: pytest.FixtureRequest
 ) -> None:
