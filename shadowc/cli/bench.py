@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from shadowc.cli import flags, render
+from shadowc.cli import drawings, flags, render
 
 if TYPE_CHECKING:
     from shadowc.spec.density import Density
@@ -65,7 +65,8 @@ def bench(
     if plot is not None:
         from shadowc.measure.plot import against_density
 
-        against_density(report, plot)
+        with drawings.told(plot):
+            against_density(report, plot)
         render.say(f"plot: {plot}")
 
 
@@ -79,4 +80,5 @@ def _check_plot(plot: Path, densities: tuple[Density, ...], engine: Path) -> Non
     from shadowc.measure.plot import check
     from shadowc.runtime.load import read_manifest
 
+    drawings.require_place(plot)
     check(plot, densities, sparse=read_manifest(engine).sparsity is not None)

@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from shadowc.cli import flags, render
+from shadowc.cli import compile_flags, flags, render
 
 if TYPE_CHECKING:
     from shadowc.compiler import CompileSummary
@@ -23,49 +22,17 @@ LIMITS = ("max_batch", "max_context", "compute_capability")
 def compile_model(
     context: typer.Context,
     model: flags.Model,
-    out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Engine folder; default: ./MODEL.engine.", show_default=False)
-    ] = None,
-    target: Annotated[str, typer.Option("--target", help="cpu, tensorrt-rtx or tensorrt.")] = "cpu",
-    weights: Annotated[
-        flags.Weights | None,
-        typer.Option(
-            "--weights",
-            help="Type of the weights. cpu: fp32 (default), bf16, int8, int4; "
-            "TensorRT: fp16 (default), bf16, fp32, int8.",
-            show_default=False,
-        ),
-    ] = None,
-    predictor: Annotated[
-        str, typer.Option("--predictor", help="train, none (a dense engine), or the folder of a trained predictor.")
-    ] = "train",
-    head_density: Annotated[float, typer.Option("--head-density", help="Default share of heads kept.")] = 0.5,
-    neuron_density: Annotated[float, typer.Option("--neuron-density", help="Default share of neurons kept.")] = 0.5,
-    scope: Annotated[
-        flags.Scope | None,
-        typer.Option(
-            "--scope",
-            help="Rank within each layer, or over all; default: global, for styles dejavu and shadow+ local.",
-            show_default=False,
-        ),
-    ] = None,
-    select: Annotated[
-        flags.Select,
-        typer.Option(
-            "--select",
-            help="exact: rank the units of every token; calibrated: keep those that reach a threshold which met the "
-            "density on the calibration text; sensitivity: the same, each layer with its own share.",
-        ),
-    ] = "exact",
-    mask: Annotated[
-        flags.Mask, typer.Option("--mask", help="A mask for every token, or one for all tokens after the prompt.")
-    ] = "token",
-    refresh: Annotated[
-        int, typer.Option("--refresh", help="Tokens for which a mask of a sequence holds; 0: until the end.", min=0)
-    ] = 0,
-    skip_zeros: Annotated[
-        bool, typer.Option("--skip-zeros/--no-skip-zeros", help="Skip fc2 where ReLU gave 0 (exact).")
-    ] = True,
+    out: compile_flags.Out = None,
+    target: compile_flags.Target = "cpu",
+    weights: compile_flags.Weights = None,
+    predictor: compile_flags.Predictor = "train",
+    head_density: compile_flags.HeadDensity = 0.5,
+    neuron_density: compile_flags.NeuronDensity = 0.5,
+    scope: compile_flags.Scope = None,
+    select: compile_flags.Select = "exact",
+    mask: compile_flags.Mask = "token",
+    refresh: compile_flags.Refresh = 0,
+    skip_zeros: compile_flags.SkipZeros = True,
     data: flags.Data = "self",
     criterion: flags.Criterion = "plainact",
     positions: flags.Positions = 4096,
@@ -73,33 +40,46 @@ def compile_model(
     labels: flags.PredictorLabels = None,
     neuron_block: flags.NeuronBlock = None,
     width: flags.Width = 0,
-    max_batch: Annotated[int, typer.Option("--max-batch", help="TensorRT: most rows at once.", min=1)] = 4,
-    max_context: Annotated[
-        int, typer.Option("--max-context", help="TensorRT: most tokens; 0: the model's context.", min=0)
-    ] = 0,
-    compute_capability: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--compute-capability",
-            help="TensorRT for RTX: GPUs to build for, such as 8.6; several times.",
-            show_default=False,
-        ),
-    ] = None,
+    max_batch: compile_flags.MaxBatch = 4,
+    max_context: compile_flags.MaxContext = 0,
+    compute_capability: compile_flags.ComputeCapability = None,
     load_format: flags.LoadFormatFlag = "auto",
     offline: flags.Offline = False,
     seed: flags.Seed = 0,
-    dump_passes: Annotated[
-        Path | None, typer.Option("--dump-passes", help="Write the graph after every pass here.", show_default=False)
-    ] = None,
+    dump_passes: compile_flags.DumpPasses = None,
     json: flags.AsJson = False,
 ) -> None:
     """Compile a checkpoint into an engine folder; missing stages run first, finished ones are reused."""
-    from shadowc.spec.density import Density
-    from shadowc.spec.options import CollectOptions, CompileOptions, TrainOptions
-
     if target == "cpu":
         flags.refuse_unused(context, LIMITS, "with --target cpu: an engine takes any batch and the whole context")
-    Density(head_density, neuron_density)  # refuses what is outside 0..1 before any work
+    _refuse_densities(head_density, neuron_density)
+    _refuse_unused(context, predictor, load_format)
+    summary = _compiled(
+        collect={"criterion": criterion, "data": data, "positions": positions, "seed": seed},
+        train={"style": style, "labels": labels, "neuron_block": neuron_block, "width": width, "seed": seed},
+        rest={
+            "model": model, "out": out, "target": target, "weights": weights, "predictor": predictor,
+            "head_density": head_density, "neuron_density": neuron_density, "scope": scope, "select": select,
+            "mask": mask, "refresh": refresh, "skip_zeros": skip_zeros, "load_format": load_format,
+            "offline": offline, "seed": seed, "dump_passes": dump_passes, "max_batch": max_batch,
+            "max_context": max_context, "compute_capability": tuple(compute_capability or ()),
+        },
+    )  # fmt: skip
+    if json:
+        render.as_json(_as_dict(summary))
+    else:
+        _show(summary)
+
+
+def _refuse_densities(heads: float, neurons: float) -> None:
+    """Refuse what is outside 0..1 before any work."""
+    from shadowc.spec.density import Density
+
+    Density(heads, neurons)
+
+
+def _refuse_unused(context: typer.Context, predictor: str, load_format: str) -> None:
+    """Refuse flags that were given and have no effect with this predictor."""
     if predictor == "none":
         flags.refuse_unused(
             context,
@@ -112,45 +92,17 @@ def compile_model(
         untaught = (*COLLECTING, "labels")
         flags.refuse_unused(context, untaught, "with --load-format dummy: a dummy model has a random predictor")
         flags.refuse_unused(context, ("select",), "with --load-format dummy: a random predictor has no thresholds")
-    options = flags.checked(
-        CompileOptions,
-        {
-            "model": model,
-            "out": out,
-            "target": target,
-            "weights": weights,
-            "predictor": predictor,
-            "head_density": head_density,
-            "neuron_density": neuron_density,
-            "scope": scope,
-            "select": select,
-            "mask": mask,
-            "refresh": refresh,
-            "skip_zeros": skip_zeros,
-            "load_format": load_format,
-            "offline": offline,
-            "seed": seed,
-            "collect": flags.checked(
-                CollectOptions, {"criterion": criterion, "data": data, "positions": positions, "seed": seed}
-            ),
-            "train": flags.checked(
-                TrainOptions,
-                {"style": style, "labels": labels, "neuron_block": neuron_block, "width": width, "seed": seed},
-            ),
-            "dump_passes": dump_passes,
-            "max_batch": max_batch,
-            "max_context": max_context,
-            "compute_capability": tuple(compute_capability or ()),
-        },
-    )
+
+
+def _compiled(*, collect: dict[str, object], train: dict[str, object], rest: dict[str, object]) -> CompileSummary:
+    from shadowc.spec.options import CollectOptions, CompileOptions, TrainOptions
+
+    parts = {"collect": flags.checked(CollectOptions, collect), "train": flags.checked(TrainOptions, train)}
+    options = flags.checked(CompileOptions, {**rest, **parts})
     from shadowc.compiler import compile_engine
 
     with render.progress() as progress:
-        summary = compile_engine(options, progress)
-    if json:
-        render.as_json(_as_dict(summary))
-    else:
-        _show(summary)
+        return compile_engine(options, progress)
 
 
 def _as_dict(summary: CompileSummary) -> dict[str, object]:

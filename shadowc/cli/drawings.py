@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from shadowc.spec.errors import InputError
@@ -35,8 +37,19 @@ def write(path: Path, content: bytes) -> None:
     Raises:
         InputError: the file cannot be written.
     """
-    try:
+    with told(path):
         path.write_bytes(content)
+
+
+@contextmanager
+def told(path: Path) -> Iterator[None]:
+    """Around what writes a picture.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    try:
+        yield
     except OSError as error:
         raise _refused(path, error) from error
 

@@ -49,13 +49,11 @@ def check(path: Path, densities: Sequence[Density], *, sparse: bool) -> None:
         sparse: the engine has a predictor.
 
     Raises:
-        InputError: the path is no picture in a folder that exists, or there would be no curve.
+        InputError: the path is no picture's, or there would be no curve.
         SetupError: matplotlib is not installed.
     """
     if path.suffix.lower() not in SUFFIXES:
         raise InputError(f"a plot is a file {', '.join(SUFFIXES)}; found {path}", hint=f"--plot {path.stem}.png")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"there is no folder {path.parent} for the plot", hint=f"mkdir -p {path.parent}")
     if not sparse:
         raise InputError(
             "a dense engine has no densities to plot", hint="leave --plot out, or compile without --predictor none"

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -138,6 +140,34 @@ def test_what_cannot_be_drawn_is_refused_before_it_is_measured(
     assert result.exit_code == 2
     assert says in result.stderr
     assert "next: " in result.stderr
+
+
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize("closed", ["", "curve.png"], ids=["folder", "file"])
+def test_a_plot_where_nothing_may_be_written_is_refused_before_it_is_measured(
+    shadowc: Shadowc, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, closed: str
+) -> None:
+    plot = tmp_path / "curve.png"
+    if closed:
+        plot.touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: not (mode & os.W_OK and Path(path) == tmp_path / closed))
+    result = shadowc("bench", engine, "--plot", plot)
+    assert result.exit_code == 2
+    assert f"cannot write {plot}: Permission denied" in result.stderr
+
+
+def test_a_plot_that_cannot_be_written_in_the_end_is_told_behind_what_was_measured(
+    shadowc: Shadowc, engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("shadowc.measure.plot.check", lambda *_, **__: None)
+    monkeypatch.setattr("shadowc.measure.plot.against_density", full)
+    result = shadowc("bench", engine, "--densities", "0.5", *QUICK, "--plot", tmp_path / "curve.png", "--json")
+    assert result.exit_code == 2
+    assert "curve.png: No space left on device" in result.stderr
+    assert json.loads(result.stdout)["rows"]
 
 
 @pytest.mark.usefixtures("nothing_runs")

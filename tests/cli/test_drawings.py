@@ -31,7 +31,9 @@ def folder(tmp_path: Path) -> Path:
 def test_a_place_that_cannot_take_a_picture_is_refused_before_the_engine_is_looked_for(
     shadowc: Shadowc, folder: Path, name: str
 ) -> None:
-    for command in (("run", folder / "no.engine", PROMPT, "--save-map"), ("inspect", folder / "no.engine", "--graph")):
+    engine = folder / "no.engine"
+    commands = ("run", engine, PROMPT, "--save-map"), ("inspect", engine, "--graph"), ("bench", engine, "--plot")
+    for command in commands:
         result = shadowc(*command, folder / name)
         assert (result.exit_code, result.stdout) == (2, "")
         assert result.stderr.startswith(f"error: cannot write {folder / name}: "), result.stderr
