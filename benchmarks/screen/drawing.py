@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bits per byte against bytes read: a panel for every criterion with a grid, else for every one with a predictor."""
+"""Bits per byte against bytes read: a panel for every criterion with a grid, else for each of the best."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.screen.measured import Line
+from benchmarks.screen.plan import BEST
 from benchmarks.screen.table import Found, best_criteria
 from shadowc.measure.plot import FLOOR, figure, save
 
@@ -27,7 +28,7 @@ def bits_against_bytes(found: Found, path: Path) -> None:
     """
     lines = found.grid or found.screen
     drawn_of = {line.criterion for line in lines}
-    names = [name for name in best_criteria(found.screen, len(found.screen)) if name in drawn_of]
+    names = [name for name in best_criteria(found.screen, BEST if lines is found.screen else None) if name in drawn_of]
     common = [line for line in found.screen if not line.criterion]
     columns = min(COLUMNS, len(names))
     drawn, panels = figure(-(-len(names) // columns), columns, scale=1.3)

@@ -58,8 +58,8 @@ def mean_of(lines: Sequence[Line]) -> Metric:
     return Metric(METRIC, "bits", tuple(bits), metrics[0].denominator)
 
 
-def best_criteria(lines: Iterable[Line], count: int) -> list[str]:
-    """The criteria whose predictors cost the fewest bits in the mean over styles, scopes and densities."""
+def best_criteria(lines: Iterable[Line], count: int | None = None) -> list[str]:
+    """The criteria whose predictors cost the fewest bits in the mean over styles, scopes and densities; None: all."""
     by_criterion: dict[str, list[Line]] = {}
     for line in lines:
         if line.learned:
@@ -133,7 +133,7 @@ def as_markdown(found: Found) -> str:
 def _criteria(found: Found) -> Iterator[str]:
     """Criteria by the mean over their predictors, with their references."""
     lines = found.screen
-    names = best_criteria(lines, len(lines))
+    names = best_criteria(lines)
     means = {name: mean_of([x for x in lines if x.learned and x.criterion == name]) for name in names}
     yield "## Criteria, in the mean over styles, scopes and densities\n"
     yield _heading("criterion", "predictors", "95 %", "behind the best", "95 %", "static", "normalised", "oracle")
@@ -180,7 +180,7 @@ def _rankings(lines: Sequence[Line]) -> Iterator[str]:
 def _by_density(lines: Sequence[Line]) -> Iterator[str]:
     """A table for every density: criteria down, styles across."""
     with_criterion = [line for line in lines if line.criterion]
-    names = [*best_criteria(lines, len(lines))]
+    names = [*best_criteria(lines)]
     names += [name for name in dict.fromkeys(x.criterion for x in with_criterion) if name not in names]
     columns = list(dict.fromkeys(line.column for line in sorted(with_criterion, key=lambda x: not x.learned)))
     for density in dict.fromkeys(line.row.setting.density for line in lines):
