@@ -58,6 +58,30 @@ def test_select_equals_numpy_when_threads_share_the_work(scope, shape):
         np.testing.assert_array_equal(active, expected[1])
 
 
+UNEVEN = {
+    "one value": lambda rng, n: np.full(n, 0.25, np.float32),
+    "two values": lambda rng, n: rng.choice(np.float32([0.0, 1.0]), n),
+    "mostly zeros": lambda rng, n: np.maximum(rng.standard_normal(n) - 1.5, 0),
+    "all magnitudes": lambda rng, n: rng.choice([-1, 1], n) * np.exp2(rng.uniform(-149, 127, n)),
+    "one far away": lambda rng, n: np.where(np.arange(n) == n // 2, 3e38, rng.standard_normal(n)),
+    "infinities and NaN": lambda rng, n: rng.choice([-np.inf, np.inf, np.nan, 0.0, -0.0, 1e-45], n),
+    "ascending": lambda rng, n: np.arange(n),
+}
+
+
+@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize("kind", UNEVEN)
+def test_select_finds_the_threshold_among_unevenly_spread_scores(kind, scope):
+    rng = np.random.default_rng(2)
+    for n in (49, 1000, 8192):
+        scores = np.stack([UNEVEN[kind](rng, n).astype(np.float32) for _ in range(2)])[None, None]
+        for density in (1 / n, 0.03, 0.5, 0.9, 1 - 1 / n):
+            threshold, active = select(scores, [density], scope=scope, exempt=[-1], min_active=n // 3)
+            expected = numpy_reference.select_threshold(scores, np.float32([density]), scope, min_active=n // 3)
+            np.testing.assert_array_equal(threshold, expected[0])
+            np.testing.assert_array_equal(active, expected[1])
+
+
 def test_select_uses_each_rows_own_density():
     scores = np.tile(np.arange(10, dtype=np.float32), (3, 1, 1, 1))
     _, active = select(scores, [0.0, 0.3, 1.0])

@@ -1,0 +1,171 @@
+// SPDX-License-Identifier: Apache-2.0
+// The k-th largest of many scores, once per SIMD target. Scores become order-preserving integer keys; then
+// one side of a pivot is kept, again and again, until few keys or only equal ones are left. The result is a
+// score, so it does not depend on the pivots, and is the same on every target.
+
+#if defined(SHADOWC_CPU_SELECT_KTH_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef SHADOWC_CPU_SELECT_KTH_INL_H_
+#undef SHADOWC_CPU_SELECT_KTH_INL_H_
+#else
+#define SHADOWC_CPU_SELECT_KTH_INL_H_
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <limits>
+
+#include "hwy/highway.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace shadowc {
+namespace HWY_NAMESPACE {
+namespace hn = hwy::HWY_NAMESPACE;
+
+using DScores = hn::ScalableTag<float>;
+using DKeys = hn::ScalableTag<uint32_t>;
+
+inline constexpr uint32_t kSignBit = 0x80000000u;
+
+// Larger scores have larger keys; NaN ranks as +inf. -0 ranks just below +0, which changes no comparison with
+// the threshold found.
+HWY_INLINE uint32_t KeyOf(float score) {
+  if (score != score) score = std::numeric_limits<float>::infinity();
+  uint32_t bits;
+  std::memcpy(&bits, &score, sizeof bits);
+  return (bits & kSignBit) != 0 ? ~bits : bits | kSignBit;
+}
+
+HWY_INLINE float ScoreOf(uint32_t key) {
+  const uint32_t bits = (key & kSignBit) != 0 ? key & ~kSignBit : ~key;
+  float score;
+  std::memcpy(&score, &bits, sizeof score);
+  return score;
+}
+
+// Some keys and the smallest and largest of them.
+struct Keys {
+  uint32_t* key;
+  size_t count = 0;
+  uint32_t low = ~uint32_t{0}, high = 0;
+
+  HWY_INLINE void Include(uint32_t smallest, uint32_t largest) {
+    low = std::min(low, smallest);
+    high = std::max(high, largest);
+  }
+};
+
+// Appends the keys of n scores.
+HWY_INLINE void AppendKeys(const float* scores, size_t n, Keys* keys) {
+  const DScores df;
+  const DKeys du;
+  const hn::RebindToSigned<DKeys> di;
+  const size_t lanes = hn::Lanes(df);
+  const auto infinity = hn::Inf(df);
+  const auto sign = hn::Set(du, kSignBit);
+  auto low = hn::Set(du, ~uint32_t{0}), high = hn::Zero(du);
+  uint32_t* to = keys->key + keys->count;
+  size_t i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    auto score = hn::LoadU(df, scores + i);
+    score = hn::IfThenElse(hn::IsNaN(score), infinity, score);
+    const auto negative = hn::BitCast(du, hn::ShiftRight<31>(hn::BitCast(di, score)));
+    const auto key = hn::Xor(hn::BitCast(du, score), hn::Or(negative, sign));
+    hn::StoreU(key, du, to + i);
+    low = hn::Min(low, key), high = hn::Max(high, key);
+  }
+  if (i != 0) keys->Include(hn::ReduceMin(du, low), hn::ReduceMax(du, high));
+  for (; i < n; ++i) {
+    to[i] = KeyOf(scores[i]);
+    keys->Include(to[i], to[i]);
+  }
+  keys->count += n;
+}
+
+// How many keys are at least `pivot`.
+HWY_INLINE size_t CountFrom(const Keys& keys, uint32_t pivot) {
+  const DKeys du;
+  const size_t lanes = hn::Lanes(du);
+  const auto least = hn::Set(du, pivot);
+  size_t count = 0, i = 0;
+  for (; i + lanes <= keys.count; i += lanes) {
+    count += hn::CountTrue(du, hn::Ge(hn::LoadU(du, keys.key + i), least));
+  }
+  for (; i < keys.count; ++i) count += keys.key[i] >= pivot;
+  return count;
+}
+
+// Keeps the keys of one side, in place: those of at least `pivot`, or the others.
+template <bool kUpper>
+HWY_INLINE void Keep(uint32_t pivot, Keys* keys) {
+  const DKeys du;
+  const size_t lanes = hn::Lanes(du);
+  const auto least = hn::Set(du, pivot), most = hn::Set(du, ~uint32_t{0}), zero = hn::Zero(du);
+  auto low = most, high = zero;
+  size_t kept = 0, i = 0;
+  keys->low = ~uint32_t{0}, keys->high = 0;
+  for (; i + lanes <= keys->count; i += lanes) {
+    const auto key = hn::LoadU(du, keys->key + i);
+    const auto stays = kUpper ? hn::Ge(key, least) : hn::Lt(key, least);
+    low = hn::Min(low, hn::IfThenElse(stays, key, most));
+    high = hn::Max(high, hn::IfThenElseZero(stays, key));
+    // Never in front of what was read: kept <= i, and a whole vector of keys ends where this one does.
+    kept += hn::CompressStore(key, stays, du, keys->key + kept);
+  }
+  if (kept != 0) keys->Include(hn::ReduceMin(du, low), hn::ReduceMax(du, high));
+  for (; i < keys->count; ++i) {
+    const uint32_t key = keys->key[i];
+    if ((key >= pivot) != kUpper) continue;
+    keys->key[kept++] = key;
+    keys->Include(key, key);
+  }
+  keys->count = kept;
+}
+
+// A key above keys.low, at most keys.high: in the middle of the scores, or of the keys. The former halves
+// what is spread evenly, the latter leaves at most 32 steps whatever the scores are.
+HWY_INLINE uint32_t PivotOf(const Keys& keys, bool of_scores) {
+  const float middle = 0.5f * ScoreOf(keys.low) + 0.5f * ScoreOf(keys.high);
+  if (of_scores && std::isfinite(middle)) return std::clamp(KeyOf(middle), keys.low + 1, keys.high);
+  return keys.low + (keys.high - keys.low) / 2 + 1;
+}
+
+// The k-th largest score, 1 <= k <= keys->count; uses the keys up.
+HWY_INLINE float KthLargest(Keys* keys, size_t k) {
+  constexpr size_t kFew = 48;  // sorted by scalars
+  for (bool of_scores = true; keys->low != keys->high; of_scores = !of_scores) {
+    if (keys->count <= kFew) {
+      std::nth_element(keys->key, keys->key + (k - 1), keys->key + keys->count, std::greater<>());
+      return ScoreOf(keys->key[k - 1]);
+    }
+    const uint32_t pivot = PivotOf(*keys, of_scores);
+    const size_t above = CountFrom(*keys, pivot);
+    if (above >= k) {
+      Keep<true>(pivot, keys);
+    } else {
+      k -= above;
+      Keep<false>(pivot, keys);
+    }
+  }
+  return ScoreOf(keys->low);
+}
+
+// How many scores are not below the threshold, NaN among them.
+HWY_INLINE size_t CountActive(const float* scores, size_t n, float threshold) {
+  const DScores df;
+  const size_t lanes = hn::Lanes(df);
+  const auto least = hn::Set(df, threshold);
+  size_t below = 0, i = 0;
+  for (; i + lanes <= n; i += lanes) below += hn::CountTrue(df, hn::Lt(hn::LoadU(df, scores + i), least));
+  for (; i < n; ++i) below += scores[i] < threshold;
+  return n - below;
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace shadowc
+HWY_AFTER_NAMESPACE();
+
+#endif  // include guard, toggled per target
