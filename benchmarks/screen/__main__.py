@@ -87,7 +87,7 @@ def screen(asked: plan.Plan, origin: Origin, given: argparse.Namespace) -> str:
         learned = Learned(given.out, asked, checkpoint, model, origin, progress, say)
         measured = Measured(given.out, model, checkpoint, corpus, asked.seed, progress)
         work = _Work(asked, learned, measured, say)
-        found = work.done(about, grid=given.grid, parts=given.parts)
+        found = work.done(about, grid=given.grid, seeds=given.seeds, parts=given.parts)
         return _write(found, given.out, say)
 
 
@@ -106,7 +106,7 @@ class _Work:
         self._traces: dict[str, ImportanceTrace] = {}
         self._hashes: dict[str, str] = {}
 
-    def done(self, about: Mapping[str, Any], *, grid: int, parts: int) -> table.Found:
+    def done(self, about: Mapping[str, Any], *, grid: int, seeds: int, parts: int) -> table.Found:
         """Do everything; the grid and the parts of so many of the best criteria."""
         asked = self._asked
         self._traces = self._learned.traces()
@@ -119,9 +119,9 @@ class _Work:
         best = table.best_criteria(found, max(grid, parts))
         every: list[Line] = []
         if grid:
-            seeds = [asked.seed + number for number in range(plan.GRID_SEEDS)]
             for criterion in best[:grid]:
-                every += self._of_criterion(criterion, asked.both(plan.GRID), seeds)
+                drawn = range(asked.seed, asked.seed + seeds)
+                every += self._of_criterion(criterion, asked.both(plan.GRID), drawn)
         alone = self._bare(asked.parts())[1:] if parts else []
         for criterion in best[:parts]:
             alone += self._of_criterion(criterion, asked.parts(), [asked.seed])
@@ -268,11 +268,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--scopes", default=",".join(plan.SCOPES), help="by commas (%(default)s)")
     add("--densities", default=",".join(map(str, plan.DENSITIES)), help="of heads and neurons alike (%(default)s)")
     best: Any = {"type": int, "nargs": "?", "default": 0, "const": plan.BEST, "metavar": "N"}
-    add(
-        "--grid",
-        help=f"{len(plan.GRID)} densities and {plan.GRID_SEEDS} seeds, of N best criteria ({plan.BEST})",
-        **best,
-    )
+    add("--grid", help=f"{len(plan.GRID)} densities and several seeds, of N best criteria ({plan.BEST})", **best)
+    add("--seeds", type=int, default=plan.GRID_SEEDS, help="of the grid's predictors (%(default)s)")
     add("--parts", help=f"heads alone and neurons alone too, of N best criteria ({plan.BEST})", **best)
     add("--tokens", type=int, default=TOKENS, help="evaluated at least, where the text has them (%(default)s)")
     add("--window", type=int, help="tokens of a window; default: the model's context")

@@ -62,9 +62,8 @@ def whole(run: Screen, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A screen with its grid and parts. Read only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "GRID", (0.25, 0.5))
-        patch.setattr(plan, "GRID_SEEDS", 2)
         out = tmp_path_factory.mktemp("screen") / "whole"
-        assert run(out, "--grid", "1", "--parts", "1") == 0
+        assert run(out, "--grid", "1", "--seeds", "2", "--parts", "1") == 0
     return out
 
 
