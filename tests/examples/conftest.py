@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from tests.conftest import TINY, random_model, write_tokenizer
 from tests.e2e.compiled import options
 from tests.emit import engines
 from tests.examples import hosts
@@ -40,6 +41,19 @@ def mini(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     parent = tmp_path_factory.mktemp("mini")
     kinds = ("fp32", "int8", "int4")
     return {kind: shadowc.compile(options("opt-mini", parent / f"{kind}.engine", weights=kind)) for kind in kinds}
+
+
+@pytest.fixture(scope="session")
+def norms_last(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model of opt-350m's form, norms behind blocks and embeddings projected: fp32 and int8. Read only."""
+    import shadowc
+
+    parent = tmp_path_factory.mktemp("last")
+    checkpoint = parent / "opt-last"
+    random_model({**TINY, "word_embed_proj_dim": 32, "do_layer_norm_before": False}).save_pretrained(checkpoint)
+    write_tokenizer(checkpoint)
+    kinds = ("fp32", "int8")
+    return {kind: shadowc.compile(options(checkpoint, parent / f"{kind}.engine", weights=kind)) for kind in kinds}
 
 
 @pytest.fixture(scope="session")

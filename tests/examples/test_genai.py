@@ -14,6 +14,7 @@ import pytest
 
 import shadowc
 from tests.conftest import TINY
+from tests.e2e.compiled import options
 from tests.emit import engines
 from tests.examples import hosts
 
@@ -56,6 +57,28 @@ def test_tokens_equal_those_of_python_single_and_batched(
     batched = generate(genai, folder, BATCH, 40, *flags)
     assert batched == by_python(folder, BATCH, 40, density)
     assert generate(genai, folder, BATCH[1:2], 40, *flags) == batched[1:2]
+
+
+@pytest.mark.parametrize("density", DENSITIES)
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+def test_tokens_of_a_model_with_norms_last_and_projections_equal_those_of_python(
+    genai: Path, norms_last: dict[str, Path], kind: str, density: tuple[float, float] | None
+) -> None:
+    folder, flags = norms_last[kind], flags_of(density)
+    batched = generate(genai, folder, BATCH, 40, *flags)
+    assert batched == by_python(folder, BATCH, 40, density)
+    assert len({tuple(row[len(BATCH[0]) :]) for row in batched}) > 1, "rows depend on their prompts"
+    assert generate(genai, folder, BATCH[1:2], 40, *flags) == batched[1:2]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("weights", ["fp32", "int8"])
+def test_tokens_of_opt_350m_at_its_true_sizes_equal_those_of_python(genai: Path, tmp_path: Path, weights: str) -> None:
+    folder = shadowc.compile(options("opt-350m", tmp_path / "e", load_format="dummy", weights=weights))
+    for density in (None, (1.0, 1.0), (0.5, 0.2)):
+        batched = generate(genai, folder, BATCH, 24, *flags_of(density))
+        assert batched == by_python(folder, BATCH, 24, density)
+        assert generate(genai, folder, BATCH[2:], 24, *flags_of(density)) == batched[2:]
 
 
 def test_the_environment_is_stock_and_the_dial_turns(genai: Path, folders: dict[str, Path]) -> None:
