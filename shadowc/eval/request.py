@@ -26,11 +26,11 @@ PROMPT_TOKENS: Mapping[Protocol, int] = MappingProxyType({"decode": 1, "prompt":
 """Dense tokens that a window of text begins with, unless a call says otherwise."""
 ALL = Density()
 DENSE = "dense"
+"""Method of a setting without masks."""
 BY_THRESHOLD = ("calibrated", "sensitivity")
 """Methods whose masks are the predictor's scores against calibrated thresholds."""
 LEARNED = ("predictor", *BY_THRESHOLD)
 """Methods that ask the predictor; "predictor" ranks its scores."""
-"""Method of a setting without masks."""
 
 
 @dataclass(frozen=True, slots=True)

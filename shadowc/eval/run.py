@@ -142,7 +142,10 @@ def _rows(model: EvaluatedModel, corpus: Corpus, settings: Sequence[Setting], st
         outcomes = [known[index] for index in range(len(corpus.items))]
         metrics = corpus.metrics(outcomes)
         base = metrics if base is None else base
-        heads, neurons = _active([outcome for one in outcomes for outcome in one])
+        every = [outcome for one in outcomes for outcome in one]
+        heads, neurons = _active(every)
+        # Answers of one token are predicted by the prompt: nothing is masked, so no predictor is read either.
+        dense = setting.dense or not any(outcome.masked for outcome in every)
         yield Row(
             corpus=corpus,
             setting=setting,
@@ -152,8 +155,8 @@ def _rows(model: EvaluatedModel, corpus: Corpus, settings: Sequence[Setting], st
             active_heads=heads,
             active_neurons=neurons,
             masked_share=corpus.masked_share(setting),
-            sparsity=0.0 if setting.dense else model.ledger.sparsity(setting, heads, neurons),
-            bytes_read=model.ledger.dense if setting.dense else model.ledger.read(setting, heads, neurons),
+            sparsity=0.0 if dense else model.ledger.sparsity(setting, heads, neurons),
+            bytes_read=model.ledger.dense if dense else model.ledger.read(setting, heads, neurons),
         )
 
 

@@ -57,3 +57,10 @@ def test_an_engine_in_fp32_has_the_sparsity_that_torch_says(
         assert one.sparsity == pytest.approx(other.sparsity, abs=0.01)  # an engine's records have scales
     static = rows[0][2]
     assert static.sparsity == pytest.approx(0.5 * (1 - 1 / in_torch.ledger.layers), abs=0.15)
+
+
+def test_where_no_token_is_masked_nothing_is_saved_and_no_predictor_is_read(in_torch: TorchModel) -> None:
+    pairs = corpus_of(in_torch, "pairs of tokens", [PROSE], "0", 2)  # the first of two is dense, the second predicted
+    dense, predicted = evaluate(in_torch, [pairs], settings_of(["predictor"], [HALF], ("decode",))).rows
+    assert (predicted.setting.method, predicted.masked_share) == ("predictor", 0)
+    assert (predicted.sparsity, predicted.bytes_read) == (0, dense.bytes_read)
