@@ -87,12 +87,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error("--shots is 0 or more, --count 1 or more, and --out a .jsonl file")
     try:
         prompts = solved_prompts(given.tasks, tasks_named(given.task), given.shots, given.count, given.seed)
-        given.out.write_text("".join(json.dumps({"text": text}) + "\n" for text in prompts), "utf-8")
+        with given.out.open("x", encoding="utf-8") as file:  # nobody's file is replaced
+            file.writelines(json.dumps({"text": text}) + "\n" for text in prompts)
     except ShadowcError as error:
         parser.error(f"{error}: {error.hint}" if error.hint else str(error))
     except OSError as error:
         parser.error(f"{given.out} cannot be written: {error.strerror}")
-    sys.stdout.write(f"{len(prompts)} prompts of {given.shots} shots in {given.out}\n")
     return 0
 
 

@@ -80,11 +80,19 @@ def test_bad_files_are_named(tasks: Path, tmp_path: Path, capsys: pytest.Capture
     assert not out.exists()
 
 
-def test_the_file_is_calibration_text(tasks: Path, tmp_path: Path) -> None:
+def test_the_file_is_calibration_text_and_replaces_none(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     from shadowc.sparsity.calibration import read_text
 
     out = tmp_path / "prompts.jsonl"
-    assert main([str(tasks), "--out", str(out), "--task", "piqa", "--shots", "1", "--count", "4"]) == 0
+    arguments = [str(tasks), "--out", str(out), "--task", "piqa", "--shots", "1", "--count", "4"]
+    assert main(arguments) == 0
+    written = out.read_text()
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert f"{out} cannot be written: File exists" in capsys.readouterr().err
+    assert out.read_text() == written
     documents, _ = read_text(out)
     assert documents == [json.loads(line)["text"] for line in out.read_text().splitlines()]
     assert len(documents) == 4
