@@ -85,11 +85,12 @@ def assert_as_defined(arrays, **attributes):
     y, key, value, context, expected_read = numpy_reference.sparse_attention(**arrays, **attributes, stored=stored)
     oracle = kernels.oracle_run(SPARSE_ATTENTION, arrays, **attributes)
     tolerance = kernels.CACHE_TOLERANCE[str(stored[0].dtype)]
-    # A value that rounds to its other neighbour moves the mean of values by as much as values are apart.
-    largest = float(np.nanmax(np.abs(live(value, arrays)), initial=1))
-    for name, expected in (("y", y), ("context", context)):
+    # The ONNX function's host attends to new keys and values before a narrow cache rounds them, and where logits are
+    # large that moves the result without a limit: each is held to the definition with the keys that it attends to.
+    unrounded = numpy_reference.sparse_attention(**arrays, **attributes)
+    for name, place, expected in (("y", 0, y), ("context", 3, context)):
         kernels.assert_close(found[name], expected)
-        kernels.assert_close(found[name], oracle[name], tolerance, largest if tolerance > kernels.TOLERANCE else 1.0)
+        kernels.assert_close(oracle[name], unrounded[place])
     for name, expected in (("present_key", key), ("present_value", value)):
         assert found[name].dtype == arrays["past_key"].dtype
         kernels.assert_close(live(found[name], arrays), live(expected, arrays), tolerance)
