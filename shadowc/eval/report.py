@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from shadowc.eval.corpus import Corpus
     from shadowc.eval.means import Mean
     from shadowc.eval.metric import Interval
+    from shadowc.eval.request import Setting
     from shadowc.eval.run import Comparison, Evaluation, Row
 
 Value = str | int | float | None
@@ -99,17 +100,20 @@ def columns(corpus: Corpus, rows: Sequence[Row]) -> tuple[str, ...]:
     )  # fmt: skip
 
 
+def _masks(setting: Setting) -> tuple[str, ...]:
+    """Whose masks, how dense, by which protocol and ranked over what; of a dense row its name alone."""
+    if setting.dense:
+        return (setting.method, "", "", "", "")
+    return setting.method, f"{setting.density.heads:g}", f"{setting.density.neurons:g}", setting.protocol, setting.scope
+
+
 def cells(row: Row) -> tuple[str, ...]:
     """One row for people: figures with their interval, then what they cost."""
     setting, dense = row.setting, row.setting.dense
     main = row.metrics[0]
     spread = f"± {main.standard_error:.4f}" if main.kind == "share" else span(row.intervals[0])
     return (
-        setting.method,
-        "" if dense else f"{setting.density.heads:g}",
-        "" if dense else f"{setting.density.neurons:g}",
-        "" if dense else setting.protocol,
-        "" if dense else setting.scope,
+        *_masks(setting),
         _figure(main.value),
         spread,
         "" if dense else f"{row.above_dense[0].value:+.4f}",
@@ -159,11 +163,7 @@ def mean_cells(one: Mean) -> tuple[str, ...]:
     """A mean over tasks for people."""
     setting, dense = one.setting, one.setting.dense
     return (
-        setting.method,
-        "" if dense else f"{setting.density.heads:g}",
-        "" if dense else f"{setting.density.neurons:g}",
-        "" if dense else setting.protocol,
-        "" if dense else setting.scope,
+        *_masks(setting),
         _figure(one.value),
         f"± {one.standard_error:.4f}",
         "" if dense else f"{one.above_dense.value:+.4f}",
