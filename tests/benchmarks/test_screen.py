@@ -147,6 +147,22 @@ def test_everything_is_there_with_its_hashes(whole: Path) -> None:
     assert len(report["rows"]) == len(figures(whole))
 
 
+def test_a_llama_type_model_is_screened_with_all_styles(
+    llama_folder: Path, texts: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """The units are its own: query heads, gated neurons; a token's true scores run backward through them."""
+    places = ("--model", str(llama_folder), "--data", str(texts[0]), "--text", str(texts[1]), "--out", str(tmp_path))
+    assert command.main([*places, *FLAGS, "--criteria", "fisher,activation,random"]) == 0
+    lines = {(x["criterion"], x["style"], x["scope"]): x for x in figures(tmp_path)}
+    both = ("local", "global")
+    learned = [("shadow", "local"), ("shadow", "global"), ("dejavu", "local"), ("shadow+", "local")]
+    wanted = {(c, s, scope) for c in ("fisher", "activation") for s, scope in learned}
+    wanted |= {(c, "oracle", scope) for c in ("fisher", "activation") for scope in both}
+    assert wanted <= set(lines)
+    assert all(float(lines[key]["above_dense"]) for key in wanted)
+    assert all(0 < float(lines[key]["active_heads"]) < 1 > float(lines[key]["active_neurons"]) > 0 for key in wanted)
+
+
 class Killed(BaseException):
     """As if the process had ended here."""
 
