@@ -256,6 +256,7 @@ class _Compile:
             "checkpoint": checkpoint.identity,
             "name": checkpoint.facts.name,
             "options": options.model_dump(mode="json", exclude={**unused, **where}),
+            "fill": None if "train" in unused else options.collect.fill,  # random predictors have one too
             "data": None if "collect" in unused else data_hash(options),
             "predictor": content_hash(Path(options.predictor)) if self._predictor_folder() else options.predictor,
             **target(options.target).libraries(options),
@@ -299,6 +300,7 @@ class _Compile:
             file_entries,
             model_part,
             write_controls,
+            write_means,
             write_orders,
         )
         from shadowc.emit.target import target
@@ -317,6 +319,8 @@ class _Compile:
                 write_controls(folder, predictor.controls)
             if predictor is not None:
                 write_orders(folder, {f"order.{i}": order_F for i, order_F in enumerate(predictor.orders_LF, start=1)})
+            if predictor is not None and predictor.means:
+                write_means(folder, predictor.means)
             files = file_entries(folder, emitted.files)
         manifest = EngineManifest(
             producer=tool_versions(),
@@ -376,6 +380,7 @@ class _Compile:
             head_density=options.head_density,
             neuron_density=options.neuron_density,
             neuron_block=predictor.block,
+            fill=predictor.fill,
             predictor={**predictor.meta, "widths": widths, "parameters": predictor.parameters},
         )
 

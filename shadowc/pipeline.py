@@ -72,6 +72,7 @@ def schedule(
     from shadowc.passes import (
         canonicalise,
         cluster_neurons,
+        fill_heads,
         finalise,
         fix_mask,
         fold_norms,
@@ -88,6 +89,7 @@ def schedule(
         Pass(canonicalise.NAME, canonicalise.apply),
         Pass(insert_predictor.NAME, insert_predictor.apply) if sparse else None,
         Pass(sparsify_attention.NAME, sparsify_attention.apply),
+        Pass(fill_heads.NAME, fill_heads.apply) if sparse else None,
         Pass(sparsify_ffn.NAME, partial(sparsify_ffn.apply, skip_zeros=skip_zeros)),
         Pass(cluster_neurons.NAME, cluster_neurons.apply) if sparse else None,
         Pass(quantise.NAME, partial(quantise.apply, weights=weights, products=cpu)) if narrow else None,

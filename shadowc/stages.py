@@ -94,8 +94,8 @@ class Stages:
         if options.predictor != "train":
             return Predictor.load(Path(options.predictor), checkpoint.facts)
         if checkpoint.dummy:
-            train = options.train
-            return Predictor.dummy(checkpoint.facts, train.neuron_block, train.width, options.seed, train.style)
+            train, fill = options.train, options.collect.fill
+            return Predictor.dummy(checkpoint.facts, train.neuron_block, train.width, options.seed, train.style, fill)
         return self._trained(checkpoint)
 
     def _trained(self, checkpoint: Checkpoint) -> Predictor:

@@ -24,6 +24,7 @@ def collect(
     criterion: flags.Criterion = "plainact",
     positions: flags.Positions = 4096,
     length: Annotated[int, typer.Option("--length", help="Tokens per calibration sequence.", min=8)] = 256,
+    fill: flags.HeadFill = "mean",
     load_format: flags.LoadFormatFlag = "auto",
     offline: flags.Offline = False,
     seed: flags.Seed = 0,
@@ -34,7 +35,7 @@ def collect(
 
     options = flags.checked(
         CollectOptions,
-        {"criterion": criterion, "data": data, "positions": positions, "length": length, "seed": seed},
+        {"criterion": criterion, "data": data, "positions": positions, "length": length, "fill": fill, "seed": seed},
     )
     from shadowc.sparsity.importance import Origin
     from shadowc.sparsity.workflow import record
@@ -55,6 +56,7 @@ def _show(trace: ImportanceTrace) -> None:
             "criterion": str(meta["criterion"]),
             "text": f"{meta['source']}, {meta['sequences']:,} sequences of {meta['length']} tokens",
             "positions": f"{meta['positions']:,} of {trace.layers} layers",
+            "skipped heads": f"leave their {meta['fill']}" if meta.get("fill") == "mean" else "leave zero",
             "exact zeros": ", ".join(f"{render.share(share)} of {kind}" for kind, share in meta["zeros"].items()),
             "dense loss": "not run" if meta["loss"] is None else f"{meta['loss']:.3f} nats per token",
             "folder": str(trace.folder),

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 COLLECTING = ("data", "criterion", "positions")
-TRAINING = ("style", "labels", "neuron_block", "width")
+TRAINING = ("style", "labels", "neuron_block", "width", "fill")
 LIMITS = ("max_batch", "max_context", "compute_capability")
 
 
@@ -36,6 +36,7 @@ def compile_model(
     data: flags.Data = "self",
     criterion: flags.Criterion = "plainact",
     positions: flags.Positions = 4096,
+    fill: flags.HeadFill = "mean",
     style: flags.PredictorStyle = "shadow",
     labels: flags.PredictorLabels = None,
     neuron_block: flags.NeuronBlock = None,
@@ -55,7 +56,7 @@ def compile_model(
     _refuse_densities(head_density, neuron_density)
     _refuse_unused(context, predictor, load_format)
     summary = _compiled(
-        collect={"criterion": criterion, "data": data, "positions": positions, "seed": seed},
+        collect={"criterion": criterion, "data": data, "positions": positions, "fill": fill, "seed": seed},
         train={"style": style, "labels": labels, "neuron_block": neuron_block, "width": width, "seed": seed},
         rest={
             "model": model, "out": out, "target": target, "weights": weights, "predictor": predictor,

@@ -21,6 +21,7 @@ Mask = Literal["token", "sequence"]
 LoadFormat = Literal["auto", "dummy"]
 Style = Literal["shadow", "dejavu", "shadow+"]
 Labels = Literal["scores", "top", "graded"]
+Fill = Literal["mean", "zero"]
 MemoryKind = Literal["shared", "private"]
 
 # --- the model
@@ -50,6 +51,10 @@ Data = Annotated[
 Criterion = Annotated[str, typer.Option("--criterion", help="Importance of a unit; `shadowc criteria` lists them.")]
 Positions = Annotated[
     int, typer.Option("--positions", "--samples", help="Token positions to record.", min=16, show_default=True)
+]
+HeadFill = Annotated[
+    Fill,
+    typer.Option("--fill", help="What a skipped head leaves: its mean over the calibration text, free, or zero."),
 ]
 NeuronBlock = Annotated[
     int | None,

@@ -211,6 +211,7 @@ def sparsity_facts(manifest: EngineManifest) -> dict[str, str]:
     return {
         "sparsity": f"a mask per {plan.mask}{again}, {selection_text(plan)}, "
         f"blocks of {plan.neuron_block} neurons{exempt}",
+        "skipped heads": "leave their mean, which is part of the biases" if plan.fill == "mean" else "leave zero",
         "density": f"{plan.head_density:g} of the heads, {plan.neuron_density:g} of the neurons, unless a run says so",
         **_density_met(plan),
         "predictor": f"style {plan.style}, {predictor_text(plan.predictor)}, "

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shadowc.sparsity.workflow import Learned
 
 
-COLLECTING = ("data", "criterion", "positions", "load_format", "offline")
+COLLECTING = ("data", "criterion", "positions", "fill", "load_format", "offline")
 
 
 def train(
@@ -47,6 +47,7 @@ def train(
     data: flags.Data = "self",
     criterion: flags.Criterion = "plainact",
     positions: flags.Positions = 4096,
+    fill: flags.HeadFill = "mean",
     load_format: flags.LoadFormatFlag = "auto",
     offline: flags.Offline = False,
     seed: flags.Seed = 0,
@@ -74,7 +75,7 @@ def train(
         },
     )
     collecting = flags.checked(
-        CollectOptions, {"criterion": criterion, "data": data, "positions": positions, "seed": seed}
+        CollectOptions, {"criterion": criterion, "data": data, "positions": positions, "fill": fill, "seed": seed}
     )
     from shadowc.sparsity.importance import Origin
     from shadowc.sparsity.workflow import learn
@@ -85,7 +86,7 @@ def train(
     if json:
         meta = learned.predictor.meta
         folders = {"folder": str(learned.folder), "trace": str(learned.trace.folder)}
-        render.as_json({**folders, "style": learned.predictor.style, **meta})
+        render.as_json({**folders, "style": learned.predictor.style, "fill": learned.predictor.fill, **meta})
     else:
         _show(learned)
 
@@ -102,6 +103,7 @@ def _show(learned: Learned) -> None:
             "trace": f"{trace.folder}: {positions['taught']:,} positions taught, {positions['held_out']:,} held out",
             "style": f"{predictor.style}, labels {meta['labels']}",
             "width": f"{meta['width']}, {render.share(meta['parameters_share'])} of the model's parameters",
+            "skipped heads": "leave their mean" if predictor.fill == "mean" else "leave zero",
             "thresholds met": met_text(report["met"], "global"),
             "folder": str(learned.folder),
         }

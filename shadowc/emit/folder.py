@@ -26,6 +26,7 @@ GENAI_FILE = "genai_config.json"
 CONTROLS_FILE = "controls.safetensors"
 """Static rankings of heads and neurons, for the controls of `shadowc eval`."""
 ORDERS_FILE = "orders.safetensors"
+MEANS_FILE = "means.safetensors"
 """Which neuron of the checkpoint became which record, for `shadowc verify --against`."""
 
 
@@ -144,6 +145,15 @@ def write_orders(folder: Path, orders: Mapping[str, npt.NDArray[np.int32]]) -> N
     from safetensors.numpy import save
 
     (folder / ORDERS_FILE).write_bytes(save(dict(sorted(orders.items()))))
+
+
+def write_means(folder: Path, means: Mapping[int, npt.NDArray[np.float32]]) -> None:
+    """Write what skipped heads leave in their place: model layer -> [H, D], named `mean.heads.{model layer}`."""
+    from safetensors.numpy import save
+
+    from shadowc.sparsity.means import named
+
+    (folder / MEANS_FILE).write_bytes(save(named(means)))
 
 
 def _listed(manifest: Mapping[str, object]) -> Collection[str] | None:

@@ -193,6 +193,16 @@ def _single(recipe: WeightRecipe, source: TensorSource) -> Array:
     if recipe.kind == "qkv_bias":
         H, _, D = recipe.shape
         return np.stack([source.tensor(name).reshape(H, D) for name in recipe.sources], axis=1)
+    if recipe.kind == "centred_qkv_bias":
+        H, _, D = recipe.shape
+        *biases, means_HD = (source.tensor(name).reshape(H, D) for name in recipe.sources)
+        biases[2] = biases[2] - means_HD
+        return np.stack(biases, axis=1)
+    if recipe.kind == "filled_bias":
+        bias_E, weight_EK, means_HD = (source.tensor(name) for name in recipe.sources)
+        means_K = means_HD.reshape(-1).astype(np.float64)
+        made = [weight_EK[rows] @ means_K for rows in _chunks(len(weight_EK))]  # in pieces: they become float64
+        return (bias_E + np.concatenate(made)).astype(np.float32)
     raise InternalError(f"unknown weight recipe {recipe.kind!r}")
 
 

@@ -95,7 +95,12 @@ def oracle_scores(
         )
     with torch.inference_mode(False):
         rows = record_batch(
-            model, facts, criterion, np.asarray([request.ids], np.int64), [np.arange(first, len(request.ids) - 1)]
+            model,
+            facts,
+            criterion,
+            np.asarray([request.ids], np.int64),
+            [np.arange(first, len(request.ids) - 1)],
+            predictor.means,
         )
     if rows.dropped:
         raise InputError(f"the oracle's scores are not finite: {next(iter(rows.dropped.values()))}")

@@ -115,6 +115,7 @@ def stored_predictor(engine: Engine, sparsity: SparsityPart) -> Predictor:
     from shadowc.sparsity.predictor import Networks, Predictor
 
     model, orders, plan = engine.manifest.model, engine.neuron_orders(), stored_plan(engine, sparsity)
+    means = engine.head_means()
 
     linear = sparsity.style == "shadow+"
 
@@ -137,6 +138,7 @@ def stored_predictor(engine: Engine, sparsity: SparsityPart) -> Predictor:
         orders_LF=np.stack([orders.get(layer, untouched_F) for layer in range(1, model.layers)]),
         shares=plan.shares,
         thresholds={} if plan.thresholds is None else {plan.budget: plan.thresholds},
+        means_LHD=np.stack([means[layer] for layer in range(1, model.layers)]) if means else None,
     )
 
 
@@ -165,6 +167,7 @@ def _parity(engine: Engine, checkpoint: Checkpoint, predictor: Predictor | None,
         engine.prober(),
         checkpoint.facts,
         checkpoint.weights,
+        means=engine.head_means(),
         weights=engine.manifest.weights,
         head_block=engine.head_block(),
         block=1 if sparsity is None else sparsity.neuron_block,

@@ -25,7 +25,7 @@ from shadowc.checkpoint.opt import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, PROJE
 from shadowc.measure import parity
 from shadowc.measure.against import stored_plan
 from shadowc.measure.bisect_report import Altered, BisectReport, Compared
-from shadowc.measure.dequantised import DequantisedSource
+from shadowc.measure.dequantised import DequantisedSource, filled_source
 from shadowc.measure.layer_walk import STEPS, LayerWalk, steps_of, tensor_names
 from shadowc.measure.masks import SMALLEST_SCALE, forced_masks, relative, worse, wrong_selections
 from shadowc.measure.stored_weights import stored_as_they_are, stored_parameters
@@ -128,10 +128,8 @@ def compiled_from(manifest: EngineManifest) -> tuple[bool, int]:
 
 
 def _truth(engine: Engine, checkpoint: Checkpoint) -> TensorSource:
-    weights = engine.manifest.weights
-    return checkpoint.weights if weights == "fp32" else DequantisedSource(
-        checkpoint.weights, engine.head_block(), weights
-    )  # fmt: skip
+    weights, filled = engine.manifest.weights, filled_source(checkpoint.weights, engine.head_means())
+    return filled if weights == "fp32" else DequantisedSource(filled, engine.head_block(), weights)
 
 
 @dataclass(frozen=True, slots=True)

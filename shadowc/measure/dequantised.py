@@ -19,7 +19,7 @@ from shadowc.sparsity.networks import LayerNetworks
 from shadowc.sparsity.styles import network_inputs
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     import numpy.typing as npt
 
@@ -110,6 +110,47 @@ class DequantisedSource:
             blocks = value.reshape(rows, width // self.head_block, self.head_block)
             return round_to_int8(blocks, axis=2).reshape(rows, width)
         return value
+
+
+@dataclass(frozen=True, slots=True)
+class FilledSource:
+    """A TensorSource whose layers put out heads around their means: the same function, and skipped heads leave these.
+
+    Written as `DequantisedSource` is, from the parameters' names. It comes before any rounding.
+
+    Args:
+        source: the checkpoint's tensors.
+        means: model layer -> mean context of its heads [H,D]; layers that are not in it stay as they are.
+    """
+
+    source: TensorSource
+    means: Mapping[int, npt.NDArray[np.float32]]
+
+    def names(self) -> tuple[str, ...]:
+        """The names of the checkpoint."""
+        return self.source.names()
+
+    def tensor(self, name: str) -> npt.NDArray[np.float32]:
+        """One float32 tensor; of layers with means the bias of v_proj is without them, and out_proj's has them."""
+        value = self.source.tensor(name)
+        scope, _, parameter = name.partition(".self_attn.")
+        if parameter not in ("v_proj.bias", "out_proj.bias"):
+            return value
+        means_HD = self.means.get(int(scope.rpartition(".")[2]))
+        if means_HD is None:
+            return value
+        if parameter == "v_proj.bias":
+            return value - means_HD.reshape(-1)
+        weight_EK = self.source.tensor(f"{scope}.self_attn.out_proj.weight")
+        moved: npt.NDArray[np.float32] = (value + weight_EK @ means_HD.reshape(-1).astype(np.float64)).astype(
+            np.float32
+        )
+        return moved
+
+
+def filled_source(source: TensorSource, means: Mapping[int, npt.NDArray[np.float32]]) -> TensorSource:
+    """The checkpoint with the means of heads that an engine has; as it is where skipped heads leave zero."""
+    return FilledSource(source, means) if means else source
 
 
 @dataclass(frozen=True, slots=True)

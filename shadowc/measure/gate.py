@@ -171,15 +171,16 @@ def _parity(
     advance: Advance,
     new_held_probe: Callable[[], Any] | None = None,
 ) -> ParityReport:
-    from shadowc.measure.dequantised import truth_for_tensorrt
+    from shadowc.measure.dequantised import filled_source, truth_for_tensorrt
 
     checkpoint, predictor, program = subject.checkpoint, subject.predictor, subject.programs[graph]
+    filled = filled_source(checkpoint.weights, {} if predictor is None else predictor.means)
     head_block = next((r.block for r in program.weights.values() if r.sources == ("lm_head.weight",)), 0)
     return check_parity(
         new_probe,
         checkpoint.facts,
         checkpoint.weights,
-        truth=None if manifest.tensorrt is None else truth_for_tensorrt(checkpoint.weights, manifest.weights),
+        truth=None if manifest.tensorrt is None else truth_for_tensorrt(filled, manifest.weights),
         weights=manifest.weights,
         head_block=head_block,
         block=1 if predictor is None else predictor.block,

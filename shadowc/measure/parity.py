@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from shadowc.checkpoint.opt import FINAL_NORM, Affine, layer_names
-from shadowc.measure.dequantised import DequantisedSource, RoundedPredictor
+from shadowc.measure.dequantised import DequantisedSource, RoundedPredictor, filled_source
 from shadowc.measure.layer_reference import LayerReference
 from shadowc.measure.masks import forced_heads, forced_masks, relative, score_difference, worse, wrong_selections
 from shadowc.spec.density import Density
@@ -137,6 +137,7 @@ def check_parity(
     advance: Callable[[int, int], None] | None = None,
     truth: TensorSource | None = None,
     new_held_probe: Callable[[], Probe] | None = None,
+    means: Mapping[int, Float] | None = None,
 ) -> ParityReport:
     """Compares the engine with torch on random tokens: a prefill whose tail is masked, then single steps.
 
@@ -155,10 +156,14 @@ def check_parity(
         advance: called with layers done and their number.
         truth: the tensors with the engine's own rounding, where nothing else is rounded: products are float32 then,
             and so are the tolerances. None: they are made from `source`, `weights` and `head_block`.
+        means: model layer -> mean contexts [H,D] that skipped heads leave; None: the predictor's.
         new_held_probe: the same for masks that hold for a sequence: the token before the masked ones makes all masks.
     """
     accuracy = weights if truth is None else "fp32"
     if truth is None:
+        if means is None:
+            means = {} if predictor is None else predictor.means
+        source = filled_source(source, means)
         truth = source if weights == "fp32" else DequantisedSource(source, head_block, weights)
     ids_BS, prefill, masked = tokens_of(facts, seed)
     densities = DENSITIES if sparse else DENSITIES[:1]

@@ -186,6 +186,10 @@ class Engine(CausalEngine):
         """Model layer -> order [F]: entry i is the checkpoint's neuron that became record i. Empty: none was moved."""
         return stored.neuron_orders(self.folder, self.manifest)
 
+    def head_means(self) -> dict[int, npt.NDArray[np.float32]]:
+        """Model layer -> mean contexts of its heads [H,D], which skipped heads leave. Empty: they leave zero."""
+        return stored.head_means(self.folder, self.manifest)
+
     def _decoder(self, batch: Batch, slots: int, *, masks: bool = False) -> Decoder:
         shown = self._units if masks else None
         return Decoder(self._session, self.manifest.model, batch, in_place=self._in_place, shown=shown)

@@ -82,6 +82,14 @@ def neuron_orders(folder: Path, manifest: EngineManifest) -> dict[int, npt.NDArr
     return {int(name.removeprefix("order.")): order_F for name, order_F in tensors.items()}
 
 
+def head_means(folder: Path, manifest: EngineManifest) -> dict[int, Floats]:
+    """Model layer -> mean contexts of its heads [H,D], which skipped heads leave. Empty: they leave zero."""
+    from shadowc.emit.folder import MEANS_FILE
+
+    tensors = _tensors(folder, manifest, MEANS_FILE)
+    return {int(name.rpartition(".")[2]): mean_HD for name, mean_HD in tensors.items()}
+
+
 def control_names(folder: Path, manifest: EngineManifest) -> tuple[str, ...]:
     """Names of the controls that were stored when the predictor was trained, sorted."""
     from shadowc.emit.folder import CONTROLS_FILE

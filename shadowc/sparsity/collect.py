@@ -23,6 +23,7 @@ import numpy as np
 from shadowc.sparsity.calibration import SELF, calibration_text, read_text, sequence_count, sequence_length
 from shadowc.sparsity.criteria import find_criterion
 from shadowc.sparsity.importance import SCHEMA, ImportanceTrace, Origin, TraceWriter, relative, trace_layout
+from shadowc.sparsity.means import head_means, named
 from shadowc.sparsity.record import Rows, record_batch, texts_at_once
 from shadowc.sparsity.text import Ranking, rank_text
 from shadowc.spec.errors import InputError
@@ -40,8 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["ImportanceTrace", "collect", "record_batch", "sampled_positions", "trace_key"]
 
 
-_COUNTED = "counts"
-"""Part of a trace's key: an unfinished trace from before sequences were counted is begun anew."""
+_FORM = "means"
+"""Part of a trace's key: an unfinished trace from before there were means of heads is begun anew."""
 
 
 def collect(
@@ -89,9 +90,10 @@ def collect(
         return _put_ranking(writer, ranking).finish(origin)
     done = np.cumsum([0, *(len(of_sequence) for of_sequence in positions)])
     first = int(np.searchsorted(done, writer.rows))
+    means = writer.means()
     for begin in range(first, len(ids_NT), batch):
         end = min(begin + batch, len(ids_NT))
-        rows = record_batch(model, checkpoint.facts, criterion, ids_NT[begin:end], positions[begin:end])
+        rows = record_batch(model, checkpoint.facts, criterion, ids_NT[begin:end], positions[begin:end], means)
         _put(writer, rows, int(done[begin]), begin)
         writer.commit(int(done[end]), _counted(writer.meta, rows, begin))
         for row, place in rows.dropped.items():
@@ -130,6 +132,7 @@ def _begin(
         "per": criterion.per,
         "model": {"name": facts.name, "identity": checkpoint.identity},
         "facts": asdict(facts),
+        "fill": "zero" if criterion.per == "text" else options.fill,
         "source": text.source,
         "text": text.text.to_meta(),
         "seed": options.seed,
@@ -141,8 +144,13 @@ def _begin(
         "counts": {"positions": 0, "tokens": 0, "heads": 0, "neurons": 0},
     }
     ranking = criterion.per == "text"
-    writer.begin(trace_layout(facts, 1 if ranking else rows, count, length, exact=ranking), meta)
+    filled = options.fill == "mean" and not ranking
+    writer.begin(trace_layout(facts, 1 if ranking else rows, count, length, exact=ranking, filled=filled), meta)
     writer.put("tokens", text.ids_NT)
+    if filled:
+        positions = sampled_positions(count, length, options.positions, options.seed)
+        for name, mean_HD in named(head_means(model, text.ids_NT, positions, progress.advance)).items():
+            writer.put(name, mean_HD)
     writer.commit(0, meta)
 
 
@@ -222,5 +230,5 @@ def trace_key(checkpoint: ModelCheckpoint, options: CollectOptions) -> str:
     """Return a hash of everything that decides the trace."""
     text = SELF if options.data == SELF else read_text(Path(options.data))[1].sha256
     counts = [sequence_count(options, checkpoint.facts), sequence_length(options, checkpoint.facts)]
-    decided = [SCHEMA, _COUNTED, checkpoint.identity, options.model_dump(exclude={"data"}), text, counts]
+    decided = [SCHEMA, _FORM, checkpoint.identity, options.model_dump(exclude={"data"}), text, counts]
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()

@@ -26,6 +26,7 @@ import numpy as np
 
 from shadowc.checkpoint.facts import ModelFacts, facts_of
 from shadowc.output import check_output, label, replace_folder, writing
+from shadowc.sparsity import means
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
@@ -118,6 +119,12 @@ class ImportanceTrace:
         scaled: npt.NDArray[np.float32] = relative_MF.astype(np.float32) * scale_M[:, None]
         return scaled[self.kept_M]
 
+    def means(self) -> dict[int, npt.NDArray[np.float32]]:
+        """Return model layer -> mean contexts of its heads [H,D], where scores are measured from; empty: from zero."""
+        with _opened(self.folder) as stored:
+            names = [name for name in stored.keys() if name.startswith(means.PREFIX)]  # noqa: SIM118 - no mapping
+            return {int(name.removeprefix(means.PREFIX)): stored.get_tensor(name) for name in names}
+
     def input_ME(self, layer: int) -> npt.NDArray[np.float32]:  # noqa: N802 - the name carries its shape
         """Return what the attention of a model layer from 1 on reads (its norm's output); read from disk each time."""
         with _opened(self.folder) as stored:
@@ -190,13 +197,16 @@ def _opened(folder: Path) -> Any:
         raise InputError(f"{folder / TENSORS_FILE} is missing or damaged: {error}", hint=_AGAIN) from error
 
 
-def trace_layout(facts: ModelFacts, positions: int, sequences: int, length: int, *, exact: bool = False) -> Layout:
+def trace_layout(
+    facts: ModelFacts, positions: int, sequences: int, length: int, *, exact: bool = False, filled: bool = False
+) -> Layout:
     """Return name -> (type, shape) of all tensors of a trace.
 
     Neuron scores are stored relative to the largest of their position and layer, in float16: 11 bits of each value
     and, below 6e-5 of the largest, steps of 6e-8 of it. That halves the file, and no ranking that matters sees it.
     Inputs of layers are outputs of a norm, of moderate size: float16 as they are. With `exact` neuron scores are
-    float32: the single row of a ranking of a whole text, in which units may differ little.
+    float32: the single row of a ranking of a whole text, in which units may differ little. With `filled` there are
+    means of heads.
     """
     stored = "F32" if exact else "F16"
     rows = positions
@@ -209,6 +219,9 @@ def trace_layout(facts: ModelFacts, positions: int, sequences: int, length: int,
         "neurons.scale": ("F32", (rows, facts.layers)),
     }
     inputs = [f"{what}.{layer}" for what in ("input", "ffn_input") for layer in range(1, facts.layers)]
+    if filled:
+        size = facts.heads, facts.head_size
+        fixed |= {f"{means.PREFIX}{layer}": ("F32", size) for layer in range(1, facts.layers)}
     neurons = {f"neurons.{layer}": (stored, (rows, facts.ffn)) for layer in range(facts.layers)}
     return fixed | neurons | dict.fromkeys(inputs, ("F16", (rows, facts.hidden)))
 
@@ -289,6 +302,11 @@ class TraceWriter:
     def read(self, name: str) -> npt.NDArray[Any]:
         """Return a copy of one tensor as it is now."""
         return np.array(self._maps[name])
+
+    def means(self) -> dict[int, npt.NDArray[np.float32]]:
+        """Return model layer -> mean contexts of its heads [H,D]; empty where the layout has none."""
+        names = [name for name in self._maps if name.startswith(means.PREFIX)]
+        return {int(name.removeprefix(means.PREFIX)): self.read(name) for name in names}
 
     def finish(self, origin: Origin | None = None) -> ImportanceTrace:
         """Give the trace its name and return it."""

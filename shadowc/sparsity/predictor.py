@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from shadowc.output import check_output, staged
-from shadowc.sparsity import shares, thresholds
-from shadowc.sparsity.networks import LayerNetworks, Network, blocks_of, default_width, widths
+from shadowc.sparsity import means, shares, thresholds
+from shadowc.sparsity.networks import LayerNetworks, Network, blocks_of
 from shadowc.sparsity.styles import network_inputs, scope_of
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError
-from shadowc.spec.options import STYLES, Scope, Select, Style
+from shadowc.spec.options import STYLES, Fill, Scope, Select, Style
 from shadowc.spec.program import SparsityPlan
 
 if TYPE_CHECKING:
@@ -72,6 +72,9 @@ class Predictor:
     """Of style shadow+, for heads and for neurons: density -> share of each layer, see shares.py."""
     thresholds: dict[str, tuple[Floats, Floats]] = field(default_factory=dict)
     """Budget -> for heads and for neurons: density -> threshold of each layer, see thresholds.py."""
+    means_LHD: Floats | None = None
+    """[Lp, H, D]: the mean context of each head over the calibration positions, what a skipped head leaves in its
+    place; None: a skipped head leaves zero."""
 
     @property
     def style(self) -> Style:
@@ -79,6 +82,16 @@ class Predictor:
         if isinstance(self.heads, LayerNetworks):
             return "shadow+" if self.heads.networks[0].linear else "dejavu"
         return "shadow"
+
+    @property
+    def fill(self) -> Fill:
+        """What a skipped head leaves in its place."""
+        return "zero" if self.means_LHD is None else "mean"
+
+    @property
+    def means(self) -> dict[int, Floats]:
+        """Model layer -> mean contexts of its heads [H, D]; empty where skipped heads leave zero."""
+        return {} if self.means_LHD is None else dict(enumerate(self.means_LHD, start=1))
 
     @property
     def report(self) -> dict[str, Any]:
@@ -153,14 +166,16 @@ class Predictor:
             shares=self.shares,
             select=select,
             thresholds=tables,
+            fill=self.fill,
         )
 
     def tensors(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the networks, for blocks `order.{model layer}`, `shares.{kind}` and `threshold.{budget}.{kind}`."""
+        """Return the networks, and what there is of orders, shares, thresholds and means, by the names on disk."""
         tables = {} if self.shares is None else dict(zip(_SHARES, self.shares, strict=True))
         tables |= thresholds.named(self.thresholds)
         orders = {f"order.{i + 1}": order_F for i, order_F in enumerate(self.orders_LF)} if self.block > 1 else {}
-        return {**self.heads.tensors("heads"), **self.neurons.tensors("neurons"), **orders, **tables}
+        named = means.named(self.means)
+        return {**self.heads.tensors("heads"), **self.neurons.tensors("neurons"), **orders, **tables, **named}
 
     def as_source(self) -> PredictorSource:
         """Return the tensors as a `TensorSource`, their names prefixed with `predictor.`."""
@@ -212,6 +227,7 @@ class Predictor:
                 controls=_controls(tensors),
                 shares=(tensors[_SHARES[0]], tensors[_SHARES[1]]) if style == "shadow+" else None,
                 thresholds=thresholds.read(tensors),
+                means_LHD=means.read(tensors, layers),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
@@ -241,6 +257,8 @@ class Predictor:
             "heads": (self.units[0], facts.heads),
             "neurons": (self.orders_LF.shape[1], facts.ffn),
         }
+        if self.means_LHD is not None:
+            found["size of a head's mean"] = (self.means_LHD.shape[2], facts.head_size)
         problems = [f"{what} {mine}, the model has {its}" for what, (mine, its) in found.items() if mine != its]
         if problems:
             trained_for = self.meta.get("model", {}).get("name", "another model")
@@ -251,30 +269,13 @@ class Predictor:
             )
 
     @staticmethod
-    def dummy(facts: ModelFacts, block: int, width: int = 0, seed: int = 0, style: Style = "shadow") -> Predictor:
+    def dummy(
+        facts: ModelFacts, block: int, width: int = 0, seed: int = 0, style: Style = "shadow", fill: Fill = "zero"
+    ) -> Predictor:
         """Return a seeded random predictor of the true shape, for latency work; width 0: the default."""
-        width = width or default_width(facts, block, style)
-        generator = np.random.default_rng([seed, 2])
-        layers = facts.layers - 1
-        orders = [generator.permutation(facts.ffn) if block > 1 else np.arange(facts.ffn) for _ in range(layers)]
+        from shadowc.sparsity.dummy_predictor import dummy_predictor
 
-        def networks(units: int, wide: int) -> Networks:
-            if style == "shadow":
-                return Network.random(generator, facts.hidden, wide, layers * units)
-            sizes, linear = (facts.hidden, wide, units), style == "shadow+"
-            return LayerNetworks(tuple(Network.random(generator, *sizes, linear=linear) for _ in range(layers)))
-
-        wide = widths(facts, block, width, style)
-        even = shares.even_shares(layers)
-        return Predictor(
-            heads=networks(facts.heads, wide[0]),
-            neurons=networks(blocks_of(facts.ffn, block), wide[1]),
-            layers=layers,
-            block=block,
-            orders_LF=np.stack(orders).astype(np.int32),
-            meta={"origin": "dummy", "seed": seed, "model": {"name": facts.name, "identity": ""}},
-            shares=(even, even) if style == "shadow+" else None,
-        )
+        return dummy_predictor(facts, block, width, seed, style, fill)
 
 
 def style_in(path: str | Path) -> Style:
@@ -384,6 +385,7 @@ def _inconsistencies(predictor: Predictor, ffn: int) -> list[str]:
     for name, table in zip(_SHARES, predictor.shares or (), strict=False):
         problems += shares.problems(name, table, predictor.layers)
     problems += thresholds.problems(predictor.thresholds, predictor.layers)
+    problems += means.problems(predictor.means_LHD, predictor.units[0])
     for i, order_F in enumerate(predictor.orders_LF):
         if not np.array_equal(np.sort(order_F), np.arange(ffn)):
             problems.append(f"order.{i + 1} is not a permutation of the {ffn} neurons")

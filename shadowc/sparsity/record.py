@@ -11,8 +11,9 @@ Letters: B sequences, T tokens, M recorded positions, L model layers, E hidden, 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -65,6 +66,7 @@ def record_batch(
     criterion: Criterion,
     ids_BT: npt.NDArray[np.int64],
     positions: list[npt.NDArray[np.int64]],
+    means: Mapping[int, npt.NDArray[np.float32]] = MappingProxyType({}),
 ) -> Rows:
     """Run one batch and score its recorded positions; a text with a score that is not finite is dropped.
 
@@ -74,6 +76,8 @@ def record_batch(
         criterion: what scores.
         ids_BT: the texts.
         positions: of every text, those recorded.
+        means: model layer -> what skipped heads leave in their place [H,D]; the criterion sees heads as they differ
+            from that. Layers that are not in it: zero.
     """
     decoder = decoder_of(model)
     row_M = torch.from_numpy(np.repeat(np.arange(len(ids_BT)), [len(p) for p in positions]))
@@ -83,6 +87,8 @@ def record_batch(
     seen: dict[tuple[str, int], Tensor] = {}
 
     def score(layer: int, signals: LayerSignals) -> None:
+        if layer in means:
+            signals = replace(signals, context_BTHD=signals.context_BTHD - torch.from_numpy(means[layer]))
         taken = (row_M, position_M) if criterion.per == "token" else (row_M,)
         heads[layer], neurons[layer] = (values[taken] for values in criterion.score(signals))
 

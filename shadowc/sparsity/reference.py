@@ -267,7 +267,7 @@ class MaskedModel:
         elif call.heads.mask is None:
             yield first.context, lambda context: self._predict(call, context)
         for index, block in enumerate(later):
-            yield block.context, _mask_heads(call, index)
+            yield block.context, _mask_heads(call, index, self._tensors.get(f"mean.heads.{index + 1}"))
             yield block.hidden, _mask_neurons(call, index, self._unit_of_neuron[index])
 
     def _predict(self, call: _Call, context_BSE: Tensor) -> None:
@@ -340,13 +340,20 @@ def _remember_prompt_end(call: _Call, context_BSE: Tensor) -> None:
     call.state.prompt_end[rows] = context_BSE[rows, token_B[rows]]
 
 
-def _mask_heads(call: _Call, index: int) -> Callable[[Tensor], None]:
-    """Return what zeroes the inactive heads of predicted layer `index` in its context [B,S,H*D], in place."""
+def _mask_heads(call: _Call, index: int, mean_HD: Tensor | None) -> Callable[[Tensor], None]:
+    """Return what replaces the inactive heads of predicted layer `index` in its context [B,S,H*D], in place.
+
+    They become their mean, or zero where no mean is known.
+    """
 
     def act(context_BSE: Tensor) -> None:
         inactive_BZH1 = ~_known(call.heads.mask)[:, :, index, :, None]
         context_BSHD = context_BSE.view(*context_BSE.shape[:2], inactive_BZH1.shape[2], -1)
-        context_BSHD[:, call.tail].masked_fill_(inactive_BZH1, 0.0)
+        tail_BZHD = context_BSHD[:, call.tail]
+        if mean_HD is None:
+            tail_BZHD.masked_fill_(inactive_BZH1, 0.0)
+        else:
+            tail_BZHD.copy_(torch.where(inactive_BZH1, mean_HD, tail_BZHD))
 
     return act
 

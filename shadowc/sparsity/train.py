@@ -136,6 +136,7 @@ def train(
         orders_LF=orders_LF,
         meta=_meta(trace, facts, options, width),
         controls=controls,
+        means_LHD=_means(trace),
     )
     if options.style == "shadow+":
         predictor = replace(predictor, shares=_shares(predictor, trace, taught, options))
@@ -321,6 +322,12 @@ def _require_fit(trace: ImportanceTrace, facts: ModelFacts, options: TrainOption
             f"a neuron block of {options.neuron_block} leaves one unit in a layer of {facts.ffn} neurons",
             hint="--neuron-block 16",
         )
+
+
+def _means(trace: ImportanceTrace) -> Floats | None:
+    """Return what skipped heads will leave in their place, [Lp, H, D]; None: zero."""
+    means = trace.means()
+    return np.stack([means[layer] for layer in range(1, trace.layers)]) if means else None
 
 
 def _require_same_model(trace: ImportanceTrace, rankings: Sequence[ImportanceTrace]) -> None:

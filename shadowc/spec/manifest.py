@@ -70,6 +70,8 @@ class SparsityPart(_Part):
     head_density: float
     neuron_density: float
     neuron_block: int
+    fill: Literal["zero", "mean"] = "zero"
+    """What a skipped head leaves in its place: nothing, or its mean context (in means.safetensors and the biases)."""
     exempt: tuple[int, ...] = ()
     predictor: dict[str, object] = Field(default_factory=dict)
     """Origin, widths, criterion, data hash, validation recall beside the static ranking's."""

@@ -25,6 +25,8 @@ Style = Literal["shadow", "dejavu", "shadow+"]
 """shadow: one look at layer 0's attention scores all later layers; dejavu: every layer has a predictor of its own;
 shadow+: the same, each kind from the latest input, and every layer has its share of one budget."""
 STYLES: tuple[Style, ...] = get_args(Style)
+Fill = Literal["mean", "zero"]
+"""What a skipped head leaves in its place: its mean context over the calibration positions, or nothing."""
 Labels = Literal["scores", "top", "graded"]
 """scores: the criterion's scores of a layer, scaled to 0..1 (squared error); top: whether a unit is among the first
 of its layer (cross entropy); graded: in how many of three nested tops of all layers together it is (style shadow+)."""
@@ -55,6 +57,8 @@ class CollectOptions(_Frozen):
     """Token positions recorded."""
     length: int = Field(default=256, ge=8)
     """Tokens per calibration sequence (at most the model's context)."""
+    fill: Fill = "mean"
+    """What a skipped head will leave in its place; importance is measured from there."""
     seed: int = 0
 
 

@@ -35,6 +35,8 @@ RecipeKind = Literal[
     "ffn_rows",  # the same sources as the records; part 0: fc1 [F,E], part 1: fc2 transposed [F,E]
     "attention_rows",  # the same; parts 0 to 2: q, k, v [H*D,E], part 3: out_proj transposed [H*D,E]
     "qkv_bias",  # (q,k,v biases [E]) -> [H,3,D]
+    "centred_qkv_bias",  # the same, and means of the heads' contexts [H,D], which come off v -> [H,3,D]
+    "filled_bias",  # (out_proj bias [E], its weight [E,H*D], means [H,D]) -> what it makes of the means [E]
     "nbits_weights",  # sources[0] [n,k] row-quantised for MatMulNBits 8 bit -> [n,k/block,block] uint8
     "nbits_scales",  # the same source -> [n * k/block] float32
 ]
@@ -93,6 +95,8 @@ class SparsityPlan:
     """exact: units are ranked for every token; otherwise scores are compared with thresholds."""
     thresholds: Shares | None = field(default=None, compare=False, repr=False)
     """Unless `select` is exact: for heads and for neurons, density -> threshold of each layer."""
+    fill: Literal["zero", "mean"] = "zero"
+    """What a skipped head leaves in its place; the means are tensors of the predictor."""
 
     @property
     def budget(self) -> Literal["local", "global", "sensitivity"]:

@@ -104,9 +104,9 @@ def test_the_causality_check_catches_a_shift_by_one_token(
     """Planted defect: the input of t is taken from t + 1, or the target is."""
     original = module.record_batch
 
-    def shift(model: Any, facts: Any, criterion: Any, ids_BT: Any, positions: Any) -> Any:
-        rows = original(model, facts, criterion, ids_BT, positions)
-        later = original(model, facts, criterion, ids_BT, [p + 1 for p in positions])
+    def shift(model: Any, facts: Any, criterion: Any, ids_BT: Any, positions: Any, *means: Any) -> Any:
+        rows = original(model, facts, criterion, ids_BT, positions, *means)
+        later = original(model, facts, criterion, ids_BT, [p + 1 for p in positions], *means)
         if shifted == "context":
             rows.context_ME = later.context_ME
         elif shifted == "inputs":

@@ -10,7 +10,7 @@ from shadowc.runtime.graph_file import read_graph
 from shadowc.runtime.tensorrt.bindings import TARGETS
 from shadowc.spec.errors import VerificationError
 from shadowc.spec.manifest import EngineManifest, SparsityPart, TensorRtPart, TrtFamily
-from shadowc.spec.options import WEIGHTS, CompileOptions, TrainOptions
+from shadowc.spec.options import WEIGHTS, CollectOptions, CompileOptions, TrainOptions
 
 RTX_CAPABILITIES = ("7.5", "8.0", "8.6", "8.9", "12.0", "12.1")
 """What TensorRT for RTX 1.7 can build for."""
@@ -125,6 +125,7 @@ def _sparsity(part: SparsityPart | None) -> dict[str, str]:
         "neuron_density": _default("neuron_density"),
         "scope": "global",
         "neuron_block": TrainOptions().neuron_block,
+        "fill": CollectOptions().fill,
     }
     return {
         f"--{name.replace('_', '-')}": str(getattr(part, name))
