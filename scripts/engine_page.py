@@ -32,6 +32,7 @@ reader refuses a newer schema, and fields that it does not know.
 | `genai_config.json` | for onnxruntime-genai |
 | `tokenizer.json`, `tokenizer_config.json` | the tokenizer, if the model has one |
 | `controls.safetensors`, `orders.safetensors` | static rankings for `shadowc eval`; which neuron became which record |
+| `means.safetensors` | with `--fill mean`: what skipped heads leave in their place, as the biases have it |
 
 Engines for TensorRT hold plans, the graphs that they were built from, and plugins: [TensorRT](tensorrt.md).
 

@@ -51,9 +51,10 @@ class Plan:
 
     def collecting(self, criterion: str) -> CollectOptions:
         """How a criterion's trace is recorded."""
-        return CollectOptions(
-            criterion=criterion, data=self.data, positions=self.positions, length=self.length, seed=self.seed
-        )
+        return CollectOptions(  # fill zero: as all screens were made
+            criterion=criterion, data=self.data, positions=self.positions, length=self.length, seed=self.seed,
+            fill="zero",
+        )  # fmt: skip
 
     def training(self, style: Style, seed: int) -> TrainOptions:
         """How a predictor is trained."""

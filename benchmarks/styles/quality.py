@@ -51,7 +51,7 @@ def options_of(taught: Taught, model: str, out: Path) -> shadowc.CompileOptions:
     """How the engine of a predictor is compiled, in fp32."""
     contestant = taught.contestant
     train = TrainOptions(style=contestant.style, labels=taught.labels, width=contestant.width, neuron_block=BLOCK)
-    collect = CollectOptions(criterion=taught.criterion)
+    collect = CollectOptions(criterion=taught.criterion, fill="zero")  # as published
     return shadowc.CompileOptions(model=model, out=out, scope=taught.scope, train=train, collect=collect)
 
 

@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 __all__ = ["ImportanceTrace", "collect", "record_batch", "sampled_positions", "trace_key"]
 
 
-_FORM = "means"
-"""Part of a trace's key: an unfinished trace from before there were means of heads is begun anew."""
+_COUNTED = "counts"
+"""Part of a trace's key: an unfinished trace from before sequences were counted is begun anew."""
 
 
 def collect(
@@ -132,7 +132,7 @@ def _begin(
         "per": criterion.per,
         "model": {"name": facts.name, "identity": checkpoint.identity},
         "facts": asdict(facts),
-        "fill": "zero" if criterion.per == "text" else options.fill,
+        "fill": "mean" if _filled(options) else "zero",
         "source": text.source,
         "text": text.text.to_meta(),
         "seed": options.seed,
@@ -143,8 +143,7 @@ def _begin(
         "dropped": [],
         "counts": {"positions": 0, "tokens": 0, "heads": 0, "neurons": 0},
     }
-    ranking = criterion.per == "text"
-    filled = options.fill == "mean" and not ranking
+    ranking, filled = criterion.per == "text", _filled(options)
     writer.begin(trace_layout(facts, 1 if ranking else rows, count, length, exact=ranking, filled=filled), meta)
     writer.put("tokens", text.ids_NT)
     if filled:
@@ -152,6 +151,11 @@ def _begin(
         for name, mean_HD in named(head_means(model, text.ids_NT, positions, progress.advance)).items():
             writer.put(name, mean_HD)
     writer.commit(0, meta)
+
+
+def _filled(options: CollectOptions) -> bool:
+    """Whether a trace has means of heads; a ranking of a whole text is measured from zero."""
+    return options.fill == "mean" and find_criterion(options.criterion).per != "text"
 
 
 def _counted(meta: dict[str, Any], rows: Rows, sequence: int) -> dict[str, Any]:
@@ -230,5 +234,7 @@ def trace_key(checkpoint: ModelCheckpoint, options: CollectOptions) -> str:
     """Return a hash of everything that decides the trace."""
     text = SELF if options.data == SELF else read_text(Path(options.data))[1].sha256
     counts = [sequence_count(options, checkpoint.facts), sequence_length(options, checkpoint.facts)]
-    decided = [SCHEMA, _FORM, checkpoint.identity, options.model_dump(exclude={"data"}), text, counts]
+    decided = [SCHEMA, _COUNTED, checkpoint.identity, options.model_dump(exclude={"data", "fill"}), text, counts]
+    if _filled(options):  # the others are what they were before there were means
+        decided.append("means")
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()

@@ -156,6 +156,7 @@ def test_passes_are_dumped_when_asked_for(tiny_checkpoint: Path, tmp_path: Path)
         "canonicalise.onnx",
         "insert_predictor.onnx",
         "sparsify_attention.onnx",
+        "fill_heads.onnx",
         "sparsify_ffn.onnx",
         "cluster_neurons.onnx",
         "quantise.onnx",

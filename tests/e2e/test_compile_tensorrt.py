@@ -81,7 +81,7 @@ def test_folder_holds_what_the_contract_lists(checkpoint: Path, tmp_path: Path, 
     names = {path.name for path in summary.folder.iterdir()}
     assert names == {
         "engine.json", "weights.bin", "decode.onnx", "prefill.onnx", "decode.plan", "prefill.plan", PLUGIN,
-        "controls.safetensors", "orders.safetensors",
+        "controls.safetensors", "means.safetensors", "orders.safetensors",
     }  # fmt: skip
     manifest = read_manifest(summary.folder)
     assert file_problems(summary.folder, manifest) == []
