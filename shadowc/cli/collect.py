@@ -56,7 +56,7 @@ def _show(trace: ImportanceTrace) -> None:
             "criterion": str(meta["criterion"]),
             "text": f"{meta['source']}, {meta['sequences']:,} sequences of {meta['length']} tokens",
             "positions": f"{meta['positions']:,} of {trace.layers} layers",
-            "skipped heads": f"leave their {meta['fill']}" if meta.get("fill") == "mean" else "leave zero",
+            "fill": "a skipped head leaves " + ("its mean" if meta.get("fill") == "mean" else "zero"),
             "exact zeros": ", ".join(f"{render.share(share)} of {kind}" for kind, share in meta["zeros"].items()),
             "dense loss": "not run" if meta["loss"] is None else f"{meta['loss']:.3f} nats per token",
             "folder": str(trace.folder),
