@@ -7,7 +7,8 @@ the operator's first records. In machine code every thread normalises for itself
 Legal cases:
 1. An operator reads a LayerNormalization over the last axis that nothing else reads, and the one node that reads its
    result adds what the norm reads: the operator takes scale, bias and epsilon, and gives the sum. Names stay.
-2. Anything else stays: norms behind the blocks (opt-350m), a norm that predictors read too (--style dejavu).
+2. As 1, and operators that predict read the norm too: they take scale, bias and epsilon as well.
+3. Anything else stays: norms behind the blocks (opt-350m).
 
 Only for targets whose operators can do it: the CPU. A host's node of its own would do the same, slower.
 """
@@ -19,7 +20,7 @@ import onnx_graphsurgeon as gs
 from shadowc.passes.finalise import require_operators
 from shadowc.passes.surgery import produce, tidy
 from shadowc.spec.errors import InternalError
-from shadowc.spec.ops import DOMAIN, OPS, OpSpec
+from shadowc.spec.ops import DOMAIN, OPS, PREDICT_UNITS, OpSpec
 from shadowc.spec.program import PassReport, Program
 
 NAME = "fold_norms"
@@ -65,18 +66,26 @@ def _around(node: gs.Node) -> tuple[gs.Node, gs.Node] | None:
     norm = x.inputs[0] if len(x.inputs) == 1 else None
     if norm is None or norm.op != "LayerNormalization" or norm.attrs.get("axis", -1) != -1 or len(norm.inputs) != 3:
         return None
-    if len(x.outputs) != 1 or len(y.outputs) != 1 or y.outputs[0].op != "Add":
+    if len(y.outputs) != 1 or y.outputs[0].op != "Add":
+        return None
+    if not all(reader is node or _predicts_from(reader, x) for reader in x.outputs):
         return None
     total = y.outputs[0]
     return (norm, total) if any(value is norm.inputs[0] for value in total.inputs) else None
 
 
+def _predicts_from(node: gs.Node, x: gs.Tensor) -> bool:
+    """Whether an operator that predicts reads x, and in one place."""
+    return bool(node.op == PREDICT_UNITS.name and [value is x for value in node.inputs].count(True) == 1)
+
+
 def _fold(node: gs.Node, norm: gs.Node, total: gs.Node) -> None:
     residual, scale, bias = norm.inputs
     result = total.outputs[0]
-    node.inputs[0] = residual
-    node.inputs.extend([scale, bias])
-    node.attrs["epsilon"] = float(norm.attrs.get("epsilon", 1e-5))
+    for reader in list(node.inputs[0].outputs):
+        reader.inputs[0] = residual
+        reader.inputs.extend([scale, bias])
+        reader.attrs["epsilon"] = float(norm.attrs.get("epsilon", 1e-5))
     total.inputs.clear()
     total.outputs.clear()
     norm.inputs.clear()

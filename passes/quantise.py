@@ -4,8 +4,9 @@
 Legal cases:
 1. Records of attention and FFN become bfloat16, whose scales stay ones; or int8, their scales max|w| / 127 of each
    record row; or pairs of int4, their scales max|w| / 7 of each group of a row.
-2. Whichever it is, a MatMul with a weight (LM head, predictor) becomes ONNX Runtime's MatMulNBits at 8 bits in
-   symmetric blocks along the inner dimension: uint8 around the implicit zero point 128, one scale a block.
+2. Whichever it is, a MatMul with a weight (LM head, predictor of all layers) becomes ONNX Runtime's MatMulNBits at 8
+   bits in symmetric blocks along the inner dimension: uint8 around the implicit zero point 128, one scale a block.
+3. Then a network of one layer becomes int8, with one scale max|w| / 127 for each row.
 
 Refused: a matrix whose inner dimension is not a multiple of the smallest block, and the two projections of narrower
 embeddings, 1 % of the bytes, whose rounding would reach every layer and every mask. Norms, biases and embeddings are
@@ -44,6 +45,7 @@ ACCURACY_LEVEL = 4
 RecordType = Literal["bfloat16", "int8", "uint8"]
 _RECORDS = ("attention_records", "ffn_records")
 _SCALES = ("attention_scales", "ffn_scales")
+_NETWORKS = ("network_rows", "network_scales")
 _TYPES: Mapping[str, RecordType] = MappingProxyType({"bf16": "bfloat16", "int8": "int8", "int4": "uint8"})
 
 
@@ -59,6 +61,7 @@ def apply(program: Program, *, weights: str, products: bool = True) -> PassRepor
     builder = Builder(program)
     refusals: list[str] = []
     counts = {"records": _narrow_records(program, builder, weights), "products": 0}
+    counts["networks"] = _narrow_networks(program, builder)
     for node in [node for node in program.graph.nodes if products and node.op == "MatMul"]:
         recipe = program.weights.get(node.inputs[1].name)
         if recipe is None or recipe.kind != "transpose":
@@ -120,6 +123,25 @@ def _narrow_records(program: Program, builder: Builder, weights: str) -> int:
             changed = replace(changed, shape=(*recipe.shape, program.facts.hidden // block))
         program.weights[name] = changed
         tensor = builder.tensor(name, "sparsify")
+        tensor.dtype, tensor.shape = np.dtype(changed.dtype), changed.shape
+    return count
+
+
+def _narrow_networks(program: Program, builder: Builder) -> int:
+    """Change the recipes of networks that one operator computes; returns how many matrices were changed."""
+    count = 0
+    for name, recipe in program.weights.items():
+        if recipe.kind not in _NETWORKS or recipe.quantised:
+            continue
+        changed = replace(recipe, quantised=True)
+        if recipe.kind == "network_rows":
+            changed = replace(changed, dtype="int8")
+            count += 1
+            if name.endswith(".fc2.weight"):
+                N, K = recipe.shape
+                changed = replace(changed, kind="network_quads", shape=(-(-N // 16), -(-K // 4), 16, 4))
+        program.weights[name] = changed
+        tensor = builder.tensor(name, "fuse_predictor")
         tensor.dtype, tensor.shape = np.dtype(changed.dtype), changed.shape
     return count
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from shadowc.spec.ops import (
     ACTIVATION_TYPES,
+    CPU_OPS,
     DOMAIN,
     INT4_GROUP,
     OPS,
@@ -25,8 +26,9 @@ HEAD = f"""\
 
 Letters: B batch, S new tokens, Z sparse tail (the last Z of the S tokens are masked, Z <= S), T cache capacity,
 E hidden, H heads, D head size, F neurons, N units of a kind per layer (H, or F / block rounded up), L predicted
-layers. `B|1` broadcasts over the batch. What each operator computes is defined by its ONNX function in
-`shadowc/spec/oracle.py`; outputs marked *kernel only* exist in the compiled operators, not in the function.
+layers, P predictor width, K columns of a table. `B|1` broadcasts over the batch. What each operator computes is defined
+by its ONNX function in `shadowc/spec/oracle.py`; outputs marked *kernel only* exist in the compiled operators, not in
+the function.
 
 uint8 weights are pairs of int4: a value q in -7..7 is stored as q + 8, groups of {INT4_GROUP} values along E share a
 scale, and byte j of the {INT4_GROUP // 2} of a group holds value j in its low half and value j + {INT4_GROUP // 2} in
@@ -37,11 +39,12 @@ keys and values; sums are float32.
 
 def page() -> str:
     """The whole page."""
-    return HEAD + "".join(_section(op) for op in OPS)
+    return HEAD + "".join(_section(op) for op in CPU_OPS)
 
 
 def _section(op: OpSpec) -> str:
-    lines = [f"\n## {op.name}\n", op.promise, ""]
+    alone = "" if op in OPS else " Only on the CPU; elsewhere, and in `reference.onnx`, these nodes stay."
+    lines = [f"\n## {op.name}\n", f"{op.promise}{alone}", ""]
     lines += ["| | name | shape | type | meaning |", "| --- | --- | --- | --- | --- |"]
     lines += [_operand("input", operand) for operand in op.inputs]
     lines += [_operand("output", operand) for operand in op.outputs]
@@ -65,6 +68,8 @@ def _extension(op: OpSpec) -> list[str]:
 
 def _tensorrt(op: OpSpec) -> list[str]:
     """How the plugin's inputs differ, for operators over records."""
+    if op not in OPS:
+        return []
     inputs = tensorrt_inputs(op)
     parts = [operand for operand in inputs if operand.name not in {given.name for given in op.inputs}]
     if not parts:

@@ -76,6 +76,7 @@ def schedule(
         finalise,
         fix_mask,
         fold_norms,
+        fuse_predictor,
         insert_predictor,
         narrow_cache,
         quantise,
@@ -92,6 +93,7 @@ def schedule(
         Pass(fill_heads.NAME, fill_heads.apply) if sparse else None,
         Pass(sparsify_ffn.NAME, partial(sparsify_ffn.apply, skip_zeros=skip_zeros)),
         Pass(cluster_neurons.NAME, cluster_neurons.apply) if sparse else None,
+        Pass(fuse_predictor.NAME, fuse_predictor.apply) if sparse and cpu else None,
         Pass(quantise.NAME, partial(quantise.apply, weights=weights, products=cpu)) if narrow else None,
         Pass(fix_mask.NAME, partial(fix_mask.apply, kv=fixed)) if fixed is not None else None,
     ]

@@ -31,5 +31,6 @@ int main(int argc, char** argv) {
   bench::RegisterFfn();
   bench::RegisterAttention();
   bench::RegisterSelect();
+  bench::RegisterPredict();
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -47,5 +47,6 @@ void Compare(benchmark::State& state, const Operator& op, const Operator& dense)
 void RegisterFfn();
 void RegisterAttention();
 void RegisterSelect();
+void RegisterPredict();
 
 }  // namespace bench

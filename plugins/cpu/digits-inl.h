@@ -133,13 +133,36 @@ struct DigitSums {
     upper = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + stride), upper);
     all = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + 2 * stride), all);
   }
-  HWY_INLINE float Product(const DigitRow& row) const {
-    const hn::ScalableTag<int32_t> d32;
-    const double sum = 65536.0 * hn::ReduceSum(d32, top) + 256.0 * hn::ReduceSum(d32, upper) +
-                       static_cast<double>(hn::ReduceSum(d32, all)) - row.offset;
-    return static_cast<float>(sum * row.step);
-  }
 };
+
+// The sums of four vectors, all at once, as Store4 of floats. Exact, whatever the order.
+HWY_INLINE hn::Vec<hn::FixedTag<double, 4>> Sums4(DigitSums::V a, DigitSums::V b, DigitSums::V c,
+                                                  DigitSums::V d) {
+  const hn::ScalableTag<int32_t> d32;
+  const hn::RepartitionToWide<decltype(d32)> pairs;
+  const hn::FixedTag<int32_t, 4> four;
+  const auto ab = hn::BitCast(pairs, hn::Add(hn::InterleaveLower(d32, a, b), hn::InterleaveUpper(d32, a, b)));
+  const auto cd = hn::BitCast(pairs, hn::Add(hn::InterleaveLower(d32, c, d), hn::InterleaveUpper(d32, c, d)));
+  const auto blocks = hn::Add(hn::BitCast(d32, hn::InterleaveLower(pairs, ab, cd)),
+                              hn::BitCast(d32, hn::InterleaveUpper(pairs, ab, cd)));
+  alignas(64) int32_t lanes[hn::MaxLanes(d32)];
+  hn::Store(blocks, d32, lanes);
+  auto sum = hn::Load(four, lanes);
+  for (size_t i = 4; i < hn::Lanes(d32); i += 4) sum = hn::Add(sum, hn::Load(four, lanes + i));
+  return hn::PromoteTo(hn::FixedTag<double, 4>(), sum);
+}
+
+// to[0 ... 3] = the products of a row with four weight rows.
+HWY_INLINE void StoreProducts(const DigitRow& row, const DigitSums& a, const DigitSums& b, const DigitSums& c,
+                              const DigitSums& d, float* to) {
+  const hn::FixedTag<double, 4> df64;
+  const hn::FixedTag<float, 4> df32;
+  // Whole numbers below 2^53: no order of these sums rounds.
+  auto sum = hn::MulAdd(hn::Set(df64, 256.0), Sums4(a.upper, b.upper, c.upper, d.upper),
+                        hn::Sub(Sums4(a.all, b.all, c.all, d.all), hn::Set(df64, row.offset)));
+  sum = hn::MulAdd(hn::Set(df64, 65536.0), Sums4(a.top, b.top, c.top, d.top), sum);
+  hn::StoreU(hn::DemoteTo(df32, hn::Mul(sum, hn::Set(df64, row.step))), df32, to);
+}
 
 // The instruction takes unsigned by signed bytes: weights are shifted by 128, which adds 128 * sum(X) to a
 // product.
@@ -175,12 +198,8 @@ HWY_INLINE void DotDigitsTile(const Activations<int8_t>* const* rows, const int8
     step(i, [](const int8_t* p) HWY_ATTR { return LoadShifted(p); });
   }
   if (i < n) step(i, [&](const int8_t* p) HWY_ATTR { return Shifted(hn::LoadN(d8, p, n - i)); });
-  const auto store = [&](float* to, const Activations<int8_t>& row, const DigitSums& a, const DigitSums& b,
-                         const DigitSums& c, const DigitSums& d) HWY_ATTR {
-    to[0] = a.Product(row), to[1] = b.Product(row), to[2] = c.Product(row), to[3] = d.Product(row);
-  };
-  store(out, *rows[0], s00, s01, s02, s03);
-  if constexpr (kRows == 2) store(out + out_stride, *rows[1], s10, s11, s12, s13);
+  StoreProducts(*rows[0], s00, s01, s02, s03, out);
+  if constexpr (kRows == 2) StoreProducts(*rows[1], s10, s11, s12, s13, out + out_stride);
 }
 
 template <size_t kRows>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the three ONNX Runtime operators share: reading inputs, reporting every shape problem of a call in one
+// What the ONNX Runtime operators share: reading inputs, reporting every shape problem of a call in one
 // sentence each, the host's thread pool, and turning C++ exceptions into statuses.
 #pragma once
 
@@ -110,7 +110,7 @@ OrtStatus* AsStatus(F&& f) noexcept {
   }
 }
 
-// The parts of CustomOpBase that are the same for all three. Kernel is constructed from the node's info and
+// The parts of CustomOpBase that are the same for all of them. Kernel is constructed from the node's info and
 // has Compute(OrtKernelContext*); both may throw.
 template <class Op, class Kernel>
 struct OpBase : Ort::CustomOpBase<Op, Kernel, true> {
@@ -135,6 +135,7 @@ inline constexpr const char* kEpsilon = "epsilon";
 inline constexpr float kDefaultEpsilon = 1e-5f;
 
 // The operators, one per ort_*.cc; they live as long as the library.
+const OrtCustomOp* PredictUnitsOp();
 const OrtCustomOp* SelectThresholdOp();
 const OrtCustomOp* SparseAttentionOp();         // cache of float32
 const OrtCustomOp* SparseAttentionFloat16Op();  // the same operator, cache of float16

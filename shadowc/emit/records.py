@@ -38,6 +38,9 @@ _FAMILY = {
     "ffn_records": "ffn",
     "ffn_scales": "ffn",
     "ffn_rows": "ffn",
+    "network_rows": "network",
+    "network_quads": "network",
+    "network_scales": "network",
     "nbits_weights": "nbits",
     "nbits_scales": "nbits",
 }
@@ -91,6 +94,9 @@ def materialise(
     elif family == "ffn":
         records, scales = _ffn(recipes, source, names)
         made = {name: records if recipes[name].kind == "ffn_records" else scales for name in names}
+    elif family == "network":
+        rows, scales = _rows(recipes, source, names)
+        made = {name: scales if recipes[name].kind == "network_scales" else rows for name in names}
     elif family == "nbits":
         values, scales = quantise_nbits(source.tensor(first.sources[0]), first.block, where=first.sources[0])
         made = {name: values if recipes[name].kind == "nbits_weights" else scales for name in names}
@@ -169,6 +175,25 @@ def _ffn(recipes: Mapping[str, WeightRecipe], source: TensorSource, names: Seque
     del fc2_EF
     _fill(records[:, 1], second, rows_FE, order=order, where=recipe.sources[1])
     return records, scales
+
+
+def _rows(recipes: Mapping[str, WeightRecipe], source: TensorSource, names: Sequence[str]) -> tuple[Array, Floats]:
+    recipe = recipes[names[0]]
+    weight_NK = source.tensor(recipe.sources[0])
+    if not recipe.quantised:
+        return weight_NK, np.ones(len(weight_NK), np.float32)
+    rows_NK, scales = quantise_rows(weight_NK, where=recipe.sources[0])
+    if any(recipes[name].kind == "network_quads" for name in names):
+        return in_quads(rows_NK), scales
+    return rows_NK, scales
+
+
+def in_quads(rows_NK: npt.NDArray[np.int8]) -> npt.NDArray[np.int8]:
+    """Four weights of 16 rows at a time, [ceil(N/16), ceil(K/4), 16, 4], filled up with zeros."""
+    N, K = rows_NK.shape
+    padded = np.zeros((-(-N // 16) * 16, -(-K // 4) * 4), np.int8)
+    padded[:N, :K] = rows_NK
+    return np.ascontiguousarray(padded.reshape(-1, 16, padded.shape[1] // 4, 4).transpose(0, 2, 1, 3))
 
 
 def _room(

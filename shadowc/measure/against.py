@@ -117,12 +117,15 @@ def stored_predictor(engine: Engine, sparsity: SparsityPart) -> Predictor:
     model, orders, plan = engine.manifest.model, engine.neuron_orders(), stored_plan(engine, sparsity)
     means = engine.head_means()
 
-    linear = sparsity.style == "shadow+"
+    linear, of_all = sparsity.style == "shadow+", sparsity.style == "shadow"
 
     def network(name: str) -> Network:
         parts = (engine.initialiser(f"predictor.{name}.{part}") for part in PARTS)
-        fc1_weight, fc1_bias, fc2_weight, fc2_bias = (np.ascontiguousarray(part.T) for part in parts)
-        return Network(fc1_weight, fc1_bias, fc2_weight, fc2_bias, linear)  # the graph stores [in, out]
+        # a product of ONNX Runtime's stores [in, out], the operator of one layer [out, in]
+        fc1_weight, fc1_bias, fc2_weight, fc2_bias = (
+            np.ascontiguousarray(part.T if of_all else part) for part in parts
+        )
+        return Network(fc1_weight, fc1_bias, fc2_weight, fc2_bias, linear)
 
     def networks(kind: str) -> Networks:
         if sparsity.style == "shadow":

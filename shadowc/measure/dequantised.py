@@ -9,7 +9,7 @@ Letters: M tokens, E hidden, L predicted layers, K inner dimension of a product.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import ml_dtypes  # noqa: F401 (makes "bfloat16" a numpy type)
@@ -190,7 +190,11 @@ def truth_for_tensorrt(source: TensorSource, weights: str) -> TensorSource:
 
 @dataclass(frozen=True, slots=True)
 class RoundedPredictor:
-    """A predictor whose products round both factors to 8 bits, as those of every engine but fp32 do."""
+    """A predictor with the rounding that every engine but fp32 has.
+
+    One network for all layers: ONNX Runtime's products round both factors to 8 bits, in blocks. A network for each: its
+    weights are int8 with a scale per row, and nothing else is rounded.
+    """
 
     predictor: Predictor
 
@@ -207,8 +211,16 @@ class RoundedPredictor:
     def _scores(self, networks: Networks, scaled: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         if isinstance(networks, LayerNetworks):
             layers = enumerate(networks.networks)
-            return np.stack([_rounded(one, scaled[:, layer]) for layer, one in layers], axis=1)
+            return np.stack([_rounded_rows(one)(scaled[:, layer]) for layer, one in layers], axis=1)
         return _rounded(networks, scaled).reshape(len(scaled), self.predictor.layers, -1)
+
+
+def _rounded_rows(network: Network) -> Network:
+    return replace(
+        network,
+        fc1_weight_PE=round_to_int8(network.fc1_weight_PE, 1),
+        fc2_weight_OP=round_to_int8(network.fc2_weight_OP, 1),
+    )
 
 
 def _rounded(network: Network, input_ME: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:

@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from shadowc.spec.errors import InternalError
-from shadowc.spec.ops import SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
+from shadowc.spec.ops import PREDICT_UNITS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
 
 if TYPE_CHECKING:
     import numpy as np
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 PROFILED_TOKENS = 12
 Part = Literal["predictor", "selection", "attention", "ffn", "lm_head", "framework", "other"]
 _OPERATORS: dict[str, Part] = {
+    PREDICT_UNITS.name: "predictor",  # its selection too
     SELECT_THRESHOLD.name: "selection",
     SPARSE_ATTENTION.name: "attention",
     SPARSE_FFN.name: "ffn",

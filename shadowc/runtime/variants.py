@@ -129,11 +129,14 @@ def with_scores_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     import onnx
 
+    from shadowc.spec.unfold import unfold_predictors
+
     copy = _copy(model)
     names = {f"scores.{kind}" for kind in UNIT_KINDS}
     found = {name for node in copy.graph.node for name in node.output if name in names}
     if found != names:
         raise InputError("a dense engine has no scores", hint="shadowc compile without --predictor none")
+    unfold_predictors(copy.graph)
     gone = names | {f"mask_scores.{kind}" for kind in UNIT_KINDS}
     shapes = {value.name: value.type.tensor_type.shape.dim for value in copy.graph.output}
     for name in sorted(names):
@@ -201,7 +204,10 @@ def selecting(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def with_thresholds_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph without its selections: `threshold.*` [B,Z,L] come from the caller, and nothing counts `active.*`."""
+    from shadowc.spec.unfold import unfold_predictors
+
     copy = _copy(model)
+    unfold_predictors(copy.graph)
     _keep(copy.graph.node, lambda node: node.op_type != SELECT_THRESHOLD.name)
     selected = [value for value in copy.graph.output if value.name.startswith("threshold.")]
     copy.graph.input.extend(selected)

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three operators, specified once: names, operands, attributes, types and shapes.
+"""The operators, specified once: names, operands, attributes, types and shapes.
 
 The ONNX functions (oracle.py), the C++ registration, the docs table and the test cases derive from
 this table or are checked against it.
 
 Letters: B batch, S new tokens, Z sparse tail (the last Z of the S tokens are masked, Z <= S),
 T cache capacity, E hidden, H heads, D head size, F neurons, N units of a kind per layer
-(H, or ceil(F / block)), L predicted layers. A shape entry "B|1" broadcasts over the batch.
+(H, or ceil(F / block)), L predicted layers, P predictor width, K columns of a table. A shape entry
+"B|1" broadcasts over the batch.
 """
 
 from __future__ import annotations
@@ -77,6 +78,8 @@ _I64 = ("int64",)
 _CACHE = ("float32", "float16")
 WEIGHT_TYPES = ("float32", "bfloat16", "int8", "uint8")
 """Types of records on the CPU; uint8 holds pairs of int4."""
+NETWORK_TYPES = ("float32", "int8")
+"""Types of a predictor's weights where one operator computes it."""
 INT4_GROUP = 64
 """Values of a row that share a scale. A value q in -7..7 is stored as q + 8; byte j of the 32 of a group holds value j
 in its low half and value j + 32 in its high half."""
@@ -86,6 +89,7 @@ _SCORES = Operand(
 )
 _THRESHOLD = Operand("threshold", ("B|1", "Z", "L"), _F32, "a unit is active unless score < threshold")
 _SCALES = "factor per record row, of int4 per group; ones for float weights"
+_ROW_SCALES = "factor per row; ones for float weights"
 _LAYER = Attribute("layer", "int", 0, "which of the L rows of scores and threshold belongs to this node")
 _NORM = Extension(
     promise="`x` is then the residual stream, and `y` is `x` plus what the operator makes of LayerNorm(`x`).",
@@ -189,6 +193,47 @@ SPARSE_FFN = OpSpec(
 )
 
 OPS = (SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN)
+"""What an engine needs on every target."""
+
+PREDICT_UNITS = OpSpec(
+    name="PredictUnits",
+    promise="Scores one layer's units by a network of its own, and selects them: standard nodes and SelectThreshold, "
+    "in one call.",
+    inputs=(
+        Operand("x", ("B", "S", "E"), _F32, "what the network reads"),
+        Operand("tail", ("1",), _I64, "Z, 0 to S"),
+        Operand("density", ("B|1", "K"), _F32, "densities or thresholds, one of the K belongs to this layer"),
+        Operand("w1", ("P", "E"), NETWORK_TYPES, "rows of the first product"),
+        Operand("scales1", ("P",), _F32, _ROW_SCALES),
+        Operand("b1", ("P",), _F32, "bias of the first product"),
+        Operand(
+            "w2",
+            ("N", "P"),
+            NETWORK_TYPES,
+            "rows of the second product, of the type of w1; int8: four weights of 16 rows at a time, "
+            "[N/16, P/4, 16, 4], N and P rounded up with zeros",
+        ),
+        Operand("scales2", ("N",), _F32, _ROW_SCALES),
+        Operand("b2", ("N",), _F32, "bias of the second product"),
+    ),
+    outputs=(
+        Operand("scores", ("B", "Z", "1", "N"), _F32, "score of every unit of the layer, for the last Z tokens"),
+        Operand("threshold", ("B", "Z", "1"), _F32, "a unit is active unless score < threshold"),
+        Operand("active", ("B", "Z", "1"), _I32, "number of active units"),
+        Operand("last_scores", ("B", "1", "1", "N"), _F32, "scores of the last token, whatever Z is"),
+    ),
+    attributes=(
+        Attribute("column", "int", 0, "which of the K belongs to this layer"),
+        Attribute("select", "string", "density", "what `density` holds", ("density", "threshold")),
+        Attribute("relu", "int", 0, "1: ReLU between the products"),
+        Attribute("exempt", "int", 0, "1: the layer stays dense; with densities only"),
+        Attribute("min_active", "int", 0, "units that are kept at least; with densities only"),
+    ),
+    norm=replace(_NORM, promise="the network then reads LayerNorm(`x`)."),
+)
+
+CPU_OPS = (*OPS, PREDICT_UNITS)
+"""What the compiled library for the CPU has."""
 
 ACTIVATION_TYPES = ("float32", "float16", "bfloat16")
 """Types of x, y, context and K/V on TensorRT; matrices have the same type, or int8."""

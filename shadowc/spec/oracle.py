@@ -14,89 +14,20 @@ F neurons, N units of a layer, L predicted layers, G neurons of a unit. A 1 is a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, MutableSequence
-from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 
 from shadowc.spec.errors import InternalError
+from shadowc.spec.nodes import ATTRIBUTE_TYPES, OPSET, Nodes
 from shadowc.spec.ops import DOMAIN, OPS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, VERSION, OpSpec
-
-OPSET = 20
+from shadowc.spec.unfold import unfold_norms, unfold_predictors
 
 _Proto = TypeVar("_Proto")
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
 _LOWEST = float(np.finfo(np.float32).min)
-_ATTRIBUTE_TYPES = {
-    "int": onnx.AttributeProto.INT,
-    "ints": onnx.AttributeProto.INTS,
-    "string": onnx.AttributeProto.STRING,
-}
-
-
-class Nodes:
-    """Collects nodes in order: `nodes.MatMul(a, b)` adds one named node and returns the name of its result.
-
-    `out` names the result, and with it the node; without it, both are numbered.
-    """
-
-    def __init__(self) -> None:
-        self.protos: list[onnx.NodeProto] = []
-        self._known: dict[str, str] = {}
-
-    def __getattr__(self, op_type: str) -> Callable[..., str]:
-        if op_type.startswith("_"):
-            raise AttributeError(op_type)
-        return partial(self.add, op_type)
-
-    def add(self, op_type: str, *inputs: str, out: str = "", ignored: int = 0, **attributes: object) -> str:
-        """Append a node; `ignored` counts further outputs that nobody reads."""
-        out = out or f"{op_type.lower()}_{len(self.protos)}"
-        outputs = [out, *(f"{out}.ignored_{i}" for i in range(ignored))]
-        node = helper.make_node(op_type, list(inputs), outputs, name=f"node.{out}")
-        node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
-        self.protos.append(node)
-        return out
-
-    def constant(self, name: str, value: np.ndarray | np.generic) -> str:
-        """A tensor constant; the same name is the same node."""
-        if name not in self._known:
-            self._known[name] = self.add("Constant", out=name, value=numpy_helper.from_array(np.asarray(value), name))
-        return self._known[name]
-
-    def ints(self, *values: int) -> str:
-        """An int64 vector."""
-        return self.constant("ints_" + "_".join(map(str, values)), np.array(values, np.int64))
-
-    def integer(self, value: int) -> str:
-        """An int64 scalar."""
-        return self.constant(f"int64_{value}", np.int64(value))
-
-    def float32(self, value: float) -> str:
-        """A float32 scalar."""
-        return self.constant(f"float32_{value}", np.float32(value))
-
-    def float64(self, value: float) -> str:
-        """A float64 scalar."""
-        return self.constant(f"float64_{value}", np.float64(value))
-
-    def attribute(self, name: str, kind: str) -> str:
-        """The value that the calling node gives to an attribute of the function."""
-        if name not in self._known:
-            self._known[name] = self.add("Constant", out=f"attribute_{name}")
-            reference = self.protos[-1].attribute.add()
-            reference.name, reference.ref_attr_name, reference.type = f"value_{kind}", name, _ATTRIBUTE_TYPES[kind]
-        return self._known[name]
-
-    def sizes(self, tensor: str, start: int, end: int, out: str = "") -> str:
-        """The sizes of axes start..end-1, as a vector."""
-        return self.Shape(tensor, start=start, end=end, out=out)
-
-    def row(self, tensor: str, index: int, out: str = "") -> str:
-        """`tensor[:, index]`."""
-        return self.Gather(tensor, self.integer(index), axis=1, out=out)
 
 
 def functions() -> list[onnx.FunctionProto]:
@@ -113,7 +44,7 @@ def attach(model: onnx.ModelProto, bodies: Iterable[onnx.FunctionProto] | None =
     """Return a copy of the model that carries the functions (or `bodies` instead of them).
 
     Functions cannot count what a kernel reads: outputs of role "kernel" leave the nodes, and with them goes every
-    node and graph output that depends on them. The norm and the residual that an operator takes itself become nodes.
+    node and graph output that depends on them. What operators for the CPU do besides becomes nodes (unfold.py).
 
     Raises:
         InternalError: no output of the graph is left.
@@ -121,6 +52,7 @@ def attach(model: onnx.ModelProto, bodies: Iterable[onnx.FunctionProto] | None =
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     unfold_norms(copy.graph)
+    unfold_predictors(copy.graph)
     counted = {output for node in copy.graph.node for output in _drop_kernel_outputs(node)}
     _prune(copy.graph, counted)
     if not copy.graph.output:
@@ -143,7 +75,7 @@ def _function(spec: OpSpec, body: Callable[[Nodes], None]) -> onnx.FunctionProto
         nodes.protos,
         [helper.make_opsetid("", OPSET)],
         attribute_protos=[
-            helper.make_attribute(attribute.name, attribute.default, attr_type=_ATTRIBUTE_TYPES[attribute.kind])
+            helper.make_attribute(attribute.name, attribute.default, attr_type=ATTRIBUTE_TYPES[attribute.kind])
             for attribute in spec.attributes
         ],
         doc_string=spec.promise,
@@ -339,28 +271,6 @@ def _writes(n: Nodes, mask_BHS: str, slot_T: str, past_B1: str) -> tuple[str, st
 
 
 # --- attach ------------------------------------------------------------------------------------------------
-
-
-def unfold_norms(graph: onnx.GraphProto) -> None:
-    """Write LayerNormalization in front of each operator that takes its norm itself, and Add behind it, in place."""
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        spec = next((spec for spec in OPS if node.domain == DOMAIN and node.op_type == spec.name), None)
-        if spec is None or spec.norm is None or len(node.input) != len(spec.inputs) + len(spec.norm.inputs):
-            nodes.append(node)
-            continue
-        residual, (scale, bias), total = node.input[0], node.input[len(spec.inputs) :], node.output[0]
-        epsilon = {part.name: part.f for part in node.attribute}.get("epsilon", spec.norm.attributes[0].default)
-        plain = onnx.NodeProto.FromString(node.SerializeToString())
-        del plain.input[len(spec.inputs) :]
-        plain.input[0], plain.output[0] = f"{node.name}.x", f"{node.name}.y"
-        _keep(plain.attribute, lambda part: part.name != "epsilon")
-        norm = helper.make_node("LayerNormalization", [residual, scale, bias], [plain.input[0]], plain.input[0])
-        norm.attribute.extend(helper.make_attribute(*part) for part in (("axis", -1), ("epsilon", epsilon)))
-        nodes += [norm, plain, helper.make_node("Add", [residual, plain.output[0]], [total], total)]
-    kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-    del graph.node[:]
-    graph.node.extend(kept)
 
 
 def _drop_kernel_outputs(node: onnx.NodeProto) -> Iterator[str]:

@@ -10,10 +10,9 @@ from __future__ import annotations
 import onnx
 from onnx import TensorProto, helper
 
+from shadowc.spec.nodes import OPSET, Nodes
 from shadowc.spec.ops import DOMAIN, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, OpSpec, tensorrt_inputs
 from shadowc.spec.oracle import (
-    OPSET,
-    Nodes,
     attach,
     functions,
     sparse_attention_body,

@@ -68,8 +68,10 @@ def test_engine_says_its_style_and_what_its_predictors_read(dejavu_engine: Path,
     assert manifest.sparsity.predictor["labels"] == "top"
     assert manifest.sparsity.predictor["widths"] == other.sparsity.predictor["widths"] == {"heads": 32, "neurons": 32}
     assert inspect.sparsity_facts(manifest)["predictor"].startswith("style dejavu, trained")
-    # two more networks of 64 inputs read theirs: 2 kinds x 2 layers x (32 x 64 + 32) numbers of 4 bytes
-    assert manifest.bytes_per_token.predictor - other.bytes_per_token.predictor == 2 * 2 * (32 * 64 + 32) * 4
+    # two more networks of 64 inputs read theirs: 2 kinds x 2 layers x (32 x 64 + 32) numbers of 4 bytes; and the
+    # operator of a layer has a factor for each of 2 x 32 hidden values and 4 + 16 units
+    more = 2 * 2 * (32 * 64 + 32) + 3 * (2 * 32 + 4 + 16)
+    assert manifest.bytes_per_token.predictor - other.bytes_per_token.predictor == more * 4
 
 
 def test_engine_generates_what_transformers_generates_when_dense(dejavu_engine: Path, tiny_model: Any) -> None:
@@ -199,8 +201,8 @@ def test_dummy_predictors_have_the_true_shape_and_a_seed(tiny_checkpoint: Path, 
     part = read_manifest(folders[0])
     assert part.sparsity is not None
     assert part.sparsity.predictor["origin"] == "dummy"
-    # per value of fc1 and fc2 one byte and, in blocks of 64 or 32, a scale; biases in float32
-    fc1, fc2 = 3 * 2 * 32 * (64 + 4), 3 * (4 + 16) * (32 + 4)
+    # per value of fc1 and fc2 one byte and per row a scale, rows of fc2 in groups of 16; biases in float32
+    fc1, fc2 = 3 * 2 * 32 * (64 + 4), 3 * ((16 + 16) * 32 + (4 + 16) * 4)
     assert part.bytes_per_token.predictor == fc1 + fc2 + 4 * (3 * 2 * 32 + 3 * 20)
 
 
@@ -227,13 +229,15 @@ def _masks_of_the_layer_before(model: onnx.ModelProto) -> None:
 
 
 def _input_of_the_layer_before(model: onnx.ModelProto) -> None:
-    mine, other = named(model, f"predictor.{LAYER}.input"), named(model, f"predictor.{LAYER - 1}.input")
-    mine.input[0] = other.input[0]
+    for kind in ("heads", "neurons"):
+        mine, other = (named(model, f"predictor.{kind}.{layer}") for layer in (LAYER, LAYER - 1))
+        for operand in (0, -2, -1):  # and its norm
+            mine.input[operand] = other.input[operand]
 
 
 def _density_of_one_layer_ignored(model: onnx.ModelProto) -> None:
-    model.graph.initializer.append(numpy_helper.from_array(np.ones(1, np.float32), "planted"))
-    named(model, f"select.heads.{LAYER}").input[1] = "planted"
+    model.graph.initializer.append(numpy_helper.from_array(np.ones((1, 1), np.float32), "planted"))
+    named(model, f"predictor.heads.{LAYER}").input[2] = "planted"
 
 
 @pytest.mark.parametrize(

@@ -10,10 +10,12 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from shadowc.emit.records import quantise_nbits
+from shadowc.emit.records import in_quads, quantise_nbits, quantise_rows
 from shadowc.measure.dequantised import PRODUCT_BLOCKS, RoundedPredictor
-from shadowc.sparsity.networks import Network, minmax_scaled
+from shadowc.sparsity.networks import LayerNetworks, Network, minmax_scaled
 from shadowc.sparsity.predictor import Predictor
+from shadowc.spec.ops import PREDICT_UNITS
+from tests.plugins import kernels
 
 TOLERANCE = 2e-3
 """Of the spread of the scores: single activations at a rounding tie may fall either way."""
@@ -66,6 +68,30 @@ def test_rounded_predictor_scores_as_matmulnbits_does(hidden: int, width: int) -
         difference = np.abs(found - rounded).max() / np.ptp(unrounded)
         assert difference < TOLERANCE
         assert difference < np.abs(found - unrounded).max() / np.ptp(unrounded) / 2
+
+
+def test_a_rounded_predictor_of_layers_scores_as_the_operator_of_a_layer_does() -> None:
+    rng = np.random.default_rng(1)
+    kinds = [
+        LayerNetworks(tuple(Network.random(rng, 96, 40, units) for _ in range(LAYERS))) for units in (HEADS, UNITS)
+    ]
+    orders = np.tile(np.arange(UNITS, dtype=np.int32), (LAYERS, 1))
+    predictor = Predictor(*kinds, layers=LAYERS, block=1, orders_LF=orders)
+    read_MLE = rng.standard_normal((9, LAYERS, 96), dtype=np.float32)
+    pairs = zip(kinds, predictor.scores(read_MLE), RoundedPredictor(predictor).scores(read_MLE), strict=True)
+    for networks, unrounded, rounded in pairs:
+        for layer, network in enumerate(networks.networks):
+            operands = {"x": read_MLE[:, None, layer], "tail": np.array([1]), "density": np.ones((1, 1), np.float32)}
+            for part, weight, bias in (
+                ("1", network.fc1_weight_PE, network.fc1_bias_P),
+                ("2", network.fc2_weight_OP, network.fc2_bias_O),
+            ):
+                rows, scales = quantise_rows(weight)
+                rows = in_quads(rows) if part == "2" else rows
+                operands |= {f"w{part}": rows, f"scales{part}": scales, f"b{part}": bias}
+            found = kernels.run(PREDICT_UNITS, operands, relu=1)["scores"][:, 0, 0]
+            np.testing.assert_allclose(found, rounded[:, layer], rtol=0, atol=2e-5)
+            assert np.abs(found - unrounded[:, layer]).max() > 1e-3
 
 
 def test_a_width_that_no_block_divides_stays_float() -> None:

@@ -41,6 +41,7 @@ def profiled(engine: Engine, *, mask: str = "token", densities: tuple[Density, .
         ("active.heads", "Concat", "selection"),
         ("tail.predicted", "Max", "selection"),
         ("predictor.heads.3.fc1.y", "Add", "predictor"),
+        ("predictor.heads.3", "PredictUnits", "predictor"),
         ("predictor.heads.fc1.product", "MatMulNBits", "predictor"),
         ("predictor.heads.fc1.product", "Linear", "predictor"),
         ("predictor.first", "Sub", "predictor"),

@@ -8,9 +8,9 @@ import onnx_graphsurgeon as gs
 import pytest
 
 from shadowc.passes import fold_norms
-from shadowc.spec import oracle
 from shadowc.spec.errors import InternalError
 from shadowc.spec.program import Program
+from shadowc.spec.unfold import unfold_norms
 from shadowc.trace.program_io import to_model
 from tests.trace import deep
 
@@ -39,7 +39,7 @@ def test_unfolded_again_it_is_the_graph_that_it_was_made_of() -> None:
     before, program = finished(), finished()
     fold_norms.apply(program)
     graph = to_model(program).graph
-    oracle.unfold_norms(graph)
+    unfold_norms(graph)
 
     def described(node: onnx.NodeProto) -> tuple[object, ...]:
         attributes = sorted((one.name, onnx.helper.get_attribute_value(one)) for one in node.attribute)

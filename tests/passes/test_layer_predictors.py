@@ -85,14 +85,13 @@ def test_every_operator_obeys_the_predictor_of_its_own_layer() -> None:
             found = [value.name for value in operator.inputs[1:3]]
             assert found == [f"scores.{kind}.{layer}", f"threshold.{kind}.{layer}"]
             assert operator.attrs["layer"] == 0
-    reads = program.graph.tensors()["predictor.10.input"].inputs[0].inputs[0]
-    assert reads.name == "layers.10.attention.x"
+            assert node(program, f"predictor.{kind}.{layer}").inputs[0].name == f"residual.{layer}"  # and norms it
 
 
 def test_predictor_of_a_layer_runs_in_front_of_it_and_not_at_the_end() -> None:
     order = [node.name for node in deep.compiled(PLAN).graph.nodes]
     for layer in range(1, N):
-        asked = order.index(f"select.heads.{layer}")
+        asked = order.index(f"predictor.heads.{layer}")
         assert order.index(f"layers.{layer - 1}.ffn") < asked < order.index(f"layers.{layer}.attention")
 
 
@@ -106,7 +105,9 @@ def test_all_products_of_the_predictors_become_8_bit() -> None:
     program = deep.compiled(PLAN, weights="int8")
     kinds = {name: r.kind for name, r in program.weights.items() if name.endswith(("fc1.weight", "fc2.weight"))}
     assert len(kinds) == 4 * (N - 1)
-    assert set(kinds.values()) == {"nbits_weights"}
+    assert {kind for name, kind in kinds.items() if ".fc1." in name} == {"network_rows"}
+    assert {kind for name, kind in kinds.items() if ".fc2." in name} == {"network_quads"}
+    assert {program.weights[name].dtype for name in kinds} == {"int8"}
 
 
 def test_graph_equals_transformers_when_everything_is_kept() -> None:
@@ -164,7 +165,10 @@ def _scores_of_another_layer(program: Program) -> None:
 
 
 def _input_of_an_earlier_layer(program: Program) -> None:
-    node(program, "predictor.5.input").inputs[0] = node(program, "predictor.4.input").inputs[0]
+    for kind in ("heads", "neurons"):
+        mine, earlier = (node(program, f"predictor.{kind}.{layer}") for layer in (5, 4))
+        for operand in (0, -2, -1):  # and its norm
+            mine.inputs[operand] = earlier.inputs[operand]
 
 
 def _predictor_of_another_layer(program: Program) -> None:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from shadowc.passes import insert_predictor
 from shadowc.sparsity.reference import MaskedModel
 from shadowc.sparsity.shares import even_shares
 from shadowc.spec.density import Density
@@ -63,6 +62,10 @@ def sound(plan: SparsityPlan) -> deep.Decoder:
     return deep.Decoder(deep.filled(deep.compiled(plan), tensors()), batch=2)
 
 
+def node(program: Program, name: str):
+    return next(node for node in program.graph.nodes if node.name == name)
+
+
 def operators_behind(program: Program, tensor: str) -> set[str]:
     """Sparse operators that a tensor depends on."""
     found, open_ = set(), list(program.graph.tensors()[tensor].inputs)
@@ -84,11 +87,8 @@ def test_neurons_know_the_attention_of_their_layer_and_heads_do_not() -> None:
 
 def test_neuron_predictor_and_ffn_read_the_same_tensor() -> None:
     program = deep.compiled(PLAN)
-    tensors_of = program.graph.tensors()
     for layer in range(1, N):
-        (operator,) = [node for node in program.graph.nodes if node.name == f"layers.{layer}.ffn"]
-        slicing = tensors_of[insert_predictor.layer_input(layer, ffn=True)].inputs[0]
-        assert slicing.inputs[0] is operator.inputs[0]
+        assert node(program, f"predictor.neurons.{layer}").inputs[0] is node(program, f"layers.{layer}.ffn").inputs[0]
 
 
 def test_networks_have_no_relu() -> None:
@@ -138,9 +138,9 @@ def test_a_ranking_over_all_layers_is_not_inserted() -> None:
 def test_a_neuron_predictor_that_reads_what_attention_reads_would_be_found() -> None:
     """Planted defect: the input of the other kind, which has the same shape."""
     program = deep.compiled(PLAN)
-    tensors_of = program.graph.tensors()
-    mine, other = (tensors_of[insert_predictor.layer_input(3, ffn=ffn)].inputs[0] for ffn in (True, False))
-    mine.inputs[0] = other.inputs[0]
+    mine, other = (node(program, f"predictor.{kind}.3") for kind in ("neurons", "heads"))
+    for operand in (0, -2, -1):  # and its norm
+        mine.inputs[operand] = other.inputs[operand]
     _, found = decode(deep.Decoder(deep.filled(program, tensors()), batch=2), **deep.dials(0.5))
     with pytest.raises(AssertionError):
         assert_same_selection(
@@ -151,8 +151,8 @@ def test_a_neuron_predictor_that_reads_what_attention_reads_would_be_found() -> 
 def test_a_layer_with_the_share_of_another_would_be_found() -> None:
     """Planted defect: one layer takes its neighbour's column of the table."""
     program = deep.compiled(PLAN)
-    (wrong,) = [node for node in program.graph.nodes if node.name == "shares.neurons.4"]
-    wrong.inputs[1] = program.graph.tensors()["integer.4"]
+    assert node(program, "predictor.neurons.4").attrs["column"] == 3
+    node(program, "predictor.neurons.4").attrs["column"] = 4
     _, found = decode(deep.Decoder(deep.filled(program, tensors()), batch=2), **deep.dials(0.5))
     with pytest.raises(AssertionError):
         assert_same_selection(

@@ -87,7 +87,7 @@ def test_blocks_read_the_residual_and_norms_make_it() -> None:
 
 def test_style_dejavu_reads_the_residual() -> None:
     program = deep.compiled(PLANS["dejavu"], facts=FACTS)
-    reads = next(node for node in program.graph.nodes if node.name == "predictor.2.input")
+    reads = next(node for node in program.graph.nodes if node.name == "predictor.heads.2")
     assert reads.inputs[0].name == "residual.2"
 
 

@@ -13,7 +13,10 @@ from shadowc.pipeline import REPORT_FILE, run_passes, schedule
 from shadowc.spec.errors import InternalError, UnsupportedError
 from tests.trace import deep
 
-SPARSE = ["canonicalise", "insert_predictor", "sparsify_attention", "fill_heads", "sparsify_ffn", "cluster_neurons"]
+SPARSE = [
+    "canonicalise", "insert_predictor", "sparsify_attention", "fill_heads", "sparsify_ffn", "cluster_neurons",
+    "fuse_predictor",
+]  # fmt: skip
 LAST = ["finalise", "fold_norms"]
 DENSE = ["canonicalise", "sparsify_attention", "sparsify_ffn"]
 

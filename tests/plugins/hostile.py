@@ -16,8 +16,8 @@ import sys
 import numpy as np
 import onnxruntime
 
-from shadowc.spec.ops import SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, OpSpec
-from tests.plugins import kernels, test_sparse_attention, test_sparse_ffn
+from shadowc.spec.ops import NETWORK_TYPES, PREDICT_UNITS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, OpSpec
+from tests.plugins import kernels, test_predict_units, test_sparse_attention, test_sparse_ffn
 
 PAGE = mmap.PAGESIZE
 KNOWN = 0xA5
@@ -47,6 +47,8 @@ FLOATS = (
     "b1",
     "b2",
     "scales",
+    "scales1",
+    "scales2",
     "past_key",
     "past_value",
     "norm_scale",
@@ -89,7 +91,7 @@ def call(rng: np.random.Generator) -> tuple[OpSpec, Arrays, dict[str, object]]:
     B, S, L = (int(rng.integers(1, high)) for high in (4, 12, 4))
     Z = int(rng.integers(0, S + 1))
     layer = int(rng.integers(0, L))
-    which = rng.integers(3)
+    which = rng.integers(4)
     if which == 0:
         shape = (B, Z, L, int(rng.integers(1, 40)))
         density = rng.uniform(-0.2, 1.2, int(rng.choice([1, B]))).astype(np.float32)
@@ -100,6 +102,8 @@ def call(rng: np.random.Generator) -> tuple[OpSpec, Arrays, dict[str, object]]:
         arrays = test_sparse_ffn.operands(rng, B=B, S=S, Z=Z, L=L, dtype=dtype, norm=bool(rng.integers(2)), **size)
         chosen = {"layer": layer, "block": size["block"], "skip_zeros": int(rng.integers(2))}
         return SPARSE_FFN, arrays, chosen
+    if which == 2:
+        return predicting(rng, B=B, S=S, Z=Z)
     size = {
         "H": int(rng.integers(1, 4)),
         "D": int(rng.choice([1, 3, 16, 20])),
@@ -109,12 +113,30 @@ def call(rng: np.random.Generator) -> tuple[OpSpec, Arrays, dict[str, object]]:
     return SPARSE_ATTENTION, arrays, {"layer": layer, "kv": str(rng.choice(["all", "active"]))}
 
 
+def predicting(rng: np.random.Generator, **rows: int) -> tuple[OpSpec, Arrays, dict[str, object]]:
+    """Operands of PredictUnits."""
+    size = {name: int(rng.integers(1, high)) for name, high in (("E", 80), ("P", 40), ("N", 60), ("K", 4))}
+    kind = {
+        "dtype": str(rng.choice(NETWORK_TYPES)),
+        "norm": bool(rng.integers(2)),
+        "rows": int(rng.choice([1, rows["B"]])),
+    }
+    arrays = test_predict_units.operands(rng, **rows, **size, **kind)
+    chosen = {"select": str(rng.choice(["density", "threshold"])), "relu": int(rng.integers(2))}
+    chosen |= {
+        "column": int(rng.integers(size["K"])),
+        "exempt": int(rng.integers(2)),
+        "min_active": int(rng.integers(5)),
+    }
+    return PREDICT_UNITS, arrays, chosen
+
+
 def spoil(rng: np.random.Generator, arrays: Arrays, attributes: dict[str, object]) -> None:
     """Change one to three things about a call."""
     for _ in range(rng.integers(1, 4)):
         kind = rng.integers(5)
-        if kind == 0 and "past" in arrays:
-            name = str(rng.choice(["past", "start"]))
+        if kind == 0 and {"past", "tail"} & set(arrays):
+            name = str(rng.choice(["past", "start"] if "past" in arrays else ["tail"]))
             arrays[name] = rng.choice(np.array(POSITIONS, np.int64), arrays[name].shape)
         elif kind == 1:
             name = str(rng.choice([name for name in arrays if arrays[name].ndim]))
@@ -122,8 +144,8 @@ def spoil(rng: np.random.Generator, arrays: Arrays, attributes: dict[str, object
             axis = rng.integers(len(shape))
             shape[axis] = max(shape[axis] + int(rng.choice([-1, 1, -shape[axis]])), 0)
             arrays[name] = np.resize(arrays[name], shape) if arrays[name].size else np.zeros(shape, arrays[name].dtype)
-        elif kind == 2 and set(attributes) & {"layer", "block", "min_active"}:
-            name = str(rng.choice(sorted(set(attributes) & {"layer", "block", "min_active"})))
+        elif kind == 2 and set(attributes) & {"layer", "block", "min_active", "column"}:
+            name = str(rng.choice(sorted(set(attributes) & {"layer", "block", "min_active", "column"})))
             attributes[name] = int(rng.choice(np.array(NUMBERS, np.int64)))
         elif kind == 3 and "scope" in attributes:
             attributes["exempt"] = [int(rng.choice(np.array(NUMBERS, np.int64))) for _ in range(rng.integers(1, 4))]
@@ -202,6 +224,16 @@ def outputs(spec: OpSpec, arrays: Arrays) -> Arrays:
     if spec is SELECT_THRESHOLD:
         shape = arrays["scores"].shape[:3]
         return {"threshold": np.zeros(shape, np.float32), "active": np.zeros(shape, np.int32)}
+    if spec is PREDICT_UNITS:
+        B, Z, N = (
+            arrays["x"].shape[0],
+            max(int(arrays["tail"].flat[0]), 0) if arrays["tail"].size else 0,
+            arrays["b2"].size,
+        )
+        shapes = {"scores": (B, min(Z, arrays["x"].shape[1]), 1, N), "last_scores": (B, 1, 1, N)}
+        made = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+        rows = shapes["scores"][:3]
+        return made | {"threshold": np.zeros(rows, np.float32), "active": np.zeros(rows, np.int32)}
     made = {"y": np.zeros_like(arrays["x"]), "read": np.zeros(2, np.int64)}
     if spec is SPARSE_ATTENTION:
         made |= {"context": np.zeros_like(arrays["x"])}

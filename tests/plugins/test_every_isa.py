@@ -15,7 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from tests.plugins import elsewhere, kernels, test_select_threshold, test_sparse_attention, test_sparse_ffn
+from shadowc.spec.ops import NETWORK_TYPES
+from tests.plugins import (
+    elsewhere,
+    kernels,
+    test_predict_units,
+    test_select_threshold,
+    test_sparse_attention,
+    test_sparse_ffn,
+)
 from tests.plugins.native import build, process
 
 pytestmark = pytest.mark.timeout(1200)  # the first on Arm waits for the compiler
@@ -117,6 +125,16 @@ def selections(draw):
     )
 
 
+@st.composite
+def networks(draw):
+    B, S, tail, shared = draw(BATCHES)
+    shape = {"B": B, "S": S, "Z": round(tail * S), "E": draw(SIZES), "P": draw(st.integers(1, 70)), "N": draw(SIZES)}
+    kind = {"dtype": draw(st.sampled_from(NETWORK_TYPES)), "norm": draw(st.booleans()), "rows": 1 if shared else B}
+    arrays = test_predict_units.operands(np.random.default_rng(draw(SEEDS)), **shape, **kind)
+    attributes = {"relu": draw(st.integers(0, 1)), "column": draw(st.integers(0, 2))}
+    return arrays, attributes | {"select": draw(st.sampled_from(["density", "threshold"]))}
+
+
 def check_ffn(case):
     arrays, attributes = case
     test_sparse_ffn.assert_as_defined(arrays, **attributes)
@@ -132,16 +150,23 @@ def check_selection(case):
     test_select_threshold.assert_selects_as_defined(scores, density, **attributes)
 
 
+def check_network(case):
+    arrays, attributes = case
+    test_predict_units.assert_as_defined(arrays, **attributes)
+
+
 FEW = settings(max_examples=12, deadline=None, derandomize=True)
 MANY = settings(max_examples=150, deadline=None, derandomize=True)
 
 test_ffn_equals_its_definition = FEW(given(ffns())(check_ffn))
 test_attention_equals_its_definition = FEW(given(attentions())(check_attention))
 test_selection_equals_its_definition = FEW(given(selections())(check_selection))
+test_network_equals_its_definition = FEW(given(networks())(check_network))
 
 test_ffn_equals_its_definition_often = pytest.mark.slow(MANY(given(ffns())(check_ffn)))
 test_attention_equals_its_definition_often = pytest.mark.slow(MANY(given(attentions())(check_attention)))
 test_selection_equals_its_definition_often = pytest.mark.slow(MANY(given(selections())(check_selection)))
+test_network_equals_its_definition_often = pytest.mark.slow(MANY(given(networks())(check_network)))
 
 
 def test_one_wrong_value_of_the_level_is_found():

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 from transformers import OPTForCausalLM
 
 from shadowc.sparsity.predictor import Predictor
-from shadowc.spec import oracle
+from shadowc.spec.nodes import Nodes
 from shadowc.spec.ops import DOMAIN, OPS
 from shadowc.spec.program import SparsityPlan
 from tests.spec.sessions import graph_model, session
@@ -27,7 +27,7 @@ OP_NAMES = {spec.name for spec in OPS}
 NORM_EPSILON = 1e-5
 
 
-class GraphNodes(oracle.Nodes):
+class GraphNodes(Nodes):
     """Nodes of a graph: operators of our domain, and weights as initialisers."""
 
     def __init__(self) -> None:

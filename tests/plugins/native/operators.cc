@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "predict_units.h"
 #include "select_threshold.h"
 #include "sparse_attention.h"
 #include "sparse_ffn.h"
@@ -67,6 +68,38 @@ Tensors SelectThreshold(const Call& call, const shadowc::Parallel& parallel) {
   return outputs;
 }
 
+Tensors PredictUnits(const Call& call, const shadowc::Parallel& parallel) {
+  const Tensor &x = call.Input("x"), &w1 = call.Input("w1"), &w2 = call.Input("w2");
+  const Tensor& density = call.Input("density");
+  shadowc::PredictArgs a{};
+  a.x = x.As<float>();
+  a.norm = NormOf(call);
+  a.batch = x.shape[0], a.tokens = x.shape[1], a.width = x.shape[2];
+  a.tail = static_cast<size_t>(*call.Input("tail").As<int64_t>());
+  a.type = WeightTypeOf(w1);
+  a.w1 = w1.bytes.data(), a.w2 = w2.bytes.data();
+  a.scales1 = call.Input("scales1").As<float>(), a.scales2 = call.Input("scales2").As<float>();
+  a.b1 = call.Input("b1").As<float>(), a.b2 = call.Input("b2").As<float>();
+  a.hidden = w1.shape[0], a.units = call.Input("b2").shape[0];
+  a.relu = call.Int("relu", 0) != 0;
+  a.density = density.As<float>();
+  a.is_threshold = call.Text("select", "density") == "threshold";
+  a.density_batch = density.shape[0], a.densities = density.shape[1];
+  a.column = static_cast<size_t>(call.Int("column", 0));
+  a.exempt = call.Int("exempt", 0) != 0;
+  a.min_active = static_cast<size_t>(call.Int("min_active", 0));
+  Tensors outputs = {{"scores", Unwritten("float32", {a.batch, a.tail, 1, a.units})},
+                     {"threshold", Unwritten("float32", {a.batch, a.tail, 1})},
+                     {"active", Unwritten("int32", {a.batch, a.tail, 1})},
+                     {"last_scores", Unwritten("float32", {a.batch, 1, 1, a.units})}};
+  a.scores = outputs["scores"].As<float>();
+  a.threshold = outputs["threshold"].As<float>();
+  a.active = outputs["active"].As<int32_t>();
+  a.last = outputs["last_scores"].As<float>();
+  shadowc::PredictUnits(a, parallel);
+  return outputs;
+}
+
 Tensors SparseFfn(const Call& call, const shadowc::Parallel& parallel) {
   const Tensor &x = call.Input("x"), &w = call.Input("w");
   Tensors outputs = {{"y", Unwritten("float32", x.shape)}};
@@ -125,6 +158,7 @@ Tensors SparseAttention(const Call& call, const shadowc::Parallel& parallel) {
 }  // namespace
 
 Tensors Run(const Call& call, const shadowc::Parallel& parallel) {
+  if (call.op == "PredictUnits") return PredictUnits(call, parallel);
   if (call.op == "SelectThreshold") return SelectThreshold(call, parallel);
   if (call.op == "SparseFFN") return SparseFfn(call, parallel);
   if (call.op == "SparseAttention") return SparseAttention(call, parallel);

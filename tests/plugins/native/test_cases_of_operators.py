@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 
 from shadowc.spec.ops import SPARSE_ATTENTION, OpSpec
-from tests.plugins import elsewhere, test_norms, test_select_threshold, test_sparse_attention, test_sparse_ffn
+from tests.plugins import (
+    elsewhere,
+    test_norms,
+    test_predict_units,
+    test_select_threshold,
+    test_sparse_attention,
+    test_sparse_ffn,
+)
 from tests.plugins.native import build, process
 
 OF_ONNX_RUNTIME = ("refuses", "says_what", "reports_all", "names_the_types", "concurrent", "bound_twice")
 """Parts of names: what the layer above the kernels checks, and how it calls them. The driver has its own ways for the
 last two, see `checked`."""
 
-MODULES = (test_select_threshold, test_sparse_ffn, test_sparse_attention, test_norms)
+MODULES = (test_predict_units, test_select_threshold, test_sparse_ffn, test_sparse_attention, test_norms)
 
 CASES = {
     name: value

@@ -1,0 +1,155 @@
+// SPDX-License-Identifier: Apache-2.0
+// PredictUnits as an ONNX Runtime operator: checks shapes, then calls the kernel (predict_units.h).
+#include "ort_op.h"
+#include "predict_units.h"
+
+namespace shadowc {
+namespace {
+
+constexpr const char* kName = "PredictUnits";
+enum In : size_t { kX, kTail, kDensity, kW1, kScales1, kB1, kW2, kScales2, kB2, kNorm, kNormBias, kInputs };
+enum Out : size_t { kScores, kThreshold, kActive, kLast, kOutputs };
+
+class PredictUnitsKernel {
+ public:
+  explicit PredictUnitsKernel(const Ort::ConstKernelInfo& info)
+      : node_(info.GetNodeName()),
+        select_(TextAttribute(info, "select", "density")),
+        column_(IntAttribute(info, "column", 0)),
+        min_active_(IntAttribute(info, "min_active", 0)),
+        relu_(IntAttribute(info, "relu", 0) != 0),
+        exempt_(IntAttribute(info, "exempt", 0) != 0),
+        epsilon_(FloatAttribute(info, kEpsilon, kDefaultEpsilon)) {
+    Problems problems(kName, node_);
+    problems.Expect(column_ >= 0, "attribute column", "at least 0", std::to_string(column_));
+    problems.Expect(min_active_ >= 0, "attribute min_active", "at least 0", std::to_string(min_active_));
+    problems.Expect(select_ == "density" || select_ == "threshold", "attribute select",
+                    "'density' or 'threshold'", "'" + select_ + "'");
+    CheckWeightType(info, kW1, &problems);
+    CheckWeightType(info, kW2, &problems);
+    problems.ThrowIfAny();
+  }
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
+    return AsStatus([&] { Compute(context); });
+  }
+
+ private:
+  void Compute(OrtKernelContext* raw) const {
+    const Ort::KernelContext context(raw);
+    Problems problems(kName, node_);
+    PredictArgs a{};
+    const Shape x = ReadTokens(context, &a, &problems);
+    ReadNetwork(context, x[2], &a, &problems);
+    ReadDensity(context, x[0], &a, &problems);
+    problems.ThrowIfAny();
+    const int64_t tail = static_cast<int64_t>(a.tail), units = static_cast<int64_t>(a.units);
+    a.scores = Output<float>(context, kScores, {x[0], tail, 1, units});
+    a.threshold = Output<float>(context, kThreshold, {x[0], tail, 1});
+    a.active = Output<int32_t>(context, kActive, {x[0], tail, 1});
+    a.last = Output<float>(context, kLast, {x[0], 1, 1, units});
+    shadowc::PredictUnits(a, HostPool(raw));
+  }
+
+  Shape ReadTokens(const Ort::KernelContext& context, PredictArgs* a, Problems* problems) const {
+    const Input<float> x = ReadInput<float>(context, kX);
+    const Input<int64_t> tail = ReadInput<int64_t>(context, kTail);
+    problems->ExpectRank("x", x.shape, 3, "[B, S, E]");
+    problems->ExpectShape("tail", tail.shape, {1}, "[1]");
+    problems->ThrowIfAny();
+    problems->Expect(x.shape[1] >= 1, "S (axis 1 of x)", "at least 1", "0");
+    problems->Expect(x.shape[2] >= 1, "E (axis 2 of x)", "at least 1", "0");
+    problems->Expect(tail.data[0] >= 0 && tail.data[0] <= x.shape[1], "tail",
+                     "0 to S = " + std::to_string(x.shape[1]), std::to_string(tail.data[0]));
+    problems->ThrowIfAny();
+    a->x = x.data;
+    a->batch = static_cast<size_t>(x.shape[0]);
+    a->tokens = static_cast<size_t>(x.shape[1]);
+    a->width = static_cast<size_t>(x.shape[2]);
+    a->tail = static_cast<size_t>(tail.data[0]);
+    a->norm = ReadNorm(context, kNorm, x.shape[2], epsilon_, problems);
+    return x.shape;
+  }
+
+  void ReadNetwork(const Ort::KernelContext& context, int64_t width, PredictArgs* a,
+                   Problems* problems) const {
+    const Weights w1 = ReadWeights(context, kW1, problems), w2 = ReadWeights(context, kW2, problems);
+    const Input<float> scales1 = ReadInput<float>(context, kScales1), b1 = ReadInput<float>(context, kB1);
+    const Input<float> scales2 = ReadInput<float>(context, kScales2), b2 = ReadInput<float>(context, kB2);
+    problems->ExpectRank("w1", w1.shape, 2, "[P, E]");
+    problems->ExpectRank("b2", b2.shape, 1, "[N]");
+    problems->ThrowIfAny();
+    const int64_t hidden = w1.shape[0], units = b2.shape[0];
+    const bool int8 = w1.type == WeightType::kInt8;
+    problems->Expect(w1.type == w2.type && (w1.type == WeightType::kFloat32 || int8), "w1 and w2",
+                     "float32 or int8, both alike", "other types");
+    problems->Expect(hidden >= 1, "P (axis 0 of w1)", "at least 1", "0");
+    problems->ExpectShape("w1", w1.shape, {hidden, width}, "[P, E]");
+    problems->ExpectShape("scales1", scales1.shape, {hidden}, "[P]");
+    problems->ExpectShape("b1", b1.shape, {hidden}, "[P]");
+    if (int8) {
+      problems->ExpectShape("w2", w2.shape, {(units + 15) / 16, (hidden + 3) / 4, 16, 4},
+                            "[ceil(N / 16), ceil(P / 4), 16, 4]");
+    } else {
+      problems->ExpectShape("w2", w2.shape, {units, hidden}, "[N, P]");
+    }
+    problems->ExpectShape("scales2", scales2.shape, {units}, "[N]");
+    a->type = w1.type;
+    a->w1 = w1.data;
+    a->w2 = w2.data;
+    a->scales1 = scales1.data;
+    a->scales2 = scales2.data;
+    a->b1 = b1.data;
+    a->b2 = b2.data;
+    a->hidden = static_cast<size_t>(hidden);
+    a->units = static_cast<size_t>(units);
+    a->relu = relu_;
+  }
+
+  void ReadDensity(const Ort::KernelContext& context, int64_t batch, PredictArgs* a,
+                   Problems* problems) const {
+    const Input<float> density = ReadInput<float>(context, kDensity);
+    problems->ExpectRank("density", density.shape, 2, "[1 or B, K]");
+    problems->ThrowIfAny();
+    problems->Expect(density.shape[0] == 1 || density.shape[0] == batch, "density",
+                     "[1 or B = " + std::to_string(batch) + ", K]", ToText(density.shape));
+    problems->Expect(column_ < density.shape[1], "attribute column",
+                     "below K = " + std::to_string(density.shape[1]), std::to_string(column_));
+    a->density = density.data;
+    a->is_threshold = select_ == "threshold";
+    a->density_batch = static_cast<size_t>(density.shape[0]);
+    a->densities = static_cast<size_t>(density.shape[1]);
+    a->column = static_cast<size_t>(column_);
+    a->exempt = exempt_;
+    a->min_active = static_cast<size_t>(min_active_);
+  }
+
+  std::string node_, select_;
+  int64_t column_, min_active_;
+  bool relu_, exempt_;
+  float epsilon_;
+};
+
+struct PredictUnitsOpType : OpBase<PredictUnitsOpType, PredictUnitsKernel> {
+  static constexpr size_t kRequiredInputs = kNorm, kRequiredOutputs = 3;
+  const char* GetName() const { return kName; }
+  size_t GetInputTypeCount() const { return kInputs; }
+  size_t GetOutputTypeCount() const { return kOutputs; }
+  ONNXTensorElementDataType GetInputType(size_t index) const {
+    if (index == kTail) return ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+    const bool weights = index == kW1 || index == kW2;
+    return weights ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+  ONNXTensorElementDataType GetOutputType(size_t index) const {
+    return index == kActive ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32 : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+  }
+};
+
+}  // namespace
+
+const OrtCustomOp* PredictUnitsOp() {
+  static const PredictUnitsOpType op;
+  return &op;
+}
+
+}  // namespace shadowc
