@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from shadowc.sparsity.importance import ImportanceTrace
     from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.density import Density
+    from shadowc.spec.options import Style
 
 Say = Callable[[str], None]
 SCHEMA = 1
@@ -141,7 +142,7 @@ class _Work:
         self._say("dense model and random masks")
         found = self._measured.model(asked.of_random(densities))
         if "shadow" in asked.styles:
-            host = self._predictor(asked.host, 0)
+            host = self._predictor(asked.host, "shadow")  # others make no mask of a prompt
             found += self._measured.predictor("prompt", "", host, "", asked.of_prompt(densities))
         return found
 
@@ -150,9 +151,9 @@ class _Work:
         asked, trace = self._asked, self._traces[criterion]
         key = str(trace.meta["key"])
         if criterion in asked.learnable:
-            host = self._predictor(criterion, 0)
+            host = self._predictor(criterion, asked.styles[0])
         else:
-            host = with_rankings(self._predictor(asked.host, 0), trace)
+            host = with_rankings(self._predictor(asked.host, asked.styles[0]), trace)
         self._say(f"{criterion}: rankings{' and true scores' if criterion in asked.learnable else ''}")
         settings = asked.of_rankings(criterion, densities)
         yield from self._measured.predictor(f"{criterion}-references", criterion, host, key, settings)
@@ -169,8 +170,8 @@ class _Work:
                     self._hashes[name] = lines[0].predictor.rpartition(" ")[2]
                     yield from lines
 
-    def _predictor(self, criterion: str, style: int) -> Predictor:
-        return self._learned.predictor(self._traces[criterion], self._asked.styles[style], self._asked.seed)
+    def _predictor(self, criterion: str, style: Style) -> Predictor:
+        return self._learned.predictor(self._traces[criterion], style, self._asked.seed)
 
 
 def _write(found: table.Found, folder: Path, say: Say) -> str:

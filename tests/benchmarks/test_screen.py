@@ -147,6 +147,22 @@ def test_everything_is_there_with_its_hashes(whole: Path) -> None:
     assert len(report["rows"]) == len(figures(whole))
 
 
+def test_masks_of_a_prompt_are_those_of_style_shadow_whatever_comes_first(
+    whole: Path, run: Screen, tmp_path: Path
+) -> None:
+    assert run(tmp_path, "--criteria", "plainact", "--styles", "dejavu,shadow") == 0
+    mine, other = (
+        {
+            x["scope"]: x["bits_per_byte"]
+            for x in figures(out)
+            if x["style"] == "prompt" and x["head_density"] == "0.5" and x["neuron_density"] == "0.5"
+        }
+        for out in (tmp_path, whole)
+    )
+    assert mine == other
+    assert len(mine) == 2
+
+
 def test_a_llama_type_model_is_screened_with_all_styles(
     llama_folder: Path, texts: tuple[Path, Path], tmp_path: Path
 ) -> None:
