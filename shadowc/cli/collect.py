@@ -24,7 +24,7 @@ def collect(
     criterion: flags.Criterion = "plainact",
     positions: flags.Positions = 4096,
     length: Annotated[int, typer.Option("--length", help="Tokens per calibration sequence.", min=8)] = 256,
-    fill: flags.HeadFill = "mean",
+    fill: flags.HeadFill = "zero",
     load_format: flags.LoadFormatFlag = "auto",
     offline: flags.Offline = False,
     seed: flags.Seed = 0,

@@ -36,7 +36,7 @@ def compile_model(
     data: flags.Data = "self",
     criterion: flags.Criterion = "plainact",
     positions: flags.Positions = 4096,
-    fill: flags.HeadFill = "mean",
+    fill: flags.HeadFill = "zero",
     style: flags.PredictorStyle = "shadow",
     labels: flags.PredictorLabels = None,
     neuron_block: flags.NeuronBlock = None,

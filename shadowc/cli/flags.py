@@ -54,7 +54,9 @@ Positions = Annotated[
 ]
 HeadFill = Annotated[
     Fill,
-    typer.Option("--fill", help="What a skipped head leaves: its mean over the calibration text, free, or zero."),
+    typer.Option(
+        "--fill", help="What a skipped head leaves: zero, or (at no cost) its mean over the calibration text."
+    ),
 ]
 NeuronBlock = Annotated[
     int | None,

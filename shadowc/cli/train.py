@@ -47,7 +47,7 @@ def train(
     data: flags.Data = "self",
     criterion: flags.Criterion = "plainact",
     positions: flags.Positions = 4096,
-    fill: flags.HeadFill = "mean",
+    fill: flags.HeadFill = "zero",
     load_format: flags.LoadFormatFlag = "auto",
     offline: flags.Offline = False,
     seed: flags.Seed = 0,

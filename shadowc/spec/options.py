@@ -57,7 +57,7 @@ class CollectOptions(_Frozen):
     """Token positions recorded."""
     length: int = Field(default=256, ge=8)
     """Tokens per calibration sequence (at most the model's context)."""
-    fill: Fill = "mean"
+    fill: Fill = "zero"
     """What a skipped head will leave in its place; importance is measured from there."""
     seed: int = 0
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from shadowc.spec.options import CollectOptions, CompileOptions, TrainOptions
 
-COLLECT = CollectOptions(positions=256, length=32)
+COLLECT = CollectOptions(positions=256, length=32, fill="mean")
 TRAIN = TrainOptions(neuron_block=16, width=32, epochs=4, batch=32)
 
 

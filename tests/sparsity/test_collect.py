@@ -39,7 +39,7 @@ from shadowc.spec.progress import EventProgress
 FLOAT32 = 2e-5
 HALF_STEP = 2.0**-11
 SUBNORMAL_STEP = 2.0**-24
-OPTIONS = CollectOptions(positions=48, length=16)
+OPTIONS = CollectOptions(positions=48, length=16, fill="mean")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from shadowc.sparsity.whole import whole_signals
 from shadowc.spec.errors import InputError
 from shadowc.spec.options import CollectOptions, TrainOptions
 
-OPTIONS = CollectOptions(positions=96, length=16)
+OPTIONS = CollectOptions(positions=96, length=16, fill="mean")
 PER_TEXT = ("epenas", "jacov", "magnitude", "nwot", "random")
 Collected = Callable[[str], ImportanceTrace]
 

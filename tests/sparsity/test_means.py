@@ -32,7 +32,7 @@ from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
 from shadowc.spec.options import CollectOptions, TrainOptions
 
-OPTIONS = CollectOptions(positions=48, length=16, criterion="l2norm")
+OPTIONS = CollectOptions(positions=48, length=16, criterion="l2norm", fill="mean")
 TRAIN = TrainOptions(neuron_block=16, width=32, epochs=1)
 FLOAT32 = 2e-5
 
