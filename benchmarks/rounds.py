@@ -7,6 +7,7 @@ its rounds. A round is a process of its own, which a launcher such as `chrt -f 5
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shlex
@@ -37,6 +38,14 @@ class LedgerError(Exception):
 def say(text: str) -> None:
     """One line on standard error."""
     sys.stderr.write(f"{text}\n")
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
+    return value
 
 
 def compile_dummy(name: str, model: str, folder: Path, *flags: str) -> None:

@@ -83,7 +83,8 @@ ranks sets of units better than signed change does: a correlation with what one 
 criterion. Why was not looked into; that the changes of many units do not add is our guess.
 
 ```console
-$ shadowc collect --model opt-mini --data books.jsonl --positions 2048 --length 128 --criterion NAME --fill zero --out NAME.trace
+$ shadowc collect --model opt-mini --data books.jsonl --positions 2048 --length 128 --criterion NAME \\
+    --out NAME.trace
 $ shadowc train --trace plainact.trace --ranking taylor.trace --ranking fisher.trace --ranking magnitude.trace \\
     --epochs 1 --neuron-block 1 --out c.predictor
 $ shadowc eval --model opt-mini --predictor c.predictor --text slice.txt --densities 0.5 \\

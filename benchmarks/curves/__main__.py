@@ -17,7 +17,7 @@ from pathlib import Path
 from benchmarks.curves import drawing
 from benchmarks.curves.series import series, table
 from benchmarks.decoding import DENSE, Setting
-from benchmarks.rounds import Asked, Ledger, LedgerError, compile_dummy, measure, say, threads_of
+from benchmarks.rounds import Asked, Ledger, LedgerError, compile_dummy, measure, positive, say, threads_of
 from shadowc.checkpoint.resolve import resolve
 from shadowc.measure import plot
 from shadowc.spec.errors import ShadowcError, UnsupportedError
@@ -102,9 +102,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", default="int8", choices=sorted(PARAMETER_BYTES), help="(%(default)s)")
     add("--mask", default="token", choices=("token", "sequence"), help="what a mask holds for (%(default)s)")
     add("--densities", default=LADDER, help="HEADS/NEURONS kept, by commas (%(default)s)")
-    add("--rounds", type=int, default=5, help="(%(default)s)")
-    add("--tokens", type=int, default=16, help="timed per setting and round (%(default)s)")
-    add("--threads", type=int, help="of the operators; default: one per core")
+    add("--rounds", type=positive, default=5, help="(%(default)s)")
+    add("--tokens", type=positive, default=16, help="timed per setting and round (%(default)s)")
+    add("--threads", type=positive, help="of the operators; default: one per core")
     add("--launcher", default="", help="put in front of every measuring process, such as 'chrt -f 50'")
     add("--keep", action="store_true", help="leave the engines in OUT")
     add("--draw-only", action="store_true", help="measure nothing")

@@ -19,7 +19,7 @@ from benchmarks.decoding import DENSE, ZEROS, Setting
 from benchmarks.exact.shifted import lower
 from benchmarks.exact.table import markdown
 from benchmarks.peers.checkpoint import write_weights
-from benchmarks.rounds import Asked, Ledger, LedgerError, measure, threads_of
+from benchmarks.rounds import Asked, Ledger, LedgerError, measure, positive, threads_of
 from shadowc.checkpoint.resolve import OPT_MINI, resolve
 from shadowc.runtime.load import read_manifest
 from shadowc.sparsity.predictor import Predictor
@@ -114,9 +114,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--zeros", default="0.5,0.9,0.95", help="shares of ReLU outputs at zero, by commas (%(default)s)")
     add("--densities", default="0.5/0.5,0.5/0.2", help="HEADS/NEURONS kept by the masks (%(default)s)")
     add("--mini", action=argparse.BooleanOptionalAction, default=True, help=f"{OPT_MINI} as well (%(default)s)")
-    add("--rounds", type=int, default=5, help="(%(default)s)")
-    add("--tokens", type=int, default=24, help="timed per setting and round (%(default)s)")
-    add("--threads", type=int, help="of the operators; default: one per core")
+    add("--rounds", type=positive, default=5, help="(%(default)s)")
+    add("--tokens", type=positive, default=24, help="timed per setting and round (%(default)s)")
+    add("--threads", type=positive, help="of the operators; default: one per core")
     add("--launcher", default="", help="put in front of every measuring process, such as 'chrt -f 50'")
     add("--cache", type=Path, default=Path("build/exact"), help="engines (%(default)s)")
     add("--prepare-only", action="store_true", help="make the engines and stop")

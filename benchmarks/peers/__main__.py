@@ -16,6 +16,7 @@ from benchmarks.peers.environments import PreparationError
 from benchmarks.peers.figures import Result
 from benchmarks.peers.lineup import Entrant, entrants, prepare
 from benchmarks.peers.race import Outcome, Plan, race
+from benchmarks.rounds import positive
 from shadowc.checkpoint.resolve import read_config
 from shadowc.measure.settings import STREAM_BYTES, STREAM_REPEATS
 from shadowc.runtime.library import OpLibrary
@@ -88,11 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--engine", action="append", default=[], metavar="LABEL=FOLDER", help="a compiled engine to run as well")
     add("--densities", default=",".join(DENSITIES), help="HEADS/NEURONS kept by shadowc's engines (%(default)s)")
     add("--base", default="openvino:int8", help="contestant that the ratios divide by (%(default)s)")
-    add("--rounds", type=_positive, default=5, help="(%(default)s)")
-    add("--tokens", type=_positive, default=32, help="timed after the first (%(default)s)")
-    add("--short-prompt", type=_positive, default=33, help="tokens before decoding (%(default)s)")
-    add("--long-prompt", type=_positive, default=512, help="tokens of the prompt that is timed (%(default)s)")
-    add("--threads", type=_positive, help="of every runtime; default: one per physical core")
+    add("--rounds", type=positive, default=5, help="(%(default)s)")
+    add("--tokens", type=positive, default=32, help="timed after the first (%(default)s)")
+    add("--short-prompt", type=positive, default=33, help="tokens before decoding (%(default)s)")
+    add("--long-prompt", type=positive, default=512, help="tokens of the prompt that is timed (%(default)s)")
+    add("--threads", type=positive, help="of every runtime; default: one per physical core")
     add("--cache", type=Path, default=Path("build/peers"), help="environments, checkpoints, models (%(default)s)")
     add("--reserve-gib", type=float, default=3.0, help="memory that the loaded contestants leave free (%(default)s)")
     add("--out", type=Path, help="Markdown file; the JSON goes beside it. Default: CACHE/MODEL.md")
@@ -101,13 +102,6 @@ def _parser() -> argparse.ArgumentParser:
 
 def _items(text: str) -> list[str]:
     return [item for item in text.split(",") if item]
-
-
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text}: expected at least 1")
-    return value
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.decoding import DENSE, Setting
 from benchmarks.quality import heldout
-from benchmarks.rounds import Asked, Ledger, LedgerError, compile_dummy, measure, say, threads_of
+from benchmarks.rounds import Asked, Ledger, LedgerError, compile_dummy, measure, positive, say, threads_of
 from benchmarks.styles import parts, quality, table
 from benchmarks.styles.contestants import Contestant, contestants, timed
 from shadowc.checkpoint.resolve import resolve
@@ -106,9 +106,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--weights", default="int8", choices=("fp32", "bf16", "int8", "int4"), help="of that shape (%(default)s)")
     add("--width", type=int, default=1024, help="of styles shadow and dejavu there (%(default)s)")
     add("--densities", default=DENSITIES, help="HEADS/NEURONS kept, by commas (%(default)s)")
-    add("--rounds", type=int, default=5, help="(%(default)s)")
-    add("--tokens", type=int, default=16, help="timed per setting and round (%(default)s)")
-    add("--threads", type=int, help="of the operators; default: one per core")
+    add("--rounds", type=positive, default=5, help="(%(default)s)")
+    add("--tokens", type=positive, default=16, help="timed per setting and round (%(default)s)")
+    add("--threads", type=positive, help="of the operators; default: one per core")
     add("--launcher", default="", help="put in front of every measuring process, such as 'chrt -f 50'")
     add("--keep", action="store_true", help="leave the timed engines in OUT")
     add("--mini", default="opt-mini", help="model whose quality is measured (%(default)s)")

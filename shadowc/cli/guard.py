@@ -22,7 +22,7 @@ from typing import Any
 import typer
 
 from shadowc.cli import render
-from shadowc.spec.errors import InternalError, ShadowcError, SlowPlaceWarning
+from shadowc.spec.errors import InternalError, LookAheadWarning, ShadowcError, SlowPlaceWarning
 
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -107,7 +107,8 @@ def _quieten_libraries() -> None:
     if _debug():
         return
     warnings.simplefilter("ignore")
-    warnings.simplefilter("always", SlowPlaceWarning)
+    for ours in (SlowPlaceWarning, LookAheadWarning):
+        warnings.simplefilter("always", ours)
     warnings.showwarning = _show_warning
     for name, value in (
         ("TRANSFORMERS_VERBOSITY", "error"),

@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """Scores that no deployed predictor has: references for what one could reach, and what takes no training.
 
-`oracle`: the criterion's true scores of every token, from the dense model and the text that follows: an upper bound for
-predictors of this criterion. `prompt`: how strongly the units fire in the prompt, as GRIFFIN selects neurons (each
-token's activations scaled to length 1, then the root of the sum of squares over the tokens); heads by the same rule.
+`oracle`: the criterion's true scores of every token, from the dense model and the text that follows: a bound for
+predictors of this criterion, unless its scores have a sign: then they know the token to come, and a warning says so.
+`prompt`: how strongly the units fire in the prompt, as GRIFFIN selects neurons (each token's activations scaled to
+length 1, then the root of the sum of squares over the tokens); heads by the same rule.
 
 Letters: Z masked tokens, S tokens, L predicted layers, H heads, D head size, F neurons, N units of neurons.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +19,9 @@ import numpy as np
 import torch
 
 from shadowc.sparsity.cluster import block_sums
+from shadowc.sparsity.criteria import find_criterion
 from shadowc.sparsity.families import decoder_of, watched
-from shadowc.spec.errors import InputError
+from shadowc.spec.errors import InputError, LookAheadWarning
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -42,6 +45,8 @@ TIE = np.float32(1e-30)
 class Oracle:
     """True scores of requests, those last asked for kept: settings take turns on the requests of a piece of work.
 
+    Warns (LookAheadWarning) where the criterion's scores have a sign.
+
     Args:
         model: transformers' model.
         facts: its sizes.
@@ -52,6 +57,14 @@ class Oracle:
         self._model, self._facts, self._predictor = model, facts, predictor
         self._kept: OrderedDict[tuple[tuple[int, ...], int], tuple[Floats, Floats]] = OrderedDict()
         self._bytes = 0
+        name = _criterion_of(predictor)
+        if find_criterion(name).signed:
+            warnings.warn(
+                f"oracle of {name}: the sign of its scores knows the token to come, so its figures are no bound for "
+                "any predictor; those of shadowc collect --criterion plainact have none",
+                LookAheadWarning,
+                stacklevel=2,
+            )
 
     def scores(self, request: Request, first: int) -> tuple[Floats, Floats]:
         """Return `oracle_scores` of a request.
@@ -75,6 +88,10 @@ def _bytes(pair: tuple[Floats, Floats]) -> int:
     return pair[0].nbytes + pair[1].nbytes
 
 
+def _criterion_of(predictor: Predictor) -> str:
+    return str(predictor.meta.get("criterion", "plainact"))
+
+
 def oracle_scores(
     model: Any, facts: ModelFacts, predictor: Predictor, request: Request, first: int
 ) -> tuple[Floats, Floats]:
@@ -83,10 +100,9 @@ def oracle_scores(
     Raises:
         InputError: the predictor's criterion has no score of a token, or a score is not finite.
     """
-    from shadowc.sparsity.criteria import find_criterion
     from shadowc.sparsity.record import record_batch
 
-    name = str(predictor.meta.get("criterion", "plainact"))
+    name = _criterion_of(predictor)
     criterion = find_criterion(name)
     if criterion.per != "token":
         raise InputError(

@@ -65,3 +65,7 @@ class InternalError(ShadowcError):
 
 class SlowPlaceWarning(UserWarning):
     """Something works, but lies where it makes everything slow."""
+
+
+class LookAheadWarning(UserWarning):
+    """A figure is no bound: what decided the masks knew the token to come."""

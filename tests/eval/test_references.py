@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from shadowc.eval.torch_model import TorchModel
 from shadowc.sparsity.collect import record_batch
 from shadowc.sparsity.criteria import find_criterion
 from shadowc.spec.density import Density
-from shadowc.spec.errors import InputError, UnsupportedError
+from shadowc.spec.errors import InputError, LookAheadWarning, UnsupportedError
 from tests.eval.test_protocols import request
 
 HALF = Density(0.5, 0.25)
@@ -75,6 +77,22 @@ def test_the_oracle_asks_once_for_all_settings_and_keeps_what_fits(
     assert len(asked) == 5
     oracle.scores(second, 1)
     assert len(asked) == 6
+
+
+@pytest.mark.parametrize(
+    ("criterion", "signed"), [("taylor", True), ("grasp", True), ("plainact", False), ("fisher", False)]
+)
+def test_the_oracle_of_scores_with_a_sign_says_that_it_is_no_bound(
+    in_torch: TorchModel, criterion: str, signed: bool
+) -> None:
+    predictor = in_torch._predictor
+    assert predictor is not None
+    changed = replace(predictor, meta={**predictor.meta, "criterion": criterion})
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        references.Oracle(in_torch._model, in_torch._checkpoint.facts, changed)
+    said = [str(one.message) for one in heard if issubclass(one.category, LookAheadWarning)]
+    assert [text.startswith(f"oracle of {criterion}: the sign") for text in said] == [True] * signed
 
 
 def test_the_oracles_masks_are_the_best_units_of_each_token(in_torch: TorchModel) -> None:

@@ -22,7 +22,7 @@ def plainact(signals: LayerSignals) -> Scores:
     return heads_BTH, (gradient_BTF * signals.preactivation_BTF).abs()
 
 
-@criterion("taylor", gradients=True)
+@criterion("taylor", gradients=True, signed=True)
 def taylor(signals: LayerSignals) -> Scores:
     """Heads -sum_i g_i a_i, neurons -q u: plainact with its sign, the change of the loss to first order. Signed.
 

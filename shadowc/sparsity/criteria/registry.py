@@ -52,6 +52,8 @@ class Criterion:
     """True: reads weights."""
     per: Per = "token"
     """What one score is of."""
+    signed: bool = False
+    """True: below zero where the loss falls without the unit, which only a text with its next token can tell."""
 
     @property
     def formula(self) -> str:
@@ -82,6 +84,7 @@ def criterion(
     curvature: bool = False,
     weights: bool = False,
     per: Per = "token",
+    signed: bool = False,
 ) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Register a function under a name, with what it reads and what one of its scores is of, see `Criterion`."""
 
@@ -90,7 +93,7 @@ def criterion(
             raise InternalError(f"two criteria are called {name}")
         if per not in get_args(Per):
             raise InternalError(f"criterion {name} is per {per!r}, expected one of {', '.join(get_args(Per))}")
-        _REGISTRY[name] = Criterion(name, score, gradients or curvature, activations, curvature, weights, per)
+        _REGISTRY[name] = Criterion(name, score, gradients or curvature, activations, curvature, weights, per, signed)
         return score
 
     return register

@@ -7,7 +7,7 @@ from shadowc.sparsity.criteria.registry import Scores, criterion
 from shadowc.sparsity.signals import LayerSignals
 
 
-@criterion("grasp", gradients=True, curvature=True)
+@criterion("grasp", gradients=True, curvature=True, signed=True)
 def grasp(signals: LayerSignals) -> Scores:
     """Heads -sum_i a_i (Hg)_i, neurons -u (Hq): half the slope of ||gradient||^2 when the unit is scaled down. Signed.
 
