@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits one linear network of style shadow+ to graded labels.
 
-In: inputs of tokens, and for every unit its grade: in how many of three nested tops of all layers it is. Out: a
-`Network` without ReLU, of low rank, and its error. One score answers all three questions (ordinal regression): the
-probability of being in top k is sigmoid(score - offset k), with offsets that all layers share, so scores of different
-layers can be compared.
+In: inputs of tokens, and for every unit its grade: in how many of three nested tops of all layers (labels "graded"), or
+of its own layer ("nested"), it is. Out: a `Network` without ReLU, of low rank, and its error. One score answers all
+three questions (ordinal regression): the probability of being in top k is sigmoid(score - offset k), with offsets that
+all layers share, so scores of different layers can be compared.
 
 Training starts from a reduced-rank ridge regression of the grades, and takes AdamW steps from there; the epoch that is
 best on the held-out positions is kept. Epoch 0 is the odds of the mean, which know no context. The same examples and
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from shadowc.spec.progress import Progress
 
     Floats = npt.NDArray[np.float32]
+    Rows = npt.NDArray[np.intp]
 
 TOPS = (0.15, 0.4, 0.8)
 """Nested tops as shares of the units that mattered at all (importance above zero), the first the most important."""
@@ -45,22 +46,48 @@ RATE = 2.0
 
 def grade_bounds(raw_MLU: Floats) -> Floats:
     """Return the importances [G] at which the tops of all layers together begin, the lowest first."""
-    finite = raw_MLU[np.isfinite(raw_MLU).all(axis=(1, 2))]
-    positive = finite[finite > 0]
+    finite_M = np.asarray(np.isfinite(raw_MLU).all(axis=(1, 2)))
+    positive = raw_MLU[(raw_MLU > 0) & finite_M[:, None, None]]  # the one copy: scores may be gigabytes
     if not len(positive):
         return np.ones(len(TOPS), np.float32)
-    return np.quantile(positive, [1 - top for top in sorted(TOPS, reverse=True)]).astype(np.float32)
+    bounds = np.quantile(positive, [1 - top for top in sorted(TOPS, reverse=True)], overwrite_input=True)
+    return bounds.astype(np.float32)
 
 
 def grades_of(raw: Floats, bounds_G: Floats) -> Floats:
     """Return how many of the bounds an importance reaches, 0 to G; NaN stays NaN."""
-    grades = sum((raw >= bound).astype(np.float32) for bound in bounds_G)
-    return np.where(np.isfinite(raw), grades, np.nan).astype(np.float32)
+    grades = np.zeros(raw.shape, np.float32)
+    for bound in bounds_G:
+        grades += raw >= bound
+    grades[~np.isfinite(raw)] = np.nan
+    return grades
 
 
-def offsets_of(grades_MLU: Floats) -> Floats:
-    """Return what scores are compared with, [G], from how often each grade is reached; the middle one is 0."""
-    rates = [np.mean(grades_MLU > grade) for grade in range(len(TOPS))]
+def nested_grades(raw_MLU: Floats) -> Floats:
+    """Return in how many of the tops of its own layer, at its own position, a unit is; NaN stays NaN.
+
+    A unit of importance zero is in none.
+    """
+    grades = np.zeros(raw_MLU.shape, np.float32)
+    for layer in range(raw_MLU.shape[1]):
+        raw_MU = raw_MLU[:, layer]
+        bounds_GM = np.quantile(raw_MU, [1 - top for top in TOPS], axis=1)
+        for bound_M in bounds_GM:
+            grades[:, layer] += (raw_MU >= bound_M[:, None]) & (raw_MU > 0)
+    grades[~np.isfinite(raw_MLU)] = np.nan
+    return grades
+
+
+def offsets_of(grades_MLU: Floats, rows: Rows | None = None) -> Floats:
+    """Return what scores are compared with, [G], from how often each grade is reached; the middle one is 0.
+
+    `rows` are the positions that count; None: all.
+    """
+    rows = np.arange(len(grades_MLU)) if rows is None else rows
+    layers = range(grades_MLU.shape[1])
+    total = len(rows) * grades_MLU[0].size
+    counts = [sum(np.count_nonzero(grades_MLU[rows, layer] > grade) for layer in layers) for grade in range(len(TOPS))]
+    rates = [count / total for count in counts]
     odds = [np.log(rate / (1 - rate)) for rate in np.clip(rates, LEAST_RATE, 1 - LEAST_RATE)]
     return np.array([odds[len(odds) // 2] - one for one in odds], np.float32)
 

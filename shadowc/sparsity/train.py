@@ -35,7 +35,7 @@ from shadowc.sparsity import thresholds
 from shadowc.sparsity.cluster import neuron_orders
 from shadowc.sparsity.criteria import require_trainable
 from shadowc.sparsity.fit import Examples, Fit, fit
-from shadowc.sparsity.graded import fit_graded, grade_bounds, grades_of, offsets_of
+from shadowc.sparsity.graded import fit_graded, grade_bounds, grades_of, nested_grades, offsets_of
 from shadowc.sparsity.networks import LayerNetworks, blocks_of, cost_share, default_width, minmax_scaled, widths
 from shadowc.sparsity.predictor import Networks, Predictor, check_out
 from shadowc.sparsity.rank import (
@@ -121,6 +121,7 @@ def train(
             )
         with progress.stage(f"train {kind}"):
             fits[kind] = _fits(trace, kind, targets_MLU, (used, used_held), width, options, progress)
+        del targets_MLU  # as large as the scores
     heads, neurons = (_networks(fits[kind], options) for kind in UNIT_KINDS)
     controls = {
         name: (ranking(raw["heads"][taught]), ranking(raw["neurons"][taught]))
@@ -174,7 +175,7 @@ def _fits(
         return [fit(examples, width, options, seed, progress)]
     found = []
     wide = widths(trace.facts, options.neuron_block, width, options.style)[number]
-    offsets_G = offsets_of(targets_MLU[used]) if options.style == "shadow+" else None
+    offsets_G = offsets_of(targets_MLU, used) if options.style == "shadow+" else None
     for layer in range(1, trace.layers):
         inputs_ME, of_layer_MU = _read(trace, kind, layer, options), targets_MLU[:, layer - 1]
         examples = Examples(inputs_ME[used], of_layer_MU[used], inputs_ME[held], of_layer_MU[held])
@@ -254,18 +255,21 @@ def _inputs(trace: ImportanceTrace, rows: Rows, options: TrainOptions) -> Floats
 def targets_of(raw_MLU: Floats, options: TrainOptions) -> Floats:
     """Return what the networks learn, [M, Lp, U]; NaN in a layer that says nothing about a position.
 
-    Labels "graded" are 0 to 3, see graded.py.
+    Labels "graded" and "nested" are 0 to 3, see graded.py.
     Labels "top" are 1 for the first units of a layer (ties included), but for those of importance zero.
     """
     if options.learned == "graded":
         return grades_of(raw_MLU, grade_bounds(raw_MLU))
+    if options.learned == "nested":
+        return nested_grades(raw_MLU)
     scaled_MLU = layer_minmax(raw_MLU)
     if options.learned == "scores":
         return scaled_MLU
-    finite_MLU = np.nan_to_num(raw_MLU)
-    top_MLU = selected(finite_MLU, options.top, "local") & (finite_MLU > 0)
-    targets: Floats = np.where(np.isnan(scaled_MLU), np.nan, top_MLU).astype(np.float32)
-    return targets
+    for layer in range(raw_MLU.shape[1]):  # one at a time: a copy of all scores may be gigabytes
+        finite_M1U = np.nan_to_num(raw_MLU[:, layer : layer + 1])
+        top_MU = (selected(finite_M1U, options.top, "local") & (finite_M1U > 0))[:, 0]
+        scaled_MLU[:, layer] = np.where(np.isnan(scaled_MLU[:, layer]), np.nan, top_MU)
+    return scaled_MLU
 
 
 def held_out(sequence_M: npt.NDArray[np.int32], share: float, seed: int) -> npt.NDArray[np.bool_]:
@@ -288,9 +292,12 @@ def layer_minmax(scores_MLU: Floats) -> Floats:
     A row that is constant or not finite becomes NaN, and its position is dropped from training, as published. A layer
     whose rows are all like that (it never does anything) would drop every position; it becomes zeros instead.
     """
-    layers = [minmax_rows(scores_MLU[:, layer]) for layer in range(scores_MLU.shape[1])]
-    never = [np.isnan(scaled_MU).any(axis=1).all() for scaled_MU in layers]
-    return np.stack([np.zeros_like(s) if dead else s for s, dead in zip(layers, never, strict=True)], axis=1)
+    scaled_MLU = np.empty(scores_MLU.shape, np.float32)
+    for layer in range(scores_MLU.shape[1]):
+        scaled_MU = minmax_rows(scores_MLU[:, layer])
+        never = np.isnan(scaled_MU).any(axis=1).all()
+        scaled_MLU[:, layer] = 0 if never else scaled_MU
+    return scaled_MLU
 
 
 def _report(predictor: Predictor, scores: dict[str, Floats], raw: dict[str, Floats], seed: int) -> dict[str, Any]:
