@@ -30,11 +30,10 @@ def apply(program: Program) -> PassReport:
     requires(program)
     filled = 0
     if program.plan is not None and program.plan.fill == "mean":
-        for layer in range(1, program.facts.layers):
-            _fill(program, layer)
-            filled += 1
+        filled = sum(_fill(program, layer) for layer in range(1, program.facts.layers))
     ensures(program)
-    return PassReport(NAME, {"layers": filled})
+    zero = program.plan is None or program.plan.fill == "zero"
+    return PassReport(NAME, {"layers": filled}, ("skipped heads leave zero",) if zero else ())
 
 
 def requires(program: Program) -> None:
@@ -47,12 +46,13 @@ def requires(program: Program) -> None:
 
 
 def ensures(program: Program) -> None:
-    """A layer has both of its biases changed, or none; and each by its own mean."""
+    """With fill "mean" both biases of every predicted layer are changed by its own mean; no other is."""
+    mean = program.plan is not None and program.plan.fill == "mean"
     for layer in range(program.facts.layers):
         kinds = [program.weights[f"layers.{layer}.attention.{part}"] for part in ("bqkv", "bo")]
         means = [recipe.sources[-1] for recipe in kinds if recipe.kind in ("centred_qkv_bias", "filled_bias")]
-        if means not in ([], [mean_name(layer)] * 2):
-            raise InternalError(f"{NAME}: the biases of layer {layer} use the means {', '.join(means)}")
+        if means != ([mean_name(layer)] * 2 if mean and layer > 0 else []):
+            raise InternalError(f"{NAME}: the biases of layer {layer} use the means {', '.join(means) or '(none)'}")
 
 
 def mean_name(layer: int) -> str:
@@ -60,10 +60,15 @@ def mean_name(layer: int) -> str:
     return f"predictor.mean.heads.{layer}"
 
 
-def _fill(program: Program, layer: int) -> None:
+def _fill(program: Program, layer: int) -> bool:
+    """Change both recipes; whether they were as sparsify_attention leaves them."""
     weights, mean, out = program.weights, mean_name(layer), layer_names(layer).out
     bqkv, bo = (f"layers.{layer}.attention.{part}" for part in ("bqkv", "bo"))
-    if weights[bqkv].kind == "qkv_bias":
-        weights[bqkv] = replace(weights[bqkv], kind="centred_qkv_bias", sources=(*weights[bqkv].sources, mean))
-    if weights[bo].kind == "copy":
-        weights[bo] = replace(weights[bo], kind="filled_bias", sources=(out.bias, out.weight, mean))
+    if (weights[bqkv].kind, weights[bo].kind) == ("centred_qkv_bias", "filled_bias"):
+        return False
+    for name, kind in ((bqkv, "qkv_bias"), (bo, "copy")):
+        if weights[name].kind != kind:
+            raise InternalError(f"{NAME}: {name} is made by {weights[name].kind}, expected {kind}")
+    weights[bqkv] = replace(weights[bqkv], kind="centred_qkv_bias", sources=(*weights[bqkv].sources, mean))
+    weights[bo] = replace(weights[bo], kind="filled_bias", sources=(out.bias, out.weight, mean))
+    return True

@@ -75,8 +75,8 @@ def _around(node: gs.Node) -> tuple[gs.Node, gs.Node] | None:
 
 
 def _predicts_from(node: gs.Node, x: gs.Tensor) -> bool:
-    """Whether an operator that predicts reads x, and in one place."""
-    return bool(node.op == PREDICT_UNITS.name and [value is x for value in node.inputs].count(True) == 1)
+    """Whether an operator that predicts reads x as what its network reads, and has no norm yet."""
+    return bool(node.op == PREDICT_UNITS.name and node.inputs[0] is x and len(node.inputs) == len(PREDICT_UNITS.inputs))
 
 
 def _fold(node: gs.Node, norm: gs.Node, total: gs.Node) -> None:

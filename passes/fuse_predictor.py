@@ -13,7 +13,7 @@ Legal cases:
 Only for targets that have the operator: the CPU.
 
 Letters: B batch, S new tokens, Z sparse tail, E hidden, P predictor width, L predicted layers, N units of a kind per
-layer.
+layer, K columns of a table.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from shadowc.spec.ops import (
     tensorrt_inputs,
 )
 
+UNFOLDED = "Its meaning is the nodes that `shadowc/spec/unfold.py` writes in its place, in `reference.onnx` too."
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "ops.md"
 
 HEAD = f"""\
@@ -43,7 +44,7 @@ def page() -> str:
 
 
 def _section(op: OpSpec) -> str:
-    alone = "" if op in OPS else " Only on the CPU; elsewhere, and in `reference.onnx`, these nodes stay."
+    alone = "" if op in OPS else f" Only on the CPU. {UNFOLDED}"
     lines = [f"\n## {op.name}\n", f"{op.promise}{alone}", ""]
     lines += ["| | name | shape | type | meaning |", "| --- | --- | --- | --- | --- |"]
     lines += [_operand("input", operand) for operand in op.inputs]

@@ -10,6 +10,20 @@ constexpr const char* kName = "PredictUnits";
 enum In : size_t { kX, kTail, kDensity, kW1, kScales1, kB1, kW2, kScales2, kB2, kNorm, kNormBias, kInputs };
 enum Out : size_t { kScores, kThreshold, kActive, kLast, kOutputs };
 
+const char* NameOf(WeightType type) {
+  switch (type) {
+    case WeightType::kFloat32:
+      return "float32";
+    case WeightType::kBFloat16:
+      return "bfloat16";
+    case WeightType::kInt8:
+      return "int8";
+    case WeightType::kInt4:
+      return "uint8";
+  }
+  return "unknown";
+}
+
 class PredictUnitsKernel {
  public:
   explicit PredictUnitsKernel(const Ort::ConstKernelInfo& info)
@@ -25,8 +39,6 @@ class PredictUnitsKernel {
     problems.Expect(min_active_ >= 0, "attribute min_active", "at least 0", std::to_string(min_active_));
     problems.Expect(select_ == "density" || select_ == "threshold", "attribute select",
                     "'density' or 'threshold'", "'" + select_ + "'");
-    CheckWeightType(info, kW1, &problems);
-    CheckWeightType(info, kW2, &problems);
     problems.ThrowIfAny();
   }
 
@@ -82,7 +94,7 @@ class PredictUnitsKernel {
     const int64_t hidden = w1.shape[0], units = b2.shape[0];
     const bool int8 = w1.type == WeightType::kInt8;
     problems->Expect(w1.type == w2.type && (w1.type == WeightType::kFloat32 || int8), "w1 and w2",
-                     "float32 or int8, both alike", "other types");
+                     "float32 or int8, both alike", std::string(NameOf(w1.type)) + " and " + NameOf(w2.type));
     problems->Expect(hidden >= 1, "P (axis 0 of w1)", "at least 1", "0");
     problems->ExpectShape("w1", w1.shape, {hidden, width}, "[P, E]");
     problems->ExpectShape("scales1", scales1.shape, {hidden}, "[P]");

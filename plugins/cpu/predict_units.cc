@@ -147,6 +147,7 @@ class Quads {
 
 #if SHADOWC_DIGITS
   HWY_INLINE void OfDigits(const int8_t* const* w, const DigitRow& x, bool more, float* to) const {
+    static_assert(hn::MaxLanes(hn::ScalableTag<int32_t>()) == kRows, "a vector is a line of 16 rows");
     const int8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
     DigitSums s0, s1, s2, s3;
     for (size_t q = 0; q < quads_; ++q) {

@@ -26,8 +26,9 @@ GENAI_FILE = "genai_config.json"
 CONTROLS_FILE = "controls.safetensors"
 """Static rankings of heads and neurons, for the controls of `shadowc eval`."""
 ORDERS_FILE = "orders.safetensors"
-MEANS_FILE = "means.safetensors"
 """Which neuron of the checkpoint became which record, for `shadowc verify --against`."""
+MEANS_FILE = "means.safetensors"
+"""What skipped heads leave, which biases hold: for `shadowc verify --against` and `bisect`."""
 
 
 def check_replaceable(out: Path) -> None:

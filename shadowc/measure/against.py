@@ -117,13 +117,15 @@ def stored_predictor(engine: Engine, sparsity: SparsityPart) -> Predictor:
     model, orders, plan = engine.manifest.model, engine.neuron_orders(), stored_plan(engine, sparsity)
     means = engine.head_means()
 
-    linear, of_all = sparsity.style == "shadow+", sparsity.style == "shadow"
+    linear = sparsity.style == "shadow+"
+    stored = {tensor.name for tensor in engine.graph().graph.initializer}
 
     def network(name: str) -> Network:
         parts = (engine.initialiser(f"predictor.{name}.{part}") for part in PARTS)
-        # a product of ONNX Runtime's stores [in, out], the operator of one layer [out, in]
+        # a product of ONNX Runtime's stores [in, out], the operator of one layer [out, in] with factors beside it
+        as_rows = f"predictor.{name}.fc1.weight.scales" in stored
         fc1_weight, fc1_bias, fc2_weight, fc2_bias = (
-            np.ascontiguousarray(part.T if of_all else part) for part in parts
+            np.ascontiguousarray(part if as_rows else part.T) for part in parts
         )
         return Network(fc1_weight, fc1_bias, fc2_weight, fc2_bias, linear)
 

@@ -32,7 +32,7 @@ from shadowc.measure.stored_weights import stored_as_they_are, stored_parameters
 from shadowc.runtime.sequence_engine import SequenceEngine
 from shadowc.runtime.stored import StoredGraph
 from shadowc.spec.density import UNIT_KINDS
-from shadowc.spec.errors import InputError
+from shadowc.spec.errors import InputError, VerificationError
 from shadowc.spec.manifest import FIXED_FILE, MODEL_FILE, REFERENCE_FILE
 from shadowc.spec.progress import NullProgress, Progress
 
@@ -89,8 +89,9 @@ def bisect(
         VerificationError: a file is missing or has another size.
     """
     from shadowc.checkpoint.resolve import resolve
+    from shadowc.emit.folder import MEANS_FILE
     from shadowc.runtime.load import load_cpu
-    from shadowc.runtime.verification import file_problems, read_manifest
+    from shadowc.runtime.verification import RECOMPILE, file_problems, read_manifest
 
     progress = progress or NullProgress()
     manifest = read_manifest(folder)
@@ -111,6 +112,11 @@ def bisect(
         )
     with progress.stage("files"):
         changed = tuple(file_problems(folder, manifest, remember=False))
+        if said := [problem for problem in changed if MEANS_FILE in problem]:
+            raise VerificationError(
+                f"{said[0]}; it says what the biases of skipped heads should hold, so nothing can be compared with it",
+                hint=RECOMPILE,
+            )
     with progress.stage("tensors"):
         densities = parity.DENSITIES if manifest.sparsity else parity.DENSITIES[:1]
         graphs = _graphs(engine, checkpoint.facts, densities, reference=reference)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from shadowc.spec.errors import InputError
+from shadowc.spec.errors import InputError, VerificationError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -116,10 +116,20 @@ def control(folder: Path, manifest: EngineManifest, method: str) -> Ranking:
 
 
 def _tensors(folder: Path, manifest: EngineManifest, name: str) -> dict[str, npt.NDArray[Any]]:
-    """Tensors of a file of the folder; none if the manifest does not list it."""
+    """Tensors of a file of the folder; none if the manifest does not list it.
+
+    Raises:
+        VerificationError: it cannot be read.
+    """
     if name not in manifest.files:
         return {}
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    tensors: dict[str, npt.NDArray[Any]] = load_file(folder / name)
+    from shadowc.runtime.verification import RECOMPILE
+
+    try:
+        tensors: dict[str, npt.NDArray[Any]] = load_file(folder / name)
+    except (OSError, SafetensorError) as error:
+        raise VerificationError(f"{folder / name} cannot be read: {error}", hint=RECOMPILE) from error
     return tensors

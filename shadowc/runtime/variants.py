@@ -204,10 +204,7 @@ def selecting(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def with_thresholds_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph without its selections: `threshold.*` [B,Z,L] come from the caller, and nothing counts `active.*`."""
-    from shadowc.spec.unfold import unfold_predictors
-
     copy = _copy(model)
-    unfold_predictors(copy.graph)
     _keep(copy.graph.node, lambda node: node.op_type != SELECT_THRESHOLD.name)
     selected = [value for value in copy.graph.output if value.name.startswith("threshold.")]
     copy.graph.input.extend(selected)

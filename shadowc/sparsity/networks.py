@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 BUDGET = 0.03
 """Share of a dense token's parameters that the predictor may cost."""
 WIDTH_STEP = 32
-"""ONNX Runtime's products of 8 bits take blocks of 32 rows at least."""
+"""ONNX Runtime's products of 8 bits, which style shadow has, take blocks of 32 rows at least; dejavu keeps to it so
+that widths of both can be equal."""
 SMALL_STEP = 8
 LARGEST_WIDTH = 1024
 PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")

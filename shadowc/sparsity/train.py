@@ -33,7 +33,7 @@ import numpy as np
 
 from shadowc.sparsity import thresholds
 from shadowc.sparsity.cluster import neuron_orders
-from shadowc.sparsity.criteria import require_trainable
+from shadowc.sparsity.criteria import find_criterion, require_trainable
 from shadowc.sparsity.fit import Examples, Fit, fit
 from shadowc.sparsity.graded import fit_graded, grade_bounds, grades_of, nested_grades, offsets_of
 from shadowc.sparsity.networks import LayerNetworks, blocks_of, cost_share, default_width, minmax_scaled, widths
@@ -338,7 +338,7 @@ def _means(trace: ImportanceTrace) -> Floats | None:
 
 
 def _require_same_model(trace: ImportanceTrace, rankings: Sequence[ImportanceTrace]) -> None:
-    """Refuse rankings of another checkpoint: their units are others."""
+    """Refuse rankings of another checkpoint, or measured from something else than skipped heads leave."""
     mine = trace.meta["model"]
     for other in rankings:
         its = other.meta["model"]
@@ -347,6 +347,13 @@ def _require_same_model(trace: ImportanceTrace, rankings: Sequence[ImportanceTra
                 f"the ranking in {other.folder} is of another checkpoint: {its['name']} {its['identity'][:12]}, the "
                 f"trace in {trace.folder} is of {mine['name']} {mine['identity'][:12]}",
                 hint=f"shadowc collect {trace.origin.flags} --criterion {other.meta['criterion']}",
+            )
+        fills = [str(one.meta.get("fill", "zero")) for one in (trace, other)]
+        if find_criterion(str(other.meta["criterion"])).per != "text" and fills[0] != fills[1]:
+            raise InputError(
+                f"the ranking in {other.folder} was measured from {fills[1]}, but heads that a predictor of the trace "
+                f"in {trace.folder} skips leave {'their mean' if fills[0] == 'mean' else 'zero'}",
+                hint=f"shadowc collect {trace.origin.flags} --criterion {other.meta['criterion']} --fill {fills[0]}",
             )
 
 

@@ -15,6 +15,7 @@ from shadowc.sparsity import importance, predictor
 from shadowc.sparsity.calibration import check_data
 from shadowc.sparsity.criteria import find_criterion, require_trainable
 from shadowc.sparsity.importance import ImportanceTrace, Origin
+from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
 from shadowc.stage_cache import StageCache
 
@@ -110,7 +111,12 @@ def learn(
 
 def _check_options(options: CollectOptions) -> None:
     check_data(options.data)
-    find_criterion(options.criterion)
+    if find_criterion(options.criterion).per == "text" and options.fill == "mean":
+        raise InputError(
+            f"criterion {options.criterion} gives one ranking for a whole text, which is measured from zero; no "
+            "predictor learns from it, so there is nothing for a skipped head to leave",
+            hint="leave --fill out",
+        )
 
 
 def _predictor_folder(out: Path | None, name: str) -> Path:

@@ -4,7 +4,8 @@
 In: a graph that uses the operators of ops.CPU_OPS. Out, in place: the same with those of ops.OPS alone, without norms
 of their own; names of tensors stay.
 
-Letters as in ops.py: B batch, Z sparse tail, E hidden, P predictor width, N units of a layer.
+Letters as in ops.py: B batch, Z sparse tail, Y tokens that are scored (Z, at least 1), E hidden, P predictor width,
+N units of a layer.
 """
 
 from __future__ import annotations
@@ -90,11 +91,11 @@ def _predict(n: Nodes, node: onnx.NodeProto) -> None:
 
 def _rows(n: Nodes, w2: str, scales2: str, w1: str) -> str:
     """w2 [N,P], whether it is stored so or four weights of 16 rows at a time."""
-    four = n.Cast(w2, to=TensorProto.FLOAT)
+    weights = n.Cast(w2, to=TensorProto.FLOAT)
     # Of rank 2 it is one group of all rows, [1,1,N,P]: what puts 16 rows in order then changes nothing.
-    groups = n.Concat(n.ints(1, 1), n.Shape(four), axis=0)
+    groups = n.Concat(n.ints(1, 1), n.Shape(weights), axis=0)
     last_four = n.Slice(groups, n.ints(-4), n.ints(np.iinfo(np.int64).max), n.ints(0))
-    rows_first = n.Transpose(n.Reshape(four, last_four), perm=[0, 2, 1, 3])
+    rows_first = n.Transpose(n.Reshape(weights, last_four), perm=[0, 2, 1, 3])
     width = n.Mul(n.sizes(rows_first, 2, 3), n.sizes(rows_first, 3, 4))
     flat = n.Reshape(rows_first, n.Concat(n.ints(-1), width, axis=0))
     ends = n.Concat(n.Shape(scales2), n.sizes(w1, 0, 1), axis=0)

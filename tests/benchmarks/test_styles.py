@@ -116,6 +116,7 @@ def test_quality_of_both_styles_is_found_once_and_shown_beside_the_controls(
     assert "| layer 3 |" in shown
     rows = json.loads((tmp_path / "quality.json").read_text())["rows"]
     sizes = {name.split("-")[0]: row["predictor_bytes"] for name, row in rows.items()}
-    assert sizes["dejavu"] - sizes["shadow"] == 2 * 2 * (32 * 64 + 32) * 4
+    factors = 3 * (2 * 32 + 4 + 16)  # of rows, which the operator of a layer has
+    assert sizes["dejavu"] - sizes["shadow"] == (2 * 2 * (32 * 64 + 32) + factors) * 4
     with pytest.raises(ValueError, match="name another --out"):
         quality.measure(str(tiny_checkpoint), TWO, "another text", SETTINGS[1:], tmp_path, said.append)

@@ -159,6 +159,7 @@ def test_passes_are_dumped_when_asked_for(tiny_checkpoint: Path, tmp_path: Path)
         "fill_heads.onnx",
         "sparsify_ffn.onnx",
         "cluster_neurons.onnx",
+        "fuse_predictor.onnx",
         "quantise.onnx",
         "narrow_cache.onnx",
         "finalise.onnx",

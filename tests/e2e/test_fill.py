@@ -121,6 +121,35 @@ def test_dummy_engines_have_means_too(tmp_path: Path) -> None:
         np.testing.assert_array_equal(values, filled.tensors()[name])
 
 
+def test_dummy_engines_of_both_fills_are_told_apart(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    found = {}
+    for fill in ("mean", "zero"):
+        collect = compiled.COLLECT.model_copy(update={"fill": fill})
+        folder = shadowc.compile(
+            compiled.options(tiny_checkpoint, tmp_path / f"{fill}.engine", load_format="dummy", collect=collect)
+        )
+        manifest = read_manifest(folder)
+        assert manifest.sparsity is not None
+        assert (manifest.sparsity.fill, MEANS_FILE in manifest.files) == (fill, fill == "mean")
+        found[fill] = manifest.build_key
+    assert found["mean"] != found["zero"]
+
+
+def test_a_damaged_file_of_means_is_named_and_no_bias_is_blamed(
+    sparse_engine: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    for place in (8, -4):  # its header, a number
+        folder = Path(shutil.copytree(sparse_engine, tmp_path / f"damaged{place}.engine"))
+        raw = bytearray((folder / MEANS_FILE).read_bytes())
+        raw[place] ^= 0x55
+        (folder / MEANS_FILE).write_bytes(raw)
+        with pytest.raises(VerificationError, match=rf"{MEANS_FILE}.*nothing can be compared"):
+            bisect(folder, str(tiny_checkpoint))
+        if place == 8:
+            with pytest.raises(VerificationError, match=f"{MEANS_FILE} cannot be read"):
+                load_cpu(folder, verify=False).head_means()
+
+
 # --- planted defects ---------------------------------------------------------------------------------------
 
 

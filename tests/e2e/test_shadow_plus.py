@@ -82,6 +82,31 @@ def test_engine_and_masked_torch_model_generate_alike(
     assert run.passed(), run
 
 
+def test_an_engine_of_before_whose_products_were_nodes_gives_the_same_predictor(engine_folder: Path) -> None:
+    """Then weights of networks were stored as [in, out], without factors."""
+    engine = shadowc.load(engine_folder)
+
+    class Before:
+        manifest, neuron_orders, head_means = engine.manifest, engine.neuron_orders, engine.head_means
+
+        def graph(self) -> onnx.ModelProto:
+            copy = onnx.ModelProto()
+            copy.CopyFrom(engine.graph())
+            kept = [tensor for tensor in copy.graph.initializer if not tensor.name.endswith(".scales")]
+            del copy.graph.initializer[:]
+            copy.graph.initializer.extend(kept)
+            return copy
+
+        def initialiser(self, name: str) -> np.ndarray:
+            value = engine.initialiser(name)
+            return value.T if name.startswith("predictor.") else value
+
+    now, before = (stored_predictor(one, engine.manifest.sparsity).tensors() for one in (engine, Before()))  # type: ignore[arg-type]
+    assert now.keys() == before.keys()
+    for name, value in now.items():
+        np.testing.assert_array_equal(before[name], value, err_msg=name)
+
+
 def test_int8_is_modelled_by_the_gate(tiny_checkpoint: Path, tmp_path: Path) -> None:
     options = compiled.options(tiny_checkpoint, tmp_path / "int8.engine", train=PLUS, weights="int8")
     parity = read_manifest(shadowc.compile(options)).parity

@@ -49,8 +49,24 @@ def test_fill_zero_changes_nothing() -> None:
 def test_the_pass_may_run_again() -> None:
     program = deep.compiled(FILLED)
     before = dict(program.weights)
-    fill_heads.apply(program)
+    assert not any(fill_heads.apply(program).counts.values())
     assert program.weights == before
+
+
+def test_biases_that_another_pass_has_changed_are_refused_and_none_is_forgotten() -> None:
+    program = deep.compiled(FILLED, until="sparsify_attention")
+    name = "layers.3.attention.bqkv"
+    program.weights[name] = replace(program.weights[name], kind="copy")
+    with pytest.raises(InternalError, match=r"layers\.3\.attention\.bqkv is made by copy, expected qkv_bias"):
+        fill_heads.apply(program)
+    with pytest.raises(InternalError, match=r"biases of layer 1 use the means \(none\)"):
+        fill_heads.ensures(deep.compiled(FILLED, until="sparsify_attention"))
+
+
+def test_fill_zero_changes_nothing_and_says_so() -> None:
+    program = deep.compiled(replace(FILLED, fill="zero"), until="sparsify_attention")
+    report = fill_heads.apply(program)
+    assert (report.counts, report.refusals) == ({"layers": 0}, ("skipped heads leave zero",))
 
 
 def test_means_of_another_layer_and_half_a_change_are_refused() -> None:

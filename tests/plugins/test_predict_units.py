@@ -139,13 +139,25 @@ def test_scores_do_not_depend_on_threads_nor_on_what_is_scored_with_them(dtype):
             np.testing.assert_array_equal(run(alone)["scores"][0, 0], whole[b, s])
 
 
+@TYPES
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_token_that_is_not_finite_spoils_its_own_scores_alone(value):
-    arrays = operands(np.random.default_rng(6), S=4, Z=4, dtype="int8")
+def test_a_token_that_is_not_finite_spoils_its_own_scores_alone(dtype, value):
+    arrays = operands(np.random.default_rng(6), S=4, Z=4, dtype=dtype)
     arrays["x"][0, 1, 7] = value
     found = run(arrays)
     assert not np.isfinite(found["scores"][0, 1]).any()
     assert np.isfinite(found["scores"][0, [0, 2, 3]]).all()
+
+
+@TYPES
+@pytest.mark.parametrize("S", [1, 4])
+@pytest.mark.parametrize("relu", [0, 1])
+def test_not_a_number_goes_through_and_keeps_every_unit(dtype, S, relu):
+    arrays = operands(np.random.default_rng(6), S=S, Z=S, dtype=dtype)
+    arrays["x"][0, 0, 7] = np.nan
+    found = run(arrays, relu=relu, select="threshold")
+    assert np.isnan(found["scores"][0, 0]).all()
+    assert found["active"][0, 0, 0] == 100
 
 
 def test_no_tokens_at_all_make_no_scores():
@@ -174,7 +186,7 @@ def broken(name, change):
         ("scales1", lambda a: a[1:], r"scales1 must be \[P\]"),
         ("b1", lambda a: a[1:], r"b1 must be \[P\]"),
         ("w2", lambda a: a[:, 1:], r"w2 must be \[N, P\]"),
-        ("w2", lambda a: a.astype(np.int8), "w1 and w2 must be float32 or int8, both alike"),
+        ("w2", lambda a: a.astype(np.int8), "w1 and w2 must be float32 or int8, both alike, found float32 and int8"),
         ("w2", lambda a: a[:, :, None, None], r"w2 must be \[N, P\]"),
         ("scales2", lambda a: a[1:], r"scales2 must be \[N\]"),
         ("b2", lambda a: a[1:], r"w2 must be \[N, P\]"),

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from shadowc.checkpoint.resolve import Checkpoint
-from shadowc.sparsity import record
+from shadowc.sparsity import record, workflow
 from shadowc.sparsity.collect import collect, sampled_positions
 from shadowc.sparsity.criteria import criterion_names, find_criterion
 from shadowc.sparsity.families import decoder_of
-from shadowc.sparsity.importance import ImportanceTrace
+from shadowc.sparsity.importance import ImportanceTrace, Origin
 from shadowc.sparsity.rank import ranking_of
 from shadowc.sparsity.text import chosen_sequences, rank_text
 from shadowc.sparsity.train import train
@@ -160,6 +160,24 @@ def test_a_ranking_of_another_checkpoint_is_refused(collected: Collected) -> Non
     other.meta["model"] = {"name": "other", "identity": "f" * 64}
     with pytest.raises(InputError, match=r"another checkpoint: other ffffffffffff, the trace in .* is of"):
         train(trace, trace.facts, TrainOptions(epochs=1), rankings=[other])
+
+
+@pytest.mark.parametrize("fill", ["mean", "zero"])
+def test_a_ranking_measured_from_something_else_than_skipped_heads_leave_is_refused(
+    collected: Collected, fill: str
+) -> None:
+    trace, other, whole = (copy.deepcopy(collected(name)) for name in ("plainact", "fisher", "magnitude"))
+    trace.meta["fill"], other.meta["fill"] = fill, "zero" if fill == "mean" else "mean"
+    with pytest.raises(InputError, match=f"was measured from {other.meta['fill']}, but heads") as caught:
+        train(trace, trace.facts, TrainOptions(epochs=1), rankings=[whole, other])
+    assert caught.value.hint.endswith(f"--criterion fisher --fill {fill}")
+
+
+@pytest.mark.parametrize("name", PER_TEXT)
+def test_means_beside_a_ranking_of_a_whole_text_are_refused_before_anything_long(name: str) -> None:
+    options = CollectOptions(criterion=name, fill="mean")
+    with pytest.raises(InputError, match=f"criterion {name} gives one ranking .* nothing for a skipped head to leave"):
+        workflow.record(Origin("opt-mini", "auto", 0), options)
 
 
 def test_share_of_exact_zeros_is_counted_before_storage(collected: Collected, tiny_model: Any) -> None:
