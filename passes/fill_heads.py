@@ -19,6 +19,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from shadowc.checkpoint.opt import layer_names
+from shadowc.sparsity.means import PREFIX
 from shadowc.spec.errors import InternalError
 from shadowc.spec.program import PassReport, Program
 
@@ -57,7 +58,7 @@ def ensures(program: Program) -> None:
 
 def mean_name(layer: int) -> str:
     """What the means of a model layer's heads [H,D] are called among the predictor's tensors."""
-    return f"predictor.mean.heads.{layer}"
+    return f"predictor.{PREFIX}{layer}"
 
 
 def _fill(program: Program, layer: int) -> bool:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
+from shadowc.sparsity import means
 from shadowc.sparsity.families import Site, decoder_of, empty_model, restore_buffers, watched
 from shadowc.sparsity.selection import Selection, unit_mask
 from shadowc.sparsity.torch_scores import TorchScores
@@ -267,7 +268,7 @@ class MaskedModel:
         elif call.heads.mask is None:
             yield first.context, lambda context: self._predict(call, context)
         for index, block in enumerate(later):
-            yield block.context, _mask_heads(call, index, self._tensors.get(f"mean.heads.{index + 1}"))
+            yield block.context, _mask_heads(call, index, self._tensors.get(f"{means.PREFIX}{index + 1}"))
             yield block.hidden, _mask_neurons(call, index, self._unit_of_neuron[index])
 
     def _predict(self, call: _Call, context_BSE: Tensor) -> None:
