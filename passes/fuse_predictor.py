@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes one operator of each layer's network and selection.
 
-Standard nodes for them are ten per kind and layer, each of which takes longer to start than to compute: 500 nodes in
-the shape of OPT-1.3B, a sixth of a sparse token.
+Standard nodes for them are ten per kind and layer, each of which takes longer to start than to compute: 465 nodes in
+the shape of OPT-1.3B.
 
 Legal cases:
 1. A network for each layer, in the form that insert_predictor gives styles dejavu and shadow+, with a selection that

@@ -152,16 +152,21 @@ HWY_INLINE hn::Vec<hn::FixedTag<double, 4>> Sums4(DigitSums::V a, DigitSums::V b
   return hn::PromoteTo(hn::FixedTag<double, 4>(), sum);
 }
 
-// to[0 ... 3] = the products of a row with four weight rows.
-HWY_INLINE void StoreProducts(const DigitRow& row, const DigitSums& a, const DigitSums& b, const DigitSums& c,
-                              const DigitSums& d, float* to) {
-  const hn::FixedTag<double, 4> df64;
-  const hn::FixedTag<float, 4> df32;
+// to[i] = the product of a row with weight row i, from the sums of its three digits.
+template <class D, class V = hn::Vec<D>>
+HWY_INLINE void StoreProducts(D df64, const DigitRow& row, V top, V upper, V all, float* to) {
+  const hn::Rebind<float, D> df32;
   // Whole numbers below 2^53: no order of these sums rounds.
-  auto sum = hn::MulAdd(hn::Set(df64, 256.0), Sums4(a.upper, b.upper, c.upper, d.upper),
-                        hn::Sub(Sums4(a.all, b.all, c.all, d.all), hn::Set(df64, row.offset)));
-  sum = hn::MulAdd(hn::Set(df64, 65536.0), Sums4(a.top, b.top, c.top, d.top), sum);
+  V sum = hn::MulAdd(hn::Set(df64, 256.0), upper, hn::Sub(all, hn::Set(df64, row.offset)));
+  sum = hn::MulAdd(hn::Set(df64, 65536.0), top, sum);
   hn::StoreU(hn::DemoteTo(df32, hn::Mul(sum, hn::Set(df64, row.step))), df32, to);
+}
+
+// The same for four weight rows whose sums are spread over vectors.
+HWY_INLINE void StoreProducts4(const DigitRow& row, const DigitSums& a, const DigitSums& b,
+                               const DigitSums& c, const DigitSums& d, float* to) {
+  StoreProducts(hn::FixedTag<double, 4>(), row, Sums4(a.top, b.top, c.top, d.top),
+                Sums4(a.upper, b.upper, c.upper, d.upper), Sums4(a.all, b.all, c.all, d.all), to);
 }
 
 // The instruction takes unsigned by signed bytes: weights are shifted by 128, which adds 128 * sum(X) to a
@@ -198,8 +203,8 @@ HWY_INLINE void DotDigitsTile(const Activations<int8_t>* const* rows, const int8
     step(i, [](const int8_t* p) HWY_ATTR { return LoadShifted(p); });
   }
   if (i < n) step(i, [&](const int8_t* p) HWY_ATTR { return Shifted(hn::LoadN(d8, p, n - i)); });
-  StoreProducts(*rows[0], s00, s01, s02, s03, out);
-  if constexpr (kRows == 2) StoreProducts(*rows[1], s10, s11, s12, s13, out + out_stride);
+  StoreProducts4(*rows[0], s00, s01, s02, s03, out);
+  if constexpr (kRows == 2) StoreProducts4(*rows[1], s10, s11, s12, s13, out + out_stride);
 }
 
 template <size_t kRows>

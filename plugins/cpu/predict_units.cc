@@ -184,18 +184,11 @@ class Quads {
 
   static HWY_INLINE void Store(const DigitSums& s, const DigitRow& x, float* to) {
     const hn::ScalableTag<double> df64;
-    const hn::Rebind<int32_t, decltype(df64)> half32;
-    const hn::Rebind<float, decltype(df64)> halff;
-    const auto offset = hn::Set(df64, x.offset), step = hn::Set(df64, x.step);
-    const auto store = [&](auto top, auto upper, auto all, float* p) HWY_ATTR {
-      auto sum = hn::MulAdd(hn::Set(df64, 256.0), hn::PromoteTo(df64, upper),
-                            hn::Sub(hn::PromoteTo(df64, all), offset));
-      sum = hn::MulAdd(hn::Set(df64, 65536.0), hn::PromoteTo(df64, top), sum);
-      hn::StoreU(hn::DemoteTo(halff, hn::Mul(sum, step)), halff, p);
-    };
-    store(hn::LowerHalf(half32, s.top), hn::LowerHalf(half32, s.upper), hn::LowerHalf(half32, s.all), to);
-    store(hn::UpperHalf(half32, s.top), hn::UpperHalf(half32, s.upper), hn::UpperHalf(half32, s.all),
-          to + kRows / 2);
+    const hn::Rebind<int32_t, decltype(df64)> half;
+    const auto lower = [=](auto sums) HWY_ATTR { return hn::PromoteTo(df64, hn::LowerHalf(half, sums)); };
+    const auto upper = [=](auto sums) HWY_ATTR { return hn::PromoteTo(df64, hn::UpperHalf(half, sums)); };
+    StoreProducts(df64, x, lower(s.top), lower(s.upper), lower(s.all), to);
+    StoreProducts(df64, x, upper(s.top), upper(s.upper), upper(s.all), to + kRows / 2);
   }
 #endif
 

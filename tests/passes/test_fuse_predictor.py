@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from shadowc.passes import fuse_predictor
 from shadowc.sparsity.shares import even_shares
@@ -30,15 +28,6 @@ PLANS = {
     "dejavu, thresholds": deep.plan(scope="local", style="dejavu", select="calibrated", thresholds=SHARES, exempt=(2,)),
 }
 BEFORE, AFTER = "cluster_neurons", "fuse_predictor"
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The matrices are tiny: a second thread of torch only spins."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tensors(plan: SparsityPlan) -> deep.Tensors:

@@ -6,12 +6,11 @@ Letters: B batch, S new tokens, Z masked tokens, L predicted layers, N units of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 
 import numpy as np
 import pytest
-import torch
 
 from shadowc.pipeline import schedule
 from shadowc.sparsity.reference import MaskedModel
@@ -27,15 +26,6 @@ UNEVEN = deep.plan(scope="local", style="dejavu", exempt=(0, 9), min_active_head
 PREDICTOR = deep.predictor(style="dejavu")
 HALF = Density(0.5, 0.5)
 N = deep.FACTS.layers
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The matrices are tiny: a second thread of torch only spins."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def runnable(program: Program) -> deep.Decoder:

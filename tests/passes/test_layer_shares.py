@@ -3,12 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 import pytest
-import torch
 
 from shadowc.sparsity.reference import MaskedModel
 from shadowc.sparsity.shares import even_shares
@@ -40,15 +38,6 @@ LEAST = deep.plan(
 )
 PREDICTOR = deep.predictor(style="shadow+")
 HALF = Density(0.5, 0.5)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The matrices are tiny: a second thread of torch only spins."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def tensors() -> deep.Tensors:

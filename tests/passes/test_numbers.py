@@ -7,7 +7,6 @@ Letters: B batch, S new tokens, Z masked tokens, L predicted layers, N units of 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
@@ -36,15 +35,6 @@ NEAR_TIE = 1e-5
 STEPS = ((0, 7), (7, 8), (8, 9), (9, 10))
 IDS, MASK = deep.padded_batch()
 LIVE = MASK.astype(bool)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The matrices are tiny: a second thread of torch only spins."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

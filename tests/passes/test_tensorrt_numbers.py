@@ -7,7 +7,7 @@ Letters: B batch, S tokens, Z masked tokens, L predicted layers, N units of a ki
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,14 +27,6 @@ NARROW = {"fp16": 6e-3, "bf16": 5e-2, "int8": 0.1}
 """The same with weights (and activations, in the graph as it is) rounded: 11, 8 and 7 bits of precision."""
 START = 1 - MASK
 EXPECTED = deep.torch_logits(IDS, MASK)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def decode(runner, kept: float, dtype: str = "float32", calls=((0, 7), (7, 8), (8, 10))):

@@ -6,12 +6,10 @@ Letters: B batch, L predicted layers, N units of a kind.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cache
 
 import numpy as np
 import pytest
-import torch
 
 from shadowc.emit.cpu import bytes_per_token
 from shadowc.sparsity import thresholds
@@ -25,15 +23,6 @@ from tests.trace import deep
 
 L = deep.FACTS.predicted_layers
 STYLES: tuple[Style, ...] = ("shadow", "dejavu", "shadow+")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """The matrices are tiny: a second thread of torch only spins."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @cache

@@ -45,6 +45,17 @@ def facts(checkpoint: Checkpoint) -> OptFacts:
     return checkpoint.facts
 
 
+@pytest.fixture(scope="module", params=["opt", "llama"])
+def family(request: pytest.FixtureRequest) -> str:
+    """Both kinds of models, for tests that hold for either."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model(family: str, request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue({"opt": "tiny_model", "llama": "llama_model"}[family])
+
+
 @pytest.fixture(scope="session")
 def small_facts() -> OptFacts:
     """The shape of the planted traces."""

@@ -37,16 +37,6 @@ TRAIN = TrainOptions(neuron_block=16, width=32, epochs=1)
 FLOAT32 = 2e-5
 
 
-@pytest.fixture(scope="module", params=["opt", "llama"])
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def model(family: str, request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue({"opt": "tiny_model", "llama": "llama_model"}[family])
-
-
 @pytest.fixture(scope="module")
 def source(family: str, request: pytest.FixtureRequest) -> ModelCheckpoint:
     found: ModelCheckpoint = request.getfixturevalue({"opt": "checkpoint", "llama": "llama_checkpoint"}[family])

@@ -37,16 +37,6 @@ HALF = Density(0.5, 0.5)
 DENSE = Density(1.0, 1.0)
 
 
-@pytest.fixture(scope="module", params=["opt", "llama"])
-def family(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def model(family: str, request: pytest.FixtureRequest) -> Any:
-    return request.getfixturevalue({"opt": "tiny_model", "llama": "llama_model"}[family])
-
-
 @pytest.fixture(scope="module")
 def facts(family: str, model: Any) -> ModelFacts:
     kind = {"opt": OptFacts, "llama": LlamaFacts}[family]
