@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import ctypes
+import shutil
+import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shadowc.sparsity import cluster
 from shadowc.sparsity.cluster import block_sums, layer_order, neuron_orders
 from shadowc.sparsity.importance import ImportanceTrace
 from shadowc.sparsity.rank import (
@@ -66,6 +71,21 @@ def test_every_order_is_a_permutation_whatever_the_shape(neurons: int, block: in
     order_F = layer_order(neurons_MF, block)
     assert order_F.dtype == np.int32
     assert np.array_equal(np.sort(order_F), np.arange(neurons))
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler")
+def test_what_lies_on_the_stack_raises_no_warning_in_an_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenBLAS 0.3.31's AVX-512 product [k, 5] x [5] reads lanes it never filled: a signalling NaN there warns."""
+    (tmp_path / "fill.c").write_text(
+        "void fill(void) { volatile unsigned words[65536]; for (int i = 0; i < 65536; ++i) words[i] = 0x7f800001u; }"
+    )
+    subprocess.run(["cc", "-O1", "-shared", "-fPIC", "-o", tmp_path / "fill.so", tmp_path / "fill.c"], check=True)
+    fill = ctypes.CDLL(str(tmp_path / "fill.so")).fill
+    ranked = cluster._ranked_along
+    monkeypatch.setattr(cluster, "_ranked_along", lambda *points: (fill(), ranked(*points))[1])
+    neurons_MF = np.random.default_rng(0).random((5, 54), dtype=np.float32)
+    order_F = layer_order(neurons_MF, 6)
+    assert np.array_equal(np.sort(order_F), np.arange(54))
 
 
 def test_silent_neurons_and_rows_do_no_harm() -> None:
