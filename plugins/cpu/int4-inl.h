@@ -23,12 +23,15 @@ HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
 
-// Fetches a later row's bytes of group g, and its scales with the first group. Once: these kernels are bound
-// by instructions, and rounds as in PrefetchRows cost a tenth of a token.
-HWY_INLINE void PrefetchGroup(const Int4Pointer& later, size_t g, size_t groups) {
-  if (g % 2 == 0) PrefetchL2(later.pairs + g * (kInt4Group / 2));
-  if (g != 0) return;
-  for (size_t s = 0; s < groups; s += kLine / sizeof(float)) PrefetchL2(later.scales + s);
+// Fetches the later rows' bytes of groups g and g + 1, and their scales with the first group. In fewer rounds
+// than PrefetchRows: these kernels are bound by instructions.
+template <class Row>
+HWY_INLINE void PrefetchGroups(Row later, size_t count, size_t g, size_t groups) {
+  constexpr size_t kRounds = 3;
+  InRounds<kRounds>(count, [=](size_t c) HWY_ATTR { PrefetchL2(later(c).pairs + g * (kInt4Group / 2)); });
+  for (size_t c = 0; g == 0 && c < count; ++c) {
+    for (size_t s = 0; s < groups; s += kLine / sizeof(float)) PrefetchL2(later(c).scales + s);
+  }
 }
 
 #if SHADOWC_DIGITS
@@ -115,7 +118,7 @@ HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w
   VF a0 = hn::Zero(df), a1 = a0, a2 = a0, a3 = a0;
   size_t g = 0;
   for (; g + 2 <= groups; g += 2) {
-    for (size_t c = 0; later != nullptr && c < 4; ++c) PrefetchGroup(later[c], g, groups);
+    if (later != nullptr) PrefetchGroups([=](size_t c) HWY_ATTR { return later[c]; }, 4, g, groups);
     const int8_t* x = digits + g * kInt4Group;
     const auto load = [=](size_t digit, size_t half)
                           HWY_ATTR { return hn::LoadU(d8, x + digit * stride + half * kInt4Group); };

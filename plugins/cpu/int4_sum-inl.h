@@ -201,7 +201,7 @@ HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const f
     const bool split = count != 0 && factors.Split(row, count, h, first, here);
     for (size_t j = 0; j < here; j += 2) {
       const size_t g = first + j;
-      for (size_t k = 0; k < later_count; ++k) PrefetchGroup(later(k), g, groups);
+      PrefetchGroups(later, later_count, g, groups);
       if (!split || j + 1 == here) {
         for (size_t i = g; i < first + std::min(here, j + 2); ++i)
           LookUpGroup(row, count, h, i, y + i * kInt4Group);
