@@ -167,7 +167,11 @@ def test_an_old_runtime_is_refused(cpp_host: Path, folders: dict[str, Path]) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the compiles count for the first
 @pytest.mark.parametrize("kind", ["fp32", "int4"])
-def test_opt_mini_gives_the_tokens_of_python(cpp_host: Path, mini: dict[str, Path], kind: str) -> None:
+def test_opt_mini_gives_the_tokens_of_python(
+    cpp_host: Path, mini: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Python reads four of the host's chunks at once, which rounds otherwise: enough to turn a near tie in int4.
+    monkeypatch.setattr("shadowc.runtime.decoder.PROMPT_CHUNKS", 1)
     prompt = [2, *np.random.default_rng(3).integers(4, 8000, 300).tolist()]  # in more than one chunk
     for density in DENSITIES:
         for ids in (prompt[:8], prompt):
