@@ -131,6 +131,14 @@ bool HasVnni() {
 #endif
 }
 
+bool HasAvx2() {
+#if HWY_ARCH_X86
+  return TheChoice().target != 0 && TheChoice().target <= HWY_AVX2;
+#else
+  return false;
+#endif
+}
+
 bool HasBf16() {
 #if HWY_ARCH_X86_64 && defined(__linux__)
   constexpr unsigned kBf16 = 1u << 5;  // of eax

@@ -10,9 +10,10 @@ namespace shadowc {
 const PanelKernels* KernelsFor(WeightType type, bool few_digits, size_t rows, size_t weights) {
   // A call has some ten parallel sections more than with floats: small matrices are done before those start.
   constexpr size_t kLeastWeights = size_t{1} << 16;
-  if (type != WeightType::kInt8 && !few_digits) return nullptr;
   const PanelKernels* kernels = ChosenPanelKernels(type);
-  return kernels != nullptr && rows >= kernels->least_rows && weights >= kLeastWeights ? kernels : nullptr;
+  if (kernels == nullptr || rows < kernels->least_rows || weights < kLeastWeights) return nullptr;
+  const bool exact = type == WeightType::kInt8 && kernels->digits == kPanelDigits;
+  return exact || few_digits ? kernels : nullptr;
 }
 
 WeightTable::WeightTable(const PanelKernels& kernels, WeightType type, const void* w, const float* scales,

@@ -11,8 +11,8 @@
 
 namespace shadowc {
 
-// The kernels if panels pay for `rows` rows and `weights` weights, else null. Other weights than int8 meet
-// panels only with few_digits.
+// The kernels if panels pay for `rows` rows and `weights` weights, else null. Without few_digits only int8
+// weights meet panels, where they have all digits.
 const PanelKernels* KernelsFor(WeightType type, bool few_digits, size_t rows, size_t weights);
 
 // The rows of all records, by number.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of many rows of activations with weights, in blocks (x86 with AVX-512 VNNI, or AMX).
+// Products of many rows of activations with weights, in blocks (x86 with AVX2, AVX-512 VNNI, or AMX).
 //
 // ---- int8 weights: exact in integers
 //
@@ -20,9 +20,10 @@
 //   by row:   [16 rows][64 bytes],             for sums of weight rows   (fc2, out_proj)
 //   by quad:  [16 quads][16 rows][4 bytes],    for dot products with weight rows (fc1, q, k, v; AMX)
 //
-// ---- other types, in prompts alone
+// ---- in prompts alone
 //
-// Where a call may round (few_digits), weights of every type meet activations in panels:
+// Where a call may round (few_digits), weights of other types meet activations in panels, too:
+//   int8   with AVX2 alone: digits of 12 bits in elements of two bytes, one a row (panels_avx2.cc).
 //   int4   as int8, with one scale for a row in place of one for each of its groups. What that rounds is what
 //          int8 weights are rounded by: at most 1 / 254 of the row's largest, an 18th of int4's own rounding
 //          in the group with the largest scale.
@@ -147,7 +148,7 @@ struct PanelKernels {
 // How many columns `weave` takes at once, at most.
 inline constexpr size_t kMostWovenBytes = 256;  // of each weight row
 
-// Null if the CPU, or the level in SHADOWC_ISA, has neither VNNI nor AMX; of bf16 if it has no products of
+// Null if the CPU, or the level in SHADOWC_ISA, has none of AVX2, VNNI and AMX; of fp32 and bf16 with AVX2 alone; of bf16 if it has no products of
 // it.
 const PanelKernels* ChosenPanelKernels(WeightType type);
 

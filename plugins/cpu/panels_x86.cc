@@ -193,7 +193,7 @@ constexpr PanelKernels OfInt4(PanelKernels kernels, decltype(PanelKernels::weave
 const PanelKernels* ChosenPanelKernels(WeightType type) {
   static constexpr PanelKernels kAmxInt4 = OfInt4(kAmx, WeaveInt4Signed);
   static constexpr PanelKernels kVnniInt4 = OfInt4(kVnni, WeaveInt4Shifted);
-  if (!HasVnni()) return nullptr;
+  if (!HasVnni()) return HasAvx2() ? Avx2PanelKernels(type) : nullptr;
   switch (type) {
     case WeightType::kInt8:
       return HasAmx() ? &kAmx : &kVnni;

@@ -67,6 +67,9 @@ void WeaveRowsSigned(const WeightRows& weights, size_t steps, int8_t* woven);
 // For fp32, and for bf16 where there are products of it.
 const PanelKernels* FloatPanelKernels(WeightType type, bool bf16_products);
 
+// For int8 and int4 where there is AVX2 and no VNNI.
+const PanelKernels* Avx2PanelKernels(WeightType type);
+
 }  // namespace shadowc
 HWY_POP_ATTRIBUTES
 

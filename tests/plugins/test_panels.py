@@ -194,11 +194,15 @@ def test_extreme_weights_and_digits_do_not_overflow():
     test_sparse_ffn.assert_as_defined(arrays)
 
 
-def rounded(x, digits):
-    """Each row of x as a multiple of its step, in that many balanced digits of base 256."""
-    most = 127 * sum(256.0**place for place in range(digits))
+def rounded_to(x, most):
+    """Each row of x as a multiple of its step, of which its largest value is so many."""
     step = np.abs(x).max(-1, keepdims=True) / most
     return np.round(x / np.where(step == 0, 1, step)) * step
+
+
+def rounded(x, digits):
+    """The same in that many balanced digits of base 256."""
+    return rounded_to(x, 127 * sum(256.0**place for place in range(digits)))
 
 
 def test_a_digit_too_few_is_noticed():
