@@ -27,12 +27,19 @@
 #include "rows-inl.h"
 #include "types.h"
 
-// HWY_AVX3_DL is the first x86 target with VNNI; better targets have lower numbers.
+// HWY_AVX3_DL is the first x86 target with VNNI; better targets have lower numbers. Those from AVX2 on without
+// it multiply bytes in pairs, into 16 bits: enough for int4 (int4-inl.h).
 #undef SHADOWC_DIGITS
+#undef SHADOWC_PAIRS
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3_DL
 #define SHADOWC_DIGITS 1
+#define SHADOWC_PAIRS 0
+#elif HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX2
+#define SHADOWC_DIGITS 0
+#define SHADOWC_PAIRS 1
 #else
 #define SHADOWC_DIGITS 0
+#define SHADOWC_PAIRS 0
 #endif
 
 HWY_BEFORE_NAMESPACE();
@@ -58,7 +65,7 @@ HWY_INLINE void DotRows(const Activations<W>* const* rows, const Pointer<W>* w, 
   DotTile<kRows>(x, w[0], w[1], w[2], w[3], n, later, out, out_stride);
 }
 
-#if SHADOWC_DIGITS
+#if SHADOWC_DIGITS || SHADOWC_PAIRS
 
 // A row as digits.
 struct DigitRow {
@@ -115,6 +122,10 @@ struct DigitRow {
     return true;
   }
 };
+
+#endif  // SHADOWC_DIGITS || SHADOWC_PAIRS
+
+#if SHADOWC_DIGITS
 
 template <>
 struct Activations<int8_t> : DigitRow {};

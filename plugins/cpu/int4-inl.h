@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products with int4 weight rows, once per SIMD target.
 //
-// Unpacking to floats costs seven instructions for every sixteen weights, several times what their bytes
+// Unpacking to floats costs seven instructions for every vector of weights, several times what their bytes
 // cost. With AVX-512 two groups of 64 weights are two registers of bytes instead, one of the low and one of
 // the high halves: products are taken with the digits of x (see digits-inl.h), and the second kind with the
 // digits of the factors (int4_sum-inl.h).
@@ -34,7 +34,44 @@ HWY_INLINE void PrefetchGroups(Row later, size_t count, size_t g, size_t groups)
   }
 }
 
+#if SHADOWC_DIGITS || SHADOWC_PAIRS
+
 #if SHADOWC_DIGITS
+using GroupBytes = hn::ScalableTag<uint8_t>;  // 64
+#else
+using GroupBytes = hn::FixedTag<uint8_t, kInt4Group / 2>;
+#endif
+using GroupInts = hn::Repartition<int32_t, GroupBytes>;
+
+// Sums of one group's weights * X, in some order spread over the lanes. At most 8 * 15 * 2^23 in a lane,
+// which int32 holds.
+#if SHADOWC_DIGITS
+HWY_INLINE hn::Vec<GroupInts> GroupSums(hn::Vec<GroupBytes> weights, const int8_t* digits, size_t stride) {
+  const hn::Repartition<int8_t, GroupBytes> d8;
+  const GroupInts d32;
+  auto sums = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits), hn::Zero(d32));
+  sums = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + stride), hn::ShiftLeft<8>(sums));
+  return hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + 2 * stride), hn::ShiftLeft<8>(sums));
+}
+#else
+// `low` and `high`: the group's first and second half.
+HWY_INLINE hn::Vec<GroupInts> GroupSums(hn::Vec<GroupBytes> low, hn::Vec<GroupBytes> high,
+                                        const int8_t* digits, size_t stride) {
+  const hn::Repartition<int8_t, GroupBytes> d8;
+  const hn::Repartition<int16_t, GroupBytes> d16;
+  const GroupInts d32;
+  // Four products of at most 15 * 128: nothing saturates.
+  const auto fours = [=](size_t digit) HWY_ATTR {
+    const int8_t* x = digits + digit * stride;
+    return hn::Add(hn::SatWidenMulPairwiseAdd(d16, low, hn::LoadU(d8, x)),
+                   hn::SatWidenMulPairwiseAdd(d16, high, hn::LoadU(d8, x + kInt4Group / 2)));
+  };
+  const auto one = hn::Set(d16, 1);
+  const auto upper = hn::Add(hn::WidenMulPairwiseAdd(d32, fours(0), hn::Set(d16, 256)),
+                             hn::WidenMulPairwiseAdd(d32, fours(1), one));
+  return hn::Add(hn::ShiftLeft<8>(upper), hn::WidenMulPairwiseAdd(d32, fours(2), one));
+}
+#endif
 
 template <>
 struct Activations<Int4Pair> : DigitRow {
@@ -45,11 +82,22 @@ struct Activations<Int4Pair> : DigitRow {
     DigitRow::Prepare(row, n, memory);
     float* to = reinterpret_cast<float*>(memory + DigitRow::Bytes(n));
     offsets = to;
-    const auto eights = hn::Set(hn::ScalableTag<uint8_t>(), 8);
-    for (size_t g = 0; Exact() && g < n / kInt4Group; ++g) {
-      to[g] = hn::ReduceSum(DF(), hn::ConvertTo(DF(), GroupSums(eights, digits + g * kInt4Group, stride)));
-    }
+    for (size_t g = 0; Exact() && g < n / kInt4Group; ++g) to[g] = OffsetOf(g);
+#if SHADOWC_DIGITS
     if (Exact()) PairHalves(n, memory);
+#endif
+  }
+
+  float OffsetOf(size_t g) const {
+    const auto eights = hn::Set(GroupBytes(), 8);
+    const int8_t* group = digits + g * kInt4Group;
+#if SHADOWC_DIGITS
+    const auto sums = GroupSums(eights, group, stride);
+#else
+    const auto sums = GroupSums(eights, eights, group, stride);
+#endif
+    const hn::RebindToFloat<GroupInts> df;
+    return hn::ReduceSum(df, hn::ConvertTo(df, sums));
   }
 
   // Of every two groups the first halves, then the second halves, as LowAndHigh has the weights.
@@ -62,18 +110,9 @@ struct Activations<Int4Pair> : DigitRow {
       }
     }
   }
-
-  // Sums of weights * X, four elements in each lane: at most 4 * 15 * 2^23, which int32 holds.
-  static HWY_INLINE hn::Vec<hn::ScalableTag<int32_t>> GroupSums(hn::Vec<hn::ScalableTag<uint8_t>> weights,
-                                                                const int8_t* digits, size_t stride) {
-    const hn::ScalableTag<int8_t> d8;
-    const hn::ScalableTag<int32_t> d32;
-    auto sums = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits), hn::Zero(d32));
-    sums = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + stride), hn::ShiftLeft<8>(sums));
-    return hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + 2 * stride),
-                                      hn::ShiftLeft<8>(sums));
-  }
 };
+
+#if SHADOWC_DIGITS
 
 // The 64 values of a group as bytes, in order: the low halves of 32 pairs, then the high halves.
 HWY_INLINE hn::Vec<hn::ScalableTag<uint8_t>> LoadGroup(const Int4Pair* pairs) {
@@ -141,7 +180,7 @@ HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w
   if (g < groups) {
     const auto add = [&](const Int4Pointer& weights, VF sum) HWY_ATTR {
       const auto bytes = LoadGroup(weights.pairs + g * (kInt4Group / 2));
-      const auto sums = Activations<Int4Pair>::GroupSums(bytes, digits + g * kInt4Group, stride);
+      const auto sums = GroupSums(bytes, digits + g * kInt4Group, stride);
       return hn::MulAdd(hn::ConvertTo(df, sums), hn::Set(df, weights.scales[g]), sum);
     };
     a0 = add(w0, a0), a1 = add(w1, a1), a2 = add(w2, a2), a3 = add(w3, a3);
@@ -158,6 +197,48 @@ HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w
   for (size_t c = 0; c < 4; ++c) out[c] = static_cast<float>(out[c] * row.step);
 }
 
+#else
+
+HWY_INLINE hn::Vec<GroupInts> PairSums(const Int4Pointer& w, size_t g, const int8_t* digits, size_t stride) {
+  const GroupBytes d8;
+  const hn::Repartition<uint16_t, GroupBytes> d16;
+  const auto mask = hn::Set(d8, 15), pairs = hn::LoadU(d8, &w.pairs[g * (kInt4Group / 2)].both);
+  const auto high = hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, pairs)));
+  return GroupSums(hn::And(pairs, mask), hn::And(high, mask), digits + g * kInt4Group, stride);
+}
+
+// One row with 4 weight rows.
+HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w, size_t n,
+                          const Int4Pointer* later, float* out) {
+  const hn::RebindToFloat<GroupInts> df;
+  const size_t groups = n / kInt4Group, stride = row.stride;
+  const int8_t* HWY_RESTRICT digits = row.digits;
+  const Int4Pointer w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
+  auto a0 = hn::Zero(df), a1 = a0, a2 = a0, a3 = a0;
+  for (size_t g = 0; g < groups; ++g) {
+    if (later != nullptr && g % 2 == 0)
+      PrefetchGroups([=](size_t c) HWY_ATTR { return later[c]; }, 4, g, groups);
+    const auto add = [=](const Int4Pointer& weights, auto sum) HWY_ATTR {
+      const auto sums = hn::ConvertTo(df, PairSums(weights, g, digits, stride));
+      return hn::MulAdd(sums, hn::Set(df, weights.scales[g]), sum);
+    };
+    a0 = add(w0, a0), a1 = add(w1, a1), a2 = add(w2, a2), a3 = add(w3, a3);
+  }
+  for (size_t g = 0; g < groups; g += hn::Lanes(df)) {
+    const size_t m = HWY_MIN(hn::Lanes(df), groups - g);
+    const auto offset = hn::LoadN(df, row.offsets + g, m);
+    a0 = hn::NegMulAdd(hn::LoadN(df, w0.scales + g, m), offset, a0);
+    a1 = hn::NegMulAdd(hn::LoadN(df, w1.scales + g, m), offset, a1);
+    a2 = hn::NegMulAdd(hn::LoadN(df, w2.scales + g, m), offset, a2);
+    a3 = hn::NegMulAdd(hn::LoadN(df, w3.scales + g, m), offset, a3);
+  }
+  const auto store = [&](size_t c, auto sum)
+                         HWY_ATTR { out[c] = static_cast<float>(hn::ReduceSum(df, sum) * row.step); };
+  store(0, a0), store(1, a1), store(2, a2), store(3, a3);
+}
+
+#endif  // SHADOWC_DIGITS
+
 template <size_t kRows>
 HWY_INLINE void DotRows(const Activations<Int4Pair>* const* rows, const Int4Pointer* w, size_t n,
                         const Int4Pointer* later, float* out, size_t out_stride) {
@@ -171,7 +252,7 @@ HWY_INLINE void DotRows(const Activations<Int4Pair>* const* rows, const Int4Poin
   }
 }
 
-#endif  // SHADOWC_DIGITS
+#endif  // SHADOWC_DIGITS || SHADOWC_PAIRS
 
 }  // namespace HWY_NAMESPACE
 }  // namespace shadowc

@@ -5,7 +5,7 @@
 // integers X of 24 bits, relative to the largest of them, in three digits (see digits-inl.h). The bytes of
 // four rows are woven into lanes of four weights, one of each row, and multiplied with four digits at once. A
 // group's sum is an exact integer: the result depends on which rows with factors other than zero share a
-// call, not on where they stand in it.
+// call, not on where they stand in it. With AVX2 it is two rows and two digits.
 
 #if defined(SHADOWC_CPU_INT4_SUM_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SHADOWC_CPU_INT4_SUM_INL_H_
@@ -29,13 +29,18 @@ namespace HWY_NAMESPACE {
 // leave the others where they are.
 inline constexpr size_t kInt4Rows = 8;
 
-#if SHADOWC_DIGITS
+#if SHADOWC_DIGITS || SHADOWC_PAIRS
 
 // The factors of up to eight rows for kGroups groups of columns.
 struct GroupFactors {
-  static constexpr size_t kGroups = 16;
-  // Digits, most significant first, of four rows in a word; words of rows 0-3, then of rows 4-7.
-  alignas(64) uint32_t words[2][3][kGroups];
+  static constexpr size_t kGroups = hn::MaxLanes(DF());
+#if SHADOWC_DIGITS
+  static constexpr size_t kInWord = 4;
+#else
+  static constexpr size_t kInWord = 2;  // and again in the upper half
+#endif
+  // Digits, most significant first, of kInWord rows in a word.
+  alignas(64) uint32_t words[kInt4Rows / kInWord][3][kGroups];
   alignas(64) int32_t offset[kGroups];  // 8 * sum of X: weights are stored plus 8
   alignas(64) float step[kGroups];      // a factor is about step * X
 
@@ -59,9 +64,9 @@ struct GroupFactors {
     hn::StoreU(hn::Mul(largest, hn::Set(df, 1.0f / kMostDigits)), df, step);
     const auto half = hn::Set(di, 128), byte = hn::Set(di, 255);
     auto sum = hn::Zero(di);
-    for (size_t four = 0; four < 2; ++four) {
+    for (size_t word = 0; word < kInt4Rows / kInWord; ++word) {
       auto top = hn::Zero(di), upper = top, all = top;
-      for (size_t k = std::min(rows, 4 * four + 4); k-- > 4 * four;) {
+      for (size_t k = std::min(rows, (word + 1) * kInWord); k-- > word * kInWord;) {
         const auto x = hn::NearestInt(hn::Mul(factor(k), scale));
         const auto x1 = hn::ShiftRight<8>(hn::Add(x, half)), x2 = hn::ShiftRight<8>(hn::Add(x1, half));
         all = hn::Or(hn::ShiftLeft<8>(all), hn::And(x, byte));
@@ -69,8 +74,9 @@ struct GroupFactors {
         top = hn::Or(hn::ShiftLeft<8>(top), hn::And(x2, byte));
         sum = hn::Add(sum, x);
       }
-      const auto store = [&](auto word, size_t digit) HWY_ATTR {
-        hn::StoreU(word, di, reinterpret_cast<int32_t*>(words[four][digit]));
+      const auto store = [&](auto digits, size_t digit) HWY_ATTR {
+        if constexpr (kInWord == 2) digits = hn::Or(digits, hn::ShiftLeft<16>(digits));
+        hn::StoreU(digits, di, reinterpret_cast<int32_t*>(words[word][digit]));
       };
       store(top, 0), store(upper, 1), store(all, 2);
     }
@@ -78,6 +84,10 @@ struct GroupFactors {
     return true;
   }
 };
+
+#endif  // SHADOWC_DIGITS || SHADOWC_PAIRS
+
+#if SHADOWC_DIGITS
 
 using Bytes64 = hn::Vec<hn::ScalableTag<uint8_t>>;
 
@@ -190,6 +200,92 @@ HWY_INLINE void LookUpGroup(Row row, size_t count, const float* h, size_t g, flo
   hn::StoreU(a2, df, y + 2 * lanes), hn::StoreU(a3, df, y + 3 * lanes);
 }
 
+// y [128] += the rows' groups g and g + 1, which are numbers j and j + 1 of `factors`.
+template <class Row>
+HWY_INLINE void AddGroups(const GroupFactors& factors, size_t j, Row row, size_t count, size_t g,
+                          float* HWY_RESTRICT y) {
+  return count <= 4 ? AddPair<1>(factors, j, row, count, g, y) : AddPair<2>(factors, j, row, count, g, y);
+}
+inline constexpr size_t kGroupsAtOnce = 2;
+
+#elif SHADOWC_PAIRS
+
+// What up to eight rows add to 16 columns, for each digit: no more than 8 * 15 * 128, which int16 holds.
+struct WordSums {
+  using V = hn::Vec<hn::Repartition<int16_t, GroupBytes>>;
+  V top, upper, all;
+};
+
+// y[0 ... 8) and y[16 ... 24) += (sums - offset) * step; lanes of `sums` are columns in that order.
+HWY_INLINE void AddWords(const WordSums& sums, int32_t offset, float step, float* HWY_RESTRICT y) {
+  const hn::Repartition<int16_t, GroupBytes> d16;
+  const GroupInts d32;
+  const hn::RebindToFloat<GroupInts> df;
+  // all + 256 * upper, and 65536 * top.
+  const auto places = hn::BitCast(d16, hn::Set(d32, (256 << 16) + 1));
+  const auto join = [=](auto lower, auto top) HWY_ATTR {
+    const auto whole = hn::Add(hn::WidenMulPairwiseAdd(d32, lower, places), hn::BitCast(d32, top));
+    return hn::ConvertTo(df, hn::Sub(whole, hn::Set(d32, offset)));
+  };
+  const auto zero = hn::Zero(d16);
+  const auto a =
+      join(hn::InterleaveLower(d16, sums.all, sums.upper), hn::InterleaveLower(d16, zero, sums.top));
+  const auto b =
+      join(hn::InterleaveUpper(d16, sums.all, sums.upper), hn::InterleaveUpper(d16, zero, sums.top));
+  const auto add = [=](auto value, float* to) HWY_ATTR {
+    hn::StoreU(hn::MulAdd(value, hn::Set(df, step), hn::LoadU(df, to)), df, to);
+  };
+  add(hn::ConcatLowerLower(df, b, a), y), add(hn::ConcatUpperUpper(df, b, a), y + 16);
+}
+
+// y [64] += the rows' group g, which is number j of `factors`.
+template <class Row>
+HWY_INLINE void AddGroups(const GroupFactors& factors, size_t j, Row row, size_t count, size_t g,
+                          float* HWY_RESTRICT y) {
+  const GroupBytes d8;
+  const hn::Repartition<int8_t, GroupBytes> di8;
+  const hn::Repartition<int16_t, GroupBytes> d16;
+  const hn::Repartition<uint16_t, GroupBytes> du16;
+  const GroupInts d32;
+  const auto mask = hn::Set(d8, 15);
+  // Bytes of the lower halves of blocks of 16, then of the upper ones: two rows are woven at a time.
+  HWY_UNROLL(2)
+  for (size_t side = 0; side < 2; ++side) {
+    const auto zero = hn::Zero(d16);
+    WordSums low{zero, zero, zero}, high{zero, zero, zero};
+    for (size_t k = 0; k < count; k += 2) {
+      const auto load = [=](size_t r) HWY_ATTR {
+        return hn::LoadU(d8, &row(std::min(r, count - 1)).pairs[g * (kInt4Group / 2)].both);
+      };
+      const auto first = load(k), second = load(k + 1);
+      const auto woven =
+          side == 0 ? hn::InterleaveLower(d8, first, second) : hn::InterleaveUpper(d8, first, second);
+      const auto low_bytes = hn::And(woven, mask);
+      const auto high_bytes = hn::And(hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(du16, woven))), mask);
+      const auto add = [&](size_t digit, auto& of_low, auto& of_high) HWY_ATTR {
+        const auto x = hn::BitCast(di8, hn::Set(d32, static_cast<int32_t>(factors.words[k / 2][digit][j])));
+        of_low = hn::Add(of_low, hn::SatWidenMulPairwiseAdd(d16, low_bytes, x));
+        of_high = hn::Add(of_high, hn::SatWidenMulPairwiseAdd(d16, high_bytes, x));
+      };
+      add(0, low.top, high.top), add(1, low.upper, high.upper), add(2, low.all, high.all);
+    }
+    AddWords(low, factors.offset[j], factors.step[j], y + side * 8);
+    AddWords(high, factors.offset[j], factors.step[j], y + side * 8 + kInt4Group / 2);
+  }
+}
+inline constexpr size_t kGroupsAtOnce = 1;
+
+// y [64] += the rows' group g, in floats.
+template <class Row>
+HWY_INLINE void LookUpGroup(Row row, size_t count, const float* h, size_t g, float* y) {
+  const auto group = [=](size_t k) HWY_ATTR { return row(k) + g * kInt4Group; };
+  AxpyTile<1>(&y, group, count, h, 0, kInt4Group, 0, group);
+}
+
+#endif  // SHADOWC_DIGITS
+
+#if SHADOWC_DIGITS || SHADOWC_PAIRS
+
 // As AxpyTile, for one row and at most kInt4Rows weight rows.
 template <class Row, class Later>
 HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const float* h, size_t n,
@@ -202,13 +298,13 @@ HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const f
     for (size_t j = 0; j < here; j += 2) {
       const size_t g = first + j;
       PrefetchGroups(later, later_count, g, groups);
-      if (!split || j + 1 == here) {
-        for (size_t i = g; i < first + std::min(here, j + 2); ++i)
-          LookUpGroup(row, count, h, i, y + i * kInt4Group);
-      } else if (count <= 4) {
-        AddPair<1>(factors, j, row, count, g, y + g * kInt4Group);
-      } else {
-        AddPair<2>(factors, j, row, count, g, y + g * kInt4Group);
+      const size_t end = std::min(here, j + 2);
+      for (size_t i = j; i < end;) {
+        const bool add = split && i + kGroupsAtOnce <= end;
+        float* to = y + (first + i) * kInt4Group;
+        if (add) AddGroups(factors, i, row, count, first + i, to);
+        if (!add) LookUpGroup(row, count, h, first + i, to);
+        i += add ? kGroupsAtOnce : 1;
       }
     }
   }
@@ -233,7 +329,7 @@ HWY_INLINE void AxpyRows(float* const* y, Row row, size_t count, const float* h,
   AxpyTile<kRows>(y, row, count, h, h_stride, n, later_count, later);
 }
 
-#endif  // SHADOWC_DIGITS
+#endif  // SHADOWC_DIGITS || SHADOWC_PAIRS
 
 }  // namespace HWY_NAMESPACE
 }  // namespace shadowc

@@ -116,11 +116,12 @@ HWY_INLINE void PrefetchRows(Row row, size_t count, size_t i, size_t elements) {
 }
 
 // A position in int4 weights, for all that takes a pointer to other weights; what is loaded has its scale.
-// Offsets are counted from the beginning of a group.
+// Offsets are counted from the beginning of a group. Trivial, as arrays of pointers are: some are filled for
+// every few rows.
 struct Int4Pointer {
-  const Int4Pair* pairs = nullptr;
-  const float* scales = nullptr;
-  int shift = 0;  // 4: these are the high halves of the pairs
+  const Int4Pair* pairs;
+  const float* scales;
+  int shift;  // 4: these are the high halves of the pairs
 
   HWY_INLINE bool operator==(std::nullptr_t) const { return pairs == nullptr; }
   HWY_INLINE Int4Pointer operator+(size_t n) const {

@@ -279,6 +279,18 @@ def test_int4_columns_are_summed_exactly_whatever_the_number_of_rows_and_groups(
     kernels.assert_close(ffn(arrays)[0], numpy_reference.sparse_ffn(**arrays)[0], kernels.TOLERANCE / 10)
 
 
+@pytest.mark.parametrize("value", [1.0, -1.0])
+@pytest.mark.parametrize("stored", [0x00, 0xFF, 0xF0, 0x0F])
+def test_extreme_int4_weights_meet_extreme_digits_without_saturating(stored, value):
+    """Products of bytes are added up in 16 bits where there is no wider instruction."""
+    arrays = operands(np.random.default_rng(16), F=24, E=192, Z=0, dtype="int4")
+    arrays["x"][:] = value
+    arrays["w"][:] = stored
+    arrays["scales"][:] = 0.01
+    arrays["b1"][:] = 30
+    kernels.assert_close(ffn(arrays)[0], numpy_reference.sparse_ffn(**arrays)[0], kernels.TOLERANCE / 10)
+
+
 @pytest.mark.parametrize("factor", [1e-34, 1e32, np.inf, np.nan])
 def test_int4_factors_without_digits_are_added_as_floats(factor):
     arrays = operands(np.random.default_rng(15), F=12, E=192, Z=0, dtype="int4")
