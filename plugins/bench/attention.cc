@@ -15,7 +15,7 @@ struct Layers {
   explicit Layers(size_t room) : capacity(room) {}
 
   size_t capacity;
-  std::vector<float> scales = std::vector<float>(kHeads * 4 * kHeadSize, 1e-3f),
+  std::vector<float> scales = ScalesOf(kHeads * 4 * kHeadSize),
                      bqkv = std::vector<float>(kHeads * 3 * kHeadSize), bo = std::vector<float>(kWidth),
                      scores = Uniform(kHeads, 0, 1), key = Uniform(capacity * kWidth, -1, 1),
                      value = Uniform(capacity * kWidth, -1, 1);

@@ -11,7 +11,7 @@ namespace bench {
 namespace {
 
 struct Layers {
-  std::vector<float> scales = std::vector<float>(kNeurons * 2, 1e-3f), b1 = std::vector<float>(kNeurons),
+  std::vector<float> scales = ScalesOf(kNeurons * 2), b1 = std::vector<float>(kNeurons),
                      b2 = std::vector<float>(kWidth), scores = Uniform(kNeurons, 0, 1);
 };
 

@@ -21,7 +21,15 @@ inline constexpr size_t kWidth = 2048, kNeurons = 8192, kHeads = 32, kHeadSize =
 inline constexpr struct {
   const char* name;
   shadowc::WeightType type;
-} kTypes[] = {{"fp32", shadowc::WeightType::kFloat32}, {"int8", shadowc::WeightType::kInt8}};
+} kTypes[] = {{"fp32", shadowc::WeightType::kFloat32},
+              {"bf16", shadowc::WeightType::kBFloat16},
+              {"int8", shadowc::WeightType::kInt8},
+              {"int4", shadowc::WeightType::kInt4}};
+
+// Enough scales for `rows` record rows of kWidth weights, whatever their type.
+inline std::vector<float> ScalesOf(size_t rows) {
+  return std::vector<float>(rows * shadowc::RowScales<shadowc::Int4Pair>(kWidth), 1e-3f);
+}
 
 // All calls run on one pool of --threads=N threads (all of the machine's, unless told otherwise).
 extern int threads;
@@ -38,7 +46,7 @@ using Operator = std::function<double(size_t layer)>;
 
 // Times `op`, and in turn with it `dense`, both over all layers. Counters of one call of op:
 //   bytes_per_second
-//   floor_ms  what its bytes take at the bandwidth measured just before (StreamRead)
+//   floor_ms  what its bytes take at the bandwidth of the moment (StreamRead, several times a second)
 //   of_floor  its time, as a multiple of that
 //   of_dense  its time, as a share of that of `dense`
 void Compare(benchmark::State& state, const Operator& op, const Operator& dense);

@@ -67,6 +67,8 @@ void Run(benchmark::State& state, shadowc::WeightType type, size_t units) {
 
 void RegisterPredict() {
   for (const auto& [name, type] : kTypes) {
+    const bool is_network_type = type == shadowc::WeightType::kFloat32 || type == shadowc::WeightType::kInt8;
+    if (!is_network_type) continue;
     for (const size_t units : {kHeads, kNeurons}) {
       const std::string title = std::string("PredictUnits/") + name + "/units:" + std::to_string(units);
       benchmark::RegisterBenchmark(title.c_str(), Run, type, units)
