@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Exact dot products of activations with int8 weights, once per SIMD target that has an 8-bit dot
-// instruction.
+// instruction; and the digits of a row, for int4 with AVX2 too.
 //
 // A row x becomes integers X = round(x / step) of 24 bits, written in three balanced digits of base 256, each
 // in -128 ... 127: X = 65536 a + 256 b + c. A product with int8 weights is then three sums of 8-bit products,
@@ -27,8 +27,8 @@
 #include "rows-inl.h"
 #include "types.h"
 
-// HWY_AVX3_DL is the first x86 target with VNNI; better targets have lower numbers. Those from AVX2 on without
-// it multiply bytes in pairs, into 16 bits: enough for int4 (int4-inl.h).
+// HWY_AVX3_DL is the first x86 target with VNNI; better targets have lower numbers. Those from AVX2 on
+// without it multiply bytes in pairs, into 16 bits: enough for int4 (int4-inl.h).
 #undef SHADOWC_DIGITS
 #undef SHADOWC_PAIRS
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3_DL

@@ -4,7 +4,8 @@
 // Unpacking to floats costs seven instructions for every vector of weights, several times what their bytes
 // cost. With AVX-512 two groups of 64 weights are two registers of bytes instead, one of the low and one of
 // the high halves: products are taken with the digits of x (see digits-inl.h), and the second kind with the
-// digits of the factors (int4_sum-inl.h).
+// digits of the factors (int4_sum-inl.h). With AVX2 one group is two registers, and products of two bytes
+// are added up in 16 bits before they are widened: 2.5 instructions for eight weights in place of seven.
 
 #if defined(SHADOWC_CPU_INT4_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SHADOWC_CPU_INT4_INL_H_

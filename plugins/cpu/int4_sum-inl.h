@@ -282,7 +282,7 @@ HWY_INLINE void LookUpGroup(Row row, size_t count, const float* h, size_t g, flo
   AxpyTile<1>(&y, group, count, h, 0, kInt4Group, 0, group);
 }
 
-#endif  // SHADOWC_DIGITS
+#endif  // SHADOWC_PAIRS
 
 #if SHADOWC_DIGITS || SHADOWC_PAIRS
 

@@ -131,9 +131,9 @@ bool HasVnni() {
 #endif
 }
 
-bool HasAvx2() {
+bool IsAvx2() {
 #if HWY_ARCH_X86
-  return TheChoice().target != 0 && TheChoice().target <= HWY_AVX2;
+  return TheChoice().target == HWY_AVX2;
 #else
   return false;
 #endif

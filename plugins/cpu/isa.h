@@ -10,8 +10,8 @@ namespace shadowc {
 // Reads SHADOWC_ISA once, on the first call. Returns an empty string, or a sentence that says what is wrong.
 const std::string& ApplyIsaLimit();
 
-// Whether the chosen level includes AVX2 (FMA and 16-bit floats come with it).
-bool HasAvx2();
+// Whether the chosen level is AVX2 (FMA and 16-bit floats come with it) and no better one.
+bool IsAvx2();
 
 // Whether the chosen level includes the 8-bit dot products of AVX-512 (VNNI; VBMI comes with them).
 bool HasVnni();

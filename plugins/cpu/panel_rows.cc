@@ -7,11 +7,12 @@
 
 namespace shadowc {
 
-const PanelKernels* KernelsFor(WeightType type, bool few_digits, size_t rows, size_t weights) {
+const PanelKernels* KernelsFor(WeightType type, bool few_digits, size_t rows, size_t width, size_t weights) {
   // A call has some ten parallel sections more than with floats: small matrices are done before those start.
   constexpr size_t kLeastWeights = size_t{1} << 16;
   const PanelKernels* kernels = ChosenPanelKernels(type);
   if (kernels == nullptr || rows < kernels->least_rows || weights < kLeastWeights) return nullptr;
+  if (width > kernels->most_width) return nullptr;
   const bool exact = type == WeightType::kInt8 && kernels->digits == kPanelDigits;
   return exact || few_digits ? kernels : nullptr;
 }
@@ -95,7 +96,8 @@ WeightRows RowsForDots(const PanelKernels& kernels, const WeightRow* rows, size_
 void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const WeightRow* rows, size_t count,
                    const float* bias, size_t y_rows, size_t width, const uint8_t* left, float* y,
                    const Parallel& parallel) {
-  // Two whole cache lines of each weight row, four if panels are small: they and the panels fill half of L2.
+  // Two whole cache lines of each row of bytes, four if panels are small: they and the panels fill half of
+  // L2.
   const bool small = panels.places != nullptr || panels.most == 1;
   const size_t columns = (small ? kMostWovenBytes : kMostWovenBytes / 2) / kernels.element;
   constexpr size_t kPanelsAtOnce = 16;

@@ -11,9 +11,9 @@
 
 namespace shadowc {
 
-// The kernels if panels pay for `rows` rows and `weights` weights, else null. Without few_digits only int8
-// weights meet panels, where they have all digits.
-const PanelKernels* KernelsFor(WeightType type, bool few_digits, size_t rows, size_t weights);
+// The kernels if panels pay for `rows` rows of x [width] and `weights` weights, else null. Without few_digits
+// only int8 weights meet panels, where they have all digits.
+const PanelKernels* KernelsFor(WeightType type, bool few_digits, size_t rows, size_t width, size_t weights);
 
 // The rows of all records, by number.
 class WeightTable {

@@ -22,8 +22,8 @@
 //
 // ---- in prompts alone
 //
-// Where a call may round (few_digits), weights of other types meet activations in panels, too:
-//   int8   with AVX2 alone: digits of 12 bits in elements of two bytes, one a row (panels_avx2.cc).
+// Where a call may round (few_digits), weights meet activations in panels that have no exact products, too:
+//   int8   with AVX2: one digit of 12 bits a row, in elements of two bytes (panels_avx2.cc).
 //   int4   as int8, with one scale for a row in place of one for each of its groups. What that rounds is what
 //          int8 weights are rounded by: at most 1 / 254 of the row's largest, an 18th of int4's own rounding
 //          in the group with the largest scale.
@@ -51,7 +51,7 @@ using PanelSums = int32_t[kPanelDigits][kPanelRows][kPanelRows];
 
 struct Panels {
   size_t steps;
-  size_t most;     // digits that a panel has room for: kPanelDigits, 1 of floats
+  size_t most;     // digits that a panel has room for: kPanelDigits; 1 of floats, and with AVX2
   int8_t* digits;  // [panels][steps][digits of the panel][kPanelBlock]
   int32_t* sums;   // [panels, kPanelDigits, kPanelRows]: sums of each row's digits
   float* step;     // [panels, kPanelRows]: x is about step * X; 0 where a row is zero or has no digits
@@ -103,6 +103,7 @@ struct LaterRows {
 // The arithmetic for one CPU. `begin` and `end` enclose every use of `dots` and `mix` on a thread.
 struct PanelKernels {
   size_t least_rows;  // below, floats are faster, as most of a panel is empty
+  size_t most_width;  // of rows of x: sums of more products could overflow
   size_t element;     // bytes of an element, of activations (one digit) and of weights as they are multiplied
   size_t digits;      // most digits of a panel
   bool few;           // panels may have fewer digits
@@ -148,8 +149,8 @@ struct PanelKernels {
 // How many columns `weave` takes at once, at most.
 inline constexpr size_t kMostWovenBytes = 256;  // of each weight row
 
-// Null if the CPU, or the level in SHADOWC_ISA, has none of AVX2, VNNI and AMX; of fp32 and bf16 with AVX2 alone; of bf16 if it has no products of
-// it.
+// Null if the CPU, or the level in SHADOWC_ISA, is neither AVX2 nor has VNNI or AMX; of bf16 and fp32 with
+// AVX2; of bf16 if it has no products of it.
 const PanelKernels* ChosenPanelKernels(WeightType type);
 
 }  // namespace shadowc

@@ -121,6 +121,7 @@ template <class Product, size_t kElement>
 constexpr PanelKernels Kernels(size_t least_rows) {
   return {
       .least_rows = least_rows,
+      .most_width = SIZE_MAX,
       .element = kElement,
       .digits = 1,
       .few = false,

@@ -139,6 +139,7 @@ namespace {
 // Measured at E = 2048: AMX needs as long for 2 rows as for 16, VNNI twice that.
 constexpr PanelKernels kAmx{
     .least_rows = 8,
+    .most_width = SIZE_MAX,
     .element = 1,
     .digits = kPanelDigits,
     .few = false,
@@ -161,6 +162,7 @@ constexpr PanelKernels kAmx{
 
 constexpr PanelKernels kVnni{
     .least_rows = 16,
+    .most_width = SIZE_MAX,
     .element = 1,
     .digits = kPanelDigits,
     .few = true,
@@ -193,7 +195,7 @@ constexpr PanelKernels OfInt4(PanelKernels kernels, decltype(PanelKernels::weave
 const PanelKernels* ChosenPanelKernels(WeightType type) {
   static constexpr PanelKernels kAmxInt4 = OfInt4(kAmx, WeaveInt4Signed);
   static constexpr PanelKernels kVnniInt4 = OfInt4(kVnni, WeaveInt4Shifted);
-  if (!HasVnni()) return HasAvx2() ? Avx2PanelKernels(type) : nullptr;
+  if (!HasVnni()) return IsAvx2() ? Avx2PanelKernels(type) : nullptr;
   switch (type) {
     case WeightType::kInt8:
       return HasAmx() ? &kAmx : &kVnni;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the files of x86 panels share: panels_x86.cc multiplies, panels_pack_x86.cc brings rows and weights
-// into the layouts for it, panels_float_x86.cc does both for weights that are floats. Intrinsics, not
-// Highway: it has no tiles, and the layouts are those of AMX and of 512-bit vectors.
+// into the layouts for it, panels_float_x86.cc does both for weights that are floats, and panels_avx2.cc for
+// vectors of 256 bits. Intrinsics, not Highway: it has no tiles, and the layouts are those of AMX and of
+// 512-bit vectors.
 #pragma once
 
 #include "hwy/base.h"
@@ -67,7 +68,7 @@ void WeaveRowsSigned(const WeightRows& weights, size_t steps, int8_t* woven);
 // For fp32, and for bf16 where there are products of it.
 const PanelKernels* FloatPanelKernels(WeightType type, bool bf16_products);
 
-// For int8 and int4 where there is AVX2 and no VNNI.
+// For int8 and int4 with AVX2. Not for AVX-512 without VNNI, whose floats are twice as wide.
 const PanelKernels* Avx2PanelKernels(WeightType type);
 
 }  // namespace shadowc

@@ -149,7 +149,7 @@ ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& par
     TileMasks(a.selection, a.tokens, tiling.First(t), tiling.Count(t), mine);
     for (size_t h = 0; h < a.heads; ++h) read += CountHead<W>(a, mine[h] != 0, !a.kv_active_only);
   }
-  const PanelKernels* kernels = KernelsFor(a.type, a.few_digits, rows, 4 * a.width * a.width);
+  const PanelKernels* kernels = KernelsFor(a.type, a.few_digits, rows, a.width, 4 * a.width * a.width);
   float* query = arena->Take<float>(rows * a.width);
   if (a.present_key != a.past_key || a.present_value != a.past_value) {
     parallel.For(a.batch * a.heads, [&](size_t i) { CopyPrefix(a, i / a.heads, i % a.heads); });

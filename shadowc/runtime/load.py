@@ -87,10 +87,10 @@ def load(
         refresh: override after how many tokens a mask of a sequence is made anew, 0 for never; None keeps it.
         memory: where the weights lie. "shared" (None): the file is mapped, processes share it. "private": a copy in
             large pages, which is faster where the page cache holds the file in small ones (`shadowc bench` tells).
-        exact_prompts: prompts meet weights as all other tokens do: int8 with activations of 24 bits, others row by
-            row. False: int8 and int4 with 8 bits, or 16 in a row with outliers (24 with AMX), int4 with one scale a
-            row, bf16 with activations of bf16 where the CPU multiplies those; masks are the same
-            (docs/decisions.md).
+        exact_prompts: prompts meet weights as all other tokens do: int8 with activations of 24 bits or floats,
+            others row by row. False: int8 and int4 with 8 bits, or 16 in a row with outliers (12 with AVX2, 24 with
+            AMX), int4 with one scale a row, bf16 with activations of bf16 where the CPU multiplies those; masks are
+            the same (docs/decisions.md).
 
     Raises:
         InputError: no engine is there, or an argument is out of range.

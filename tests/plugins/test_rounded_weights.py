@@ -289,7 +289,7 @@ def test_without_products_of_bf16_prompts_are_what_they_were():
 @pytest.mark.parametrize(
     ("level", "dtype"), [*(("sse4", dtype) for dtype in TYPES), ("avx2", "float32"), ("avx2", "bfloat16")]
 )
-def test_below_vnni_prompts_are_what_they_were(level, dtype):
+def test_prompts_of_levels_without_blocks_go_row_by_row(level, dtype):
     with at(level):
         arrays = ffn_operands(2, dtype, S=140, Z=0, F=600, E=200)
         np.testing.assert_array_equal(ffn(arrays), kernels.run(SPARSE_FFN, arrays)["y"])

@@ -283,8 +283,9 @@ def test_int4_columns_are_summed_exactly_whatever_the_number_of_rows_and_groups(
 @pytest.mark.parametrize("stored", [0x00, 0xFF, 0xF0, 0x0F])
 def test_extreme_int4_weights_meet_extreme_digits_without_saturating(stored, value):
     """Products of bytes are added up in 16 bits where there is no wider instruction."""
-    arrays = operands(np.random.default_rng(16), F=24, E=192, Z=0, dtype="int4")
+    arrays = operands(np.random.default_rng(16), F=24, E=1088, Z=0, dtype="int4")
     arrays["x"][:] = value
+    arrays["x"][..., 1:] *= (126 * 65536 - 128 * 256 - 128) / 8355000  # digits of 126, -128, -128
     arrays["w"][:] = stored
     arrays["scales"][:] = 0.01
     arrays["b1"][:] = 30
