@@ -41,7 +41,8 @@ def cases_under_asan(library: Path, *more: str) -> subprocess.CompletedProcess[s
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # a compiler, then a suite of its own under AddressSanitizer: two minutes on an idle core
+@pytest.mark.long
+@pytest.mark.timeout(1800)  # a compiler, then a suite of its own under AddressSanitizer: two to nine minutes of a core
 def test_cases_read_nothing_outside_the_operands(kernels):
     result = cases_under_asan(build.build(asan=True))
     assert result.returncode == 0, result.stdout + result.stderr

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/cpp: the engine folder in a C++ program gives the tokens of `engine.generate`."""
+"""examples/cpp: the engine folder in a C++ program gives the tokens of `engine.generate` with exact prompts."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def generate(host: Path, folder: Path, ids: Sequence[int], *flags: object) -> Ge
 
 
 def by_python(folder: Path, ids: Sequence[int], most: int, density: tuple[float, float] | None = None) -> list[int]:
-    engine = shadowc.load(folder)
+    engine = shadowc.load(folder, exact_prompts=True)  # what the stored graph computes, and so the host
     chosen = None if density is None else shadowc.Density(*density)
     rows = engine.generate(np.array([ids], np.int64), max_new_tokens=most, density=chosen)
     new: list[int] = rows[0, len(ids) :].tolist()
@@ -167,11 +167,7 @@ def test_an_old_runtime_is_refused(cpp_host: Path, folders: dict[str, Path]) -> 
 @pytest.mark.slow
 @pytest.mark.timeout(900)  # the compiles count for the first
 @pytest.mark.parametrize("kind", ["fp32", "int4"])
-def test_opt_mini_gives_the_tokens_of_python(
-    cpp_host: Path, mini: dict[str, Path], kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Python reads four of the host's chunks at once, which rounds otherwise: enough to turn a near tie in int4.
-    monkeypatch.setattr("shadowc.runtime.decoder.PROMPT_CHUNKS", 1)
+def test_opt_mini_gives_the_tokens_of_python(cpp_host: Path, mini: dict[str, Path], kind: str) -> None:
     prompt = [2, *np.random.default_rng(3).integers(4, 8000, 300).tolist()]  # in more than one chunk
     for density in DENSITIES:
         for ids in (prompt[:8], prompt):

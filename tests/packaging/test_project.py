@@ -100,11 +100,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)  # the compiler counts for the first
 def test_wheel_serves_every_python_and_is_bound_to_its_platform(wheel: zipfile.ZipFile) -> None:
     assert re.fullmatch(rf"shadowc-{re.escape(__version__)}-py3-none-(?!any)\w+\.whl", Path(wheel.filename or "").name)
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_wheel_holds_the_whole_package_and_nothing_else(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
     needed = {"shadowc/py.typed", "shadowc/plugins/libshadowc_ort.so", "shadowc/passes/__init__.py"}
