@@ -140,7 +140,7 @@ def test_the_largest_sums_of_a_prompt_do_not_overflow(most, value):
 
 
 def test_rows_too_long_for_digits_of_12_bits_are_computed_exactly(most):
-    """One product more than the test above has would overflow."""
+    """Sums of so many products could overflow."""
     if most == 127:
         pytest.skip("no row is too long for digits of 8 bits")
     arrays = ffn_operands(7, S=16, Z=0, F=24, E=9216)
