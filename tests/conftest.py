@@ -38,6 +38,16 @@ TOKENIZER_TEXT = (
 )
 
 
+SLOW_SECONDS = 1200
+"""Limit of a slow test that names none: some compile, some run a suite of their own, on whatever machine there is."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
+
+
 @pytest.fixture(scope="session")
 def tiny_model() -> OPTForCausalLM:
     """A random OPT whose masks matter: weights large enough that every head and neuron moves the logits.

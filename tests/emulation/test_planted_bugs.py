@@ -114,6 +114,6 @@ def test_address_sanitizer_finds_a_read_behind_the_last_matrix_row(kernels, tmp_
     sources = planted(
         tmp_path, "gather_dot.cuh", lambda source: source.replace("v < vectors ? load_once", "v <= vectors ? load_once")
     )
-    result = cases_under_asan(build.build(asan=True, kernels=sources), "-x")
+    result = cases_under_asan(build.build(asan=True, kernels=sources), "-x", "-k", "skip_zeros")
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
