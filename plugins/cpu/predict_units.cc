@@ -192,28 +192,36 @@ class Quads {
   }
 #endif
 
-  // Lanes of 16 rows at a time, whatever a vector holds.
+  // Lanes of 16 rows at a time, whatever a vector holds; of four groups, as a sum alone waits for itself.
   HWY_INLINE void OfFloats(const int8_t* const* w, const float* x, bool more, float* to) const {
-    using DLanes = hn::CappedTag<float, kRows>;
+    const DLanes df;
+    for (size_t lane = 0; lane < kRows; lane += hn::Lanes(df)) {
+      const int8_t *w0 = w[0] + 4 * lane, *w1 = w[1] + 4 * lane, *w2 = w[2] + 4 * lane, *w3 = w[3] + 4 * lane;
+      auto s0 = hn::Zero(df), s1 = s0, s2 = s0, s3 = s0;
+      for (size_t q = 0; q < quads_; ++q) {
+        if (more && lane == 0) {
+          for (size_t c = 0; c < kTogether; ++c) PrefetchL2(w[c] + kAheadBytes + q * kLine);
+        }
+        s0 = WithQuad(w0 + q * kLine, x + 4 * q, s0), s1 = WithQuad(w1 + q * kLine, x + 4 * q, s1);
+        s2 = WithQuad(w2 + q * kLine, x + 4 * q, s2), s3 = WithQuad(w3 + q * kLine, x + 4 * q, s3);
+      }
+      hn::StoreU(s0, df, to + lane), hn::StoreU(s1, df, to + kRows + lane);
+      hn::StoreU(s2, df, to + 2 * kRows + lane), hn::StoreU(s3, df, to + 3 * kRows + lane);
+    }
+  }
+
+  using DLanes = hn::CappedTag<float, kRows>;
+
+  // Four weights of each lane's row times four values.
+  static HWY_INLINE hn::Vec<DLanes> WithQuad(const int8_t* w, const float* x, hn::Vec<DLanes> sum) {
     const DLanes df;
     const hn::RebindToSigned<DLanes> di;
-    const size_t lanes = hn::Lanes(df);
-    for (size_t c = 0; c < kTogether; ++c) {
-      for (size_t lane = 0; lane < kRows; lane += lanes) {
-        const int8_t* from = w[c] + 4 * lane;
-        auto sum = hn::Zero(df);
-        for (size_t q = 0; q < quads_; ++q) {
-          if (more && lane == 0) PrefetchL2(w[c] + kAheadBytes + q * kLine);
-          const auto four = hn::BitCast(di, hn::LoadU(hn::Repartition<int8_t, DLanes>(), from + q * kLine));
-          const auto add = [&](auto shifted, size_t k) HWY_ATTR {
-            sum = hn::MulAdd(hn::ConvertTo(df, hn::ShiftRight<24>(shifted)), hn::Set(df, x[4 * q + k]), sum);
-          };
-          add(hn::ShiftLeft<24>(four), 0), add(hn::ShiftLeft<16>(four), 1);
-          add(hn::ShiftLeft<8>(four), 2), add(four, 3);
-        }
-        hn::StoreU(sum, df, to + c * kRows + lane);
-      }
-    }
+    const auto four = hn::BitCast(di, hn::LoadU(hn::Repartition<int8_t, DLanes>(), w));
+    const auto weight = [=](auto shifted) HWY_ATTR { return hn::ConvertTo(df, hn::ShiftRight<24>(shifted)); };
+    sum = hn::MulAdd(weight(hn::ShiftLeft<24>(four)), hn::Set(df, x[0]), sum);
+    sum = hn::MulAdd(weight(hn::ShiftLeft<16>(four)), hn::Set(df, x[1]), sum);
+    sum = hn::MulAdd(weight(hn::ShiftLeft<8>(four)), hn::Set(df, x[2]), sum);
+    return hn::MulAdd(weight(four), hn::Set(df, x[3]), sum);
   }
 
   const int8_t* w_;
