@@ -24,7 +24,7 @@ layer (H or N).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,24 +111,13 @@ def train(
     dropped: dict[str, int] = {}
     for kind in UNIT_KINDS:
         targets_MLU = targets_of(raw[kind], options)
-        valid_M: npt.NDArray[np.bool_] = np.asarray(np.isfinite(targets_MLU).all(axis=(1, 2)))
+        valid_M = _valid(kind, targets_MLU, taught, held)
         dropped[kind] = int((~valid_M).sum())
-        used, used_held = taught[valid_M[taught]], held[valid_M[held]]
-        if not len(used) or not len(used_held):
-            raise InputError(
-                f"no position has varying {kind} scores in every layer, so there is nothing to learn",
-                hint="collect more --positions, or use another --criterion",
-            )
+        rows = taught[valid_M[taught]], held[valid_M[held]]
         with progress.stage(f"train {kind}"):
-            fits[kind] = _fits(trace, kind, targets_MLU, (used, used_held), width, options, progress)
+            fits[kind] = _fits(trace, kind, targets_MLU, rows, width, options, progress)
         del targets_MLU  # as large as the scores
     heads, neurons = (_networks(fits[kind], options) for kind in UNIT_KINDS)
-    controls = {
-        name: (ranking(raw["heads"][taught]), ranking(raw["neurons"][taught]))
-        for name, ranking in (("static", static_scores), ("normalised", normalised_static_scores))
-    }
-    for other in rankings:
-        controls[f"static-{other.meta['criterion']}"] = ranking_of(other, orders_LF, block, controls["static"])
     predictor = Predictor(
         heads=heads,
         neurons=neurons,
@@ -136,7 +125,7 @@ def train(
         block=block,
         orders_LF=orders_LF,
         meta=_meta(trace, facts, options, width),
-        controls=controls,
+        controls=_controls(raw, taught, rankings, orders_LF, block),
         means_LHD=_means(trace),
     )
     if options.style == "shadow+":
@@ -153,6 +142,34 @@ def train(
     if out is not None:
         predictor.save(out)
     return predictor
+
+
+def _valid(kind: str, targets_MLU: Floats, taught: Rows, held: Rows) -> npt.NDArray[np.bool_]:
+    """The positions whose targets are finite, of which some are taught and some held out."""
+    valid_M: npt.NDArray[np.bool_] = np.asarray(np.isfinite(targets_MLU).all(axis=(1, 2)))
+    if not valid_M[taught].any() or not valid_M[held].any():
+        raise InputError(
+            f"no position has varying {kind} scores in every layer, so there is nothing to learn",
+            hint="collect more --positions, or use another --criterion",
+        )
+    return valid_M
+
+
+def _controls(
+    raw: Mapping[str, Floats],
+    taught: Rows,
+    rankings: Sequence[ImportanceTrace],
+    orders_LF: npt.NDArray[np.int32],
+    block: int,
+) -> dict[str, tuple[Floats, Floats]]:
+    """Rankings that know no context, by name: of the trace's own means, and by other criteria."""
+    controls = {
+        name: (ranking(raw["heads"][taught]), ranking(raw["neurons"][taught]))
+        for name, ranking in (("static", static_scores), ("normalised", normalised_static_scores))
+    }
+    for other in rankings:
+        controls[f"static-{other.meta['criterion']}"] = ranking_of(other, orders_LF, block, controls["static"])
+    return controls
 
 
 def _fits(
