@@ -192,6 +192,8 @@ class Quads {
   }
 #endif
 
+  using DLanes = hn::CappedTag<float, kRows>;
+
   // Lanes of 16 rows at a time, whatever a vector holds; of four groups, as a sum alone waits for itself.
   HWY_INLINE void OfFloats(const int8_t* const* w, const float* x, bool more, float* to) const {
     const DLanes df;
@@ -209,8 +211,6 @@ class Quads {
       hn::StoreU(s2, df, to + 2 * kRows + lane), hn::StoreU(s3, df, to + 3 * kRows + lane);
     }
   }
-
-  using DLanes = hn::CappedTag<float, kRows>;
 
   // Four weights of each lane's row times four values.
   static HWY_INLINE hn::Vec<DLanes> WithQuad(const int8_t* w, const float* x, hn::Vec<DLanes> sum) {
