@@ -15,6 +15,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 
 #include "digits-inl.h"
@@ -220,8 +221,8 @@ HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w
     if (later != nullptr && g % 2 == 0)
       PrefetchGroups([=](size_t c) HWY_ATTR { return later[c]; }, 4, g, groups);
     const auto add = [=](const Int4Pointer& weights, auto sum) HWY_ATTR {
-      // The digits are operands in memory: six registers of them would push the weights out.
-      HWY_FENCE;
+      // The digits stay in memory: in registers they would push the weights out.
+      std::atomic_signal_fence(std::memory_order_acq_rel);
       const auto sums = hn::ConvertTo(df, PairSums(weights, g, digits, stride));
       return hn::MulAdd(sums, hn::Set(df, weights.scales[g]), sum);
     };
