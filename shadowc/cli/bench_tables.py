@@ -143,3 +143,14 @@ def _show_break_even(report: BenchReport) -> None:
             {row.label: str(row.break_even) for row in report.break_even},
             title="largest density that is faster than the dense twin, predictor and selection included",
         )
+    costs = {row.label: row.mask_cost for row in report.break_even if row.mask_cost is not None}
+    if costs:
+        render.line("")
+        render.facts(
+            {
+                label: f"{render.share(cost.share)}, lowest to highest {render.share(cost.lowest)} to "
+                f"{render.share(cost.highest)}"
+                for label, cost in costs.items()
+            },
+            title="predictor and selection, not profiled: what density 1 adds to the dense twin's time",
+        )

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from shadowc.measure import settings
 from shadowc.measure.break_even import BreakEven, break_even
+from shadowc.measure.mask_cost import MaskCost, mask_cost
 from shadowc.measure.noise import Noise, noise
 from shadowc.measure.rounds import STEP_PROMPT_TOKENS, Counter, measure, prompt_ids
 from shadowc.measure.settings import Mask, Setting, Side, Variant
@@ -84,6 +85,8 @@ class BreakEvenRow:
     skip_zeros: bool
     mask: Mask
     break_even: BreakEven
+    mask_cost: MaskCost | None
+    """None where density 1 was not measured."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -285,12 +288,10 @@ def _break_evens(side: Side, times: Sequence[Sequence[float]]) -> list[BreakEven
         if variant.mask == "none" or variant.skip_zeros not in twins or not even:
             continue
         twin = twins[variant.skip_zeros]
-        points = [
-            (
-                density.heads,
-                median(own / base for own, base in zip(by_setting[variant.setting(density)], twin, strict=True)),
-            )
-            for density in even
-        ]
-        found.append(BreakEvenRow(variant.name, variant.skip_zeros, variant.mask, break_even(points)))
+        of = {density.heads: by_setting[variant.setting(density)] for density in even}
+        even_at = break_even(
+            (kept, median(own / base for own, base in zip(times, twin, strict=True))) for kept, times in of.items()
+        )
+        cost = mask_cost(of[1.0], twin) if 1.0 in of else None
+        found.append(BreakEvenRow(variant.name, variant.skip_zeros, variant.mask, even_at, cost))
     return found

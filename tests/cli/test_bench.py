@@ -54,6 +54,7 @@ def test_json_holds_everything_that_is_shown(shadowc: Shadowc, engine: Path) -> 
     assert found["load_to_first_token_seconds"] > 0
     assert {one["skip_zeros"] for one in found["break_even"]} == {False, True}
     assert found["break_even"][0]["break_even"].keys() == {"kind", "density"}
+    assert found["break_even"][0]["mask_cost"] is None  # density 1 was not measured
     assert {"warning", "other_processes", "steal", "spread", "stream_spread"} <= found["noise"].keys()
 
 
@@ -65,8 +66,15 @@ def test_tables_show_floor_parts_first_token_and_break_even(shadowc: Shadowc, en
     assert "from loading the engine to the first token" in result.stdout
     assert "largest density that is faster than the dense twin" in result.stdout
     assert "0.5, the" in result.stdout
+    assert "not profiled" not in result.stdout
     assert "in no column" not in result.stdout
     assert SUFFIX not in result.stdout
+
+
+def test_density_1_beside_the_dense_twin_shows_what_masks_cost(shadowc: Shadowc, engine: Path) -> None:
+    result = shadowc("bench", engine, "--densities", "1,0.5", "--no-skip-zeros", *QUICK)
+    assert result.exit_code == 0, result.output
+    assert "predictor and selection, not profiled" in result.stdout
 
 
 def test_operators_that_nothing_is_known_about_are_shown(

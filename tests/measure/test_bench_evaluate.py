@@ -151,6 +151,16 @@ def test_the_numbers_of_a_bench_row_follow_from_its_rounds(sparse_engine: Path) 
 
 
 @pytest.mark.usefixtures("short_stream")
+def test_what_masks_cost_is_density_1_beside_the_twin_of_the_same_rounds(sparse_engine: Path) -> None:
+    report = bench(sparse_engine, densities=[Density(1, 1)], rounds=2, tokens=3, skip_zeros=False)
+    (twin, whole) = report.rows
+    added = [own / base - 1 for own, base in zip(whole.ms_by_round, twin.ms_by_round, strict=True)]
+    cost = report.break_even[0].mask_cost
+    assert cost is not None
+    assert (cost.lowest, cost.share, cost.highest) == pytest.approx((min(added), median(added), max(added)))
+
+
+@pytest.mark.usefixtures("short_stream")
 def test_bench_reads_a_prompt_with_every_variant_and_once_behind_loading(sequence_engine: Path) -> None:
     report = bench(sequence_engine, densities=[Density(0.5, 0.5)], rounds=2, tokens=3, prompt_tokens=20)
     assert [row.label for row in report.prompts] == [
