@@ -20,7 +20,7 @@ Select = Literal["exact", "calibrated", "sensitivity"]
 Mask = Literal["token", "sequence"]
 LoadFormat = Literal["auto", "dummy"]
 Style = Literal["shadow", "dejavu", "shadow+"]
-Labels = Literal["scores", "top", "graded", "nested"]
+Labels = Literal["scores", "top", "graded", "expected"]
 Fill = Literal["mean", "zero"]
 MemoryKind = Literal["shared", "private"]
 
@@ -79,8 +79,8 @@ PredictorLabels = Annotated[
     Labels | None,
     typer.Option(
         "--labels",
-        help="What is learned: scores, top of each layer, graded, nested (graded in each layer); default: scores for "
-        "shadow, top for dejavu, graded for shadow+.",
+        help="What is learned: scores, top of each layer, graded, expected (for criteria that do not compare layers); "
+        "default: scores for shadow, top for dejavu, graded for shadow+.",
         show_default=False,
     ),
 ]

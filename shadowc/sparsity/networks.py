@@ -30,6 +30,9 @@ WIDTH_STEP = 32
 """ONNX Runtime's products of 8 bits, which style shadow has, take blocks of 32 rows at least; dejavu keeps to it so
 that widths of both can be equal."""
 SMALL_STEP = 8
+ROW_GROUP = 16
+SCALE_AND_BIAS = 8
+"""Bytes of a row of int8 weights beside its weights."""
 LARGEST_WIDTH = 1024
 PARTS = ("fc1.weight", "fc1.bias", "fc2.weight", "fc2.bias")
 
@@ -190,34 +193,32 @@ def cost_share(facts: ModelFacts, block: int, width: int, style: Style = "shadow
 def byte_share(facts: ModelFacts, block: int, width: int) -> float:
     """Return the bytes of a predictor of style shadow+ as a share of those of a dense token, in an engine of int8.
 
-    Its products have a scale for each 128, 64 or 32 rows (passes/quantise.py), or stay float32 if no such block
-    divides them; biases are float32. The model counts one byte a parameter, a little less than it is.
+    Its weights have a scale for each row (passes/quantise.py), rows of fc2 lie in groups of 16; scales and biases are
+    float32. The model counts one byte a parameter, a little less than it is.
     """
-
-    def product(rows: int, columns: int) -> float:
-        length = next((size for size in (128, 64, 32) if rows % size == 0), 0)
-        return rows * columns * (1 + 4 / length if length else 4) + 4 * columns
-
-    found = 0.0
+    found = 0
     units = facts.heads, blocks_of(facts.ffn, block)
     for outputs, wide in zip(units, widths(facts, block, width, "shadow+"), strict=True):
-        found += product(facts.hidden, wide) + product(wide, outputs)
+        fc1 = wide * (facts.hidden + SCALE_AND_BIAS)
+        fc2 = -(-outputs // ROW_GROUP) * ROW_GROUP * wide + outputs * SCALE_AND_BIAS
+        found += fc1 + fc2
     return facts.predicted_layers * found / facts.token_parameters
 
 
 def default_width(facts: ModelFacts, block: int, style: Style = "shadow") -> int:
-    """Return the largest multiple of 32, 32 to 1024, with which a predictor costs at most 3 % of a dense token.
+    """Return the largest width, at most 1024, with which a predictor costs at most 3 % of a dense token.
 
     Counted in parameters, since the predictor is quantised as the model is; of style shadow+ in bytes too, scales and
-    biases included. A model too small for the budget gets 32; of style shadow+ the largest multiple of 8 that fits its
-    parameters, 8 at least.
+    biases included. Widths are multiples of 32, those of style shadow+ below 128 of 8: 32 would leave up to half of a
+    small model's budget unused. A model whose bytes do not allow 32 gets the largest multiple of 8 below that fits its
+    parameters; one that is too small for that, 32, and of style shadow+ 8.
     """
-    found = range(WIDTH_STEP, LARGEST_WIDTH + 1, WIDTH_STEP)
-    within = [width for width in found if cost_share(facts, block, width, style) <= BUDGET]
     if style != "shadow+":
-        return max(within, default=WIDTH_STEP)
-    within = [width for width in within if byte_share(facts, block, width) <= BUDGET]
-    small = range(SMALL_STEP, WIDTH_STEP + 1, SMALL_STEP)
-    return max(
-        within or (width for width in small if cost_share(facts, block, width, style) <= BUDGET), default=SMALL_STEP
-    )
+        found = range(WIDTH_STEP, LARGEST_WIDTH + 1, WIDTH_STEP)
+        return max((width for width in found if cost_share(facts, block, width, style) <= BUDGET), default=WIDTH_STEP)
+    fine = 4 * WIDTH_STEP
+    widest = (*range(SMALL_STEP, fine, SMALL_STEP), *range(fine, LARGEST_WIDTH + 1, WIDTH_STEP))
+    within = [width for width in widest if cost_share(facts, block, width, style) <= BUDGET]
+    in_bytes = [width for width in within if width >= WIDTH_STEP and byte_share(facts, block, width) <= BUDGET]
+    narrow = [width for width in within if width < WIDTH_STEP]
+    return max(in_bytes or narrow, default=SMALL_STEP)

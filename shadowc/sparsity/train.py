@@ -7,7 +7,7 @@ In: a trace, the model's facts, `TrainOptions`. Out: a `Predictor`.
 Style shadow (ShadowLLM, arXiv 2406.16635, variant b1eL): inputs are the token's own layer-0 context, min-max scaled;
 two networks learn all predicted layers. Style dejavu (DejaVu, arXiv 2310.17157): two networks for every layer, whose
 inputs are what the attention of that layer reads. Style shadow+: two linear networks for every layer; what its FFN
-reads scores its neurons (graded.py), and a table of shares (shares.py). All take the same examples, epochs and batches.
+reads scores its neurons (linear.py), and a table of shares (shares.py). All take the same examples, epochs and batches.
 
 Labels "scores": the importances of the predicted layers, min-max scaled per layer and token, with mean squared error
 (ShadowLLM's). Labels "top": whether a unit is among the first of its layer, with cross entropy (DejaVu's). Either style
@@ -35,19 +35,19 @@ from shadowc.sparsity import thresholds
 from shadowc.sparsity.cluster import neuron_orders
 from shadowc.sparsity.criteria import find_criterion, require_trainable
 from shadowc.sparsity.fit import Examples, Fit, fit
-from shadowc.sparsity.graded import fit_graded, grade_bounds, grades_of, nested_grades, offsets_of
+from shadowc.sparsity.linear import fit_linear
 from shadowc.sparsity.networks import LayerNetworks, blocks_of, cost_share, default_width, minmax_scaled, widths
 from shadowc.sparsity.predictor import Networks, Predictor, check_out
 from shadowc.sparsity.rank import (
-    minmax_rows,
     normalised_static_scores,
     predicted_scores,
     random_scores,
     ranking_of,
     static_scores,
 )
-from shadowc.sparsity.recall import found_report, selected
+from shadowc.sparsity.recall import found_report
 from shadowc.sparsity.shares import shares_of
+from shadowc.sparsity.targets import objective_of, targets_of
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
@@ -192,16 +192,16 @@ def _fits(
         return [fit(examples, width, options, seed, progress)]
     found = []
     wide = widths(trace.facts, options.neuron_block, width, options.style)[number]
-    offsets_G = offsets_of(targets_MLU, used) if options.style == "shadow+" else None
+    objective = objective_of(targets_MLU, used, options)
     for layer in range(1, trace.layers):
         inputs_ME, of_layer_MU = _read(trace, kind, layer, options), targets_MLU[:, layer - 1]
         examples = Examples(inputs_ME[used], of_layer_MU[used], inputs_ME[held], of_layer_MU[held])
         with progress.stage(f"layer {layer}"):
             own = seed + len(UNIT_KINDS) * layer
-            if offsets_G is None:
+            if objective is None:
                 found.append(fit(examples, wide, options, own, progress))
             else:
-                found.append(fit_graded(examples, offsets_G, wide, options, own, progress))
+                found.append(fit_linear(examples, objective, wide, options, own, progress))
     return found
 
 
@@ -269,26 +269,6 @@ def _inputs(trace: ImportanceTrace, rows: Rows, options: TrainOptions) -> Floats
     return read[0] if len(read) == 1 else np.stack(read, axis=1)
 
 
-def targets_of(raw_MLU: Floats, options: TrainOptions) -> Floats:
-    """Return what the networks learn, [M, Lp, U]; NaN in a layer that says nothing about a position.
-
-    Labels "graded" and "nested" are 0 to 3, see graded.py.
-    Labels "top" are 1 for the first units of a layer (ties included), but for those of importance zero.
-    """
-    if options.learned == "graded":
-        return grades_of(raw_MLU, grade_bounds(raw_MLU))
-    if options.learned == "nested":
-        return nested_grades(raw_MLU)
-    scaled_MLU = layer_minmax(raw_MLU)
-    if options.learned == "scores":
-        return scaled_MLU
-    for layer in range(raw_MLU.shape[1]):  # one at a time: a copy of all scores may be gigabytes
-        finite_M1U = np.nan_to_num(raw_MLU[:, layer : layer + 1])
-        top_MU = (selected(finite_M1U, options.top, "local") & (finite_M1U > 0))[:, 0]
-        scaled_MLU[:, layer] = np.where(np.isnan(scaled_MLU[:, layer]), np.nan, top_MU)
-    return scaled_MLU
-
-
 def held_out(sequence_M: npt.NDArray[np.int32], share: float, seed: int) -> npt.NDArray[np.bool_]:
     """Return which positions are kept for validation: all of at least one sequence, never of all.
 
@@ -301,20 +281,6 @@ def held_out(sequence_M: npt.NDArray[np.int32], share: float, seed: int) -> npt.
     count = min(max(round(share * len(sequences)), 1), len(sequences) - 1)
     chosen = np.random.default_rng([seed, 3]).permutation(sequences)[:count]
     return np.isin(sequence_M, chosen)
-
-
-def layer_minmax(scores_MLU: Floats) -> Floats:
-    """Scale to 0..1 per position and layer.
-
-    A row that is constant or not finite becomes NaN, and its position is dropped from training, as published. A layer
-    whose rows are all like that (it never does anything) would drop every position; it becomes zeros instead.
-    """
-    scaled_MLU = np.empty(scores_MLU.shape, np.float32)
-    for layer in range(scores_MLU.shape[1]):
-        scaled_MU = minmax_rows(scores_MLU[:, layer])
-        never = np.isnan(scaled_MU).any(axis=1).all()
-        scaled_MLU[:, layer] = 0 if never else scaled_MU
-    return scaled_MLU
 
 
 def _report(predictor: Predictor, scores: dict[str, Floats], raw: dict[str, Floats], seed: int) -> dict[str, Any]:

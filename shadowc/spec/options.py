@@ -27,10 +27,11 @@ shadow+: the same, each kind from the latest input, and every layer has its shar
 STYLES: tuple[Style, ...] = get_args(Style)
 Fill = Literal["mean", "zero"]
 """What a skipped head leaves in its place: its mean context over the calibration positions, or nothing."""
-Labels = Literal["scores", "top", "graded", "nested"]
+Labels = Literal["scores", "top", "graded", "expected"]
 """scores: the criterion's scores of a layer, scaled to 0..1 (squared error); top: whether a unit is among the first
 of its layer (cross entropy); graded: in how many of three nested tops of all layers together it is (style shadow+);
-nested: the same of its own layer, for criteria whose scores cannot be compared between layers (style shadow+)."""
+expected: how much it matters, as a share of its layer's mean, for criteria whose scores cannot be compared between
+layers (style shadow+)."""
 _LABELS: Mapping[Style, Labels] = MappingProxyType({"shadow": "scores", "dejavu": "top", "shadow+": "graded"})
 BLOCK = 16
 """Neurons of a unit, unless an option says otherwise; single neurons for style shadow+."""
@@ -92,9 +93,9 @@ class TrainOptions(_Frozen):
     @model_validator(mode="after")
     def _labels_of_style(self) -> TrainOptions:
         """Grades are what the linear networks of style shadow+ learn, and no other style's do."""
-        if (self.style == "shadow+") != (self.learned in ("graded", "nested")):
+        if (self.style == "shadow+") != (self.learned in ("graded", "expected")):
             raise ValueError(
-                f"style {self.style} cannot learn labels {self.learned}: graded and nested are for style shadow+ "
+                f"style {self.style} cannot learn labels {self.learned}: graded and expected are for style shadow+ "
                 "and it learns no others"
             )
         return self

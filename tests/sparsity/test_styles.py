@@ -24,7 +24,8 @@ from shadowc.sparsity.networks import BUDGET, LayerNetworks, cost_share, default
 from shadowc.sparsity.predictor import META_FILE, Predictor, style_in
 from shadowc.sparsity.reference import MaskedModel, MaskedState
 from shadowc.sparsity.styles import check_style
-from shadowc.sparsity.train import targets_of, train
+from shadowc.sparsity.targets import targets_of
+from shadowc.sparsity.train import train
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
 from shadowc.spec.options import CompileOptions, TrainOptions

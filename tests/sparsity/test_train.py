@@ -19,7 +19,8 @@ from shadowc.sparsity.fit import Examples, fit
 from shadowc.sparsity.importance import ImportanceTrace
 from shadowc.sparsity.networks import minmax_scaled
 from shadowc.sparsity.predictor import Predictor
-from shadowc.sparsity.train import held_out, layer_minmax, train
+from shadowc.sparsity.targets import layer_minmax
+from shadowc.sparsity.train import held_out, train
 from shadowc.spec.errors import InputError
 from shadowc.spec.options import TrainOptions
 from shadowc.spec.progress import EventProgress
