@@ -79,8 +79,8 @@ PredictorLabels = Annotated[
     Labels | None,
     typer.Option(
         "--labels",
-        help="What is learned: scores, top of each layer, graded, expected (for criteria that do not compare layers); "
-        "default: scores for shadow, top for dejavu, graded for shadow+.",
+        help="What is learned: scores, top of each layer, graded, expected; default: scores for shadow, top for "
+        "dejavu, for shadow+ graded, or expected if the criterion does not compare layers (activation, l2norm).",
         show_default=False,
     ),
 ]

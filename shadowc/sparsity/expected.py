@@ -26,17 +26,17 @@ LEAST = 1e-3
 
 
 def shares_of_mean(raw_MLU: Floats) -> Floats:
-    """Return importances as shares of the mean over their layer at a position, LEAST at least.
+    """Return importances as shares of the mean over their layer at a position, LEAST at least; below zero is zero.
 
-    NaN where a layer's importances are not finite, or all zero; a layer that never does anything becomes zeros.
+    NaN where a layer's importances are not finite, or all zero; a layer that never does anything becomes LEAST.
     """
-    mean_ML1 = raw_MLU.mean(axis=2, keepdims=True)
+    shares: Floats = np.maximum(raw_MLU, 0)  # the one copy: scores may be gigabytes
+    mean_ML1 = shares.mean(axis=2, keepdims=True)
     said_ML1 = np.isfinite(mean_ML1) & (mean_ML1 > 0)
     mean_ML1[~said_ML1] = 1
-    shares: Floats = raw_MLU / mean_ML1
-    np.maximum(shares, np.float32(LEAST), out=shares)  # in place: scores may be gigabytes
-    silent_ML1 = ~said_ML1 & said_ML1.any(axis=0)
-    shares[np.broadcast_to(silent_ML1, shares.shape)] = np.nan
+    shares /= mean_ML1
+    np.maximum(shares, np.float32(LEAST), out=shares)
+    shares[(~said_ML1 & said_ML1.any(axis=0))[:, :, 0]] = np.nan
     return shares
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shadowc.sparsity.criteria import criterion_names, find_criterion
 from shadowc.sparsity.expected import Expected, shares_of_mean
 from shadowc.sparsity.graded import Grades, grade_bounds, grades_of, offsets_of
 from shadowc.sparsity.rank import minmax_rows
@@ -23,6 +24,17 @@ if TYPE_CHECKING:
 
     Floats = npt.NDArray[np.float32]
     Rows = npt.NDArray[np.intp]
+
+
+def chosen_labels(options: TrainOptions, criterion: str) -> TrainOptions:
+    """Return the options with the labels that suit a criterion, where nobody chose any.
+
+    Grades compare layers by raw scores; where these cannot be compared, style shadow+ learns what is expected.
+    """
+    if options.style != "shadow+" or options.labels is not None:
+        return options
+    comparable = criterion not in criterion_names() or find_criterion(criterion).compares_layers
+    return options if comparable else options.model_copy(update={"labels": "expected"})
 
 
 def targets_of(raw_MLU: Floats, options: TrainOptions) -> Floats:

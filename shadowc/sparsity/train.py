@@ -47,7 +47,7 @@ from shadowc.sparsity.rank import (
 )
 from shadowc.sparsity.recall import found_report
 from shadowc.sparsity.shares import shares_of
-from shadowc.sparsity.targets import objective_of, targets_of
+from shadowc.sparsity.targets import chosen_labels, objective_of, targets_of
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
@@ -98,6 +98,7 @@ def train(
     if out is not None:
         check_out(out)
     require_trainable(trace.meta["criterion"], trace.meta.get("per", "token"))
+    options = chosen_labels(options, trace.meta["criterion"])
     _require_fit(trace, facts, options)
     _require_same_model(trace, rankings)
     held_M: npt.NDArray[np.bool_] = held_out(trace.sequence_M, options.validation, options.seed)

@@ -69,7 +69,8 @@ class TrainOptions(_Frozen):
 
     style: Style = "shadow"
     labels: Labels | None = None
-    """What the networks learn; None: scores for style shadow, top for style dejavu, graded for style shadow+."""
+    """What the networks learn; None: scores for style shadow, top for style dejavu, for style shadow+ graded, or
+    expected where the criterion does not compare layers."""
     top: float = Field(default=0.3, gt=0, lt=1)
     """With labels "top": the share of a layer's units that are called important."""
     neuron_block: int = Field(default=BLOCK, ge=1)

@@ -19,7 +19,8 @@ from shadowc.sparsity.expected import LEAST, Expected, shares_of_mean
 from shadowc.sparsity.fit import Examples
 from shadowc.sparsity.graded import Grades
 from shadowc.sparsity.linear import fit_linear
-from shadowc.spec.options import TrainOptions
+from shadowc.sparsity.targets import chosen_labels
+from shadowc.spec.options import Labels, Style, TrainOptions
 
 OUTPUTS = 12
 EXPECTED = TrainOptions(style="shadow+", labels="expected", epochs=6)
@@ -65,6 +66,28 @@ def test_a_layer_that_never_does_anything_drops_no_position() -> None:
     raw_MLU = np.ones((4, 2, 3), np.float32)
     raw_MLU[:, 1] = 0
     np.testing.assert_array_equal(shares_of_mean(raw_MLU)[:, 1], np.full((4, 3), LEAST, np.float32))
+
+
+def test_what_the_loss_falls_without_counts_as_nothing() -> None:
+    shares = shares_of_mean(np.array([[[-4, 1, 2]]], np.float32))
+    np.testing.assert_allclose(shares[0, 0], [LEAST, 1, 2])
+
+
+@pytest.mark.parametrize(
+    ("criterion", "style", "asked", "found"),
+    [
+        ("activation", "shadow+", None, "expected"),
+        ("l2norm", "shadow+", None, "expected"),
+        ("fisher", "shadow+", None, "graded"),
+        ("somebodys", "shadow+", None, "graded"),
+        ("activation", "shadow+", "graded", "graded"),
+        ("activation", "dejavu", None, "top"),
+    ],
+)
+def test_labels_follow_the_criterion_where_nobody_chose(
+    criterion: str, style: Style, asked: Labels | None, found: Labels
+) -> None:
+    assert chosen_labels(TrainOptions(style=style, labels=asked), criterion).learned == found
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(-2, 2))

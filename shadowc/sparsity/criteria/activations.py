@@ -7,7 +7,7 @@ from shadowc.sparsity.criteria.registry import Scores, criterion
 from shadowc.sparsity.signals import LayerSignals
 
 
-@criterion("l2norm", gradients=False)
+@criterion("l2norm", gradients=False, compares_layers=False)
 def l2norm(signals: LayerSignals) -> Scores:
     """Heads ||a||_2, neurons |u|: the size of the activation.
 
@@ -18,7 +18,7 @@ def l2norm(signals: LayerSignals) -> Scores:
     return signals.context_BTHD.norm(dim=-1), signals.preactivation_BTF.abs()
 
 
-@criterion("activation", gradients=False)
+@criterion("activation", gradients=False, compares_layers=False)
 def activation(signals: LayerSignals) -> Scores:
     """Heads ||a||_2, neurons |h|: how much the unit says, whatever the loss makes of it.
 

@@ -54,6 +54,8 @@ class Criterion:
     """What one score is of."""
     signed: bool = False
     """True: below zero where the loss falls without the unit, which only a text with its next token can tell."""
+    compares_layers: bool = True
+    """False: sizes of scores say how large a layer's activations are, not how much the layer matters."""
 
     @property
     def formula(self) -> str:
@@ -85,6 +87,7 @@ def criterion(
     weights: bool = False,
     per: Per = "token",
     signed: bool = False,
+    compares_layers: bool = True,
 ) -> Callable[[Callable[[Any], Any]], Callable[[Any], Any]]:
     """Register a function under a name, with what it reads and what one of its scores is of, see `Criterion`."""
 
@@ -93,7 +96,10 @@ def criterion(
             raise InternalError(f"two criteria are called {name}")
         if per not in get_args(Per):
             raise InternalError(f"criterion {name} is per {per!r}, expected one of {', '.join(get_args(Per))}")
-        _REGISTRY[name] = Criterion(name, score, gradients or curvature, activations, curvature, weights, per, signed)
+        backward = gradients or curvature
+        _REGISTRY[name] = Criterion(
+            name, score, backward, activations, curvature, weights, per, signed, compares_layers
+        )
         return score
 
     return register
