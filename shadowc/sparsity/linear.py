@@ -14,6 +14,7 @@ Letters: M positions, E hidden, P rank, O units.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -37,8 +38,9 @@ RIDGE = 1e-3
 WEIGHT_DECAY = 0.01
 RATE = 2.0
 """Of `TrainOptions.rate`: the start is good and the network linear."""
-START_FACTORS = (1.0, 0.5, 0.25, 0.125)
-"""Of the regression's slopes: few positions make them too steep, the more so the more inputs there are."""
+START_FACTORS = (0.125, 0.25, 0.5, 1.0)
+"""Of the regression's slopes: few positions make them too steep, the more so the more inputs there are. The flattest if
+all are so steep that the loss is no number."""
 
 
 class Objective(Protocol):
@@ -83,9 +85,8 @@ def _fit(
     y_MO, held_y_MO = torch.from_numpy(examples.targets_MO), torch.from_numpy(examples.held_targets_MO)
     constant_O = objective.constant(y_MO)
     first = [torch.zeros(width, x_ME.shape[1]), torch.zeros(y_MO.shape[1], width), constant_O]
-    fc1_PE, fc2_OP = _low_rank(x_ME, y_MO, objective, width)
-    starts = [[fc1_PE, fc2_OP * factor, constant_O.clone()] for factor in START_FACTORS]
-    weights = min(starts, key=lambda start: _finite(objective.loss(_scores(start, held_x_ME), held_y_MO)))
+    low_rank = _low_rank(x_ME, y_MO, objective, width)
+    weights = _flattened([*low_rank, constant_O], objective, held_x_ME, held_y_MO)
     best, mean_error = first, float(objective.loss(_scores(first, held_x_ME), held_y_MO))
     best_error, best_epoch, curve = mean_error, 0, [mean_error]
     for weight in weights:
@@ -110,8 +111,15 @@ def _fit(
     return Fit(network, best_epoch, best_error, mean_error, tuple(curve))
 
 
-def _finite(loss: Tensor) -> float:
-    return float(loss) if loss.isfinite() else float("inf")
+def _flattened(weights: list[Tensor], objective: Objective, held_x_ME: Tensor, held_y_MO: Tensor) -> list[Tensor]:
+    """Return the weights with the slopes that are best on the held-out positions, as tensors of their own."""
+
+    def loss(start: list[Tensor]) -> float:
+        found = float(objective.loss(_scores(start, held_x_ME), held_y_MO))
+        return found if math.isfinite(found) else math.inf
+
+    fc1_PE, fc2_OP, constant_O = weights
+    return min(([fc1_PE, fc2_OP * factor, constant_O.clone()] for factor in START_FACTORS), key=loss)
 
 
 def _scores(weights: list[Tensor], x_ME: Tensor) -> Tensor:
