@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 LEAST = 1e-3
 """Share of the mean that a unit matters at least; without it a unit that never matters is pushed down without end."""
 
+SURPRISE = 4.0
+"""Logarithm of how often its expectation a share may be before its loss grows no faster than linearly. A few positions,
+whose inputs lie far from all others, otherwise have gradients that end the training of a layer."""
+
 
 def shares_of_mean(raw_MLU: Floats) -> Floats:
     """Return importances as shares of the mean over their layer at a position, LEAST at least; below zero is zero.
@@ -48,8 +52,10 @@ class Expected:
         return targets_MO.mean(0).log()
 
     def loss(self, scores_MO: Tensor, targets_MO: Tensor) -> Tensor:
-        """Return the mean negative log likelihood in nats."""
-        return (targets_MO * (-scores_MO).exp() + scores_MO).mean()
+        """Return the mean negative log likelihood in nats, a straight line beyond SURPRISE."""
+        beyond_MO = targets_MO.log() - scores_MO
+        within_MO = beyond_MO.clamp(max=SURPRISE)
+        return (within_MO.exp() * (1 + beyond_MO - within_MO) + scores_MO).mean()
 
     def spreads(self, targets_MO: Tensor) -> tuple[Tensor, Tensor]:
         """Return the means: of the logarithm of an expectation the slope is the expectation's over the mean."""

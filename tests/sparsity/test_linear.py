@@ -125,6 +125,15 @@ def test_with_more_inputs_than_positions_training_stays_finite_and_is_no_worse_t
     assert found.error <= found.mean_error
 
 
+def test_one_score_far_too_low_neither_overflows_nor_outweighs_a_batch() -> None:
+    scores_MO = torch.tensor([[-1000.0], [0.0]], requires_grad=True)
+    loss = Expected().loss(scores_MO, torch.tensor([[300.0], [1.0]]))
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert loss.isfinite()
+    assert scores_MO.grad is not None
+    assert scores_MO.grad.abs().max() <= math.exp(4)
+
+
 def test_a_start_that_is_too_steep_is_made_flatter(monkeypatch: pytest.MonkeyPatch) -> None:
     data = examples(*amounts(np.random.default_rng(2), 150, 400), 50)
     options = EXPECTED.model_copy(update={"epochs": 1, "rate": 1e-9})
