@@ -85,7 +85,7 @@ class Grades:
         return sum(losses) / len(losses)  # type: ignore[return-value]
 
     def spreads(self, targets_MO: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the spread of the grades, and its square.
+        """Return the spread of the grades, twice: divided by both, a slope is divided by the variance.
 
         A grade's slope becomes one of log odds by the variance of the grade, the first step of a logistic regression.
         """

@@ -5,9 +5,8 @@ In: inputs and targets of tokens, and what a score of them is worth (`Objective`
 `Network` without ReLU, and its error.
 
 Training starts from a reduced-rank ridge regression of the targets, made flatter if that is better on the held-out
-positions, and takes AdamW steps from there; the epoch that is
-best on the held-out positions is kept. Epoch 0 are scores that know no context. The same examples and options give the
-same weights (see fit.py about threads).
+positions, and takes AdamW steps from there; the epoch that is best on these positions is kept. Epoch 0 are scores that
+know no context. The same examples and options give the same weights (see fit.py about threads).
 
 Letters: M positions, E hidden, P rank, O units.
 """

@@ -30,9 +30,8 @@ def amounts(rng: np.random.Generator, M: int, E: int) -> tuple[np.ndarray, np.nd
     """Inputs, and amounts whose expectation is exp of a linear form of two of them."""
     x_ME = rng.standard_normal((M, E)).astype(np.float32)
     slopes_2O = rng.standard_normal((2, OUTPUTS))
-    return x_ME, (np.exp(x_ME[:, :2] @ slopes_2O) * rng.exponential(size=(M, OUTPUTS))).astype(np.float32) + np.float32(
-        LEAST
-    )
+    y_MO = LEAST + np.exp(x_ME[:, :2] @ slopes_2O) * rng.exponential(size=(M, OUTPUTS))
+    return x_ME, y_MO.astype(np.float32)
 
 
 def examples(x_ME: np.ndarray, y_MO: np.ndarray, held: int) -> Examples:
