@@ -94,20 +94,23 @@ class MaskedResult:
 
 @dataclass(slots=True)
 class _Kind:
-    """Masks of one kind of unit, and what they were made of, for one call."""
+    """Masks of one kind of unit, and what they were made of, for one call: a tensor for each predicted layer so far."""
 
     density: Tensor
     """[B], or [1] for all rows."""
     min_active: int
-    mask: Tensor | None = None
-    scores: Tensor | None = None
-    threshold: Tensor | None = None
+    masks: list[Tensor] = field(default_factory=list)
+    """[B,Z,N] each."""
+    scores: list[Tensor] = field(default_factory=list)
+    """[B,Z,N] each; none where masks were forced."""
+    thresholds: list[Tensor] = field(default_factory=list)
+    """[B,Z] each; none where masks were forced."""
 
-    def add(self, **parts: Tensor) -> None:
-        """Put what is known of further layers behind what is known already."""
-        for name, part in parts.items():
-            known = getattr(self, name)
-            setattr(self, name, part if known is None else torch.cat([known, part], dim=2))
+    def mask(self, index: int) -> Tensor:
+        """Return the mask [B,Z,N] of a predicted layer, which the order of the hooks promises."""
+        if index >= len(self.masks):
+            raise InternalError("a mask was needed before the scores of its layer were known")
+        return self.masks[index]
 
 
 @dataclass(slots=True)
@@ -212,12 +215,12 @@ class MaskedModel:
         heads, neurons = call.kinds
         return MaskedResult(
             logits=output.logits,
-            mask_heads=_known(heads.mask),
-            mask_neurons=_known(neurons.mask),
-            scores_heads=heads.scores,
-            scores_neurons=neurons.scores,
-            threshold_heads=heads.threshold,
-            threshold_neurons=neurons.threshold,
+            mask_heads=torch.stack(heads.masks, dim=2),
+            mask_neurons=torch.stack(neurons.masks, dim=2),
+            scores_heads=_stacked(heads.scores),
+            scores_neurons=_stacked(neurons.scores),
+            threshold_heads=_stacked(heads.thresholds),
+            threshold_neurons=_stacked(neurons.thresholds),
         )
 
     def _call(
@@ -260,12 +263,12 @@ class MaskedModel:
     def _sites(self, call: _Call) -> Iterator[tuple[Site, Callable[[Tensor], None]]]:
         """Give the places and what happens there: predict unless the masks are known, mask the layers from 1 on."""
         first, *later = self.decoder.blocks
-        if call.heads.mask is None and self.plan.style != "shadow":
+        if not call.heads.masks and self.plan.style != "shadow":
             for layer, block in enumerate(later, start=1):
                 behind = block.ffn_reads if self.plan.style == "shadow+" else block.reads
                 yield block.reads, self._predict_layer(call, layer, "heads")
                 yield behind, self._predict_layer(call, layer, "neurons")
-        elif call.heads.mask is None:
+        elif not call.heads.masks:
             yield first.context, lambda context: self._predict(call, context)
         for index, block in enumerate(later):
             yield block.context, _mask_heads(call, index, self._tensors.get(f"{means.PREFIX}{index + 1}"))
@@ -275,8 +278,7 @@ class MaskedModel:
         """Score the units from the layer-0 context, before out_proj, and select."""
         source = context_BSE[:, call.tail]
         if call.granularity == "sequence":
-            _remember_prompt_end(call, context_BSE)
-            source = _known(call.state.prompt_end)[:, None]
+            source = _prompt_end(call, context_BSE)[:, None]
         for number, scores in enumerate(self._scores.of_all_layers(source)):
             self._select(call, number, scores)
 
@@ -302,11 +304,11 @@ class MaskedModel:
         threshold = self._selection.threshold(
             number, scores, kind.density, min_active=kind.min_active, layer=layer, ranked=ranked
         )
-        kind.add(
-            mask=_or_dense(call, unit_mask(scores, threshold).expand(batch, tail, -1, -1)),
-            scores=scores.expand(batch, tail, -1, -1),
-            threshold=torch.where(call.dense[:, :, None], -math.inf, threshold.expand(batch, tail, -1)),
-        )
+        mask = _or_dense(call, unit_mask(scores, threshold).expand(batch, tail, -1, -1))
+        kind.masks += mask.unbind(dim=2)
+        kind.scores += scores.expand(batch, tail, -1, -1).unbind(dim=2)
+        threshold = torch.where(call.dense[:, :, None], -math.inf, threshold.expand(batch, tail, -1))
+        kind.thresholds += threshold.unbind(dim=2)
 
     def _units(self, layer: int) -> Tensor:
         """Return the unit of each neuron of the checkpoint, [F]."""
@@ -322,7 +324,7 @@ def _force(call: _Call, masks: Pair) -> None:
     for kind, mask in zip(call.kinds, masks, strict=True):
         if mask.shape[:2] != call.dense.shape:
             raise InputError(f"forced masks of shape {list(mask.shape)} for rows x tokens {list(call.dense.shape)}")
-        kind.mask = _or_dense(call, torch.as_tensor(mask, dtype=torch.bool))
+        kind.masks += _or_dense(call, torch.as_tensor(mask, dtype=torch.bool)).unbind(dim=2)
 
 
 def _or_dense(call: _Call, mask_BZLN: Tensor) -> Tensor:
@@ -330,8 +332,8 @@ def _or_dense(call: _Call, mask_BZLN: Tensor) -> Tensor:
     return mask_BZLN | call.dense[:, :, None, None] if bool(call.dense.any()) else mask_BZLN
 
 
-def _remember_prompt_end(call: _Call, context_BSE: Tensor) -> None:
-    """Keep the context of each row's last token before masking, if it is among the new tokens."""
+def _prompt_end(call: _Call, context_BSE: Tensor) -> Tensor:
+    """Return the context of each row's last token before masking [B,E]; kept where it is among the new tokens."""
     if call.state.prompt_end is None:
         if int(call.first.min()) <= call.past:
             raise InputError('the prompt was not fed with granularity "sequence"; its last token is lost')
@@ -339,6 +341,7 @@ def _remember_prompt_end(call: _Call, context_BSE: Tensor) -> None:
     token_B = call.first - 1 - call.past
     (rows,) = torch.nonzero((token_B >= 0) & (token_B < call.tokens), as_tuple=True)
     call.state.prompt_end[rows] = context_BSE[rows, token_B[rows]]
+    return call.state.prompt_end
 
 
 def _mask_heads(call: _Call, index: int, mean_HD: Tensor | None) -> Callable[[Tensor], None]:
@@ -348,7 +351,7 @@ def _mask_heads(call: _Call, index: int, mean_HD: Tensor | None) -> Callable[[Te
     """
 
     def act(context_BSE: Tensor) -> None:
-        inactive_BZH1 = ~_known(call.heads.mask)[:, :, index, :, None]
+        inactive_BZH1 = ~call.heads.mask(index)[..., None]
         context_BSHD = context_BSE.view(*context_BSE.shape[:2], inactive_BZH1.shape[2], -1)
         tail_BZHD = context_BSHD[:, call.tail]
         if mean_HD is None:
@@ -363,17 +366,15 @@ def _mask_neurons(call: _Call, index: int, unit_F: Tensor) -> Callable[[Tensor],
     """Return what zeroes the inactive neurons of predicted layer `index` in [B*S,F] or [B,S,F], in place."""
 
     def act(fired: Tensor) -> None:
-        inactive_BZF = ~_known(call.neurons.mask)[:, :, index, unit_F]
+        inactive_BZF = ~call.neurons.mask(index)[:, :, unit_F]
         fired.view(-1, call.tokens, len(unit_F))[:, call.tail].masked_fill_(inactive_BZF, 0.0)
 
     return act
 
 
-def _known(tensor: Tensor | None) -> Tensor:
-    """Return a tensor that the order of the hooks promises."""
-    if tensor is None:
-        raise InternalError("a mask was needed before layer 0 had run")
-    return tensor
+def _stacked(layers: list[Tensor]) -> Tensor | None:
+    """Return what was recorded of all layers along axis 2, if anything was."""
+    return torch.stack(layers, dim=2) if layers else None
 
 
 def load_torch_model(checkpoint: ModelCheckpoint) -> Any:
