@@ -1,35 +1,38 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ort_op.h"
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 
 namespace shadowc {
 
+Shape::Shape(const Ort::ConstTensorTypeAndShapeInfo& info) : rank_(info.GetDimensionsCount()) {
+  Ort::ThrowOnError(Ort::GetApi().GetDimensions(info, sizes_.data(), std::min(rank_, kMost)));
+}
+
 std::string ToText(const Shape& shape) {
-  std::string text = "[";
-  for (size_t i = 0; i < shape.size(); ++i) text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  return text + "]";
+  std::string text;
+  for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + (shape.size() > Shape::kMost ? ", ...]" : "]");
 }
 
-void Problems::Expect(bool ok, const std::string& name, const std::string& expected,
-                      const std::string& found) {
-  if (!ok) Add(name + " must be " + expected + ", found " + found);
+void Problems::Add(const std::string& name, const std::string& expected, const std::string& found) {
+  found_.push_back(name + " must be " + expected + ", found " + found);
 }
 
-// Both run on every call: no text is made unless something is wrong.
 void Problems::ExpectShape(const char* name, const Shape& found, const Shape& expected, const char* letters) {
   if (found == expected) return;
-  Expect(false, name, std::string(letters) + " = " + ToText(expected), ToText(found));
+  Add(name, std::string(letters) + " = " + ToText(expected), ToText(found));
 }
 
 void Problems::ExpectRank(const char* name, const Shape& found, size_t rank, const char* letters) {
-  if (found.size() != rank) Expect(false, name, letters, ToText(found));
+  if (found.size() != rank) Add(name, letters, ToText(found));
 }
 
 void Problems::ThrowIfAny() const {
   if (found_.empty()) return;
-  std::string text = where_ + ": ";
+  std::string text = std::string(op_) + " node '" + node_ + "': ";
   for (size_t i = 0; i < found_.size(); ++i) text += (i == 0 ? "" : "; ") + found_[i];
   throw Ort::Exception(std::move(text), ORT_INVALID_ARGUMENT);
 }
@@ -67,57 +70,72 @@ const char* TypeName(ONNXTensorElementDataType type) {
 }
 
 void ExpectWeightType(ONNXTensorElementDataType type, WeightType* out, Problems* problems) {
-  problems->Expect(WeightTypeOf(type, out), "the element type of w",
-                   "float32, bfloat16, int8, or uint8 (pairs of int4)", TypeName(type));
+  if (WeightTypeOf(type, out)) return;
+  problems->Add("the element type of w", "float32, bfloat16, int8, or uint8 (pairs of int4)", TypeName(type));
+}
+
+AnyInput Found(const Ort::ConstValue& value) {
+  const Ort::TensorTypeAndShapeInfo info = value.GetTensorTypeAndShapeInfo();
+  return {value.GetTensorRawData(), info.GetElementType(), Shape(info.GetConst())};
 }
 
 }  // namespace
 
-Norm ReadNorm(const Ort::KernelContext& context, size_t index, int64_t width, float epsilon,
-              Problems* problems) {
+Inputs::Inputs(const Ort::ConstKernelInfo& info, size_t most)
+    : given_(std::min(info.GetInputCount(), most)), constants_(given_) {
+  for (size_t i = 0; i < given_; ++i) {
+    int constant = 0;
+    const Ort::ConstValue value = info.GetTensorConstantInput(i, &constant);
+    if (constant != 0) constants_[i] = Found(value);
+  }
+}
+
+AnyInput Inputs::Any(const Ort::KernelContext& context, size_t index) const {
+  if (index >= given_) return {};
+  if (constants_[index].data != nullptr) return constants_[index];
+  const Ort::ConstValue value = context.GetInput(index);
+  return value ? Found(value) : AnyInput{};
+}
+
+Norm Inputs::ReadNorm(const Ort::KernelContext& context, size_t index, int64_t width, float epsilon,
+                      Problems* problems) const {
   constexpr const char* kNames[] = {"norm_scale", "norm_bias"};
   const float* found[] = {nullptr, nullptr};
-  const size_t given = context.GetInputCount();
   for (size_t i = 0; i < 2; ++i) {
-    if (index + i >= given || !context.GetInput(index + i)) continue;
-    const Input<float> input = ReadInput<float>(context, index + i);
-    problems->ExpectShape(kNames[i], input.shape, {width}, "[E]");
+    const Input<float> input = Read<float>(context, index + i);
     found[i] = input.data;
+    if (found[i] != nullptr) problems->ExpectShape(kNames[i], input.shape, {width}, "[E]");
   }
   for (size_t i = 0; i < 2; ++i) {
     if (found[i] != nullptr || found[1 - i] == nullptr) continue;
-    problems->Expect(false, kNames[i], std::string("given, as ") + kNames[1 - i] + " is", "nothing");
+    problems->Add(kNames[i], std::string("given, as ") + kNames[1 - i] + " is", "nothing");
   }
   return {found[0], found[1], epsilon};
 }
 
-Weights ReadWeights(const Ort::KernelContext& context, size_t index, Problems* problems) {
+Weights Inputs::ReadWeights(const Ort::KernelContext& context, size_t index, Problems* problems) const {
+  const AnyInput input = Any(context, index);
   Weights weights;
-  const Ort::ConstValue value = context.GetInput(index);
-  const Ort::TensorTypeAndShapeInfo info = value.GetTensorTypeAndShapeInfo();
-  ExpectWeightType(info.GetElementType(), &weights.type, problems);
-  weights.data = value.GetTensorRawData();
-  weights.shape = info.GetShape();
+  ExpectWeightType(input.type, &weights.type, problems);
+  weights.data = input.data;
+  weights.shape = input.shape;
   return weights;
 }
 
-void ExpectWeights(const Weights& w, const Shape& scales, Shape rows, int64_t width,
-                   const std::string& letters, Problems* problems) {
-  const std::string open = "[" + letters + ", ";
-  if (w.type != WeightType::kInt4) {
-    problems->ExpectShape("scales", scales, rows, ("[" + letters + "]").c_str());
-    rows.push_back(width);
-    problems->ExpectShape("w", w.shape, rows, (open + "E]").c_str());
-    return;
-  }
+void ExpectWeights(const Weights& w, const Shape& scales, Shape rows, int64_t width, const char* letters,
+                   Problems* problems) {
   constexpr int64_t kGroup = static_cast<int64_t>(kInt4Group);
-  problems->Expect(width % kGroup == 0, "E (axis 2 of x)",
-                   "a multiple of " + std::to_string(kGroup) + ", the group of int4 weights",
-                   std::to_string(width));
-  rows.push_back(width / kGroup);
-  problems->ExpectShape("scales", scales, rows, (open + "E / " + std::to_string(kGroup) + "]").c_str());
-  rows.back() = width / 2;
-  problems->ExpectShape("w", w.shape, rows, (open + "E / 2]").c_str());
+  const bool int4 = w.type == WeightType::kInt4, split = int4 && width % kGroup != 0;
+  Shape scale_rows = rows;
+  if (int4) scale_rows.push_back(width / kGroup);
+  rows.push_back(int4 ? width / 2 : width);
+  if (scales == scale_rows && w.shape == rows && !split) return;
+  const std::string open = std::string("[") + letters, group = std::to_string(kGroup);
+  if (split)
+    problems->Add("E (axis 2 of x)", "a multiple of " + group + ", the group of int4 weights",
+                  std::to_string(width));
+  problems->ExpectShape("scales", scales, scale_rows, (open + (int4 ? ", E / " + group : "") + "]").c_str());
+  problems->ExpectShape("w", w.shape, rows, (open + (int4 ? ", E / 2]" : ", E]")).c_str());
 }
 
 void CheckWeightType(const Ort::ConstKernelInfo& info, size_t index, Problems* problems) {
@@ -127,30 +145,35 @@ void CheckWeightType(const Ort::ConstKernelInfo& info, size_t index, Problems* p
   ExpectWeightType(type.GetTensorTypeAndShapeInfo().GetElementType(), &unused, problems);
 }
 
-Selection ReadSelection(const Ort::KernelContext& context, size_t scores_index, size_t threshold_index,
-                        int64_t layer, int64_t batch, int64_t tokens, int64_t units, const char* units_text,
-                        Problems* problems) {
-  const Input<float> scores = ReadInput<float>(context, scores_index);
-  const Input<float> threshold = ReadInput<float>(context, threshold_index);
+Selection Inputs::ReadSelection(const Ort::KernelContext& context, size_t scores_index,
+                                size_t threshold_index, int64_t layer, int64_t batch, int64_t tokens,
+                                int64_t units, const char* units_text, Problems* problems) const {
+  const Input<float> scores = Read<float>(context, scores_index);
+  const Input<float> threshold = Read<float>(context, threshold_index);
   problems->ExpectRank("scores", scores.shape, 4, "[1 or B, S', L, N]");
   problems->ExpectRank("threshold", threshold.shape, 3, "[1 or B, S', L]");
   problems->ThrowIfAny();
   const int64_t tail = scores.shape[1], layers = scores.shape[2];
-  const auto batch_fits = [&](int64_t found) { return found == 1 || found == batch; };
-  problems->Expect(batch_fits(scores.shape[0]), "the batch of scores",
-                   "1 or " + std::to_string(batch) + " (that of x)", std::to_string(scores.shape[0]));
-  problems->Expect(batch_fits(threshold.shape[0]), "the batch of threshold",
-                   "1 or " + std::to_string(batch) + " (that of x)", std::to_string(threshold.shape[0]));
-  problems->Expect(threshold.shape[1] == tail && threshold.shape[2] == layers, "threshold",
-                   "[1 or B, " + std::to_string(tail) + ", " + std::to_string(layers) + "] as scores are " +
-                       ToText(scores.shape),
-                   ToText(threshold.shape));
-  problems->Expect(tail <= tokens || tokens == 0, "S' (axis 1 of scores)",
-                   "at most S = " + std::to_string(tokens) + " (axis 1 of x)", std::to_string(tail));
-  problems->Expect(layer >= 0 && layer < layers, "attribute layer",
-                   "in 0 ... " + std::to_string(layers - 1) + " (axis 2 of scores)", std::to_string(layer));
-  problems->Expect(scores.shape[3] == units, "N (axis 3 of scores)",
-                   std::to_string(units) + " (" + units_text + ")", std::to_string(scores.shape[3]));
+  const auto expect_batch = [&](const char* name, int64_t found) {
+    if (found == 1 || found == batch) return;
+    problems->Add(name, "1 or " + std::to_string(batch) + " (that of x)", std::to_string(found));
+  };
+  expect_batch("the batch of scores", scores.shape[0]);
+  expect_batch("the batch of threshold", threshold.shape[0]);
+  if (threshold.shape[1] != tail || threshold.shape[2] != layers)
+    problems->Add("threshold",
+                  "[1 or B, " + std::to_string(tail) + ", " + std::to_string(layers) + "] as scores are " +
+                      ToText(scores.shape),
+                  ToText(threshold.shape));
+  if (tail > tokens && tokens != 0)
+    problems->Add("S' (axis 1 of scores)", "at most S = " + std::to_string(tokens) + " (axis 1 of x)",
+                  std::to_string(tail));
+  if (layer < 0 || layer >= layers)
+    problems->Add("attribute layer", "in 0 ... " + std::to_string(layers - 1) + " (axis 2 of scores)",
+                  std::to_string(layer));
+  if (scores.shape[3] != units)
+    problems->Add("N (axis 3 of scores)", std::to_string(units) + " (" + units_text + ")",
+                  std::to_string(scores.shape[3]));
   Selection selection;
   selection.scores = scores.data;
   selection.threshold = threshold.data;

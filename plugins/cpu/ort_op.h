@@ -8,7 +8,10 @@
 #endif
 #include <onnxruntime_cxx_api.h>
 
+#include <algorithm>
+#include <array>
 #include <cstdint>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -17,72 +20,115 @@
 
 namespace shadowc {
 
-using Shape = std::vector<int64_t>;
+// The sizes of a tensor's axes, in place: a call reads a dozen, and none is worth an allocation. Of a tensor
+// with more axes than any operand has, the first ones and their true number.
+class Shape {
+ public:
+  static constexpr size_t kMost = 6;
+
+  Shape() = default;
+  Shape(std::initializer_list<int64_t> sizes) {
+    for (const int64_t size : sizes) push_back(size);
+  }
+  explicit Shape(const Ort::ConstTensorTypeAndShapeInfo& info);
+
+  size_t size() const { return rank_; }
+  int64_t operator[](size_t axis) const { return sizes_[axis]; }
+  int64_t& back() { return sizes_[rank_ - 1]; }
+  void push_back(int64_t size) { sizes_[rank_++] = size; }
+  const int64_t* begin() const { return sizes_.data(); }
+  const int64_t* end() const { return sizes_.data() + std::min(rank_, kMost); }
+  friend bool operator==(const Shape& a, const Shape& b) {
+    return a.rank_ == b.rank_ && std::equal(a.begin(), a.end(), b.begin());
+  }
+
+ private:
+  size_t rank_ = 0;
+  std::array<int64_t, kMost> sizes_;
+};
 
 std::string ToText(const Shape& shape);
 
-// Problems found in one call, with the operator and node they belong to.
+// Problems found in one call, with the operator and node they belong to. Every call checks: the callers put
+// sentences together only where something is wrong.
 class Problems {
  public:
-  Problems(const char* op, const std::string& node) : where_(std::string(op) + " node '" + node + "'") {}
+  Problems(const char* op, const std::string& node) : op_(op), node_(node) {}
 
-  void Add(const std::string& sentence) { found_.push_back(sentence); }
-  // Records "NAME must be EXPECTED, found FOUND" unless ok.
-  void Expect(bool ok, const std::string& name, const std::string& expected, const std::string& found);
+  // Records "NAME must be EXPECTED, found FOUND".
+  void Add(const std::string& name, const std::string& expected, const std::string& found);
   void ExpectShape(const char* name, const Shape& found, const Shape& expected, const char* letters);
   // Each ExpectRank or earlier problem makes later arithmetic on the shapes meaningless: stop there.
   void ExpectRank(const char* name, const Shape& found, size_t rank, const char* letters);
   void ThrowIfAny() const;
 
  private:
-  std::string where_;
+  const char* op_;
+  const std::string& node_;
   std::vector<std::string> found_;
 };
 
-// One float or int64 tensor input.
+// One tensor input whose type is known.
 template <class T>
 struct Input {
   const T* data;
   Shape shape;
 };
 
-template <class T>
-Input<T> ReadInput(const Ort::KernelContext& context, size_t index) {
-  const Ort::ConstValue value = context.GetInput(index);
-  return {value.GetTensorData<T>(), value.GetTensorTypeAndShapeInfo().GetShape()};
-}
+// One of any type; without data where an optional one is not given.
+struct AnyInput {
+  const void* data = nullptr;
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  Shape shape;
+};
 
-// The packed weights, of a type that is known only here.
+// The packed weights.
 struct Weights {
   WeightType type = WeightType::kFloat32;
   const void* data = nullptr;
   Shape shape;
 };
-Weights ReadWeights(const Ort::KernelContext& context, size_t index, Problems* problems);
+
+// The inputs of a node. Those that are constants of the graph (weights, scales, biases, norms) are read once,
+// when the session is made: asking the host for an input and its shape costs more than looking at it.
+class Inputs {
+ public:
+  Inputs(const Ort::ConstKernelInfo& info, size_t most);
+
+  AnyInput Any(const Ort::KernelContext& context, size_t index) const;
+
+  template <class T>
+  Input<T> Read(const Ort::KernelContext& context, size_t index) const {
+    const AnyInput input = Any(context, index);
+    return {static_cast<const T*>(input.data), input.shape};
+  }
+  Weights ReadWeights(const Ort::KernelContext& context, size_t index, Problems* problems) const;
+  // Checks scores [1 or B, S', L, N] and threshold [1 or B, S', L] against x [B, S, E].
+  Selection ReadSelection(const Ort::KernelContext& context, size_t scores_index, size_t threshold_index,
+                          int64_t layer, int64_t batch, int64_t tokens, int64_t units, const char* units_text,
+                          Problems* problems) const;
+  // The optional norm of an operator, norm_scale and norm_bias [E] from input `index` on. Both or neither.
+  Norm ReadNorm(const Ort::KernelContext& context, size_t index, int64_t width, float epsilon,
+                Problems* problems) const;
+
+ private:
+  size_t given_;
+  std::vector<AnyInput> constants_;
+};
 
 // Checks w and scales against their rows ([F, 2] or [H, 4, D], which `letters` name) of `width` weights.
-void ExpectWeights(const Weights& w, const Shape& scales, Shape rows, int64_t width,
-                   const std::string& letters, Problems* problems);
+void ExpectWeights(const Weights& w, const Shape& scales, Shape rows, int64_t width, const char* letters,
+                   Problems* problems);
 
 // Reports an unsupported element type as soon as a session is made, if the type is known by then.
 void CheckWeightType(const Ort::ConstKernelInfo& info, size_t index, Problems* problems);
 
-// Checks scores [1 or B, S', L, N] and threshold [1 or B, S', L] against x [B, S, E].
-Selection ReadSelection(const Ort::KernelContext& context, size_t scores_index, size_t threshold_index,
-                        int64_t layer, int64_t batch, int64_t tokens, int64_t units, const char* units_text,
-                        Problems* problems);
-
 // An output, or null if the graph does not ask for it.
 template <class T>
 T* Output(const Ort::KernelContext& context, size_t index, const Shape& shape) {
-  Ort::UnownedValue value = context.GetOutput(index, shape);
+  Ort::UnownedValue value = context.GetOutput(index, shape.begin(), shape.size());
   return value ? value.GetTensorMutableData<T>() : nullptr;
 }
-
-// The optional norm of a sparse operator, norm_scale and norm_bias [E] from input `index` on. Both or
-// neither.
-Norm ReadNorm(const Ort::KernelContext& context, size_t index, int64_t width, float epsilon,
-              Problems* problems);
 
 void WriteRead(const Ort::KernelContext& context, size_t index, const ReadCount& read);
 

@@ -28,6 +28,7 @@ class PredictUnitsKernel {
  public:
   explicit PredictUnitsKernel(const Ort::ConstKernelInfo& info)
       : node_(info.GetNodeName()),
+        inputs_(info, kInputs),
         select_(TextAttribute(info, "select", "density")),
         column_(IntAttribute(info, "column", 0)),
         min_active_(IntAttribute(info, "min_active", 0)),
@@ -35,10 +36,10 @@ class PredictUnitsKernel {
         exempt_(IntAttribute(info, "exempt", 0) != 0),
         epsilon_(FloatAttribute(info, kEpsilon, kDefaultEpsilon)) {
     Problems problems(kName, node_);
-    problems.Expect(column_ >= 0, "attribute column", "at least 0", std::to_string(column_));
-    problems.Expect(min_active_ >= 0, "attribute min_active", "at least 0", std::to_string(min_active_));
-    problems.Expect(select_ == "density" || select_ == "threshold", "attribute select",
-                    "'density' or 'threshold'", "'" + select_ + "'");
+    if (column_ < 0) problems.Add("attribute column", "at least 0", std::to_string(column_));
+    if (min_active_ < 0) problems.Add("attribute min_active", "at least 0", std::to_string(min_active_));
+    if (select_ != "density" && select_ != "threshold")
+      problems.Add("attribute select", "'density' or 'threshold'", "'" + select_ + "'");
     problems.ThrowIfAny();
   }
 
@@ -64,38 +65,40 @@ class PredictUnitsKernel {
   }
 
   Shape ReadTokens(const Ort::KernelContext& context, PredictArgs* a, Problems* problems) const {
-    const Input<float> x = ReadInput<float>(context, kX);
-    const Input<int64_t> tail = ReadInput<int64_t>(context, kTail);
+    const Input<float> x = inputs_.Read<float>(context, kX);
+    const Input<int64_t> tail = inputs_.Read<int64_t>(context, kTail);
     problems->ExpectRank("x", x.shape, 3, "[B, S, E]");
     problems->ExpectShape("tail", tail.shape, {1}, "[1]");
     problems->ThrowIfAny();
-    problems->Expect(x.shape[1] >= 1, "S (axis 1 of x)", "at least 1", "0");
-    problems->Expect(x.shape[2] >= 1, "E (axis 2 of x)", "at least 1", "0");
-    problems->Expect(tail.data[0] >= 0 && tail.data[0] <= x.shape[1], "tail",
-                     "0 to S = " + std::to_string(x.shape[1]), std::to_string(tail.data[0]));
+    if (x.shape[1] < 1) problems->Add("S (axis 1 of x)", "at least 1", "0");
+    if (x.shape[2] < 1) problems->Add("E (axis 2 of x)", "at least 1", "0");
+    if (tail.data[0] < 0 || tail.data[0] > x.shape[1])
+      problems->Add("tail", "0 to S = " + std::to_string(x.shape[1]), std::to_string(tail.data[0]));
     problems->ThrowIfAny();
     a->x = x.data;
     a->batch = static_cast<size_t>(x.shape[0]);
     a->tokens = static_cast<size_t>(x.shape[1]);
     a->width = static_cast<size_t>(x.shape[2]);
     a->tail = static_cast<size_t>(tail.data[0]);
-    a->norm = ReadNorm(context, kNorm, x.shape[2], epsilon_, problems);
+    a->norm = inputs_.ReadNorm(context, kNorm, x.shape[2], epsilon_, problems);
     return x.shape;
   }
 
   void ReadNetwork(const Ort::KernelContext& context, int64_t width, PredictArgs* a,
                    Problems* problems) const {
-    const Weights w1 = ReadWeights(context, kW1, problems), w2 = ReadWeights(context, kW2, problems);
-    const Input<float> scales1 = ReadInput<float>(context, kScales1), b1 = ReadInput<float>(context, kB1);
-    const Input<float> scales2 = ReadInput<float>(context, kScales2), b2 = ReadInput<float>(context, kB2);
+    const Weights w1 = inputs_.ReadWeights(context, kW1, problems);
+    const Weights w2 = inputs_.ReadWeights(context, kW2, problems);
+    const auto read = [&](size_t index) { return inputs_.Read<float>(context, index); };
+    const Input<float> scales1 = read(kScales1), b1 = read(kB1), scales2 = read(kScales2), b2 = read(kB2);
     problems->ExpectRank("w1", w1.shape, 2, "[P, E]");
     problems->ExpectRank("b2", b2.shape, 1, "[N]");
     problems->ThrowIfAny();
     const int64_t hidden = w1.shape[0], units = b2.shape[0];
     const bool int8 = w1.type == WeightType::kInt8;
-    problems->Expect(w1.type == w2.type && (w1.type == WeightType::kFloat32 || int8), "w1 and w2",
-                     "float32 or int8, both alike", std::string(NameOf(w1.type)) + " and " + NameOf(w2.type));
-    problems->Expect(hidden >= 1, "P (axis 0 of w1)", "at least 1", "0");
+    if (w1.type != w2.type || !(w1.type == WeightType::kFloat32 || int8))
+      problems->Add("w1 and w2", "float32 or int8, both alike",
+                    std::string(NameOf(w1.type)) + " and " + NameOf(w2.type));
+    if (hidden < 1) problems->Add("P (axis 0 of w1)", "at least 1", "0");
     problems->ExpectShape("w1", w1.shape, {hidden, width}, "[P, E]");
     problems->ExpectShape("scales1", scales1.shape, {hidden}, "[P]");
     problems->ExpectShape("b1", b1.shape, {hidden}, "[P]");
@@ -120,13 +123,14 @@ class PredictUnitsKernel {
 
   void ReadDensity(const Ort::KernelContext& context, int64_t batch, PredictArgs* a,
                    Problems* problems) const {
-    const Input<float> density = ReadInput<float>(context, kDensity);
+    const Input<float> density = inputs_.Read<float>(context, kDensity);
     problems->ExpectRank("density", density.shape, 2, "[1 or B, K]");
     problems->ThrowIfAny();
-    problems->Expect(density.shape[0] == 1 || density.shape[0] == batch, "density",
-                     "[1 or B = " + std::to_string(batch) + ", K]", ToText(density.shape));
-    problems->Expect(column_ < density.shape[1], "attribute column",
-                     "below K = " + std::to_string(density.shape[1]), std::to_string(column_));
+    if (density.shape[0] != 1 && density.shape[0] != batch)
+      problems->Add("density", "[1 or B = " + std::to_string(batch) + ", K]", ToText(density.shape));
+    if (column_ >= density.shape[1])
+      problems->Add("attribute column", "below K = " + std::to_string(density.shape[1]),
+                    std::to_string(column_));
     a->density = density.data;
     a->is_threshold = select_ == "threshold";
     a->density_batch = static_cast<size_t>(density.shape[0]);
@@ -136,7 +140,9 @@ class PredictUnitsKernel {
     a->min_active = static_cast<size_t>(min_active_);
   }
 
-  std::string node_, select_;
+  std::string node_;
+  Inputs inputs_;
+  std::string select_;
   int64_t column_, min_active_;
   bool relu_, exempt_;
   float epsilon_;

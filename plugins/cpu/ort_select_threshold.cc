@@ -14,13 +14,14 @@ class SelectThresholdKernel {
  public:
   explicit SelectThresholdKernel(const Ort::ConstKernelInfo& info)
       : node_(info.GetNodeName()),
+        inputs_(info, kInputs),
         scope_(TextAttribute(info, "scope", "local")),
         exempt_(IntsAttribute(info, "exempt", {-1})),
         min_active_(IntAttribute(info, "min_active", 0)) {
     Problems problems(kName, node_);
-    problems.Expect(scope_ == "local" || scope_ == "global", "attribute scope", "'local' or 'global'",
-                    "'" + scope_ + "'");
-    problems.Expect(min_active_ >= 0, "attribute min_active", "at least 0", std::to_string(min_active_));
+    if (scope_ != "local" && scope_ != "global")
+      problems.Add("attribute scope", "'local' or 'global'", "'" + scope_ + "'");
+    if (min_active_ < 0) problems.Add("attribute min_active", "at least 0", std::to_string(min_active_));
     problems.ThrowIfAny();
   }
 
@@ -32,13 +33,13 @@ class SelectThresholdKernel {
   void Compute(OrtKernelContext* raw) const {
     const Ort::KernelContext context(raw);
     Problems problems(kName, node_);
-    const Input<float> scores = ReadInput<float>(context, kScores),
-                       density = ReadInput<float>(context, kDensity);
+    const Input<float> scores = inputs_.Read<float>(context, kScores),
+                       density = inputs_.Read<float>(context, kDensity);
     problems.ExpectRank("scores", scores.shape, 4, "[B, S', L, N]");
     problems.ThrowIfAny();
     const int64_t batch = scores.shape[0], layers = scores.shape[2];
-    problems.Expect(density.shape == Shape{batch} || density.shape == Shape{1}, "density",
-                    "[1] or [B] = [" + std::to_string(batch) + "]", ToText(density.shape));
+    if (!(density.shape == Shape{batch} || density.shape == Shape{1}))
+      problems.Add("density", "[1] or [B] = [" + std::to_string(batch) + "]", ToText(density.shape));
     SelectArgs a{};
     a.exempt.assign(static_cast<size_t>(layers), 0);
     for (const int64_t layer : exempt_) {  // an index that is no layer (-1) exempts nothing
@@ -60,7 +61,9 @@ class SelectThresholdKernel {
     shadowc::SelectThreshold(a, HostPool(raw));
   }
 
-  std::string node_, scope_;
+  std::string node_;
+  Inputs inputs_;
+  std::string scope_;
   std::vector<int64_t> exempt_;
   int64_t min_active_;
 };

@@ -39,13 +39,14 @@ void CheckPositions(const Input<int64_t>& start, const Input<int64_t>& past, int
     const int64_t p = past.data[b], s = start.data[b];
     if (p >= 0 && p <= capacity - tokens && s >= 0 && s - tokens <= p) continue;
     const std::string row = "[" + std::to_string(b) + "]";
-    problems->Expect(p >= 0, "past" + row, "at least 0", std::to_string(p));
-    problems->Expect(p <= capacity - tokens, "past" + row + " + S",
-                     "at most the cache capacity T = " + std::to_string(capacity),
-                     std::to_string(p) + " + " + std::to_string(tokens));
-    problems->Expect(s >= 0 && s - tokens <= p, "start" + row,
-                     "in 0 ... past + S = " + std::to_string(p) + " + " + std::to_string(tokens),
-                     std::to_string(s));
+    if (p < 0) problems->Add("past" + row, "at least 0", std::to_string(p));
+    if (p > capacity - tokens)
+      problems->Add("past" + row + " + S", "at most the cache capacity T = " + std::to_string(capacity),
+                    std::to_string(p) + " + " + std::to_string(tokens));
+    if (s < 0 || s - tokens > p)
+      problems->Add("start" + row,
+                    "in 0 ... past + S = " + std::to_string(p) + " + " + std::to_string(tokens),
+                    std::to_string(s));
   }
 }
 
@@ -57,8 +58,7 @@ void CheckDistinct(const void* past, const void* present, const Shape& shape, Ca
   const auto from = reinterpret_cast<uintptr_t>(past), to = reinterpret_cast<uintptr_t>(present);
   const size_t distance = from < to ? to - from : from - to;
   if (distance == 0 || distance >= count * BytesOf(type)) return;
-  problems->Expect(false, name, "the memory of its past or memory of its own",
-                   "memory that overlaps it in part");
+  problems->Add(name, "the memory of its past or memory of its own", "memory that overlaps it in part");
 }
 
 template <CacheType kCache>
@@ -68,10 +68,10 @@ template <CacheType kCache>
 class SparseAttentionKernel {
  public:
   explicit SparseAttentionKernel(const Ort::ConstKernelInfo& info)
-      : node_(info.GetNodeName()), layer_(IntAttribute(info, "layer", 0)) {
+      : node_(info.GetNodeName()), inputs_(info, kInputs), layer_(IntAttribute(info, "layer", 0)) {
     const std::string kv = TextAttribute(info, "kv", "all");
     Problems problems(kName, node_);
-    problems.Expect(kv == "all" || kv == "active", "attribute kv", "'all' or 'active'", "'" + kv + "'");
+    if (kv != "all" && kv != "active") problems.Add("attribute kv", "'all' or 'active'", "'" + kv + "'");
     CheckWeightType(info, kW, &problems);
     problems.ThrowIfAny();
     kv_active_only_ = kv == "active";
@@ -87,31 +87,32 @@ class SparseAttentionKernel {
   void Compute(OrtKernelContext* raw) const {
     const Ort::KernelContext context(raw);
     Problems problems(kName, node_);
-    const Input<float> x = ReadInput<float>(context, kX), scales = ReadInput<float>(context, kScales);
-    const Input<float> bqkv = ReadInput<float>(context, kBqkv), bo = ReadInput<float>(context, kBo);
+    const Input<float> x = inputs_.Read<float>(context, kX), scales = inputs_.Read<float>(context, kScales);
+    const Input<float> bqkv = inputs_.Read<float>(context, kBqkv), bo = inputs_.Read<float>(context, kBo);
     using C = CacheElement<kCache>;
-    const Input<C> key = ReadInput<C>(context, kPastKey), value = ReadInput<C>(context, kPastValue);
-    const Input<int64_t> start = ReadInput<int64_t>(context, kStart),
-                         past = ReadInput<int64_t>(context, kPast);
-    const Weights w = ReadWeights(context, kW, &problems);
+    const Input<C> key = inputs_.Read<C>(context, kPastKey), value = inputs_.Read<C>(context, kPastValue);
+    const Input<int64_t> start = inputs_.Read<int64_t>(context, kStart),
+                         past = inputs_.Read<int64_t>(context, kPast);
+    const Weights w = inputs_.ReadWeights(context, kW, &problems);
     problems.ExpectRank("x", x.shape, 3, "[B, S, E]");
     problems.ExpectRank("w", w.shape, 4, "[H, 4, D, E]");
     problems.ExpectRank("past_key", key.shape, 4, "[B, H, T, D]");
     problems.ThrowIfAny();
     const int64_t batch = x.shape[0], tokens = x.shape[1], width = x.shape[2];
     const int64_t heads = w.shape[0], size = w.shape[2], capacity = key.shape[2];
-    problems.Expect(width >= 1, "E (axis 2 of x)", "at least 1", "0");
-    problems.Expect(heads * size == width, "H * D (axes 0 and 2 of w)", "E = " + std::to_string(width),
-                    std::to_string(heads) + " * " + std::to_string(size));
+    if (width < 1) problems.Add("E (axis 2 of x)", "at least 1", "0");
+    if (heads * size != width)
+      problems.Add("H * D (axes 0 and 2 of w)", "E = " + std::to_string(width),
+                   std::to_string(heads) + " * " + std::to_string(size));
     ExpectWeights(w, scales.shape, {heads, 4, size}, width, "H, 4, D", &problems);
     problems.ExpectShape("bqkv", bqkv.shape, {heads, 3, size}, "[H, 3, D]");
     problems.ExpectShape("bo", bo.shape, {width}, "[E]");
     problems.ExpectShape("past_key", key.shape, {batch, heads, capacity, size}, "[B, H, T, D]");
     problems.ExpectShape("past_value", value.shape, {batch, heads, capacity, size}, "[B, H, T, D]");
     AttentionArgs a{};
-    a.norm = ReadNorm(context, kNorm, width, epsilon_, &problems);
-    a.selection = ReadSelection(context, kScores, kThreshold, layer_, batch, tokens, heads, "H, axis 0 of w",
-                                &problems);
+    a.norm = inputs_.ReadNorm(context, kNorm, width, epsilon_, &problems);
+    a.selection = inputs_.ReadSelection(context, kScores, kThreshold, layer_, batch, tokens, heads,
+                                        "H, axis 0 of w", &problems);
     CheckPositions(start, past, batch, tokens, capacity, &problems);
     problems.ThrowIfAny();
     a.x = x.data;
@@ -146,6 +147,7 @@ class SparseAttentionKernel {
   }
 
   std::string node_;
+  Inputs inputs_;
   int64_t layer_;
   bool kv_active_only_ = false, few_digits_ = false;
   float epsilon_ = kDefaultEpsilon;

@@ -14,13 +14,14 @@ class SparseFfnKernel {
  public:
   explicit SparseFfnKernel(const Ort::ConstKernelInfo& info)
       : node_(info.GetNodeName()),
+        inputs_(info, kInputs),
         layer_(IntAttribute(info, "layer", 0)),
         block_(IntAttribute(info, "block", 1)),
         skip_zeros_(IntAttribute(info, "skip_zeros", 0) != 0),
         few_digits_(IntAttribute(info, kFewDigits, 0) != 0),
         epsilon_(FloatAttribute(info, kEpsilon, kDefaultEpsilon)) {
     Problems problems(kName, node_);
-    problems.Expect(block_ >= 1, "attribute block", "at least 1", std::to_string(block_));
+    if (block_ < 1) problems.Add("attribute block", "at least 1", std::to_string(block_));
     CheckWeightType(info, kW, &problems);
     problems.ThrowIfAny();
   }
@@ -33,21 +34,22 @@ class SparseFfnKernel {
   void Compute(OrtKernelContext* raw) const {
     const Ort::KernelContext context(raw);
     Problems problems(kName, node_);
-    const Input<float> x = ReadInput<float>(context, kX), scales = ReadInput<float>(context, kScales);
-    const Input<float> b1 = ReadInput<float>(context, kB1), b2 = ReadInput<float>(context, kB2);
-    const Weights w = ReadWeights(context, kW, &problems);
+    const Input<float> x = inputs_.Read<float>(context, kX), scales = inputs_.Read<float>(context, kScales);
+    const Input<float> b1 = inputs_.Read<float>(context, kB1), b2 = inputs_.Read<float>(context, kB2);
+    const Weights w = inputs_.ReadWeights(context, kW, &problems);
     problems.ExpectRank("x", x.shape, 3, "[B, S, E]");
     problems.ExpectRank("w", w.shape, 3, "[F, 2, E]");
     problems.ThrowIfAny();
     const int64_t width = x.shape[2], neurons = w.shape[0];
-    problems.Expect(width >= 1, "E (axis 2 of x)", "at least 1", "0");
+    if (width < 1) problems.Add("E (axis 2 of x)", "at least 1", "0");
     ExpectWeights(w, scales.shape, {neurons, 2}, width, "F, 2", &problems);
     problems.ExpectShape("b1", b1.shape, {neurons}, "[F]");
     problems.ExpectShape("b2", b2.shape, {width}, "[E]");
     FfnArgs a{};
-    a.norm = ReadNorm(context, kNorm, width, epsilon_, &problems);
-    a.selection = ReadSelection(context, kScores, kThreshold, layer_, x.shape[0], x.shape[1],
-                                neurons / block_ + (neurons % block_ != 0), "ceil(F / block)", &problems);
+    a.norm = inputs_.ReadNorm(context, kNorm, width, epsilon_, &problems);
+    a.selection =
+        inputs_.ReadSelection(context, kScores, kThreshold, layer_, x.shape[0], x.shape[1],
+                              neurons / block_ + (neurons % block_ != 0), "ceil(F / block)", &problems);
     problems.ThrowIfAny();
     a.x = x.data;
     a.batch = static_cast<size_t>(x.shape[0]);
@@ -67,6 +69,7 @@ class SparseFfnKernel {
   }
 
   std::string node_;
+  Inputs inputs_;
   int64_t layer_, block_;
   bool skip_zeros_, few_digits_;
   float epsilon_;
