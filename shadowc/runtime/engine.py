@@ -59,7 +59,7 @@ class Engine(CausalEngine):
             SetupError: the op library cannot be loaded.
             IncompatibleEngineError: this ONNX Runtime cannot run the graph.
         """
-        _ = self._session.ort
+        _ = self._generating.ort
 
     @property
     def threads(self) -> int:
@@ -88,7 +88,7 @@ class Engine(CausalEngine):
         scores: ScoreSource | None = None,
     ) -> Floats:
         """See CausalEngine.logits."""
-        session, outputs = self._session, ("logits", *COUNTED)
+        session, outputs = self._generating, ("logits", *COUNTED)
         if scores is not None:
             self._require_ranks("scores of the caller's own")
             session = self._scored_session
@@ -164,7 +164,7 @@ class Engine(CausalEngine):
 
         It can be asked for once, and ends the profile.
         """
-        return (self._session.recording(),)
+        return (self._generating.recording(),)
 
     def initialiser(self, name: str) -> npt.NDArray[Any]:
         """One stored tensor of the graph, as it lies in weights.bin.
@@ -191,8 +191,16 @@ class Engine(CausalEngine):
         return stored.head_means(self.folder, self.manifest)
 
     def _decoder(self, batch: Batch, slots: int, *, masks: bool = False) -> Decoder:
-        shown = self._units if masks else None
-        return Decoder(self._session, self.manifest.model, batch, in_place=self._in_place, shown=shown)
+        session, shown = (self._session, self._units) if masks else (self._generating, None)
+        return Decoder(session, self.manifest.model, batch, in_place=self._in_place, shown=shown)
+
+    @cached_property
+    def _generating(self) -> Session:
+        """The graph for those who look at no scores."""
+        model = self._session.load_model()
+        fewer = variants.without_joined_scores(model)
+        same = len(fewer.graph.output) == len(model.graph.output)
+        return self._session if same else replace(self._session, model=fewer)
 
     @property
     def _units(self) -> dict[str, int]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError, UnsupportedError
-from shadowc.spec.ops import DOMAIN, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
+from shadowc.spec.ops import DOMAIN, PREDICT_UNITS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
 
 if TYPE_CHECKING:
     import onnx
@@ -176,6 +176,24 @@ def _give_layers_their_scores(model: onnx.ModelProto) -> None:
     rest = [onnx.NodeProto.FromString(node.SerializeToString()) for node in graph.node]
     del graph.node[:]
     graph.node.extend([*first, *rest])
+
+
+def without_joined_scores(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph that puts out no scores and thresholds, where those of all layers are joined for that alone.
+
+    Nobody looks at them while text is made. Where all layers share one selection they cost nothing, and stay.
+    """
+    copy = _copy(model)
+    if not _layers_of_their_own(copy):
+        return copy
+    gone = {f"{part}.{kind}" for part in ("scores", "mask_scores", "threshold") for kind in UNIT_KINDS}
+    _keep(copy.graph.output, lambda value: value.name not in gone)
+    _prune(copy.graph)
+    needed = {name for node in copy.graph.node for name in _inputs(node)} | {value.name for value in copy.graph.output}
+    for node in copy.graph.node:
+        if node.domain == DOMAIN and node.op_type == PREDICT_UNITS.name and node.output[-1] not in needed:
+            node.output.pop()
+    return copy
 
 
 def predicting(model: onnx.ModelProto) -> onnx.ModelProto:

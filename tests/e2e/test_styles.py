@@ -31,6 +31,7 @@ from shadowc.sparsity.reference import MaskedModel, load_torch_model
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
 from shadowc.spec.manifest import MODEL_FILE
+from shadowc.spec.ops import PREDICT_UNITS
 from shadowc.spec.options import TrainOptions
 from shadowc.spec.progress import NullProgress
 from shadowc.stages import Stages
@@ -153,6 +154,32 @@ def test_no_ranking_over_all_layers_is_made_of_it(dejavu_engine: Path) -> None:
 def test_the_dense_twin_has_nothing_of_the_predictors(dejavu_engine: Path) -> None:
     twin = variants.dense(onnx.load(dejavu_engine / MODEL_FILE, load_external_data=False))
     assert not [node.name for node in twin.graph.node if node.name.startswith(("predictor.", "select."))]
+
+
+def test_text_is_made_without_joining_scores_that_nobody_looks_at(dejavu_engine: Path, sparse_engine: Path) -> None:
+    whole = onnx.load(dejavu_engine / MODEL_FILE, load_external_data=False)
+    fewer = variants.without_joined_scores(whole)
+    gone = {f"{part}.{kind}" for part in ("scores", "mask_scores", "threshold") for kind in ("heads", "neurons")}
+    made = {value.name for value in whole.graph.output}
+    assert made - {value.name for value in fewer.graph.output} == gone
+    assert not gone & {name for node in fewer.graph.node for name in node.output}
+    predictors = [node for node in fewer.graph.node if node.op_type == PREDICT_UNITS.name]
+    assert [list(node.output) for node in predictors if node.name == "predictor.heads.1"] == [
+        ["scores.heads.1", "threshold.heads.1", "active.heads.1"]
+    ]
+    shared = onnx.load(sparse_engine / MODEL_FILE, load_external_data=False)
+    assert variants.without_joined_scores(shared) == shared
+
+
+def test_text_masks_and_counts_are_the_same_with_and_without_joined_scores(dejavu_engine: Path) -> None:
+    engine = shadowc.load(dejavu_engine)
+    trace = engine.trace(PROMPT, HALF)
+    np.testing.assert_array_equal(trace.logits, engine.logits(PROMPT, HALF))
+    found = []
+    for watch in (None, lambda masks: None):
+        ids = engine.generate(PROMPT, max_new_tokens=8, min_new_tokens=8, density=HALF, watch=watch)
+        found.append((ids.tolist(), engine.last_stats.heads, engine.last_stats.neurons, engine.last_stats.bytes_read))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

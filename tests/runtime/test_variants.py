@@ -112,6 +112,7 @@ def test_variants_leave_the_graph_they_are_given(folders: dict[str, Path]) -> No
     variants.dense(model)
     variants.predicting(model)
     variants.with_kv(model, "active")
+    variants.without_joined_scores(model)
     assert model.SerializeToString(deterministic=True) == before
 
 
