@@ -16,6 +16,7 @@ from shadowc.sparsity.collect import collect, trace_key
 from shadowc.sparsity.importance import ImportanceTrace, Origin
 from shadowc.sparsity.predictor import META_FILE, Predictor
 from shadowc.sparsity.rank import normalised_static_scores, predicted_scores, ranking_of
+from shadowc.sparsity.targets import chosen_labels
 from shadowc.sparsity.train import train
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError
@@ -99,7 +100,7 @@ class Learned:
         """
         criterion = str(trace.meta["criterion"])
         folder = self._folder / "predictors" / f"{criterion}-{style}-{seed}"
-        options = self._plan.training(style, seed)
+        options = chosen_labels(self._plan.training(style, seed), criterion)
         if not (folder / META_FILE).is_file():
             self._say(f"{criterion}: trains style {style}, seed {seed}")
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -220,6 +220,16 @@ def test_a_screen_that_is_killed_again_and_again_ends_with_the_same_tables(
     assert made.count("score") < 2 * len(every)
 
 
+def test_a_predictor_whose_labels_its_criterion_chose_is_found_again(run: Screen, tmp_path: Path) -> None:
+    flags = ("--criteria", "activation,plainact", "--styles", "shadow+", "--densities", "0.5")
+    run(tmp_path / "screen", *flags)
+    before = (tmp_path / "screen" / "report.json").read_bytes()
+    meta = json.loads((tmp_path / "screen" / "predictors" / "activation-shadow+-0" / "predictor.json").read_text())
+    assert meta["training"]["labels"] == "expected"
+    run(tmp_path / "screen", *flags)
+    assert (tmp_path / "screen" / "report.json").read_bytes() == before
+
+
 def test_outcomes_of_another_predictor_or_trace_are_refused(
     part: Path, run: Screen, capsys: pytest.CaptureFixture[str]
 ) -> None:
