@@ -21,19 +21,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from shadowc.sparsity.families import Block, Decoder, decoder_of, watched
-from shadowc.sparsity.signals import LayerSignals
+from shadowc.sparsity.families import Decoder, decoder_of, watched
+from shadowc.sparsity.held import Give, Held
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     from shadowc.checkpoint.facts import ModelFacts
     from shadowc.sparsity.criteria import Criterion
-
-Give = Callable[[int, LayerSignals], None]
+    from shadowc.sparsity.signals import LayerSignals
 
 BATCH_BYTES = 1 << 30
 """Rough bound on the activations, gradients and logits of one batch that are in memory at once."""
+WHOLE_BYTES = 3 << 30
+"""The same for criteria of second order that keep all layers (whole.py), which takes less than half of the time that
+groups of layers take (curved.py)."""
+_SECOND_ORDER = 3
+"""Numbers in memory for each of first order: the second backward pass keeps the first one, or changes are carried."""
 
 
 @dataclass(slots=True)
@@ -128,12 +132,17 @@ def record_batch(
 
 def _read(decoder: Decoder, ids_BT: Tensor, score: Give, facts: ModelFacts, criterion: Criterion) -> Tensor:
     """Give every layer's signals with what the criterion asked for; return the losses of the texts [B]."""
-    if not (criterion.curvature or criterion.weights):
-        group = layers_at_once(facts, *ids_BT.shape)
-        return stream_signals(decoder, ids_BT, score, gradients=criterion.gradients, group=group)
+    group = layers_at_once(facts, *ids_BT.shape, curvature=criterion.curvature)
+    if not criterion.curvature:
+        backwards = criterion.gradients or criterion.weights
+        return stream_signals(decoder, ids_BT, score, gradients=backwards, rows=criterion.weights, group=group)
+    if not (criterion.weights or whole_fits(facts, *ids_BT.shape)):
+        from shadowc.sparsity.curved import curved_signals
+
+        return curved_signals(decoder, ids_BT, score, group=group)
     from shadowc.sparsity.whole import whole_signals
 
-    signals, losses_BT = whole_signals(decoder, ids_BT, curvature=criterion.curvature, rows=criterion.weights)
+    signals, losses_BT = whole_signals(decoder, ids_BT, curvature=True, rows=criterion.weights)
     for layer, of_layer in enumerate(signals):
         score(layer, of_layer)
     return losses_BT.sum(1)
@@ -159,14 +168,21 @@ def _zeros(scores: dict[int, Tensor], kept_M: Tensor) -> int:
 
 def texts_at_once(facts: ModelFacts, length: int, *, gradients: bool, curvature: bool = False) -> int:
     """Return how many texts of so many tokens run at once within `BATCH_BYTES`, as one group of layers; at least 1."""
-    layers = (3 if curvature else 1) * facts.layers if gradients else 1  # the second backward pass keeps the first one
+    layers = (_SECOND_ORDER if curvature else 1) * facts.layers if gradients else 1
     return max(BATCH_BYTES // (4 * length * (layers * _layer_floats(facts, length) + _other_floats(facts))), 1)
 
 
-def layers_at_once(facts: ModelFacts, texts: int, length: int) -> int:
+def layers_at_once(facts: ModelFacts, texts: int, length: int, *, curvature: bool = False) -> int:
     """Return how many layers make a group, so that one fits into `BATCH_BYTES`; at least 1."""
-    left = BATCH_BYTES // (4 * texts * length) - _other_floats(facts)
+    fold = _SECOND_ORDER if curvature else 1
+    left = BATCH_BYTES // (4 * texts * length * fold) - _other_floats(facts)
     return min(max(left // _layer_floats(facts, length), 1), facts.layers)
+
+
+def whole_fits(facts: ModelFacts, texts: int, length: int) -> bool:
+    """Whether the graph of both backward passes through all layers fits into `WHOLE_BYTES`."""
+    floats = _SECOND_ORDER * facts.layers * _layer_floats(facts, length) + _other_floats(facts)
+    return 4 * texts * length * floats <= WHOLE_BYTES
 
 
 def _layer_floats(facts: ModelFacts, length: int) -> int:
@@ -179,7 +195,9 @@ def _other_floats(facts: ModelFacts) -> int:
     return 3 * facts.vocab + facts.layers * facts.hidden
 
 
-def stream_signals(decoder: Decoder, ids_BT: Tensor, give: Give, *, gradients: bool, group: int = 0) -> Tensor:
+def stream_signals(
+    decoder: Decoder, ids_BT: Tensor, give: Give, *, gradients: bool, rows: bool = False, group: int = 0
+) -> Tensor:
     """Run the model and give every layer's signals once, in no fixed order; return the sum of each text's losses [B].
 
     Args:
@@ -187,13 +205,14 @@ def stream_signals(decoder: Decoder, ids_BT: Tensor, give: Give, *, gradients: b
         ids_BT: the texts, each from its first token on.
         give: called with the layer and its signals, which are freed afterwards.
         gradients: whether the signals have gradients, of the sum of the token losses.
+        rows: with gradients, whether they have the linear maps whose rows are the neurons too.
         group: with gradients, layers whose graph is in memory at once; 0: all.
     """
     embedded = decoder.embed(ids_BT).detach()
     if gradients:
-        return _Backwards(decoder, ids_BT, give, group or len(decoder.blocks)).run(embedded)
-    watches = [pair for layer, block in enumerate(decoder.blocks) for pair in _Held(block).given(layer, decoder, give)]
-    with torch.no_grad(), watched(*watches):
+        return _Backwards(decoder, ids_BT, give, rows, group or len(decoder.blocks)).run(embedded)
+    held = [Held(decoder, block) for block in decoder.blocks]
+    with torch.no_grad(), watched(*(pair for layer, one in enumerate(held) for pair in one.given(layer, give))):
         return token_losses(decoder.model(inputs_embeds=embedded, use_cache=False).logits, ids_BT).sum(1)
 
 
@@ -208,54 +227,14 @@ def summed_loss(logits_BTV: Tensor, ids_BT: Tensor) -> Tensor:
     return token_losses(logits_BTV, ids_BT).sum()
 
 
-class _Held:
-    """The three tensors of one block, from its sites."""
-
-    def __init__(self, block: Block) -> None:
-        self._block = block
-        self._tensors: dict[str, Tensor] = {}
-
-    def watches(self) -> list[tuple[Any, Any]]:
-        """Return what keeps the tensors during a run."""
-        sites = {"context": self._block.context, "u": self._block.preactivation, "h": self._block.hidden}
-        return [(site, self._keep(name)) for name, site in sites.items()]
-
-    def _keep(self, name: str) -> Callable[[Tensor], None]:
-        return lambda tensor: self._tensors.__setitem__(name, tensor)
-
-    def given(self, layer: int, decoder: Decoder, give: Give) -> list[tuple[Any, Any]]:
-        """Return what gives the layer's signals as soon as the last of them is known, without gradients."""
-
-        def act(_: Tensor) -> None:
-            give(layer, self.signals(decoder, self._tensors["context"].shape[:2]))
-            self._tensors.clear()
-
-        return [*self.watches(), (self._block.hidden, act)]
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Context, u and h as the model made them; u and h may be one tensor."""
-        return self._tensors["context"], self._tensors["u"], self._tensors["h"]
-
-    def signals(self, decoder: Decoder, rows: torch.Size, gradients: tuple[Tensor, ...] = ()) -> LayerSignals:
-        """Return the signals in the shapes that criteria see; `rows` is [B,T]."""
-        context, u, h = (tensor.detach() for tensor in self.tensors)
-        split = (*rows, decoder.heads, decoder.head_size)
-        flat = (*rows, decoder.neurons)
-        shaped: list[Any] = [context.reshape(split), u.reshape(flat), h.reshape(flat)]
-        if gradients:
-            g, q, p = gradients
-            shaped += [g.reshape(split), q.reshape(flat), p.reshape(flat)]
-        return LayerSignals(*shaped)
-
-
 class _Backwards:
     """One forward and one backward pass, by groups of layers."""
 
-    def __init__(self, decoder: Decoder, ids_BT: Tensor, give: Give, group: int) -> None:
+    def __init__(self, decoder: Decoder, ids_BT: Tensor, give: Give, rows: bool, group: int) -> None:
         self._decoder = decoder
         self._ids_BT = ids_BT
         self._give = give
+        self._rows = rows
         layers = len(decoder.blocks)
         self._groups = [range(max(end - group, 0), end) for end in range(layers, 0, -group)]
         """From the last to the first."""
@@ -267,7 +246,7 @@ class _Backwards:
     def run(self, embedded_BTE: Tensor) -> Tensor:
         """Return the sum of the token losses of each text, [B]."""
         last, *earlier = self._groups
-        held = {layer: _Held(self._decoder.blocks[layer]) for layer in last}
+        held = self._held(last)
         handles = [
             block.layer.register_forward_pre_hook(self._entered(layer), with_kwargs=True)
             for layer, block in enumerate(self._decoder.blocks)
@@ -284,7 +263,7 @@ class _Backwards:
         del logits_BTV
         slope = self._differentiate(last, held, loss, None)
         for group in earlier:
-            held = {layer: _Held(self._decoder.blocks[layer]) for layer in group}
+            held = self._held(group)
             slope = self._differentiate(group, held, self._again(group, held), slope)
         return losses_B.detach()
 
@@ -305,7 +284,10 @@ class _Backwards:
 
         return hook
 
-    def _again(self, group: range, held: dict[int, _Held]) -> Tensor:
+    def _held(self, group: range) -> dict[int, Held]:
+        return {layer: Held(self._decoder, self._decoder.blocks[layer], self._rows) for layer in group}
+
+    def _again(self, group: range, held: dict[int, Held]) -> Tensor:
         """Run a group once more from its stored input, now with its graph."""
         with torch.enable_grad(), watched(*(pair for one in held.values() for pair in one.watches())):
             passed = self._starts[group[0]].requires_grad_()
@@ -315,13 +297,14 @@ class _Backwards:
                 passed = result[0] if isinstance(result, tuple) else result
         return passed
 
-    def _differentiate(self, group: range, held: dict[int, _Held], end: Tensor, slope: Tensor | None) -> Tensor:
+    def _differentiate(self, group: range, held: dict[int, Held], end: Tensor, slope: Tensor | None) -> Tensor:
         """Give the signals of a group, and return the gradient at its input."""
         wanted = [self._starts.pop(group[0])]
         for one in held.values():
             wanted += one.tensors
-        found = torch.autograd.grad(end, wanted, None if slope is None else (slope,))
+        first, *found = torch.autograd.grad(end, wanted, None if slope is None else (slope,))
+        each = len(found) // len(group)
         for number, layer in enumerate(group):
-            gradients = found[1 + 3 * number : 4 + 3 * number]
-            self._give(layer, held.pop(layer).signals(self._decoder, self._ids_BT.shape, gradients))
-        return found[0]
+            gradients = found[each * number : each * (number + 1)]
+            self._give(layer, held.pop(layer).signals(self._ids_BT.shape, gradients))
+        return first

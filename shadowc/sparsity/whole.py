@@ -13,15 +13,15 @@ Letters: B sequences, T tokens, L layers.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from shadowc.sparsity.families import Block, Decoder, Site, watched
+from shadowc.sparsity.families import Block, Decoder, watched
+from shadowc.sparsity.held import Held
 from shadowc.sparsity.record import token_losses
-from shadowc.sparsity.signals import LayerSignals, NeuronRows, WeightsByUnit
+from shadowc.sparsity.signals import LayerSignals, WeightsByUnit
 
 if TYPE_CHECKING:
     from shadowc.sparsity.families import UnitWeights
@@ -41,7 +41,7 @@ def whole_signals(
     Returns:
         The signals, and losses [B,T-1] float32: entry t is of token t + 1.
     """
-    kept = [_Kept(decoder, block, rows) for block in decoder.blocks]
+    kept = [Held(decoder, block, rows) for block in decoder.blocks]
     with torch.enable_grad(), watched(*(pair for one in kept for pair in one.watches())):
         embedded = decoder.embed(ids_BT).detach().requires_grad_()
         losses_BT = token_losses(decoder.model(inputs_embeds=embedded, use_cache=False).logits, ids_BT)
@@ -70,61 +70,7 @@ def weights_by_unit(block: Block) -> WeightsByUnit:
     return WeightsByUnit(of_kind(block.heads), of_kind(block.neurons))
 
 
-class _Kept:
-    """The tensors of one block that gradients are taken at: a, u, h, and what the neurons' rows return."""
-
-    def __init__(self, decoder: Decoder, block: Block, rows: bool) -> None:
-        self._decoder = decoder
-        self._sites = {"a": block.context, "u": block.preactivation, "h": block.hidden}
-        self._rows: list[tuple[str, Tensor]] = []
-        if rows:
-            for part in block.neurons:
-                scope, _, kind = part.name.rpartition(".")
-                if kind == "weight" and part.axis == 0:
-                    module = decoder.model.get_submodule(scope)
-                    self._sites |= {f"{scope} out": Site(module, output=True), f"{scope} in": Site(module)}
-                    self._rows.append((scope, part.parameter))
-        self._tensors: dict[str, Tensor] = {}
-
-    def watches(self) -> list[tuple[Site, Callable[[Tensor], None]]]:
-        """Return what keeps the tensors during a run."""
-
-        def keep(name: str) -> Callable[[Tensor], None]:
-            return lambda tensor: self._tensors.__setitem__(name, tensor)
-
-        return [(site, keep(name)) for name, site in self._sites.items()]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """a, u, h, then the outputs of the rows."""
-        return [self._tensors[name] for name in ("a", "u", "h", *(f"{scope} out" for scope, _ in self._rows))]
-
-    def signals(self, shape: torch.Size, slopes: list[Tensor], second: tuple[Tensor, ...]) -> LayerSignals:
-        """Return the signals in the shapes that criteria see; `shape` is [B,T]."""
-        split = (*shape, self._decoder.heads, self._decoder.head_size)
-        flat = (*shape, self._decoder.neurons)
-        a, u, h = (self._tensors[name].detach() for name in ("a", "u", "h"))
-        g, q, p = (slope.detach() for slope in slopes[:3])
-        shaped: dict[str, Any] = {}
-        if second:
-            shaped = {
-                "context_curvature_BTHD": second[0].detach().reshape(split),
-                "preactivation_curvature_BTF": second[1].detach().reshape(flat),
-            }
-        if self._rows:
-            shaped["rows"] = tuple(
-                NeuronRows(
-                    self._tensors[f"{scope} in"].detach().reshape(*shape, -1),
-                    weight.detach(),
-                    slope.detach().reshape(flat),
-                )
-                for (scope, weight), slope in zip(self._rows, slopes[3:], strict=True)
-            )
-        activations = (a.reshape(split), u.reshape(flat), h.reshape(flat))
-        return LayerSignals(*activations, g.reshape(split), q.reshape(flat), p.reshape(flat), **shaped)
-
-
-def _of_each(found: tuple[Tensor, ...], kept: list[_Kept]) -> list[list[Tensor]]:
+def _of_each(found: tuple[Tensor, ...], kept: list[Held]) -> list[list[Tensor]]:
     """Divide gradients among the blocks."""
     rest = list(found)
     return [[rest.pop(0) for _ in one.tensors] for one in kept]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from shadowc.checkpoint.llama import MODEL_TYPE, LlamaFacts
 from shadowc.checkpoint.llama import config_dict as llama_config
 from shadowc.checkpoint.opt import config_dict as opt_config
-from shadowc.sparsity.families.decoder import Block, Decoder, Site, UnitWeights, watched
+from shadowc.sparsity.families.decoder import Act, Block, Decoder, Site, UnitWeights, watched
 from shadowc.sparsity.families.llama import llama_decoder
 from shadowc.sparsity.families.opt import opt_decoder
 from shadowc.spec.errors import UnsupportedError
@@ -18,7 +18,7 @@ from shadowc.spec.errors import UnsupportedError
 if TYPE_CHECKING:
     from shadowc.checkpoint.facts import ModelFacts
 
-__all__ = ["Block", "Decoder", "Site", "UnitWeights", "decoder_of", "empty_model", "restore_buffers", "watched"]
+__all__ = ["Act", "Block", "Decoder", "Site", "UnitWeights", "decoder_of", "empty_model", "restore_buffers", "watched"]
 
 FAMILIES: Mapping[str, Callable[[Any], Decoder]] = MappingProxyType({"opt": opt_decoder, "llama": llama_decoder})
 """transformers' model_type -> what makes a `Decoder` of such a model."""
