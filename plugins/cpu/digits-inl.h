@@ -210,7 +210,7 @@ HWY_INLINE void DotDigitsTile(const Activations<int8_t>* const* rows, const int8
   };
   size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
-    if (later != nullptr) PrefetchRows([=](size_t c) HWY_ATTR { return later[c]; }, 4, i, lanes);
+    if (later != nullptr) PrefetchRows([=](size_t c) HWY_ATTR { return later[c]; }, 4, i, lanes, n);
     step(i, [](const int8_t* p) HWY_ATTR { return LoadShifted(p); });
   }
   if (i < n) step(i, [&](const int8_t* p) HWY_ATTR { return Shifted(hn::LoadN(d8, p, n - i)); });

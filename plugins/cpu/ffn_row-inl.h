@@ -70,6 +70,7 @@ inline constexpr size_t kTogether = kIsInt4<W> ? kInt4Rows : 4;
 template <class W>
 ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons& neurons, float* y) {
   constexpr size_t kCount = kTogether<W>;
+  constexpr bool kInOrder = kPrefetchInOrder<Pointer<W>>;
   const Pointer<W> w = PointerOf<W>(a.w, a.scales);
   const size_t width = a.width, ahead = std::max(kCount, Ahead(2 * RowElements<W>(width) * sizeof(W)));
   x.Prefetch();
@@ -77,22 +78,25 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, 2 * width);
   const Activations<W>* row = x.Get();
   for (size_t k = 0; k < neurons.count; k += kCount) {
-    Pointer<W> first[kCount], second[kCount], later_first[kCount], later_second[kCount];
+    // The first half of `later` is fetched while first halves of records are read, the other with second
+    // ones.
+    Pointer<W> first[kCount], second[kCount], later[2 * kCount];
     for (size_t c = 0; c < kCount; ++c) {
       first[c] = w + size_t{neurons.Own(k + c)} * 2 * width;
       second[c] = first[c] + width;
-      later_first[c] = w + size_t{neurons[k + ahead + c]} * 2 * width;
-      later_second[c] = later_first[c] + width;
+      const Pointer<W> record = w + size_t{neurons[k + ahead + c]} * 2 * width;
+      later[kInOrder ? 2 * c : c] = record;
+      later[kInOrder ? 2 * c + 1 : kCount + c] = record + width;
     }
     const bool more = k + ahead < neurons.with_next;
     for (size_t c = 0; c < kCount; ++c) PrefetchFactors(a, neurons[k + ahead + c]);
     const size_t here = std::min(kCount, neurons.count - k);
     float h[kCount] = {};
     for (size_t c = 0; c < here; c += 4)
-      DotRows<1>(&row, first + c, width, more ? later_first + c : nullptr, h + c, 4);
+      DotRows<1>(&row, first + c, width, more ? later + c : nullptr, h + c, 4);
     Activate<kCount, W>(a, neurons, k, h);
     for (size_t c = 0; c < here; ++c) h[c] *= RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
-    AxpyRows<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later_second});
+    AxpyRows<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later + kCount});
   }
   return CountRead<W>(neurons.count, neurons.count, a.width);
 }
