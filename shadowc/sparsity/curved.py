@@ -157,16 +157,12 @@ class _Group:
 
             return act
 
-        sites = [
-            site
-            for layer in self._layers
-            for block in (self._decoder.blocks[layer],)
-            for site in (block.context, block.preactivation, block.hidden)
-        ]
+        blocks = [self._decoder.blocks[layer] for layer in self._layers]
+        sites = [site for block in blocks for site in (block.context, block.preactivation, block.hidden)]
         with watched(*((site, adding(number)) for number, site in enumerate(sites))):
-            for layer in self._layers:
+            for layer, block in zip(self._layers, blocks, strict=True):
                 further, named = self._run.arguments[layer]
-                result = self._decoder.blocks[layer].layer(read, *further, **named)
+                result = block.layer(read, *further, **named)
                 read = result[0] if isinstance(result, tuple) else result
         if self._layers[-1] + 1 < len(self._decoder.blocks):
             return read, seen
