@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from shadowc.sparsity.families import Act, Decoder, Site, watched
-from shadowc.sparsity.held import Give
+from shadowc.sparsity.held import Give, signals_of
 from shadowc.sparsity.record import stream_signals, token_losses
 from shadowc.sparsity.signals import LayerSignals
 
@@ -138,7 +138,8 @@ class _Group:
         found, more, seen = jvp(gradient, numbers, changes, has_aux=True)
         for at, layer in enumerate(self._layers):
             places = slice(1 + 3 * at, 4 + 3 * at)
-            give(layer, self._signals(seen[3 * at : 3 * at + 3], found[places], more[places]))
+            activations = seen[3 * at : 3 * at + 3]
+            give(layer, signals_of(self._decoder, self._ids_BT.shape, activations, found[places], more[places][:2]))
         return found[0], more[0]
 
     def _added(self, slopes: Changing) -> list[Changing]:
@@ -167,18 +168,6 @@ class _Group:
         if self._layers[-1] + 1 < len(self._decoder.blocks):
             return read, seen
         return token_losses(self._decoder.finish(read), self._ids_BT).sum(), seen
-
-    def _signals(
-        self, seen: list[Tensor], gradients: tuple[Tensor, ...], curvatures: tuple[Tensor, ...]
-    ) -> LayerSignals:
-        split = (*self._ids_BT.shape, self._decoder.heads, self._decoder.head_size)
-        flat = (*self._ids_BT.shape, self._decoder.neurons)
-        a, u, h = seen
-        g, q, p = gradients
-        return LayerSignals(
-            a.reshape(split), u.reshape(flat), h.reshape(flat), g.reshape(split), q.reshape(flat), p.reshape(flat),
-            curvatures[0].reshape(split), curvatures[1].reshape(flat),
-        )  # fmt: skip
 
 
 @contextmanager

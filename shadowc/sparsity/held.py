@@ -73,13 +73,7 @@ class Held:
             gradients: at `tensors`.
             curvatures: at a and u.
         """
-        split = (*shape, self._decoder.heads, self._decoder.head_size)
-        flat = (*shape, self._decoder.neurons)
-        shapes = (split, flat, flat)
-        found = _shaped(self.tensors[:3], shapes)
-        found += _shaped(gradients[:3], shapes) if gradients else [None, None, None]
-        found += _shaped(curvatures, shapes[:2]) if curvatures else [None, None]
-        made = LayerSignals(*found)  # type: ignore[arg-type]
+        made = signals_of(self._decoder, shape, self.tensors[:3], gradients[:3], curvatures)
         return replace(made, rows=self._neuron_rows(shape, gradients[3:])) if self._rows else made
 
     def _neuron_rows(self, shape: torch.Size, gradients: Sequence[Tensor]) -> tuple[NeuronRows, ...]:
@@ -91,6 +85,23 @@ class Held:
             )
             for (scope, weight), gradient in zip(self._rows, gradients, strict=True)
         )
+
+
+def signals_of(
+    decoder: Decoder,
+    shape: torch.Size,
+    activations: Sequence[Tensor],
+    gradients: Sequence[Tensor] = (),
+    curvatures: Sequence[Tensor] = (),
+) -> LayerSignals:
+    """Return a layer's signals from its a, u and h, gradients there and curvatures at a and u; `shape` is [B,T]."""
+    split = (*shape, decoder.heads, decoder.head_size)
+    flat = (*shape, decoder.neurons)
+    shapes = (split, flat, flat)
+    found = _shaped(activations, shapes)
+    found += _shaped(gradients, shapes) if gradients else [None, None, None]
+    found += _shaped(curvatures, shapes[:2]) if curvatures else [None, None]
+    return LayerSignals(*found)  # type: ignore[arg-type]
 
 
 def _shaped(tensors: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> list[Tensor | None]:
