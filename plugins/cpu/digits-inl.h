@@ -67,6 +67,19 @@ HWY_INLINE void DotRows(const Activations<W>* const* rows, const Pointer<W>* w, 
 
 #if SHADOWC_DIGITS || SHADOWC_PAIRS
 
+// The largest magnitude of a row; not finite if a value is not.
+HWY_INLINE float LargestOf(const float* x, size_t n) {
+  const DF df;
+  const hn::RebindToSigned<DF> di;
+  const size_t lanes = hn::Lanes(df);
+  // Bits of non-negative floats are ordered as the floats are, infinities and NaN last.
+  auto most = hn::Zero(di);
+  for (size_t i = 0; i < n; i += lanes) {
+    most = hn::Max(most, hn::BitCast(di, hn::Abs(hn::LoadN(df, x + i, HWY_MIN(lanes, n - i)))));
+  }
+  return hn::GetLane(hn::BitCast(df, hn::MaxOfLanes(di, most)));
+}
+
 // A row as digits.
 struct DigitRow {
   const float* x = nullptr;
@@ -95,12 +108,7 @@ struct DigitRow {
     const hn::RebindToUnsigned<DF> du;
     const hn::Rebind<uint8_t, DF> d8;
     const size_t lanes = hn::Lanes(df);
-    // Bits of non-negative floats are ordered as the floats are, infinities and NaN last.
-    auto most = hn::Zero(di);
-    for (size_t i = 0; i < n; i += lanes) {
-      most = hn::Max(most, hn::BitCast(di, hn::Abs(hn::LoadN(df, x + i, HWY_MIN(lanes, n - i)))));
-    }
-    const float largest = hn::GetLane(hn::BitCast(df, hn::MaxOfLanes(di, most)));
+    const float largest = LargestOf(x, n);
     if (!HasDigits(largest)) return false;
     step = largest / kMostDigits;
     const VF scale = hn::Set(df, kMostDigits / largest);

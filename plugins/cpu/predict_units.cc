@@ -17,21 +17,13 @@
 #include "digits-inl.h"
 #include "hwy/highway.h"
 #include "norm-inl.h"
+#include "quads-inl.h"
 #include "rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
 namespace {
-
-// A task's share of a matrix: some 32 KiB, so that threads end together. Prefetched as far ahead of what is
-// read as covers the latency of memory (ffn_row-inl.h).
-inline constexpr size_t kTaskBytes = size_t{32} << 10, kAheadBytes = size_t{16} << 10;
-
-// How many of `bytes` each, in whole fours, are at most `most`; at least four.
-size_t Fours(size_t most, size_t bytes) {
-  return std::max<size_t>(4, most / std::max<size_t>(1, bytes) / 4 * 4);
-}
 
 // One of the two products: y[r, o] = x[r] . w[o] * scales[o] + bias[o], then ReLU if asked. A row of y has
 // `stride` values.
@@ -47,7 +39,7 @@ class Product {
         outputs_(outputs),
         stride_(stride),
         together_(Fours(kTaskBytes, inputs * sizeof(W))),
-        ahead_(Fours(kAheadBytes, inputs * sizeof(W))),
+        ahead_(Fours(kTaskAheadBytes, inputs * sizeof(W))),
         relu_(relu) {}
 
   size_t Tasks() const { return (outputs_ + together_ - 1) / together_; }
@@ -92,141 +84,6 @@ class Product {
   const float *scales_, *bias_;
   size_t inputs_, outputs_, stride_, together_, ahead_;
   bool relu_;
-};
-
-// The second product with int8 weights. Its rows are as short as the network is narrow: adding up a sum
-// across a vector would take longer than the products. So 16 rows lie side by side, four weights of each at a
-// time [ceil(N / 16), ceil(P / 4), 16, 4], and every lane sums one row.
-class Quads {
- public:
-  Quads(const PredictArgs& a, size_t hidden)
-      : w_(static_cast<const int8_t*>(a.w2)),
-        scales_(a.scales2),
-        bias_(a.b2),
-        quads_(hidden / 4),
-        outputs_(a.units),
-        groups_((a.units + kRows - 1) / kRows),
-        together_(Fours(kTaskBytes, quads_ * kLine)) {}
-
-  size_t Tasks() const { return (groups_ + together_ - 1) / together_; }
-
-  void Prefetch(size_t task) const {
-    const size_t from = task * together_ * quads_ * kLine, end = groups_ * quads_ * kLine;
-    PrefetchStep(w_ + from, std::min(kAheadBytes, end - from));
-  }
-
-  // x and y point to the first of the rows.
-  void Run(size_t task, const Activations<int8_t>* x, size_t rows, float* y) const {
-    const size_t begin = task * together_, end = std::min(groups_, begin + together_);
-    for (size_t g = begin; g < end; g += kTogether) {
-      for (size_t r = 0; r < rows; ++r) FourGroups(g, x[r], r == 0, y + r * outputs_);
-    }
-  }
-
- private:
-  static constexpr size_t kRows = 16, kTogether = 4;
-
-  void FourGroups(size_t first, const Activations<int8_t>& x, bool prefetch, float* y) const {
-    const int8_t* w[kTogether];
-    for (size_t c = 0; c < kTogether; ++c) w[c] = w_ + std::min(first + c, groups_ - 1) * quads_ * kLine;
-    const bool more =
-        prefetch && (first + kTogether) * quads_ * kLine + kAheadBytes <= groups_ * quads_ * kLine;
-    HWY_ALIGN float sums[kTogether * kRows];
-#if SHADOWC_DIGITS
-    if (x.Exact()) {
-      OfDigits(w, x, more, sums);
-    } else {
-      OfFloats(w, x.x, more, sums);
-    }
-#else
-    OfFloats(w, x.x, more, sums);
-#endif
-    const size_t begin = first * kRows, count = std::min(kTogether * kRows, outputs_ - begin);
-    for (size_t o = 0; o < count; ++o) y[begin + o] = sums[o] * scales_[begin + o] + bias_[begin + o];
-  }
-
-#if SHADOWC_DIGITS
-  HWY_INLINE void OfDigits(const int8_t* const* w, const DigitRow& x, bool more, float* to) const {
-    static_assert(hn::MaxLanes(hn::ScalableTag<int32_t>()) == kRows, "a vector is a line of 16 rows");
-    const int8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
-    DigitSums s0, s1, s2, s3;
-    for (size_t q = 0; q < quads_; ++q) {
-      if (more) {
-        for (size_t c = 0; c < kTogether; ++c) PrefetchL2(w[c] + kAheadBytes + q * kLine);
-      }
-      const Digits digits(x, 4 * q);
-      digits.AddTo(LoadShifted(w0 + q * kLine), &s0), digits.AddTo(LoadShifted(w1 + q * kLine), &s1);
-      digits.AddTo(LoadShifted(w2 + q * kLine), &s2), digits.AddTo(LoadShifted(w3 + q * kLine), &s3);
-    }
-    Store(s0, x, to), Store(s1, x, to + kRows), Store(s2, x, to + 2 * kRows), Store(s3, x, to + 3 * kRows);
-  }
-
-  // Four values of x in every lane.
-  struct Digits {
-    hn::Vec<hn::ScalableTag<int8_t>> top, upper, all;
-
-    HWY_INLINE Digits(const DigitRow& x, size_t i) {
-      top = Four(x.digits + i), upper = Four(x.digits + x.stride + i),
-      all = Four(x.digits + 2 * x.stride + i);
-    }
-    static HWY_INLINE hn::Vec<hn::ScalableTag<int8_t>> Four(const int8_t* p) {
-      int32_t four;
-      std::memcpy(&four, p, sizeof four);
-      return hn::BitCast(hn::ScalableTag<int8_t>(), hn::Set(hn::ScalableTag<int32_t>(), four));
-    }
-    HWY_INLINE void AddTo(hn::Vec<hn::ScalableTag<uint8_t>> weights, DigitSums* to) const {
-      const hn::ScalableTag<int32_t> d32;
-      to->top = hn::SumOfMulQuadAccumulate(d32, weights, top, to->top);
-      to->upper = hn::SumOfMulQuadAccumulate(d32, weights, upper, to->upper);
-      to->all = hn::SumOfMulQuadAccumulate(d32, weights, all, to->all);
-    }
-  };
-
-  static HWY_INLINE void Store(const DigitSums& s, const DigitRow& x, float* to) {
-    const hn::ScalableTag<double> df64;
-    const hn::Rebind<int32_t, decltype(df64)> half;
-    const auto lower = [=](auto sums) HWY_ATTR { return hn::PromoteTo(df64, hn::LowerHalf(half, sums)); };
-    const auto upper = [=](auto sums) HWY_ATTR { return hn::PromoteTo(df64, hn::UpperHalf(half, sums)); };
-    StoreProducts(df64, x, lower(s.top), lower(s.upper), lower(s.all), to);
-    StoreProducts(df64, x, upper(s.top), upper(s.upper), upper(s.all), to + kRows / 2);
-  }
-#endif
-
-  using DLanes = hn::CappedTag<float, kRows>;
-
-  // Lanes of 16 rows at a time, whatever a vector holds; of four groups, as a sum alone waits for itself.
-  HWY_INLINE void OfFloats(const int8_t* const* w, const float* x, bool more, float* to) const {
-    const DLanes df;
-    for (size_t lane = 0; lane < kRows; lane += hn::Lanes(df)) {
-      const int8_t *w0 = w[0] + 4 * lane, *w1 = w[1] + 4 * lane, *w2 = w[2] + 4 * lane, *w3 = w[3] + 4 * lane;
-      auto s0 = hn::Zero(df), s1 = s0, s2 = s0, s3 = s0;
-      for (size_t q = 0; q < quads_; ++q) {
-        if (more && lane == 0) {
-          for (size_t c = 0; c < kTogether; ++c) PrefetchL2(w[c] + kAheadBytes + q * kLine);
-        }
-        s0 = WithQuad(w0 + q * kLine, x + 4 * q, s0), s1 = WithQuad(w1 + q * kLine, x + 4 * q, s1);
-        s2 = WithQuad(w2 + q * kLine, x + 4 * q, s2), s3 = WithQuad(w3 + q * kLine, x + 4 * q, s3);
-      }
-      hn::StoreU(s0, df, to + lane), hn::StoreU(s1, df, to + kRows + lane);
-      hn::StoreU(s2, df, to + 2 * kRows + lane), hn::StoreU(s3, df, to + 3 * kRows + lane);
-    }
-  }
-
-  // Four weights of each lane's row times four values.
-  static HWY_INLINE hn::Vec<DLanes> WithQuad(const int8_t* w, const float* x, hn::Vec<DLanes> sum) {
-    const DLanes df;
-    const hn::RebindToSigned<DLanes> di;
-    const auto four = hn::BitCast(di, hn::LoadU(hn::Repartition<int8_t, DLanes>(), w));
-    const auto weight = [=](auto shifted) HWY_ATTR { return hn::ConvertTo(df, hn::ShiftRight<24>(shifted)); };
-    sum = hn::MulAdd(weight(hn::ShiftLeft<24>(four)), hn::Set(df, x[0]), sum);
-    sum = hn::MulAdd(weight(hn::ShiftLeft<16>(four)), hn::Set(df, x[1]), sum);
-    sum = hn::MulAdd(weight(hn::ShiftLeft<8>(four)), hn::Set(df, x[2]), sum);
-    return hn::MulAdd(weight(four), hn::Set(df, x[3]), sum);
-  }
-
-  const int8_t* w_;
-  const float *scales_, *bias_;
-  size_t quads_, outputs_, groups_, together_;
 };
 
 // y of the only row x, which each thread prepares for itself.
@@ -277,17 +134,18 @@ void Score(const PredictArgs& a, size_t each, float* scores, CallArena* arena, c
   const size_t hidden = std::is_same_v<W, int8_t> ? hwy::RoundUpTo(a.hidden, 4) : a.hidden;  // then zeros
   const Product<W> first(a.w1, a.scales1, a.b1, a.width, a.hidden, hidden, a.relu);
   const auto second = SecondOf<W>(a, hidden);
+  using Between = std::conditional_t<std::is_same_v<W, int8_t>, QuadWeight, W>;
   const float* x = LastTokens(a, each, arena);
   float* between = arena->Take<float>(rows * hidden);
   if (hidden != a.hidden) std::fill_n(between, rows * hidden, 0.0f);
   if (rows == 1) {
     OneRow(first, OneRowOfX<W>(x, a.norm, a.width), between, parallel);
-    OneRow(second, OneRowOfX<W>(between, Norm{}, hidden), scores, parallel);
+    OneRow(second, OneRowOfX<Between>(between, Norm{}, hidden), scores, parallel);
     return;
   }
   const float* read = NormaliseRows(x, a.norm, rows, a.width, arena, parallel);
   ManyRows<W>(first, read, a.width, rows, between, hidden, arena, parallel);
-  ManyRows<W>(second, between, hidden, rows, scores, a.units, arena, parallel);
+  ManyRows<Between>(second, between, hidden, rows, scores, a.units, arena, parallel);
 }
 
 }  // namespace
