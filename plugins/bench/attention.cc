@@ -45,7 +45,7 @@ Operator Attention(shadowc::WeightType type, Layers* layers, const Case& what, s
     a.heads = kHeads, a.head_size = kHeadSize, a.capacity = layers->capacity;
     a.past_key = a.present_key = layers->key.data(), a.past_value = a.present_value = layers->value.data();
     a.start = &start, a.past = &what.past, a.kv_active_only = what.active_only;
-    a.few_digits = what.few_digits;
+    a.rounding = what.few_digits ? shadowc::Rounding::kFreely : shadowc::Rounding::kNone;
     a.y = y->data();
     a.context = y->data() + what.tokens * kWidth;
     const double weights = static_cast<double>(shadowc::SparseAttention(a, ThePool()).bytes);

@@ -34,7 +34,7 @@ Operator Ffn(shadowc::WeightType type, const Layers& layers, const Case& what, s
     a.w = LayerOf(type, kNeurons * 2 * kWidth, layer);
     a.scales = layers.scales.data(), a.b1 = layers.b1.data(), a.b2 = layers.b2.data();
     a.neurons = kNeurons, a.block = 1, a.skip_zeros = what.skip_zeros, a.y = y->data();
-    a.few_digits = what.few_digits;
+    a.rounding = what.few_digits ? shadowc::Rounding::kFreely : shadowc::Rounding::kNone;
     return static_cast<double>(shadowc::SparseFfn(a, ThePool()).bytes);
   };
 }

@@ -112,7 +112,7 @@ bool ProjectOutPanels(const PanelKernels& kernels, const AttentionArgs& a, const
                       CallArena* arena, uint8_t* left, const Parallel& parallel) {
   const size_t rows = a.batch * a.tokens, panels = PanelsOf(rows), tiles = (rows + kTileRows - 1) / kTileRows;
   const size_t depth = std::min(a.width, kDepthAtOnce);
-  Panels context = TakePanels(kernels, arena, panels, depth, a.few_digits);
+  Panels context = TakePanels(kernels, arena, panels, depth, a.rounding);
   const WeightTable rows_of(kernels, a.type, a.w, a.scales, a.width);
   float* scale = arena->Take<float>(a.width);
   WeightRow* records = arena->Take<WeightRow>(a.width);

@@ -4,7 +4,7 @@
 // it, the hidden values of the others are 0, and add exactly nothing. Blocks are cut by neuron, not by what
 // is computed, so a row has the same digits and sums whatever its neighbours leave out. (Sums of floats
 // depend on the place of a neuron in its block too. But they are for calls with tokens that are not masked
-// (few_digits), where every neuron is computed.)
+// (Rounding), where every neuron is computed.)
 //
 // The weights pass once for all rows, but `read` counts as documented (types.h): once per tile of rows that
 // has a use for them.
@@ -160,8 +160,8 @@ bool FfnPanels(const PanelKernels& kernels, const FfnArgs& a, CallArena* arena, 
             0};
   MakeMasks(&work, parallel);
   std::fill(left, left + panels * kPanelRows, uint8_t{0});
-  const Panels x = TakePanels(kernels, arena, panels, a.width, a.few_digits);
-  Panels hidden = TakePanels(kernels, arena, panels, kBlock, a.few_digits);
+  const Panels x = TakePanels(kernels, arena, panels, a.width, a.rounding);
+  Panels hidden = TakePanels(kernels, arena, panels, kBlock, a.rounding);
   SplitRows(kernels, a.x, a.width, nullptr, rows, a.width, RowDots::IsByQuad(kernels), x, left, parallel);
   // Rows that are a power of two apart would share cache sets.
   Block block{work.neurons,

@@ -240,6 +240,12 @@ int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name, int64_t
   return status.IsOK() ? value : otherwise;
 }
 
+Rounding RoundingOf(const Ort::ConstKernelInfo& info) {
+  const int64_t few_digits = IntAttribute(info, "few_digits", 0);
+  if (few_digits == 0) return Rounding::kNone;
+  return few_digits == 2 ? Rounding::kFinely : Rounding::kFreely;
+}
+
 std::string TextAttribute(const Ort::ConstKernelInfo& info, const char* name, const char* otherwise) {
   size_t size = 0;
   Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_string(info, name, nullptr, &size));

@@ -75,7 +75,7 @@ class SparseAttentionKernel {
     CheckWeightType(info, kW, &problems);
     problems.ThrowIfAny();
     kv_active_only_ = kv == "active";
-    few_digits_ = IntAttribute(info, kFewDigits, 0) != 0;
+    rounding_ = RoundingOf(info);
     epsilon_ = FloatAttribute(info, kEpsilon, kDefaultEpsilon);
   }
 
@@ -133,7 +133,7 @@ class SparseAttentionKernel {
     a.start = start.data;
     a.past = past.data;
     a.kv_active_only = kv_active_only_;
-    a.few_digits = few_digits_ && a.selection.tail < a.tokens;
+    a.rounding = a.selection.tail < a.tokens ? rounding_ : Rounding::kNone;
     a.y = Output<float>(context, kY, x.shape);
     a.present_key = Output<C>(context, kPresentKey, key.shape);
     a.present_value = Output<C>(context, kPresentValue, value.shape);
@@ -149,7 +149,8 @@ class SparseAttentionKernel {
   std::string node_;
   Inputs inputs_;
   int64_t layer_;
-  bool kv_active_only_ = false, few_digits_ = false;
+  bool kv_active_only_ = false;
+  Rounding rounding_ = Rounding::kNone;
   float epsilon_ = kDefaultEpsilon;
 };
 

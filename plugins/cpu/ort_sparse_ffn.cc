@@ -18,7 +18,7 @@ class SparseFfnKernel {
         layer_(IntAttribute(info, "layer", 0)),
         block_(IntAttribute(info, "block", 1)),
         skip_zeros_(IntAttribute(info, "skip_zeros", 0) != 0),
-        few_digits_(IntAttribute(info, kFewDigits, 0) != 0),
+        rounding_(RoundingOf(info)),
         epsilon_(FloatAttribute(info, kEpsilon, kDefaultEpsilon)) {
     Problems problems(kName, node_);
     if (block_ < 1) problems.Add("attribute block", "at least 1", std::to_string(block_));
@@ -63,7 +63,7 @@ class SparseFfnKernel {
     a.neurons = static_cast<size_t>(neurons);
     a.block = static_cast<size_t>(block_);
     a.skip_zeros = skip_zeros_;
-    a.few_digits = few_digits_ && a.selection.tail < a.tokens;
+    a.rounding = a.selection.tail < a.tokens ? rounding_ : Rounding::kNone;
     a.y = Output<float>(context, kY, x.shape);
     WriteRead(context, kRead, SparseFfn(a, HostPool(raw)));
   }
@@ -71,7 +71,8 @@ class SparseFfnKernel {
   std::string node_;
   Inputs inputs_;
   int64_t layer_, block_;
-  bool skip_zeros_, few_digits_;
+  bool skip_zeros_;
+  Rounding rounding_;
   float epsilon_;
 };
 

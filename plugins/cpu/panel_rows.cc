@@ -7,14 +7,18 @@
 
 namespace shadowc {
 
-const PanelKernels* KernelsFor(WeightType type, bool few_digits, size_t rows, size_t width, size_t weights) {
+const PanelKernels* KernelsFor(WeightType type, Rounding rounding, size_t rows, size_t width,
+                               size_t weights) {
   // A call has some ten parallel sections more than with floats: small matrices are done before those start.
   constexpr size_t kLeastWeights = size_t{1} << 16;
   const PanelKernels* kernels = ChosenPanelKernels(type);
   if (kernels == nullptr || rows < kernels->least_rows || weights < kLeastWeights) return nullptr;
   if (width > kernels->most_width) return nullptr;
   const bool exact = type == WeightType::kInt8 && kernels->digits == kPanelDigits;
-  return exact || few_digits ? kernels : nullptr;
+  // bf16 rounds activations to 8 bits, int4 its weights to the scale of a row: not finely.
+  const bool fine = type == WeightType::kInt8 || type == WeightType::kFloat32;
+  const bool may = rounding == Rounding::kFreely || (rounding == Rounding::kFinely && fine);
+  return exact || may ? kernels : nullptr;
 }
 
 WeightTable::WeightTable(const PanelKernels& kernels, WeightType type, const void* w, const float* scales,
@@ -34,6 +38,8 @@ WeightRow WeightTable::Row(size_t row) const {
 
 void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const float* factor, size_t rows,
                size_t width, bool by_quad, const Panels& panels, uint8_t* left, const Parallel& parallel) {
+  const bool all = panels.most == kPanelDigits && panels.places == nullptr;
+  const Rounding rounding = all ? Rounding::kNone : panels.rounding;
   parallel.For(PanelsOf(rows), [&](size_t p) {
     RowDigits digits[kPanelRows];
     uint8_t places = 1;
@@ -42,7 +48,7 @@ void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const
       return row < rows ? x + row * stride : nullptr;
     };
     for (size_t r = 0; r < kPanelRows; ++r) {
-      digits[r] = kernels.measure(row_of(r), factor, width, panels.places != nullptr);
+      digits[r] = kernels.measure(row_of(r), factor, width, rounding);
       places = std::max(places, digits[r].places);
       if (!digits[r].exist) left[p * kPanelRows + r] = 1;
     }

@@ -11,9 +11,9 @@
 
 namespace shadowc {
 
-// The kernels if panels pay for `rows` rows of x [width] and `weights` weights, else null. Without few_digits
+// The kernels if panels pay for `rows` rows of x [width] and `weights` weights, else null. Without rounding
 // only int8 weights meet panels, where they have all digits.
-const PanelKernels* KernelsFor(WeightType type, bool few_digits, size_t rows, size_t width, size_t weights);
+const PanelKernels* KernelsFor(WeightType type, Rounding rounding, size_t rows, size_t width, size_t weights);
 
 // The rows of all records, by number.
 class WeightTable {
@@ -38,16 +38,17 @@ inline size_t StepsOf(const PanelKernels& kernels, size_t width) {
   return (width * kernels.element + kPanelStep - 1) / kPanelStep;
 }
 
-// With `few`, where the kernels know fewer digits, a panel has as many as its rows need (panels.h).
+// With rounding, where the kernels know fewer digits, a panel has as many as its rows need (panels.h).
 inline Panels TakePanels(const PanelKernels& kernels, CallArena* arena, size_t panels, size_t width,
-                         bool few) {
+                         Rounding rounding) {
   const size_t steps = StepsOf(kernels, width);
   return {steps,
           kernels.digits,
           arena->Take<int8_t>(panels * steps * kernels.digits * kPanelBlock),
           arena->Take<int32_t>(panels * kPanelDigits * kPanelRows),
           arena->Take<float>(panels * kPanelRows),
-          few && kernels.few ? arena->Take<uint8_t>(panels) : nullptr};
+          rounding != Rounding::kNone && kernels.few ? arena->Take<uint8_t>(panels) : nullptr,
+          rounding};
 }
 
 // Rows x[r * stride ... + width), times `factor` if not null, as panels; left[r] is set if row r has no

@@ -13,7 +13,7 @@
 // Prompts may do with fewer digits (Panels::places). Then a row has as few as keep the rounding of a value
 // below 2 % of the row's values, root mean squares of those that are not 0: one digit, unless its largest
 // value is an outlier, and two even then. A row with fewer digits than its panel has zeros for the rest: its
-// sums are the same as alone.
+// sums are the same as alone. Where masks come from the result (Rounding::kFinely), a row has two.
 //
 // 16 rows are one panel. A panel is stored in steps of 64 bytes of each row, each step as its digits of 1024
 // bytes each:
@@ -22,7 +22,8 @@
 //
 // ---- in prompts alone
 //
-// Where a call may round (few_digits), weights meet activations in panels that have no exact products, too:
+// Where a call may round, weights meet activations in panels that have no exact products, too; of int4 and
+// bf16 only where it may freely:
 //   int8   with AVX2: one digit of 12 bits a row, in elements of two bytes (panels_avx2.cc).
 //   int4   as int8, with one scale for a row in place of one for each of its groups. What that rounds is what
 //          int8 weights are rounded by: at most 1 / 254 of the row's largest, an 18th of int4's own rounding
@@ -56,6 +57,7 @@ struct Panels {
   int32_t* sums;   // [panels, kPanelDigits, kPanelRows]: sums of each row's digits
   float* step;     // [panels, kPanelRows]: x is about step * X; 0 where a row is zero or has no digits
   uint8_t* places = nullptr;  // [panels] digits of each, set by SplitRows; null: `most`, always
+  Rounding rounding = Rounding::kNone;
 
   int8_t* Panel(size_t p) const { return digits + p * steps * most * kPanelBlock; }
   size_t Places(size_t p) const { return places == nullptr ? most : places[p]; }
@@ -116,7 +118,7 @@ struct PanelKernels {
   void (*begin)();
   void (*end)();
   // Of x[i] * factor[i], i < n (factor null: 1); x null: of a row of zeros.
-  RowDigits (*measure)(const float* x, const float* factor, size_t n, bool few);
+  RowDigits (*measure)(const float* x, const float* factor, size_t n, Rounding rounding);
   // Row r of panel p, by row, from the values that were measured; zeros if they have no digits.
   void (*split)(const float* x, const float* factor, size_t n, const RowDigits& digits, const Panels& panels,
                 size_t p, size_t r);

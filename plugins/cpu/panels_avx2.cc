@@ -13,6 +13,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 
 #include "digits.h"
 
@@ -60,11 +61,33 @@ inline float Largest(const float* x, const float* factor, size_t n) {
   return _mm_cvtss_f32(_mm_castsi128_ps(most));
 }
 
-RowDigits Measure(const float* x, const float* factor, size_t n, bool) {
-  // No outlier makes a digit too coarse (panels.h): it rounds by largest / 2047 / sqrt(12), and the root mean
-  // square of kMostElements values is at least largest / sqrt(kMostElements).
-  const float largest = Largest(x, factor, x == nullptr ? 0 : n);
+// The mean magnitude of x[i] * factor[i], i < n, of those that are not 0: outliers count less in it than in a
+// root mean square.
+inline float MeanMagnitude(const float* x, const float* factor, size_t n) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  __m256 sums = _mm256_setzero_ps(), numbers = sums;
+  for (size_t i = 0; i < n; i += 8) {
+    const __m256 v = Values(x, factor, i, n);
+    sums = _mm256_add_ps(sums, _mm256_and_ps(v, magnitude));
+    const __m256 is_not_0 = _mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NEQ_UQ);
+    numbers = _mm256_add_ps(numbers, _mm256_and_ps(is_not_0, _mm256_set1_ps(1.0f)));
+  }
+  alignas(32) float sum[8], number[8];
+  _mm256_store_ps(sum, sums), _mm256_store_ps(number, numbers);
+  return std::accumulate(sum, sum + 8, 0.0f) / std::accumulate(number, number + 8, 0.0f);
+}
+
+// What is freely rounded needs no more than 12 bits, whatever its outliers: they are rounded by largest /
+// 2047 / sqrt(12), and the root mean square of kMostElements values is at least largest /
+// sqrt(kMostElements). What is finely rounded has to stay below 0.4 % of the mean magnitude; other rows are
+// left to floats.
+RowDigits Measure(const float* x, const float* factor, size_t n, Rounding rounding) {
+  if (x == nullptr) n = 0;
+  const float largest = Largest(x, factor, n);
   if (!HasDigits(largest)) return {0.0f, 1, largest == 0.0f};
+  if (rounding != Rounding::kFinely) return {largest, 1, true};
+  constexpr float kMostRatio = 0.004f * kMostIn12Bits * 3.4641f;
+  if (largest > kMostRatio * MeanMagnitude(x, factor, n)) return {0.0f, 1, false};
   return {largest, 1, true};
 }
 

@@ -15,7 +15,7 @@ namespace {
 
 void BeginNothing() {}
 
-RowDigits MeasureFloats(const float* x, const float*, size_t, bool) {
+RowDigits MeasureFloats(const float* x, const float*, size_t, Rounding) {
   return {x == nullptr ? 0.0f : 1.0f, 1, true};
 }
 

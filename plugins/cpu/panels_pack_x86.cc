@@ -84,7 +84,7 @@ inline __m512 Values(const float* x, const float* factor, size_t i, size_t n) {
 
 }  // namespace
 
-RowDigits MeasureRow(const float* x, const float* factor, size_t n, bool few) {
+RowDigits MeasureRow(const float* x, const float* factor, size_t n, Rounding rounding) {
   if (x == nullptr) n = 0;
   // Bits of non-negative floats are ordered as the floats are, infinities and NaN last.
   __m512i most = _mm512_setzero_si512();
@@ -93,14 +93,15 @@ RowDigits MeasureRow(const float* x, const float* factor, size_t n, bool few) {
   for (size_t i = 0; i < n; i += 16) {
     const __m512 v = Values(x, factor, i, n);
     most = _mm512_max_epu32(most, _mm512_castps_si512(_mm512_abs_ps(v)));
-    if (!few) continue;
+    if (rounding != Rounding::kFreely) continue;
     squares = _mm512_fmadd_ps(v, v, squares);
     some += static_cast<size_t>(_mm_popcnt_u32(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NEQ_UQ)));
   }
   const float largest =
       _mm512_cvtss_f32(_mm512_castsi512_ps(_mm512_set1_epi32(_mm512_reduce_max_epu32(most))));
   if (largest == 0.0f || !HasDigits(largest)) return {0.0f, 1, largest == 0.0f};
-  if (!few) return {largest, kPanelDigits, true};
+  if (rounding == Rounding::kNone) return {largest, kPanelDigits, true};
+  if (rounding == Rounding::kFinely) return {largest, 2, true};
   // The rounding of a value is largest / 127 / sqrt(12), in root mean squares.
   constexpr float kMostRatio = 0.02f * 127.0f * 3.4641f;
   const float ratio2 = largest * largest * static_cast<float>(some) / _mm512_reduce_add_ps(squares);

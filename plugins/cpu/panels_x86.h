@@ -51,7 +51,7 @@ inline void Transpose(__m512i* v) {
 }
 
 // As PanelKernels has them.
-RowDigits MeasureRow(const float* x, const float* factor, size_t n, bool few);
+RowDigits MeasureRow(const float* x, const float* factor, size_t n, Rounding rounding);
 void SplitRow(const float* x, const float* factor, size_t n, const RowDigits& digits, const Panels& panels,
               size_t p, size_t r);
 void TurnPanel(const Panels& panels, size_t p);

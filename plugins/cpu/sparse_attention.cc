@@ -149,7 +149,7 @@ ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& par
     TileMasks(a.selection, a.tokens, tiling.First(t), tiling.Count(t), mine);
     for (size_t h = 0; h < a.heads; ++h) read += CountHead<W>(a, mine[h] != 0, !a.kv_active_only);
   }
-  const PanelKernels* kernels = KernelsFor(a.type, a.few_digits, rows, a.width, 4 * a.width * a.width);
+  const PanelKernels* kernels = KernelsFor(a.type, a.rounding, rows, a.width, 4 * a.width * a.width);
   float* query = arena->Take<float>(rows * a.width);
   if (a.present_key != a.past_key || a.present_value != a.past_value) {
     parallel.For(a.batch * a.heads, [&](size_t i) { CopyPrefix(a, i / a.heads, i % a.heads); });
@@ -157,7 +157,7 @@ ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& par
   // First all rows in the general way if any row needs it, then in panels those that do not.
   uint8_t* left = arena->Take<uint8_t>(rows + kPanelRows);
   Panels panels{};
-  if (kernels != nullptr) panels = TakePanels(*kernels, arena, PanelsOf(rows), a.width, a.few_digits);
+  if (kernels != nullptr) panels = TakePanels(*kernels, arena, PanelsOf(rows), a.width, a.rounding);
   if (kernels == nullptr || SplitForProjection(*kernels, a, panels, left, parallel)) {
     const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, arena, parallel);
     parallel.For(tiles * a.heads,

@@ -49,7 +49,7 @@ struct AttentionArgs {
   const int64_t* past;
   bool kv_active_only;
   const float* residual;  // x where the operator has a norm, else null; set by the kernel
-  bool few_digits;  // some token is not masked, and many rows may meet weights as roughly as panels.h says
+  Rounding rounding;      // none where every token is masked
   float* y;
   void* present_key;
   void* present_value;

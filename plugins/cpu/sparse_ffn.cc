@@ -383,7 +383,7 @@ ReadCount Run(const FfnArgs& given, const Parallel& parallel) {
   CallArena arena;
   if (rows == 1) return OneRow<W>(a, &arena, parallel);
   a.x = NormaliseRows(a.x, a.norm, rows, a.width, &arena, parallel);
-  const PanelKernels* kernels = KernelsFor(a.type, a.few_digits, rows, a.width, a.neurons * 2 * a.width);
+  const PanelKernels* kernels = KernelsFor(a.type, a.rounding, rows, a.width, a.neurons * 2 * a.width);
   if (kernels == nullptr) return RunManyRows<W>(a, &arena, parallel);
   uint8_t* left = arena.Take<uint8_t>(rows + kPanelRows);
   ReadCount read;

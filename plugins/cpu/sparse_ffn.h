@@ -30,7 +30,7 @@ struct FfnArgs {
   size_t neurons, block;
   bool skip_zeros;
   const float* residual;  // x where the operator has a norm, else null; set by the kernel
-  bool few_digits;  // some token is not masked, and many rows may meet weights as roughly as panels.h says
+  Rounding rounding;      // none where every token is masked
   float* y;
 };
 

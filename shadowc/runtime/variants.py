@@ -28,6 +28,9 @@ LOGITS_FROM = "logits_from"
 """Input that `with_cut_logits` adds."""
 _OPERATOR = {"heads": SPARSE_ATTENTION.name, "neurons": SPARSE_FFN.name}
 
+_FREELY, _FINELY = 1, 2
+"""Values of `few_digits`, RoundingOf in plugins/cpu/ort_op.h."""
+
 _Item = TypeVar("_Item")
 
 
@@ -83,17 +86,16 @@ def with_cut_logits(model: onnx.ModelProto) -> onnx.ModelProto:
 def with_few_digits(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph whose operators compute prompts in blocks that may round (plugins/cpu/panels.h).
 
-    Layer 0's attention does not: what it gives decides the masks. Where every layer makes masks of its own (--style
-    dejavu), no layer does.
+    Layer 0's attention does not: what it gives decides the masks. Where every layer makes masks of its own (styles
+    dejavu and shadow+), all do, finely.
     """
     copy = _copy(model)
-    if _layers_of_their_own(copy):
-        return copy
     sparse = [node for node in copy.graph.node if node.domain == DOMAIN and node.op_type in _OPERATOR.values()]
-    attention = [node.name for node in sparse if node.op_type == SPARSE_ATTENTION.name]
+    own = _layers_of_their_own(copy)
+    exact = [] if own else [node.name for node in sparse if node.op_type == SPARSE_ATTENTION.name][:1]
     for node in sparse:
-        if node.name not in attention[:1]:
-            _set_int(node, "few_digits", 1)
+        if node.name not in exact:
+            _set_int(node, "few_digits", _FINELY if own else _FREELY)
     return copy
 
 

@@ -1,5 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What prompts lose by rounding, on opt-mini and with every type of weights: hardly any bits, and no unit of a mask."""
+"""What prompts lose by rounding, on opt-mini and with every type of weights: hardly any bits, and no unit of a mask, or
+hardly any where every layer makes masks of its own.
+"""
 
 from __future__ import annotations
 
@@ -11,11 +13,13 @@ import numpy.typing as npt
 import pytest
 
 import shadowc
+from shadowc.checkpoint.resolve import resolve
 from shadowc.runtime import variants
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.load import load_cpu
 from shadowc.runtime.prompts import Batch
+from shadowc.sparsity.predictor import Predictor
 from tests.e2e.compiled import options
 
 pytestmark = pytest.mark.slow
@@ -29,6 +33,8 @@ ROUNDED = {
 
 ROWS, SLOTS = 4, 256
 MOST_BITS = 2e-3
+MOST_UNITS = 1e-3
+"""Of a token's units that a mask may have otherwise."""
 
 
 @pytest.fixture(scope="module", params=["int8", "int4", "bf16", "fp32"])
@@ -85,3 +91,63 @@ def test_rounding_where_masks_come_from_would_be_noticed(folder: Path) -> None:
     planted = exact._variant(everywhere)
     pairs = zip(scores_after_a_prompt(planted), scores_after_a_prompt(exact), strict=True)
     assert all((found != expected).any() for found, expected in pairs)
+
+
+OWN_MASKS = "shadow+"
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def of_own_masks(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Folders of engines whose layers predict for themselves, by type of weights.
+
+    By random networks: what little training a test can afford leaves the mean scores, which no prompt changes.
+    """
+    if not {"int8", "int4"} <= set(ROUNDED):
+        pytest.skip("prompts go row by row here, or have all digits")
+    folder, folders = tmp_path_factory.mktemp("own"), {}
+    Predictor.dummy(resolve("opt-mini").facts, 1, 32, style=OWN_MASKS).save(folder / "predictor")
+    for weights in ("int8", "int4"):
+        changes = {"weights": weights, "predictor": str(folder / "predictor"), "offline": True}
+        folders[weights] = shadowc.compile(options("opt-mini", folder / weights, **changes))
+    return folders
+
+
+def masks_behind_a_prompt(engine: Engine) -> list[npt.NDArray[np.bool_]]:
+    """Of tokens behind all but the last of a prompt."""
+    ids = text_ids(engine)
+    decoder = engine._decoder(Batch(ids, np.zeros(ROWS, np.int64)), SLOTS, masks=True)
+    decoder.set_density(0.5, 0.5)
+    decoder.prefill(ids[:, :-STEPS])
+    names, masks = [f"{part}.{kind}" for kind in ("heads", "neurons") for part in ("scores", "threshold")], []
+    for token in ids[:, -STEPS:].T:
+        found = decoder.feed(token[:, None], sparse_tail=1, outputs=names)
+        masks += [found[f"scores.{kind}"] >= found[f"threshold.{kind}"][..., None] for kind in ("heads", "neurons")]
+    assert all(0.4 < mask.mean() < 0.6 for mask in masks)
+    return masks
+
+
+def units_that_differ(engine: Engine, exact: Engine) -> float:
+    pairs = zip(masks_behind_a_prompt(engine), masks_behind_a_prompt(exact), strict=True)
+    return float(np.mean([(found != expected).mean() for found, expected in pairs]))
+
+
+def test_masks_of_every_layer_hardly_change_by_a_finely_rounded_prompt(of_own_masks: dict[str, Path]) -> None:
+    rounded, exact = load_cpu(of_own_masks["int8"]), load_cpu(of_own_masks["int8"], exact_prompts=True)
+    assert 0 < abs(bits(rounded) / bits(exact) - 1) < MOST_BITS
+    assert units_that_differ(rounded, exact) <= MOST_UNITS
+
+
+def test_masks_of_every_layer_do_not_change_where_rounding_would_be_coarse(of_own_masks: dict[str, Path]) -> None:
+    """And if prompts of int4 weights were rounded freely all the same, it would be noticed."""
+    exact = load_cpu(of_own_masks["int4"], exact_prompts=True)
+    assert units_that_differ(load_cpu(of_own_masks["int4"]), exact) == 0
+
+    def freely(model):
+        changed = variants.with_few_digits(model)
+        for node in changed.graph.node:
+            if any(one.name == "few_digits" for one in node.attribute):
+                variants._set_int(node, "few_digits", 1)
+        return changed
+
+    assert units_that_differ(exact._variant(freely), exact) > MOST_UNITS

@@ -98,6 +98,7 @@ def call(rng: np.random.Generator) -> tuple[OpSpec, Arrays, dict[str, object]]:
         chosen = {"scope": str(rng.choice(["local", "global"])), "min_active": int(rng.integers(0, 5))}
         return SELECT_THRESHOLD, {"scores": rng.standard_normal(shape, dtype=np.float32), "density": density}, chosen
     prompt = int(rng.integers(8) == 0)
+    rounding = prompt * int(rng.integers(1, 3))
     if prompt:  # enough rows and weights for panels
         B, S, Z = int(rng.integers(1, 3)), int(rng.integers(20, 40)), 0
     if which == 1:
@@ -105,7 +106,7 @@ def call(rng: np.random.Generator) -> tuple[OpSpec, Arrays, dict[str, object]]:
         if prompt:
             size |= {"F": int(rng.integers(130, 300)), "E": int(rng.integers(256, 330))}
         arrays = test_sparse_ffn.operands(rng, B=B, S=S, Z=Z, L=L, dtype=dtype, norm=bool(rng.integers(2)), **size)
-        chosen = {"layer": layer, "block": size["block"], "skip_zeros": int(rng.integers(2)), "few_digits": prompt}
+        chosen = {"layer": layer, "block": size["block"], "skip_zeros": int(rng.integers(2)), "few_digits": rounding}
         return SPARSE_FFN, arrays, chosen
     if which == 2:
         return predicting(rng, B=B, S=S, Z=Z)
@@ -117,7 +118,7 @@ def call(rng: np.random.Generator) -> tuple[OpSpec, Arrays, dict[str, object]]:
     if prompt:
         size |= {"H": int(rng.integers(4, 7)), "D": int(rng.choice([37, 48, 64])), "T": S + 12}
     arrays = test_sparse_attention.operands(rng, B=B, S=S, Z=Z, L=L, dtype=dtype, norm=bool(rng.integers(2)), **size)
-    chosen = {"layer": layer, "kv": str(rng.choice(["all", "active"])), "few_digits": prompt}
+    chosen = {"layer": layer, "kv": str(rng.choice(["all", "active"])), "few_digits": rounding}
     return SPARSE_ATTENTION, arrays, chosen
 
 

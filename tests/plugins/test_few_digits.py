@@ -16,6 +16,8 @@ from tests.plugins.test_panels import attention_operands, ffn_operands, rounded_
 
 MOST = {"avx2": 2047, "avx512_icelake": 127, "avx512_zen4": 127}
 """What the largest value of a row becomes in one digit, by level. Elsewhere products take three digits, or floats."""
+FINELY = {2047: 2047, 127: 32600}
+"""What it becomes where masks come from the result (`few_digits` 2): the same 12 bits, or two digits of 8."""
 HERE = MOST.get(OpLibrary.installed().isa, 0)
 OF_ITS_ROUNDING = 1e-3
 """Hidden values that differ in their last bits round to neighbours: far less than one digit's own error of 1e-2."""
@@ -41,8 +43,8 @@ def most(request: pytest.FixtureRequest) -> Iterator[int]:
         yield MOST[level]
 
 
-def ffn(arrays, **attributes):
-    return kernels.run(SPARSE_FFN, arrays, few_digits=1, **attributes)["y"]
+def ffn(arrays, few_digits=1, **attributes):
+    return kernels.run(SPARSE_FFN, arrays, few_digits=few_digits, **attributes)["y"]
 
 
 def as_defined(arrays, most):
@@ -67,13 +69,35 @@ def test_one_digit_is_what_the_ffn_of_a_prompt_computes_with(most, rows, F, E):
     assert 2e-3 * error < distance(found, as_defined(arrays, 2.0**24)) < 2e-2 * error
 
 
+@pytest.mark.parametrize("rows", [16, 70])
+def test_what_is_finely_rounded_has_12_bits_or_more(most, rows):
+    arrays = ffn_operands(rows, S=rows, Z=0, F=1000, E=129)
+    found, error = ffn(arrays, few_digits=2), 127 / FINELY[most]
+    kernels.assert_close(found, as_defined(arrays, FINELY[most]), max(OF_ITS_ROUNDING * error, kernels.TOLERANCE))
+    assert distance(found, as_defined(arrays, 2.0**24)) < 2e-2 * error
+    assert (found != ffn(arrays, few_digits=0)).any()
+
+
+def test_an_outlier_does_not_make_fine_rounding_coarse(most):
+    """12 bits would lose 4 % of what the other values are, so the row is left to floats. Others keep their bits."""
+    arrays = attention_operands(1, S=40, Z=0, H=3, D=64, T=50)
+    clean = keys(arrays, few_digits=2)
+    arrays["x"][0, 7, 100] = 300
+    found, exact = keys(arrays, few_digits=2), keys(arrays)
+    others = np.arange(40) != 7
+    np.testing.assert_array_equal(found[:, others], clean[:, others])
+    assert distance(found[:, 7], exact[:, 7]) < (1e-3 if most == 127 else 1e-6)
+    assert distance(keys(arrays, few_digits=1)[:, 7], exact[:, 7]) > 1e-5
+
+
+def keys(arrays, **attributes):
+    """Of the new tokens, [H, S, D]."""
+    found = kernels.run(SPARSE_ATTENTION, arrays, **attributes)["present_key"]
+    return found[0, :, arrays["past"][0] :][:, :40]
+
+
 def test_a_row_with_an_outlier_loses_nothing_else_and_its_neighbours_keep_their_bits(most):
     """Keys are one product with x, so they show its digits alone: two of 8 bits, or one of 12."""
-
-    def keys(arrays, **attributes):
-        found = kernels.run(SPARSE_ATTENTION, arrays, **attributes)["present_key"]
-        return found[0, :, arrays["past"][0] :][:, :40]
-
     arrays = attention_operands(1, S=40, Z=0, H=3, D=64, T=50)
     clean = keys(arrays, few_digits=1)
     arrays["x"][0, 7, 100] = 300

@@ -186,6 +186,19 @@ def test_blocks_are_what_computes(dtype):
 
 
 @of_every_type
+def test_what_has_to_be_rounded_finely_meets_only_weights_that_stay_as_they_are(dtype):
+    """bf16 would round activations to 8 bits, and int4 its own weights."""
+    rows = LEAST_ROWS[dtype]
+    arrays = ffn_operands(1, dtype, S=rows, Z=0, F=600, E=200)
+    found, exact = (kernels.run(SPARSE_FFN, arrays, few_digits=choice)["y"] for choice in (2, 0))
+    if dtype == "float32":
+        assert (found != exact).any() == BLOCKED[dtype]
+        kernels.assert_close(found, exact)
+    else:
+        np.testing.assert_array_equal(found, exact)
+
+
+@of_every_type
 @pytest.mark.parametrize("Z", [140, 1])
 def test_tokens_that_are_all_masked_are_computed_as_ever(Z, dtype):
     arrays = ffn_operands(2, dtype, B=140 // Z, S=Z, Z=Z, F=600, E=200)
