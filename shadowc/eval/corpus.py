@@ -64,6 +64,10 @@ class Corpus(ABC):
     def metrics(self, outcomes: Sequence[Sequence[Outcome]]) -> tuple[Metric, ...]:
         """Return the figures, the main one first; `outcomes` are those of each item's requests."""
 
+    def place(self, index: int) -> str:
+        """Say which item it is, for messages."""
+        return f"item {index + 1} of {self.name}"
+
     def masked_share(self, setting: Setting) -> float:
         """Share of the scored tokens that are predicted by a token computed under a mask."""
         masked = sum(setting.under_masks(request) for item in self.items for request in item.requests)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 
+from shadowc.eval.likelihood import refuse_not_finite
 from shadowc.eval.load import engine_model, torch_model
 from shadowc.eval.request import DENSE, Setting, protocol_named
 from shadowc.eval.task_corpus import request_of
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from shadowc.eval.model import EvaluatedModel
+    from shadowc.eval.request import Outcome, Request
 
 _PASSED_ON = ("batch_size", "max_batch_size", "device")
 """What lm-eval hands to every model; batches are cut by their bytes here."""
@@ -109,11 +111,19 @@ class ShadowcLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         asked = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
         return list(self.tokenizer(string, verbose=False, **asked)["input_ids"])
 
+    def _scored(self, requests: Sequence[Request]) -> list[Outcome]:
+        """Answer requests; answers that are no numbers are refused, as in `shadowc eval`."""
+        outcomes = self.evaluated.score(requests, self.setting)
+        refuse_not_finite(
+            self.evaluated.name, self.setting, outcomes, lambda number: f"request {number + 1} of {len(requests)}"
+        )
+        return outcomes
+
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[object, list[int], list[int]]], **_: object
     ) -> list[tuple[float, bool]]:
         asked = [request_of(prompt, continuation, self.evaluated.context) for _, prompt, continuation in requests]
-        outcomes = self.evaluated.score(asked, self.setting)
+        outcomes = self._scored(asked)
         return [(outcome.log_probability, outcome.greedy) for outcome in outcomes]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -122,7 +132,7 @@ class ShadowcLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
         for text in (request.args[0] for request in requests):
             ids = self.tok_encode(text, add_special_tokens=False)
             windows = list(rolling(ids, self.evaluated.start, self.evaluated.context))
-            outcomes = self.evaluated.score(windows, self.setting)
+            outcomes = self._scored(windows)
             found.append(sum(outcome.log_probability for outcome in outcomes))
         return found
 

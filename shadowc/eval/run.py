@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from shadowc.eval.likelihood import not_finite, refuse_not_finite
 from shadowc.eval.means import Mean, means
 from shadowc.eval.metric import Interval, difference, interval
 from shadowc.eval.model import dense_setting
@@ -92,7 +93,8 @@ def evaluate(
         progress: told about items.
 
     Raises:
-        InputError, UnsupportedError: a setting is not one of the model's; before anything is computed.
+        InputError, UnsupportedError: a setting is not one of the model's, before anything is computed; or logits are
+            not finite.
     """
     progress, store = progress or NullProgress(), store or Store()
     model.check(*settings)
@@ -112,13 +114,24 @@ def evaluate(
 
 
 def _compute(model: EvaluatedModel, corpus: Corpus, setting: Setting, indices: Sequence[int], store: Store) -> None:
-    """Ask what is not known of some items."""
+    """Ask what is not known of some items.
+
+    Raises:
+        InputError: logits are not finite; nothing of these items is kept.
+    """
     key = corpus.key, setting.key
-    missing = [index for index in indices if index not in store.of(key)]
+    known = store.of(key)
+    # Stores of before this was refused may hold answers that are no numbers: those are asked for again.
+    missing = [index for index in indices if index not in known or not_finite(known[index])]
     if not missing:
         return
-    answers = iter(model.score([one for index in missing for one in corpus.items[index].requests], setting))
-    store.put(key, {index: [next(answers) for _ in corpus.items[index].requests] for index in missing})
+    owner = [index for index in missing for _ in corpus.items[index].requests]
+    answers = model.score([one for index in missing for one in corpus.items[index].requests], setting)
+    refuse_not_finite(model.name, setting, answers, lambda number: corpus.place(owner[number]))
+    found: dict[int, list[Outcome]] = {index: [] for index in missing}
+    for index, answer in zip(owner, answers, strict=True):
+        found[index].append(answer)
+    store.put(key, found)
 
 
 def _pieces(items: Sequence[Item]) -> Iterator[list[int]]:

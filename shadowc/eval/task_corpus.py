@@ -79,6 +79,10 @@ class TaskCorpus(Corpus):
         ones = (1.0,) * len(self.questions)
         return tuple(Metric(name, "share", tuple(column), ones) for name, column in columns.items())
 
+    def place(self, index: int) -> str:
+        """Say which question it is, for messages."""
+        return f"question {index + 1} of {self.name}"
+
 
 def task_corpus(
     model: EvaluatedModel,

@@ -121,6 +121,10 @@ class TextCorpus(Corpus):
             found.append(Metric("byte_perplexity", "perplexity", tuple(nats), tuple(sizes)))
         return tuple(found)
 
+    def place(self, index: int) -> str:
+        """Say which window it is, for messages."""
+        return f"window {index + 1} (document {self.items[index].document + 1}) of {self.name}"
+
     def _summed(self, column: Sequence[float]) -> list[float]:
         """Return the sums over each document's windows; documents without a token are left out."""
         sums = [0.0] * len(self.documents)
