@@ -18,6 +18,7 @@ import numpy as np
 
 from shadowc.measure.resources import StageCost
 from shadowc.output import clear_leftovers
+from shadowc.sparsity.kept import kept_by
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
 from shadowc.spec.manifest import MANIFEST_FILE, WEIGHTS_FILE, EngineManifest, PassPart, SparsityPart
 from shadowc.spec.progress import NullProgress, Progress
@@ -109,6 +110,7 @@ class _Compile:
         self._check_options()
         with self.stages.measured("checkpoint"):
             checkpoint = self.stages.checkpoint()
+            kept_by(self.options).check(checkpoint.facts)
             target(self.options.target).check_model(self.options, checkpoint.facts)
         key = self._build_key(checkpoint)
         finished = self._finished(key)
@@ -370,6 +372,7 @@ class _Compile:
 
     def _sparsity(self, predictor: Predictor) -> SparsityPart:
         options = self.options
+        kept = kept_by(options)
         widths = {"heads": predictor.heads.width, "neurons": predictor.neurons.width}
         return SparsityPart(
             style=predictor.style,
@@ -377,6 +380,9 @@ class _Compile:
             refresh=options.refresh,
             scope=predictor.scope(options.scope, options.select),
             select=options.select,
+            exempt=kept.predicted(),
+            min_active_heads=kept.heads,
+            min_active_neurons=kept.blocks(predictor.block),
             head_density=options.head_density,
             neuron_density=options.neuron_density,
             neuron_block=predictor.block,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from shadowc._version import __version__
 from shadowc.emit.target import FIXED
 from shadowc.measure.resources import StageMeter
+from shadowc.sparsity.kept import kept_by
 from shadowc.spec.manifest import MODEL_FILE
 from shadowc.spec.progress import Progress
 from shadowc.stage_cache import StageCache
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from shadowc.checkpoint.resolve import Checkpoint
     from shadowc.sparsity.predictor import Predictor
     from shadowc.spec.options import CompileOptions
-    from shadowc.spec.program import PassReport, Program
+    from shadowc.spec.program import PassReport, Program, SparsityPlan
 
 TOOLS = (
     "torch",
@@ -157,7 +158,7 @@ class Stages:
 
         options = self.options
         program = load_program(traced, checkpoint.facts)
-        program.plan = None if predictor is None else predictor.plan(options.scope, select=options.select)
+        program.plan = None if predictor is None else self._plan(predictor)
         passes = schedule(
             target=options.target,
             weights=options.weights,
@@ -171,6 +172,16 @@ class Stages:
             program, passes, dump=dump / name if dump is not None and name != "model" else dump
         )
         return program
+
+    def _plan(self, predictor: Predictor) -> SparsityPlan:
+        options, kept = self.options, kept_by(self.options)
+        return predictor.plan(
+            options.scope,
+            kept.predicted(),
+            select=options.select,
+            min_active_heads=kept.heads,
+            min_active_neurons=kept.blocks(predictor.block),
+        )
 
 
 class MeteredStage:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 COLLECTING = ("data", "criterion", "positions")
 TRAINING = ("style", "labels", "neuron_block", "width", "fill")
+SELECTING = (
+    "head_density", "neuron_density", "scope", "select", "exempt", "min_active_heads", "min_active_neurons", "mask",
+    "refresh",
+)  # fmt: skip
 LIMITS = ("max_batch", "max_context", "compute_capability")
 
 
@@ -30,6 +34,9 @@ def compile_model(
     neuron_density: compile_flags.NeuronDensity = 0.5,
     scope: compile_flags.Scope = None,
     select: compile_flags.Select = "exact",
+    exempt: compile_flags.Exempt = None,
+    min_active_heads: compile_flags.MinActiveHeads = 0,
+    min_active_neurons: compile_flags.MinActiveNeurons = 0,
     mask: compile_flags.Mask = "token",
     refresh: compile_flags.Refresh = 0,
     skip_zeros: compile_flags.SkipZeros = True,
@@ -64,6 +71,8 @@ def compile_model(
             "mask": mask, "refresh": refresh, "skip_zeros": skip_zeros, "load_format": load_format,
             "offline": offline, "seed": seed, "dump_passes": dump_passes, "max_batch": max_batch,
             "max_context": max_context, "compute_capability": tuple(compute_capability or ()),
+            "exempt": flags.layers_of(exempt), "min_active_heads": min_active_heads,
+            "min_active_neurons": min_active_neurons,
         },
     )  # fmt: skip
     if json:
@@ -84,7 +93,7 @@ def _refuse_unused(context: typer.Context, predictor: str, load_format: str) -> 
     if predictor == "none":
         flags.refuse_unused(
             context,
-            (*COLLECTING, *TRAINING, "head_density", "neuron_density", "scope", "select", "mask", "refresh"),
+            (*COLLECTING, *TRAINING, *SELECTING),
             "with --predictor none: a dense engine has no masks",
         )
     elif predictor != "train":

@@ -167,6 +167,23 @@ def densities_of(text: str) -> tuple[Density, ...]:
     return tuple(found)
 
 
+def layers_of(text: str | None) -> tuple[int, ...]:
+    """Layers from a list such as `1,2,23`.
+
+    Raises:
+        InputError: an entry is not a number.
+    """
+    from shadowc.spec.errors import InputError
+
+    entries = [] if text is None else [entry.strip() for entry in text.split(",")]
+    for entry in entries:
+        if not entry.isdecimal():
+            raise InputError(
+                f"a list of layers was expected, found {entry!r} in it", hint="for example --exempt 1,2,23"
+            )
+    return tuple(map(int, entries))
+
+
 def refuse_unused(context: typer.Context, names: Iterable[str], because: str) -> None:
     """Refuse flags that were typed and would have no effect.
 

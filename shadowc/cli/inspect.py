@@ -207,12 +207,15 @@ def sparsity_facts(manifest: EngineManifest) -> dict[str, str]:
     if plan is None:
         return {"sparsity": "none: a dense engine"}
     again = f", fresh every {plan.refresh} tokens" if plan.refresh else ""
-    exempt = f", layers {', '.join(map(str, plan.exempt))} exempt" if plan.exempt else ""
+    exempt = f", dense layers 0, {', '.join(str(layer + 1) for layer in plan.exempt)}" if plan.exempt else ""
+    least = f"{plan.min_active_heads} heads, {plan.min_active_neurons} blocks of neurons"
+    floor = {"kept at least": f"{least} in a layer"} if plan.min_active_heads or plan.min_active_neurons else {}
     return {
         "sparsity": f"a mask per {plan.mask}{again}, {selection_text(plan)}, "
         f"blocks of {plan.neuron_block} neurons{exempt}",
         "skipped heads": "leave their mean, which is part of the biases" if plan.fill == "mean" else "leave zero",
         "density": f"{plan.head_density:g} of the heads, {plan.neuron_density:g} of the neurons, unless a run says so",
+        **floor,
         **_density_met(plan),
         "predictor": f"style {plan.style}, {predictor_text(plan.predictor)}, "
         f"{render.size(manifest.bytes_per_token.predictor)} read per token",

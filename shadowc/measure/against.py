@@ -159,6 +159,7 @@ def stored_plan(engine: Engine, sparsity: SparsityPart) -> SparsityPlan:
         shares = engine.initialiser("shares.heads"), engine.initialiser("shares.neurons")
     return SparsityPlan(
         0, 0, sparsity.neuron_block, sparsity.scope, sparsity.exempt,
+        sparsity.min_active_heads, sparsity.min_active_neurons,
         style=sparsity.style, shares=shares, select=sparsity.select, thresholds=thresholds,
     )  # fmt: skip
 
@@ -205,7 +206,14 @@ def _free_runs(
     settings: Sequence[tuple[Scope, Density]] = [(scope, density) for scope in scopes for density in DENSITIES]
     runs = []
     for done, (scope, density) in enumerate(settings, start=1):
-        masked = MaskedModel(torch_model, predictor.plan(scope, sparsity.exempt, select=sparsity.select), predictor)
+        plan = predictor.plan(
+            scope,
+            sparsity.exempt,
+            select=sparsity.select,
+            min_active_heads=sparsity.min_active_heads,
+            min_active_neurons=sparsity.min_active_neurons,
+        )
+        masked = MaskedModel(torch_model, plan, predictor)
         ranked = engine.with_scope(scope) if exact else engine
         runs.append(free_run(ranked, masked, prompts_BS, tokens=tokens, density=density))
         progress.advance(done, len(settings), "settings")

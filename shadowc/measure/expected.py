@@ -48,6 +48,7 @@ def expected_bytes(manifest: EngineManifest, density: Density | None = None) -> 
     attention, ffn = record_bytes(manifest)
     if density is None or plan is None:
         return ExpectedBytes(attention, ffn, part.lm_head, 0.0, part.other, part.cache)
+    density = _with_floor(manifest, density)
     layers = manifest.model.layers
     first = (1 + len(plan.exempt)) / layers  # layer 0 stays dense, and exempt ones
     held = plan.mask == "sequence"
@@ -62,6 +63,16 @@ def expected_bytes(manifest: EngineManifest, density: Density | None = None) -> 
         other=part.other,
         cache=part.cache * (first + (1 - first) * density.heads),  # active heads attend
     )
+
+
+def _with_floor(manifest: EngineManifest, density: Density) -> Density:
+    """The density, or the least share that every layer keeps."""
+    plan, model = manifest.sparsity, manifest.model
+    if plan is None:
+        return density
+    blocks = -(-model.ffn // plan.neuron_block)
+    heads, neurons = plan.min_active_heads / model.heads, plan.min_active_neurons / blocks
+    return Density(max(density.heads, heads), max(density.neurons, neurons))
 
 
 def head_share(manifest: EngineManifest, density: Density) -> float:

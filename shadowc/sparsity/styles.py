@@ -62,10 +62,14 @@ def check_select(options: CompileOptions) -> None:
     """Refuse calibrated thresholds where they cannot work.
 
     Raises:
+        InputError: a least number of units is to be kept.
         UnsupportedError: for a target that only ranks, or with a mask per sequence.
     """
+    from shadowc.sparsity.thresholds import refuse_least
+
     if options.select == "exact":
         return
+    refuse_least(max(options.min_active_heads, options.min_active_neurons))
     if options.mask == "sequence":
         raise UnsupportedError(
             f"--select {options.select} meets a density in the mean over tokens; the one token that makes the mask of "

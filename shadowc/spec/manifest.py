@@ -73,6 +73,11 @@ class SparsityPart(_Part):
     fill: Literal["zero", "mean"] = "zero"
     """What a skipped head leaves in its place: nothing, or its mean context (in means.safetensors and the biases)."""
     exempt: tuple[int, ...] = ()
+    """Predicted layers (0 is layer 1 of the model) that stay dense."""
+    min_active_heads: int = 0
+    """Heads that every masked layer keeps at least."""
+    min_active_neurons: int = 0
+    """The same of units of neurons, which are blocks."""
     predictor: dict[str, object] = Field(default_factory=dict)
     """Origin, widths, criterion, data hash, validation recall beside the static ranking's."""
 

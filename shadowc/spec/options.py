@@ -124,6 +124,12 @@ class CompileOptions(_Frozen):
     """None: global, where every layer has its own predictor local."""
     select: Select = "exact"
     """How masks come from scores."""
+    exempt: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Layers of the model, beside layer 0, that stay dense; where all layers are ranked together they do not count."""
+    min_active_heads: int = Field(default=0, ge=0)
+    """Heads that every masked layer keeps at least."""
+    min_active_neurons: int = Field(default=0, ge=0)
+    """The same of neurons, in whole blocks."""
     mask: Mask = "token"
     """"token": every token has its own mask; "sequence": the last token of the prompt decides for all that follow."""
     refresh: int = Field(default=0, ge=0)

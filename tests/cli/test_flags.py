@@ -62,7 +62,7 @@ def described() -> str:
     return "\n".join(lines) + "\n"
 
 
-UNSET = ("weights", "compute_capability", "neuron_block")
+UNSET = ("weights", "compute_capability", "neuron_block", "exempt")
 
 
 def defaults(command: str) -> dict[str, object]:
@@ -90,6 +90,14 @@ def test_defaults_of_compile_are_those_of_the_options() -> None:
         for name in type(part).model_fields.keys() & found.keys() - {"model", "out", "dump_passes", *UNSET}:
             assert found[name] == getattr(part, name), name
     assert {found[name] for name in UNSET} == {None}  # the options choose: weights by the target, blocks by the style
+
+
+def test_layers_are_read_from_a_list_and_anything_else_is_named() -> None:
+    assert flags.layers_of(None) == ()
+    assert flags.layers_of("1, 23") == (1, 23)
+    for text in ("1,x", "", "-1", "1.5"):
+        with pytest.raises(InputError, match="a list of layers was expected"):
+            flags.layers_of(text)
 
 
 @pytest.mark.parametrize(("target", "weights"), [("cpu", "fp32"), ("tensorrt-rtx", "fp16"), ("tensorrt", "fp16")])
