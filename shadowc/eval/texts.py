@@ -159,15 +159,16 @@ def corpus_of(
     window: int | None = None,
     limit: int | None = None,
 ) -> TextCorpus:
-    """Cut texts into disjoint windows, each behind a start token.
+    """Cut texts into disjoint windows, each behind a start token; blank ones are left out.
 
     Raises:
-        InputError: there are no tokens, or fewer than a window that was asked for.
+        InputError: there is no text but white space, or it has fewer tokens than a window that was asked for.
     """
     size = min(window or model.context, model.context)
     if size < LEAST_WINDOW:
         raise InputError(f"a window of {size} token predicts nothing", hint="--window 512")
     items, longest = [], 0
+    texts = [text for text in texts if text.strip()]
     for index, text in enumerate(texts):
         ids = model.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         longest = max(longest, len(ids))
@@ -175,7 +176,7 @@ def corpus_of(
             piece = (model.start, *ids[at : at + size - 1])
             items.append(Item(index, (Request(piece, len(piece) - 1),)))
     if not items:
-        raise InputError(f"{name} holds no tokens; expected prose", hint="shadowc eval ENGINE --text FILE")
+        raise InputError(f"{name} holds no text; expected prose", hint="shadowc eval ENGINE --text FILE")
     if window is not None and longest < size - 1:
         raise InputError(
             f"{name} is shorter than a window: {longest:,} tokens in its longest document, and a window of {size:,} "
@@ -224,6 +225,7 @@ def wikitext_corpus(
     model.refuse_calibration_text(content, raw)
     size = min(window or model.context, model.context)
     documents, items, longest = [], [], 0
+    raw = [page for page in raw if page.strip()]
     for index, page in enumerate(raw[:limit]):
         documents.append(Document(detokenised(page), len(page.encode()), words_of(page)))
         ids = model.tokenizer(documents[-1].text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -90,6 +90,19 @@ def test_lines_of_json_are_documents_and_many_of_them_are_what_is_drawn(in_torch
     assert len(few.metrics(outcomes(few, 1.0))[0].numerator) == len(few.items)
 
 
+def test_blank_documents_are_left_out(in_torch: TorchModel) -> None:
+    bare, spaced = (corpus_of(in_torch, "few", texts, "0", 16) for texts in ([PROSE], [" \n" * 40, PROSE, "\t"]))
+    assert spaced.items == bare.items
+    assert spaced.facts == bare.facts
+
+
+def test_blank_pages_are_no_wikitext(in_torch: TorchModel, tmp_path: Path) -> None:
+    path = tmp_path / "wiki.jsonl"
+    path.write_text(json.dumps({"page": " \n \n"}) + "\n", "utf-8")
+    with pytest.raises(InputError, match="holds no pages"):
+        wikitext_corpus(in_torch, path)
+
+
 def test_a_limit_keeps_the_bytes_of_the_windows_that_are_left(in_torch: TorchModel, tmp_path: Path) -> None:
     path = tmp_path / "text.txt"
     path.write_text(PROSE * 4, "utf-8")
@@ -114,7 +127,9 @@ def test_a_text_shorter_than_the_window_that_was_asked_for_is_refused(in_torch: 
 @pytest.mark.parametrize(
     ("name", "content", "reason"),
     [
-        ("text.txt", b"", "holds no tokens"),
+        ("text.txt", b"", "text.txt holds no text"),
+        ("text.txt", b" \n\t\n" * 99, "text.txt holds no text"),
+        ("text.jsonl", b'{"text": " "}\n{"text": "\\n"}\n', "text.jsonl holds no text"),
         ("text.txt", b"\xff\xfe", "is not UTF-8 at byte 0"),
         ("text.jsonl", b'{"text": "a"}\n{"txt": "b"}\n', "line 2 has no field 'text'"),
         ("text.jsonl", b'{"text": 4}\n', "line 1 has int in field 'text', expected str"),
