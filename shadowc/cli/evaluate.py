@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 TORCH_ONLY = ("predictor", "scope", "load_format", "offline")
 ENGINE_ONLY = ("refresh", "threads")
 TASKS_ONLY = ("task", "shots")
+TEXTS_ONLY = ("window",)
 
 
 def evaluate(
@@ -109,6 +110,8 @@ def evaluate(
     flags.refuse_unused(context, *((TORCH_ONLY, "for an engine") if model is None else (ENGINE_ONLY, "with --model")))
     if tasks is None:
         flags.refuse_unused(context, TASKS_ONLY, "without --tasks")
+    elif text is None and wikitext is None:
+        flags.refuse_unused(context, TEXTS_ONLY, "on --tasks alone")
     subject = Subject(engine, model, predictor, load_format, offline, refresh, threads, seed)
     masks = Masks.read(methods, densities, protocol, scope, prompt_tokens)
     ground = Ground.read(text, wikitext, tasks, task, shots, window, limit)

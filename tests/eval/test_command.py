@@ -78,6 +78,8 @@ def test_what_does_not_go_together_is_refused(engine_folders: dict[str, Path], f
     refused(shadowc("eval", engine, *text, "--predictor", "p"), "--predictor has no effect for an engine")
     refused(shadowc("eval", "--model", "opt-mini", *text, "--threads", 2), "--threads has no effect with --model")
     refused(shadowc("eval", engine, *text, "--shots", "5"), "--shots has no effect without --tasks")
+    tasks = ("--tasks", files / "tasks", "--window", 24)
+    refused(shadowc("eval", engine, *tasks), "--window has no effect on --tasks alone", "leave it out")
     refused(shadowc("eval", engine, *text, "--protocol", "paper"), "which no engine can do")
 
 
