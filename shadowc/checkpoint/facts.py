@@ -8,7 +8,7 @@ eos, pad, and what its units weigh: head_values, neuron_values, kept_values, tok
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 from shadowc.checkpoint import llama, opt
@@ -22,9 +22,15 @@ def facts_of(stored: Mapping[str, Any]) -> ModelFacts:
     """Return the facts that `dataclasses.asdict` wrote.
 
     Raises:
-        TypeError: fields are missing, or there are unknown ones.
+        TypeError: fields are missing, or there are unknown ones, or a size is no number.
     """
-    return LlamaFacts(**stored) if "kv_heads" in stored else OptFacts(**stored)
+    facts = LlamaFacts(**stored) if "kv_heads" in stored else OptFacts(**stored)
+    wrong = [
+        field.name for field in fields(facts) if field.type == "int" and type(stored.get(field.name, 0)) is not int
+    ]
+    if wrong:
+        raise TypeError(f"no whole numbers: {', '.join(wrong)}")
+    return facts
 
 
 @dataclass(frozen=True, slots=True)

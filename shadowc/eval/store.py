@@ -11,6 +11,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import IO
 
@@ -23,6 +24,8 @@ ABOUT_FILE = "sweep.json"
 LOCK_FILE = ".lock"
 Key = tuple[str, str]
 """Corpus and setting."""
+_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+"""What reading JSON of another shape than was written raises."""
 
 
 class Store:
@@ -50,7 +53,7 @@ class Store:
         """Read what a folder knows, and write to it what is put while the block runs.
 
         Raises:
-            InputError: the folder holds something else, outcomes of something else, or is in use.
+            InputError: the folder holds something else, outcomes of something else, a damaged line, or is in use.
         """
         import filelock
 
@@ -71,10 +74,16 @@ class Store:
             self._file = None
 
     def _read(self, path: Path) -> None:
-        for line in path.read_text("utf-8").splitlines():
-            record = json.loads(line)
-            items = {int(index): tuple(map(_outcome, one)) for index, one in record["items"].items()}
-            self._found.setdefault((record["corpus"], record["setting"]), {}).update(items)
+        for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+            try:
+                record = json.loads(line)
+                items = {int(index): tuple(map(_outcome, one)) for index, one in record["items"].items()}
+                self._found.setdefault((record["corpus"], record["setting"]), {}).update(items)
+            except _DAMAGE as error:
+                raise InputError(
+                    f"{path}, line {number} is damaged: {error}",
+                    hint=f"sed -i {number}d '{path}' takes it out; what it held is computed again",
+                ) from None
 
 
 def check_folder(folder: Path) -> None:
@@ -96,10 +105,13 @@ def _check_same(folder: Path, about: Mapping[str, object]) -> None:
     path = folder / ABOUT_FILE
     if not path.is_file():
         return
+    hint = f"rm -r {folder}, or --sweep OTHER"
     try:
         known = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged: {error}", hint=f"rm -r {folder}, or --sweep OTHER") from None
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged: {error}", hint=hint) from None
+    if not isinstance(known, dict):
+        raise InputError(f"{path} is damaged: it is {type(known).__name__}, expected an object", hint=hint)
     wanted = {"schema": SCHEMA, **about}
     differing = [
         f"{name} is {known.get(name)}, now {wanted.get(name)}"
@@ -133,4 +145,6 @@ def _row(outcome: Outcome) -> list[float | bool]:
 
 
 def _outcome(row: Sequence[float]) -> Outcome:
+    if len(row) != len(fields(Outcome)):
+        raise ValueError(f"{len(row)} values of an outcome, expected {len(fields(Outcome))}")
     return Outcome(float(row[0]), bool(row[1]), int(row[2]), float(row[3]), float(row[4]))

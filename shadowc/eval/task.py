@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
+from shadowc.sparsity.text_files import half_pair
 from shadowc.spec.errors import InputError
 
 JOINT = " "
@@ -37,6 +38,16 @@ class Question:
     choices: tuple[str, ...]
     """What acc_norm takes the length of."""
     right: int
+
+    def __post_init__(self) -> None:
+        """Refuse what no tokenizer reads.
+
+        Raises:
+            RecordError: a text has half of a surrogate pair.
+        """
+        for text in (*self.prompts, *self.continuations):
+            if half := half_pair(text):
+                raise RecordError(f"has half of a surrogate pair in a text: {half}")
 
     @property
     def pairs(self) -> tuple[tuple[str, str], ...]:

@@ -48,7 +48,7 @@ def read_manifest(folder: Path) -> EngineManifest:
     try:
         content = json.loads(text)
         schema = content["schema_version"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise VerificationError(f"{path} is damaged: {error}", hint=RECOMPILE) from error
     if type(schema) is not int or schema < 1:  # a bool is an int to isinstance
         raise VerificationError(

@@ -39,6 +39,8 @@ ORIGIN_FILE = "origin.json"
 STATE_FILE = "state.json"
 _TYPES: dict[str, np.dtype[Any]] = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I32": np.dtype("<i4")}
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]
+_TOLD = {"criterion": str, "model": dict, "text": dict, "source": str, "seed": int, "positions": int}
+"""What every reader of a trace relies on."""
 _NO_RESERVATION = frozenset({errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP})
 _AGAIN = "collect it again: shadowc collect"
 _BLANK = bytes(1 << 20)
@@ -108,7 +110,7 @@ class ImportanceTrace:
         """The model as it was typed, or its own name if no command made this trace."""
         try:
             return Origin(**json.loads((self.folder / ORIGIN_FILE).read_bytes()))
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, RecursionError):
             return Origin(self.facts.name)
 
     def neurons_MF(self, layer: int) -> npt.NDArray[np.float32]:  # noqa: N802 - the name carries its shape
@@ -178,10 +180,13 @@ def _described(folder: Path) -> tuple[dict[str, Any], ModelFacts]:
         raise InputError(f"{folder} cannot be read: {error}", hint="give the folder of a trace") from error
     try:
         meta = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged: {error}", hint=_AGAIN) from error
     if not isinstance(meta, dict) or meta.get("schema") != SCHEMA:
         raise InputError(f"{path} does not have schema {SCHEMA}", hint=_AGAIN)
+    lacking = [name for name, kind in _TOLD.items() if not isinstance(meta.get(name), kind)]
+    if lacking:
+        raise InputError(f"{path} is damaged: it does not tell {', '.join(lacking)}", hint=_AGAIN)
     try:
         return meta, facts_of(meta["facts"])
     except (KeyError, TypeError) as error:

@@ -346,10 +346,15 @@ def _meta(folder: Path) -> dict[str, Any]:
     check_folder(folder)
     try:
         meta = json.loads((folder / META_FILE).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{folder / META_FILE} is damaged: {error}", hint=_AGAIN) from error
     if not isinstance(meta, dict) or meta.pop("schema", None) != SCHEMA:
         raise InputError(f"{folder / META_FILE} does not have schema {SCHEMA}", hint=_AGAIN)
+    wrong = [name for name in ("model", "report") if not isinstance(meta.get(name, {}), dict)]
+    if wrong:
+        raise InputError(
+            f"{folder / META_FILE} is damaged: {' and '.join(wrong)} expected as JSON objects", hint=_AGAIN
+        )
     return meta
 
 

@@ -32,9 +32,26 @@ def texts_of_lines(path: Path, text: str, field: str = "text") -> list[str]:
     """Return the field of every line that is not empty.
 
     Raises:
-        InputError: a line is no JSON object with such a field.
+        InputError: a line is no JSON object with such a field, or no tokenizer could read the field.
     """
-    return [str(record[field]) for _, record in json_lines(path, text, {field: str})]
+    texts = []
+    for number, record in json_lines(path, text, {field: str}):
+        texts.append(str(record[field]))
+        if half := half_pair(texts[-1]):
+            raise bad_line(path, number, f"has half of a surrogate pair in field {field!r}: {half}", f'"{field}"')
+    return texts
+
+
+def half_pair(text: str) -> str:
+    r"""Return half of a surrogate pair and what stands around it, escaped; empty: there is none.
+
+    JSON can write one (\ud83d alone), UTF-8 cannot: neither a tokenizer nor a hash takes it.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return repr(text[max(error.start - 12, 0) : error.start + 12])
+    return ""
 
 
 def json_lines(path: Path, text: str, fields: Mapping[str, type]) -> Iterator[tuple[int, dict[str, object]]]:
@@ -51,6 +68,8 @@ def json_lines(path: Path, text: str, fields: Mapping[str, type]) -> Iterator[tu
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise bad_line(path, number, f"is not JSON: {error.msg} at column {error.colno}", wanted) from None
+        except (ValueError, RecursionError) as error:  # numbers of thousands of digits, brackets as deep
+            raise bad_line(path, number, f"cannot be read: {error}", wanted) from None
         if not isinstance(record, dict):
             raise bad_line(path, number, f"is {type(record).__name__}, expected an object", wanted)
         for name, kind in fields.items():

@@ -165,6 +165,38 @@ def test_a_sweep_of_something_else_is_refused_with_what_differs(
         sweep.check(Path(__file__))
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        b"\xff", b"\0\0\0\0", b"not JSON", b"[]", b"{}", b'{"corpus": [], "setting": "dense", "items": {}}',
+        b'{"corpus": "prose", "setting": "dense", "items": []}',
+        b'{"corpus": "prose", "setting": "dense", "items": {"0": [[1.0]]}}',
+        b'{"corpus": "prose", "setting": "dense", "items": {"0": [[1.0, true, Infinity, 0, 0]]}}',
+    ],
+)  # fmt: skip
+def test_a_damaged_line_is_named_and_taking_it_out_helps(counted: CountedModel, tmp_path: Path, damage: bytes) -> None:
+    run(tmp_path, counted)
+    path = tmp_path / "outcomes.jsonl"
+    lines = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([lines[0], damage, *lines[2:]]) + b"\n")
+    with pytest.raises(InputError, match=r"outcomes\.jsonl, line 2 is damaged") as caught:
+        run(tmp_path, counted)
+    command = caught.value.hint.partition(" takes it out")[0]
+    subprocess.run(command, shell=True, check=True)
+    counted.asked = []
+    run(tmp_path, counted)
+    assert len(counted.asked) == 1
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "null", "[" * 100_000], ids=["list", "cut", "null", "deep"])
+def test_a_damaged_description_of_a_sweep_is_refused(in_torch: TorchModel, tmp_path: Path, content: str) -> None:
+    run(tmp_path, in_torch, SETTINGS[:1])
+    (tmp_path / "sweep.json").write_text(content)
+    with pytest.raises(InputError, match=r"sweep\.json is damaged") as caught:
+        run(tmp_path, in_torch, SETTINGS[:1])
+    assert "--sweep OTHER" in caught.value.hint
+
+
 def test_two_sweeps_at_once_in_one_folder_are_refused(in_torch: TorchModel, tmp_path: Path) -> None:
     with (
         Store().kept_in(tmp_path, {}),

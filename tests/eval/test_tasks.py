@@ -163,6 +163,11 @@ BAD = {
         "asks for 'why', expected cause or effect",
     ),
     "endings": ("hellaswag", json.dumps({"query": "q", "endings": ["one"], "label": 0}), "has no list of endings"),
+    "half a character": (
+        "hellaswag",
+        json.dumps({"query": "half of \ud83d", "endings": ["one", "two"], "label": 0}),
+        r"has half of a surrogate pair in a text: 'half of \ud83d'",
+    ),
     "query": ("hellaswag", json.dumps({"endings": ["one", "two"], "label": 0}), "has neither a query nor"),
 }
 

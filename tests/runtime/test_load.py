@@ -60,7 +60,19 @@ def test_a_folder_without_manifest_is_not_an_engine(tmp_path: Path) -> None:
         load(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": "x"}', '{"schema_version": 1}', "\xff"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "[]",
+        "{}",
+        pytest.param("[" * 100_000, id="deep"),
+        '{"schema_version": "x"}',
+        '{"schema_version": 1}',
+        "\xff",
+    ],
+)
 def test_a_damaged_manifest_is_a_verification_error(copied: Copied, text: str) -> None:
     folder = copied("fp32")
     (folder / MANIFEST_FILE).write_text(text)

@@ -100,6 +100,12 @@ def test_json_lines_give_their_field_text(tmp_path: Path) -> None:
     assert read_text(path)[0] == ["one", "two"]
 
 
+def test_only_the_text_has_to_be_encodable(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text(r'{"text": "whole \ud83d\ude00", "title": "half \ud83d"}')
+    assert read_text(path)[0] == ["whole \U0001f600"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -110,6 +116,13 @@ def test_json_lines_give_their_field_text(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "x"}\n{"body": "y"}\n', "line 2 has no field 'text'"),
         ("a.jsonl", b'{"text": 3}\n', "line 1 has int in field 'text'"),
         ("a.jsonl", b'{"text": "x"\n', "line 1 is not JSON"),
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": "a \\ud83d b"}\n',
+            r"line 2 has half of a surrogate pair .* 'a \\ud83d b'",
+        ),
+        pytest.param("a.jsonl", b"[" * 100_000, "line 1 cannot be read", id="brackets without end"),
+        pytest.param("a.jsonl", b'{"text": %s}' % (b"1" * 5000), "line 1 cannot be read", id="a very long number"),
         ("a.txt", b"ab\xff", "is not UTF-8 at byte 2"),
         ("a.csv", b"x", "ends in .txt or .jsonl"),
     ],

@@ -352,10 +352,14 @@ def test_a_file_is_remembered_by_its_fingerprint(checkpoint: Checkpoint, tiny_mo
     assert len(trace.meta["text"]["paragraphs"]) == 1
 
 
-def write_facts(folder: Path, **changes: int) -> None:
+def write_facts(folder: Path, **changes: object) -> None:
     meta = json.loads((folder / META_FILE).read_text())
-    meta["facts"] |= changes
-    (folder / META_FILE).write_text(json.dumps(meta))
+    write_told(folder, facts=meta["facts"] | changes)
+
+
+def write_told(folder: Path, **changes: object) -> None:
+    meta = json.loads((folder / META_FILE).read_text())
+    (folder / META_FILE).write_text(json.dumps(meta | changes))
 
 
 @pytest.mark.parametrize(
@@ -364,7 +368,12 @@ def write_facts(folder: Path, **changes: int) -> None:
         (lambda folder: (folder / META_FILE).unlink(), f"has no {META_FILE}"),
         (lambda folder: (folder / META_FILE).write_text("{"), "is damaged"),
         (lambda folder: (folder / META_FILE).write_text('{"schema": 99}'), "does not have schema 4"),
-        (lambda folder: (folder / META_FILE).write_text('{"schema": 4, "facts": {"name": "a"}}'), "lacks facts"),
+        (lambda folder: (folder / META_FILE).write_text("[]"), "does not have schema 4"),
+        (lambda folder: (folder / META_FILE).write_text("[" * 100_000), "is damaged"),
+        (lambda folder: (folder / META_FILE).write_text('{"schema": 4}'), "tell criterion, model, text"),
+        (lambda folder: write_told(folder, model=[]), "does not tell model"),
+        (lambda folder: write_facts(folder, fnn=3), "lacks facts"),
+        (lambda folder: write_facts(folder, ffn="3"), "lacks facts"),
         (lambda folder: write_facts(folder, layers=9), "are of two models"),
         (lambda folder: (folder / TENSORS_FILE).unlink(), "missing or damaged"),
         (

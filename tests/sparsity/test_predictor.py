@@ -162,6 +162,9 @@ def test_plan_carries_widths_block_and_scope(predictor: Predictor) -> None:
         (lambda folder: (folder / TENSORS_FILE).unlink(), f"has no {TENSORS_FILE}"),
         (lambda folder: (folder / META_FILE).write_text("{"), "is damaged"),
         (lambda folder: (folder / META_FILE).write_text("[]"), "does not have schema"),
+        (lambda folder: (folder / META_FILE).write_text("[" * 100_000), "is damaged"),
+        (lambda folder: (folder / META_FILE).write_text('{"schema": 1, "report": []}'), "is damaged: report"),
+        (lambda folder: (folder / META_FILE).write_text('{"schema": 1, "model": "a"}'), "is damaged: model"),
         (lambda folder: (folder / META_FILE).write_text('{"schema": 2}'), "does not have schema"),
         (lambda folder: (folder / META_FILE).write_text('{"schema": 1}'), "not a complete predictor"),
         (
