@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from shadowc.eval.metric import PERCENT
 from shadowc.eval.report import corpora
 from shadowc.measure.plot import FLOOR, figure, save
 
@@ -125,7 +126,9 @@ def heat(maps: Sequence[HeatMap], name: str, path: Path) -> None:
 
 
 def _note(evaluation: Evaluation) -> str:
+    """Say what the picture shows, and what was drawn for the bands: a short text has windows in place of documents."""
+    drawn = " or ".join(dict.fromkeys(str(corpus.facts["drawn"]) for corpus in corpora(evaluation)))
     return (
-        f"{evaluation.model.name}; the predictor's own bytes count as read; bands: 95 % of bootstrap draws over "
-        f"documents, seed {evaluation.seed}"
+        f"{evaluation.model.name}; the predictor's own bytes count as read; bands: {PERCENT} % of bootstrap draws over "
+        f"{drawn}, seed {evaluation.seed}"
     )
