@@ -133,7 +133,8 @@ class Ground:
         counts = _listed(shots)
         if not counts or not all(count.isdecimal() for count in counts):
             raise InputError(f"--shots takes numbers such as 0,5; found {shots!r}", hint="--shots 0,5")
-        return Ground(text, wikitext, tasks, tasks_named(task), tuple(map(int, counts)), window, limit)
+        once = tuple(dict.fromkeys(map(int, counts)))
+        return Ground(text, wikitext, tasks, tasks_named(task), once, window, limit)
 
     def corpora(self, model: EvaluatedModel) -> Iterator[Corpus]:
         """Read and tokenise everything.

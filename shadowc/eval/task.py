@@ -174,14 +174,14 @@ TASKS: Mapping[str, Task] = MappingProxyType({task.name: task for task in _ALL})
 
 
 def tasks_named(names: str) -> tuple[Task, ...]:
-    """The tasks of a list such as `piqa,rte`; `all` means all.
+    """The tasks of a list such as `piqa,rte`, each once, since a mean over tasks counts each alike; `all` means all.
 
     Raises:
         InputError: a task is not known; all are listed.
     """
     if names.strip() == "all":
         return _ALL
-    wanted = [name.strip() for name in names.split(",")]
+    wanted = list(dict.fromkeys(name.strip() for name in names.split(",")))
     unknown = [name for name in wanted if name not in TASKS]
     if unknown:
         raise InputError(f"unknown task {', '.join(map(repr, unknown))}", hint=f"tasks are all, {', '.join(TASKS)}")

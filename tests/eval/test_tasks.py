@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from shadowc.cli.eval_inputs import Ground
 from shadowc.eval.request import Outcome
 from shadowc.eval.task import TASKS, tasks_named
 from shadowc.eval.task_corpus import encoded, questions_of, request_of, task_corpus
@@ -205,6 +206,12 @@ def test_missing_examples_are_named(
     spoil(folder / "rte" / name)
     with pytest.raises(InputError, match=reason):
         task_corpus(in_torch, folder, TASKS["rte"], 2)
+
+
+def test_a_task_or_number_of_shots_that_is_named_twice_counts_once(in_torch: TorchModel, folder: Path) -> None:
+    ground = Ground.read(None, None, folder, "copa,rte, copa", "2,0,02", None, 3)
+    names = [corpus.name for corpus in ground.corpora(in_torch)]
+    assert names == ["copa, 2 shots", "rte, 2 shots", "copa, 0 shots", "rte, 0 shots"]
 
 
 def test_unknown_tasks_are_refused_with_all_that_are_known() -> None:
