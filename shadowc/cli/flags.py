@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from shadowc.runtime.cores import MOST_THREADS
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
@@ -109,7 +111,8 @@ Refresh = Annotated[
     ),
 ]
 Threads = Annotated[
-    int | None, typer.Option("--threads", help="Threads; default: one per core.", min=1, show_default=False)
+    int | None,
+    typer.Option("--threads", help="Threads; default: one per core.", min=1, max=MOST_THREADS, show_default=False),
 ]
 Memory = Annotated[
     MemoryKind | None,

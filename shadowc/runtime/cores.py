@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+MOST_THREADS = 1024
+"""More are refused: each takes memory of its own as soon as it starts, and no machine that runs this has the cores."""
 _V2 = Path("/sys/fs/cgroup/cpu.max")
 _V1_QUOTA = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 _V1_PERIOD = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")

@@ -12,7 +12,7 @@ from pathlib import Path
 from shadowc.output import megabytes, require_utf8
 from shadowc.runtime import variants
 from shadowc.runtime.causal import SEQUENCE_FLAGS, CausalEngine
-from shadowc.runtime.cores import usable_cores
+from shadowc.runtime.cores import MOST_THREADS, usable_cores
 from shadowc.runtime.engine import Engine, rewritten
 from shadowc.runtime.file_system import file_system
 from shadowc.runtime.graph_file import read_graph
@@ -146,8 +146,8 @@ def load_cpu(
     """
     path = Path(folder)
     require_utf8(path.resolve(), "rename the folder, or move it")
-    if threads is not None and threads < 1:
-        raise InputError(f"threads is {threads}, expected at least 1", hint="leave threads out: one per core")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise InputError(f"threads is {threads}, expected 1 to {MOST_THREADS}", hint="leave threads out: one per core")
     if not isinstance(memory, WeightsMemory) and memory not in (None, *KINDS):
         raise InputError(f"memory is {memory!r}, expected {' or '.join(KINDS)}", hint="leave memory out: shared")
     manifest = read_manifest(path)

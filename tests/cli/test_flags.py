@@ -15,9 +15,10 @@ from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 from shadowc.cli import flags
-from shadowc.cli.app import COMMANDS
+from shadowc.cli.app import COMMANDS, app
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
 from shadowc.spec.manifest import SparsityPart
@@ -117,6 +118,15 @@ def test_defaults_of_stage_commands_are_those_of_the_options(
 
 
 PLAN = SparsityPart(mask="token", scope="global", head_density=0.4, neuron_density=0.3, neuron_block=16)
+
+
+@pytest.mark.parametrize("command", ["run", "bench", "bisect", "eval"])
+@pytest.mark.parametrize("threads", [0, 1025, 100_000])
+def test_threads_are_1_to_1024(command: str, threads: int, tmp_path: Path) -> None:
+    prompt = ["a prompt"] if command == "run" else []
+    result = CliRunner().invoke(app, [command, str(tmp_path), *prompt, "--threads", str(threads)])
+    assert result.exit_code == 2
+    assert "Invalid value for '--threads'" in result.output  # the rest is typer's, and no two versions say it alike
 
 
 def test_density_flag_sets_both_kinds() -> None:

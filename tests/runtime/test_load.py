@@ -290,9 +290,10 @@ def test_an_engine_can_be_moved(copied: Copied, tmp_path: Path, monkeypatch: pyt
     assert load("elsewhere").logits([[5, 6]]).shape == (1, 2, 320)
 
 
-def test_threads_must_be_positive(folders: dict[str, Path]) -> None:
-    with pytest.raises(InputError, match="threads is 0"):
-        load(folders["fp32"], threads=0)
+@pytest.mark.parametrize("threads", [-1, 0, 1025, 100_000])
+def test_threads_are_1_to_1024(folders: dict[str, Path], threads: int) -> None:
+    with pytest.raises(InputError, match=f"threads is {threads}, expected 1 to 1024"):
+        load(folders["fp32"], threads=threads)
 
 
 def test_the_op_library_tells_its_level_and_the_stream_bandwidth(folders: dict[str, Path]) -> None:
