@@ -147,10 +147,19 @@ class EngineModel(EvaluatedModel):
     def _cannot(self, protocol: str) -> Exception:
         from shadowc.runtime.causal import SEQUENCE_FLAGS
 
+        sparsity = self.engine.manifest.sparsity
+        style = "shadow" if sparsity is None else sparsity.style
         if protocol == "paper":
+            methods = "" if style == "shadow" else " --methods static,random"
             return UnsupportedError(
                 "protocol 'paper' masks tokens by a later one, which no engine can do; it is for comparison only",
-                hint="shadowc eval --model MODEL --predictor FOLDER --protocol paper",
+                hint=f"shadowc eval --model MODEL --predictor FOLDER --protocol paper{methods}",
+            )
+        if style != "shadow":
+            return UnsupportedError(
+                f"protocol 'prompt' fixes one mask for the whole sequence; a predictor of style {style} makes its "
+                "masks layer by layer, for every token",
+                hint="--protocol decode, or compile with a predictor of --style shadow and --mask sequence",
             )
         return UnsupportedError(
             "protocol 'prompt' fixes one mask for the whole sequence; this engine makes a mask for every token",

@@ -31,7 +31,7 @@ def torch_model(
 
     Args:
         origin: the model as it was typed.
-        predictor: its folder; None: the model is evaluated dense, and under random masks.
+        predictor: its folder; None: the model is evaluated dense, and under masks that need none.
         scope: of the ranking; None: the widest that the predictor allows.
         offline: do not use the network.
         progress: told about stages.

@@ -111,7 +111,7 @@ class EvaluatedModel(ABC):
             raise UnsupportedError(
                 f"method {held[0].method} meets a density in the mean over tokens, and under protocol "
                 f"{held[0].protocol!r} one token makes the mask of many",
-                hint="--protocol decode, or --methods predictor",
+                hint="--protocol decode",
             )
         for protocol in dict.fromkeys(setting.protocol for setting in settings):
             if protocol not in self.protocols:
@@ -132,7 +132,7 @@ class EvaluatedModel(ABC):
                 )
 
     def _lacks(self, methods: Sequence[str]) -> Exception:
-        has = ", ".join(self.methods) or "none"
+        has = ", ".join((*self.methods, *self.references)) or "none"
         return InputError(
             f"{self.name} has no masks of method {', '.join(methods)}; it has: {has}",
             hint="--predictor FOLDER, from shadowc train",

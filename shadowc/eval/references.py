@@ -131,8 +131,11 @@ def _ties_apart(scores_ZLU: Floats) -> Floats:
     return np.where(scores_ZLU == 0, behind_LU, scores_ZLU)
 
 
-def prompt_scores(model: Any, predictor: Predictor, ids: tuple[int, ...]) -> tuple[Floats, Floats]:
-    """Return how strongly units fire in a prompt: heads [1,L,H] and units of neurons [1,L,N]."""
+def prompt_scores(model: Any, predictor: Predictor | None, ids: tuple[int, ...]) -> tuple[Floats, Floats]:
+    """Return how strongly units fire in a prompt: heads [1,L,H] and units of neurons [1,L,N].
+
+    Units are those of the predictor, nothing else is asked of it; without one they are single neurons.
+    """
     decoder = decoder_of(model)
     later = decoder.blocks[1:]
     heads: list[Floats] = []
@@ -143,9 +146,12 @@ def prompt_scores(model: Any, predictor: Predictor, ids: tuple[int, ...]) -> tup
         heads.append(_strength(context_SHD.norm(dim=-1)))
 
     def of_neurons(hidden: Tensor) -> None:
+        strength_F = _strength(hidden.reshape(len(ids), -1))
+        if predictor is None:
+            neurons.append(strength_F)
+            return
         order_F = predictor.orders_LF[len(neurons)]
-        squares_1F = _strength(hidden.reshape(len(ids), -1))[None] ** 2
-        neurons.append(np.sqrt(block_sums(squares_1F, order_F, predictor.block))[0])
+        neurons.append(np.sqrt(block_sums(strength_F[None] ** 2, order_F, predictor.block))[0])
 
     sites = [(block.context, of_heads) for block in later] + [(block.hidden, of_neurons) for block in later]
     with watched(*sites):

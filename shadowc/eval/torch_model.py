@@ -31,6 +31,7 @@ from shadowc.eval.rows import Counted, active, counted, padded, repeated
 from shadowc.sparsity.families import decoder_of
 from shadowc.sparsity.reference import MaskedModel, MaskedState
 from shadowc.spec.density import Density
+from shadowc.spec.errors import UnsupportedError
 from shadowc.spec.options import SELECTS, Select
 from shadowc.spec.program import SparsityPlan
 
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from shadowc.eval.model import Masks
     from shadowc.sparsity.predictor import Predictor
     from shadowc.sparsity.reference import MaskedResult, Pair
-    from shadowc.spec.options import Scope
+    from shadowc.spec.options import Scope, Style
 
 BATCH_BYTES = 1 << 29
 """Rough bound on the logits, and on the scores and masks, of one batch."""
@@ -64,7 +65,7 @@ class TorchModel(EvaluatedModel):
     Args:
         model: transformers' model in eval mode; shared, and left as it was.
         checkpoint: where it comes from.
-        predictor: whose masks, and those of its controls; None: dense and random masks only.
+        predictor: whose masks, and those of its controls; None: dense, random masks and those of a prompt.
         scope: of the ranking where a setting names none; None: the widest that the predictor allows.
         seed: of random masks.
     """
@@ -91,9 +92,9 @@ class TorchModel(EvaluatedModel):
         self._controls = {} if predictor is None else predictor.controls
         has = {"random", *self._controls, *(() if predictor is None else ("predictor",))}
         self.methods = tuple(name for name in (*METHODS, *sorted(has - {*METHODS})) if name in has)
-        self.references = () if predictor is None else (*REFERENCES, *(BY_THRESHOLD if predictor.thresholds else ()))
-        if predictor is not None and predictor.style != "shadow":  # no token knows the masks of all layers ahead
-            self.protocols = ("decode",)
+        self.references = ("prompt",) if predictor is None else REFERENCES
+        if predictor is not None and predictor.thresholds:
+            self.references += BY_THRESHOLD
         self.ledger = ledger_of(model, 0 if predictor is None else 4 * predictor.parameters)
         self.recall = {} if predictor is None else predictor.report.get("found", {})
         self._prompts: OrderedDict[tuple[int, ...], _Prompt] = OrderedDict()
@@ -125,15 +126,30 @@ class TorchModel(EvaluatedModel):
             refuse_if_calibrated(fingerprint(content, documents), self._predictor.meta)
 
     def check(self, *settings: Setting) -> None:
-        """See EvaluatedModel.check; also refuse scopes that the predictor's style does not have.
+        """See EvaluatedModel.check; also refuse protocols and scopes that the predictor's style does not have.
 
         Raises:
             InputError, UnsupportedError: a setting is not one of this model.
         """
         super().check(*settings)
+        predictor = self._predictor
+        if predictor is None:
+            return
         for setting in settings:
-            if setting.method == "predictor" and self._predictor is not None:
-                self._predictor.scope(cast("Scope | None", setting.scope or self._scope or None))
+            if setting.method in LEARNED and setting.protocol != "decode" and predictor.style != "shadow":
+                raise self._knows_one_layer(setting, predictor.style)
+            if setting.method == "predictor":
+                predictor.scope(cast("Scope | None", setting.scope or self._scope or None))
+
+    def _knows_one_layer(self, setting: Setting, style: Style) -> UnsupportedError:
+        """Return the refusal of one mask for many tokens where none knows the masks of all layers ahead."""
+        others = ["prompt"] if setting.protocol == "prompt" else []
+        others += [method for method in self.methods if method not in LEARNED]
+        return UnsupportedError(
+            f"a predictor of style {style} makes its masks layer by layer, for every token; under protocol "
+            f"{setting.protocol!r} of method {setting.method} one token would have to know those of all layers",
+            hint=f"--protocol decode, or --methods {','.join(others)}",
+        )
 
     def score(self, requests: Sequence[Request], setting: Setting) -> list[Outcome]:
         """Answer the requests, in their order.
@@ -307,7 +323,7 @@ class TorchModel(EvaluatedModel):
         if predictor is not None and setting.method == "oracle":
             self._oracle = self._oracle or Oracle(self._model, self._checkpoint.facts, predictor)
             return self._oracle.scores(request, dense)
-        if predictor is not None and setting.method == "prompt":
+        if setting.method == "prompt":
             return prompt_scores(self._model, predictor, request.ids[:dense])
         heads, neurons = ((self._layers, count) for count in self._units)
         drawn = random_scores(self._seed, request, heads, neurons)(tokens if setting.protocol == "decode" else 1)

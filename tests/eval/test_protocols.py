@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -198,18 +199,54 @@ def test_what_a_mask_reads_of_the_answer_keeps_prompts_apart(in_torch: TorchMode
     assert not in_torch._continues(asked, Setting("predictor", HALF, "paper"))
 
 
+def of_style(model: TorchModel, style: Style) -> TorchModel:
+    """The same checkpoint and controls, with a predictor of another style."""
+    checkpoint, known = model._checkpoint, model._predictor
+    assert known is not None
+    predictor = replace(Predictor.dummy(checkpoint.facts, known.block, 32, style=style), controls=known.controls)
+    return TorchModel(model._model, checkpoint, predictor)
+
+
+@pytest.mark.parametrize("style", ["dejavu", "shadow+"])
+@pytest.mark.parametrize("protocol", ["prompt", "paper"])
+def test_masks_that_no_predictor_makes_follow_every_protocol_beside_every_style(
+    in_torch: TorchModel, style: Style, protocol: Protocol
+) -> None:
+    model, requests = of_style(in_torch, style), [request(1), request(2, 20, 6, 14)]
+    for method in ("static", "normalised", "random", *(["prompt"] if protocol == "prompt" else [])):
+        setting = Setting(method, HALF, protocol, scope="local")
+        for one, other in zip(model.score(requests, setting), in_torch.score(requests, setting), strict=True):
+            assert one.log_probability == pytest.approx(other.log_probability, rel=1e-6), method
+            assert (one.masked, one.heads, one.neurons) == (other.masked, other.heads, other.neurons)
+    unnamed = Setting("random", HALF, protocol)  # scope as the predictor has it: shares of the layers for shadow+
+    assert 0 < model.score(requests, unnamed)[0].heads < requests[0].scored
+
+
+@pytest.mark.parametrize("style", ["dejavu", "shadow+"])
+@pytest.mark.parametrize("protocol", ["prompt", "paper"])
+def test_what_a_style_cannot_do_is_laid_to_the_style_and_what_is_proposed_works(
+    in_torch: TorchModel, style: Style, protocol: Protocol
+) -> None:
+    model = of_style(in_torch, style)
+    with pytest.raises(
+        UnsupportedError, match=f"a predictor of style {re.escape(style)} makes its masks layer by"
+    ) as c:
+        model.check(Setting("predictor", HALF, protocol))
+    first, _, methods = c.value.hint.partition(", or --methods ")
+    assert first == "--protocol decode"
+    model.check(Setting("predictor", HALF, "decode"))
+    assert ("prompt" in methods.split(",")) is (protocol == "prompt")
+    model.check(*(Setting(method, HALF, protocol) for method in methods.split(",")))
+
+
 @pytest.mark.parametrize("style", ["dejavu", "shadow+"])
 def test_styles_that_know_one_layer_are_decoded_and_their_controls_are_ranked_anywhere(
     in_torch: TorchModel, style: Style
 ) -> None:
-    checkpoint, known = in_torch._checkpoint, in_torch._predictor
-    assert known is not None
-    predictor = replace(Predictor.dummy(checkpoint.facts, known.block, 32, style=style), controls=known.controls)
-    model = TorchModel(in_torch._model, checkpoint, predictor)
+    model = of_style(in_torch, style)
     asked = request(1)
     (found,) = model.score([asked], Setting("predictor", HALF))
     assert found.log_probability == pytest.approx(nats(step_by_step(model, asked.ids[:-1], 1), asked.targets), rel=1e-5)
-    assert model.protocols == ("decode",)
     with pytest.raises(InputError, match="cannot be ranked together"):
         model.check(Setting("predictor", HALF, scope="global"))
     scopes = [model.score([asked], Setting("random", HALF, scope=scope))[0] for scope in ("local", "global")]
@@ -245,6 +282,22 @@ def test_an_engine_refuses_what_only_torch_can(engine_folders: dict[str, Path]) 
         engine.check(Setting("predictor", HALF, "prompt"))
 
 
+def test_an_engine_of_another_style_proposes_what_this_style_can(engine_folders: dict[str, Path]) -> None:
+    engine = engine_model(engine_folders["token"])
+    manifest = engine.engine.manifest
+    assert manifest.sparsity is not None
+    sparsity = manifest.sparsity.model_copy(update={"style": "shadow+"})
+    engine.engine.manifest = manifest.model_copy(update={"sparsity": sparsity})
+    with pytest.raises(
+        UnsupportedError, match=r"a predictor of style shadow\+ makes its masks layer by layer"
+    ) as caught:
+        engine.check(Setting("predictor", HALF, "prompt"))
+    assert caught.value.hint.startswith("--protocol decode, or compile with a predictor of --style shadow")
+    with pytest.raises(UnsupportedError, match="which no engine can do") as caught:
+        engine.check(Setting("predictor", HALF, "paper"))
+    assert caught.value.hint.endswith("--protocol paper --methods static,random")
+
+
 def test_a_mask_of_a_prompt_needs_a_prompt(in_torch: TorchModel) -> None:
     in_torch.check(Setting("predictor", HALF, prompt_tokens=0))
     with pytest.raises(InputError, match="at least 1 dense tokens at the start of a request; prompt_tokens is 0"):
@@ -253,15 +306,24 @@ def test_a_mask_of_a_prompt_needs_a_prompt(in_torch: TorchModel) -> None:
         in_torch.check(Setting("predictor", HALF, prompt_tokens=-1))
 
 
-def test_without_a_predictor_there_are_random_masks_only(tiny_checkpoint: Path) -> None:
+def test_without_a_predictor_there_are_random_masks_and_those_of_a_prompt(tiny_checkpoint: Path) -> None:
     from shadowc.eval.load import torch_model
     from shadowc.sparsity.importance import Origin
 
     model = torch_model(Origin(str(tiny_checkpoint), "auto", 0))
     assert model.methods == ("random",)
-    with pytest.raises(InputError, match="no masks of method predictor; it has: random"):
+    with pytest.raises(InputError, match="no masks of method predictor; it has: random, prompt"):
         model.check(Setting("predictor", HALF))
+    with pytest.raises(InputError, match="no masks of method oracle"):
+        model.check(Setting("oracle", HALF))
     assert math.isfinite(model.score([request()], Setting("random", HALF))[0].log_probability)
+    asked = Setting("prompt", HALF, "prompt")
+    (found,) = model.score([request()], asked)
+    assert found.masked == 23 - 16
+    assert found.neurons / found.masked == pytest.approx(0.25, abs=0.01)  # single neurons
+    (heads, neurons) = model.masks(request(), asked)
+    assert (heads[0] == heads).all()
+    assert (neurons[0] == neurons).all()
 
 
 def test_a_ranking_that_nobody_kept_is_refused_with_those_that_there_are(
