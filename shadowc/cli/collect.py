@@ -36,6 +36,7 @@ def collect(
     options = flags.checked(
         CollectOptions,
         {"criterion": criterion, "data": data, "positions": positions, "length": length, "fill": fill, "seed": seed},
+        "collect",
     )
     from shadowc.sparsity.importance import Origin
     from shadowc.sparsity.workflow import record

@@ -107,8 +107,11 @@ def _refuse_unused(context: typer.Context, predictor: str, load_format: str) -> 
 def _compiled(*, collect: dict[str, object], train: dict[str, object], rest: dict[str, object]) -> CompileSummary:
     from shadowc.spec.options import CollectOptions, CompileOptions, TrainOptions
 
-    parts = {"collect": flags.checked(CollectOptions, collect), "train": flags.checked(TrainOptions, train)}
-    options = flags.checked(CompileOptions, {**rest, **parts})
+    parts = {
+        "collect": flags.checked(CollectOptions, collect, "compile"),
+        "train": flags.checked(TrainOptions, train, "compile"),
+    }
+    options = flags.checked(CompileOptions, {**rest, **parts}, "compile")
     from shadowc.compiler import compile_engine
 
     with render.progress() as progress:

@@ -158,15 +158,15 @@ def densities_of(text: str) -> tuple[Density, ...]:
     from shadowc.spec.density import Density
     from shadowc.spec.errors import InputError
 
-    found = []
+    found, hint = [], "for example --densities 1,0.5,0.5/0.2"
     for entry in text.split(","):
         heads, _, neurons = entry.strip().partition("/")
         try:
             found.append(Density(float(heads), float(neurons or heads)))
         except ValueError:
-            raise InputError(
-                f"a list of densities was expected, found {entry.strip()!r} in it", hint="for example 1,0.5,0.5/0.2"
-            ) from None
+            raise InputError(f"a list of densities was expected, found {entry.strip()!r} in it", hint=hint) from None
+        except InputError as error:
+            raise InputError(error.message, hint=hint) from None
     return tuple(found)
 
 
@@ -213,11 +213,11 @@ def _was_typed(context: typer.Context, name: str) -> bool:
     return source is not None and source.name not in ("DEFAULT", "DEFAULT_MAP")
 
 
-def checked(options: Callable[..., Any], values: Mapping[str, object]) -> Any:
+def checked(options: Callable[..., Any], values: Mapping[str, object], command: str) -> Any:
     """Build frozen options; what pydantic finds wrong becomes one InputError with all findings.
 
     Raises:
-        InputError: a value is out of its range or of the wrong kind.
+        InputError: a value is out of its range or of the wrong kind, or two do not go together; names the command.
     """
     from pydantic import ValidationError
 
@@ -226,9 +226,15 @@ def checked(options: Callable[..., Any], values: Mapping[str, object]) -> Any:
     try:
         return options(**values)
     except ValidationError as error:
-        findings = [f"--{'-'.join(map(str, item['loc'])).replace('_', '-')}: {item['msg']}" for item in error.errors()]
+        findings = [_finding(item["loc"], item["msg"]) for item in error.errors()]
         raise InputError(
             f"{len(findings)} option value{'s' if len(findings) > 1 else ''} cannot be used",
-            hint="shadowc COMMAND --help lists what each flag takes",
+            hint=f"shadowc {command} --help lists what each flag takes",
             problems=findings,
         ) from None
+
+
+def _finding(place: tuple[int | str, ...], message: str) -> str:
+    """What pydantic found, as of a flag; without a place it is of several together."""
+    message = message.removeprefix("Value error, ")
+    return f"--{'-'.join(map(str, place)).replace('_', '-')}: {message}" if place else message

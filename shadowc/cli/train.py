@@ -73,9 +73,12 @@ def train(
             "epochs": epochs,
             "seed": seed,
         },
+        "train",
     )
     collecting = flags.checked(
-        CollectOptions, {"criterion": criterion, "data": data, "positions": positions, "fill": fill, "seed": seed}
+        CollectOptions,
+        {"criterion": criterion, "data": data, "positions": positions, "fill": fill, "seed": seed},
+        "train",
     )
     from shadowc.sparsity.importance import Origin
     from shadowc.sparsity.workflow import learn

@@ -61,7 +61,7 @@ def torch_model(
     found = None
     if predictor is not None:
         found = Predictor.load(predictor, checkpoint.facts)
-        require_trained_on(found.meta, predictor, checkpoint.identity, checkpoint.facts.name)
+        require_trained_on(found.meta, predictor, checkpoint.identity, origin)
         found.scope(scope)  # refused before weights are read
     with progress.stage("weights"):
         check_finite(checkpoint, progress.advance)
@@ -69,7 +69,7 @@ def torch_model(
     return TorchModel(model, checkpoint, found, scope=scope, seed=origin.seed)
 
 
-def require_trained_on(meta: Mapping[str, object], folder: Path, identity: str, name: str) -> None:
+def require_trained_on(meta: Mapping[str, object], folder: Path, identity: str, origin: Origin) -> None:
     """Refuse a predictor whose trace came from another checkpoint; the shape of both may be the same.
 
     Raises:
@@ -81,8 +81,8 @@ def require_trained_on(meta: Mapping[str, object], folder: Path, identity: str, 
     if trained and trained != identity:
         raise InputError(
             f"the predictor in {folder} was trained on another checkpoint: model hash {trained[:16]} "
-            f"({known.get('name')}), and {name} has {identity[:16]}; weights or tokenizer differ",
-            hint=f"shadowc train --model {name}, or name the checkpoint that it was trained on",
+            f"({known.get('name')}), and {origin.model} has {identity[:16]}; weights or tokenizer differ",
+            hint=f"shadowc train {origin.flags}, or name the checkpoint that it was trained on",
         )
 
 

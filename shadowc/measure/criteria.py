@@ -77,7 +77,8 @@ def measure_criteria(
     with progress.stage("checkpoint"):
         checkpoint = resolve_model(origin.model, load_format=origin.load_format, offline=offline, seed=origin.seed)
     facts = checkpoint.facts
-    cut = pack(tokenise(documents, checkpoint), facts, sequences, min(length, facts.positions), data)
+    less = "fewer --sequences or a smaller --length"
+    cut = pack(tokenise(documents, checkpoint), facts, sequences, min(length, facts.positions), data, less)
     with progress.stage("weights"):
         model = load_torch_model(checkpoint)
     work = length * sum(weight.numel() for weight in model.parameters())

@@ -144,8 +144,23 @@ def tokenise(documents: list[str], checkpoint: ModelCheckpoint) -> list[list[int
     return [tokenizer(document, add_special_tokens=False, verbose=False)["input_ids"] for document in documents]
 
 
-def pack(documents: list[list[int]], facts: ModelFacts, count: int, length: int, origin: Path) -> npt.NDArray[np.int64]:
+def pack(
+    documents: list[list[int]],
+    facts: ModelFacts,
+    count: int,
+    length: int,
+    origin: Path,
+    less: str = "fewer --positions",
+) -> npt.NDArray[np.int64]:
     """Cut the documents, joined by eos, into `count` sequences spread evenly over the text, each after a bos.
+
+    Args:
+        documents: token ids of each.
+        facts: the model's special tokens.
+        count: sequences.
+        length: tokens of each, its bos included.
+        origin: the file, for the error.
+        less: how to ask for less text, for the error's hint.
 
     Raises:
         InputError: there are too few tokens.
@@ -157,7 +172,7 @@ def pack(documents: list[list[int]], facts: ModelFacts, count: int, length: int,
         raise InputError(
             f"{origin} is too short: {count} sequences of {length} tokens need {count * body} tokens, "
             f"found {len(stream)}",
-            hint="give a longer text, or fewer --positions",
+            hint=f"give a longer text, or {less}",
         )
     chosen_N = (np.arange(count) * available) // count
     bodies_NT = stream[: available * body].reshape(available, body)[chosen_N]

@@ -33,7 +33,7 @@ def global_is_not_causal(style: Style) -> InputError:
     return InputError(
         f"style {style} ranks the units of each layer by themselves: when a layer has to know its mask, the scores of "
         f"the later layers do not exist yet, so they cannot be ranked together{budget}",
-        hint="--scope local, --select calibrated, or --style shadow",
+        hint="--scope local, or thresholds in place of ranks: compile --select calibrated, eval --methods calibrated",
     )
 
 

@@ -106,3 +106,13 @@ def test_a_ranking_is_collected_and_kept_as_a_control(
     )
     assert trained.exit_code == 0, trained.output
     assert "static-magnitude" in trained.stdout
+
+
+def test_a_text_that_is_too_short_is_refused_with_flags_that_criteria_has(
+    shadowc: Shadowc, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("a few words", encoding="utf-8")
+    result = shadowc("criteria", "--model", tiny_checkpoint, "--data", tmp_path / "short.txt")
+    assert result.exit_code == INPUT
+    assert "is too short: 16 sequences of 64 tokens" in result.stderr
+    assert result.stderr.splitlines()[-1] == ("next: give a longer text, or fewer --sequences or a smaller --length")

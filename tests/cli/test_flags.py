@@ -159,12 +159,24 @@ def test_list_of_densities_refuses_what_is_no_number(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["1.5", "-0.1", "nan", "0.5/2"])
 def test_list_of_densities_refuses_what_is_no_share(text: str) -> None:
-    with pytest.raises(InputError, match="from 0 to 1"):
+    with pytest.raises(InputError, match="from 0 to 1") as caught:
         flags.densities_of(text)
+    assert caught.value.hint == "for example --densities 1,0.5,0.5/0.2"  # eval, bench, inspect: they have this flag
 
 
 def test_option_values_out_of_range_are_all_listed() -> None:
     with pytest.raises(InputError) as caught:
-        flags.checked(TrainOptions, {"neuron_block": 0, "epochs": 0})
+        flags.checked(TrainOptions, {"neuron_block": 0, "epochs": 0}, "train")
     assert len(caught.value.problems) == 2
     assert "--neuron-block" in caught.value.problems[0]
+
+
+@pytest.mark.parametrize("command", ["train", "compile"])
+def test_option_values_that_do_not_go_together_are_told_without_a_flag(command: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    what = ["--model", "opt-mini", "--out", str(out), "--style", "shadow", "--labels", "graded"]
+    result = CliRunner().invoke(app, [command, *what])
+    assert result.exit_code == 2
+    lines = result.stderr.splitlines()
+    assert lines[1].strip().startswith("- style shadow cannot learn labels graded")
+    assert lines[-1] == f"next: shadowc {command} --help lists what each flag takes"

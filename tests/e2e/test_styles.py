@@ -288,5 +288,5 @@ def test_parity_names_the_part_that_has_the_defect(
 
 def test_known_styles_are_listed_when_another_is_typed() -> None:
     with pytest.raises(InputError) as caught:
-        flags.checked(TrainOptions, {"style": "powerinfer"})
+        flags.checked(TrainOptions, {"style": "powerinfer"}, "train")
     assert "'shadow', 'dejavu' or 'shadow+'" in str(caught.value.problems)

@@ -118,7 +118,18 @@ def test_a_predictor_of_another_checkpoint_is_refused_with_both_hashes(
     meta["model"]["identity"] = "0123456789abcdef0"
     (other / "predictor.json").write_text(json.dumps(meta))
     result = shadowc("eval", "--model", tiny_checkpoint, "--predictor", other, "--text", files / "text.txt")
-    refused(result, "another checkpoint: model hash 0123456789abcdef (", f"has {mine[:16]}", "shadowc train --model")
+    refused(result, "another checkpoint: model hash 0123456789abcdef (", f"has {mine[:16]}")
+    refused(result, f"shadowc train --model {tiny_checkpoint}, or name")
+
+
+def test_the_command_that_trains_for_a_dummy_model_asks_for_a_dummy_model(
+    predictor_folder: Path, tiny_checkpoint: Path, files: Path
+) -> None:
+    result = shadowc(
+        "eval", "--model", tiny_checkpoint, "--load-format", "dummy", "--seed", 3, "--predictor", predictor_folder,
+        "--text", files / "text.txt",
+    )  # fmt: skip
+    refused(result, f"shadowc train --model {tiny_checkpoint} --load-format dummy --seed 3, or name")
 
 
 def test_the_text_that_calibrated_is_refused_in_torch_too(
