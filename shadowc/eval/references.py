@@ -127,7 +127,8 @@ def oracle_scores(
 
 def _ties_apart(scores_ZLU: Floats) -> Floats:
     """Rank the zeros of a token one behind the other: most neurons do not fire, and ties at a threshold all stay."""
-    behind_LU = -TIE * np.arange(1, scores_ZLU[0].size + 1, dtype=np.float32).reshape(scores_ZLU[0].shape)
+    layers, units = scores_ZLU.shape[1:]  # of no token too: a window may be dense as a whole
+    behind_LU = -TIE * np.arange(1, layers * units + 1, dtype=np.float32).reshape(layers, units)
     return np.where(scores_ZLU == 0, behind_LU, scores_ZLU)
 
 

@@ -108,6 +108,18 @@ def test_the_oracles_masks_are_the_best_units_of_each_token(in_torch: TorchModel
     assert answer.log_probability == pytest.approx(whole.log_probability, rel=1e-5)
 
 
+def test_the_oracle_answers_windows_in_which_nothing_is_masked(in_torch: TorchModel) -> None:
+    short, long = request(1, 2, 1), request(2)
+    dense = in_torch.score([short], Setting())[0]
+    alone, together = (
+        in_torch.score([short], Setting("oracle", HALF)),
+        in_torch.score([short, long], Setting("oracle", HALF)),
+    )
+    for found in (alone[0], together[0]):
+        assert found.masked == 0
+        assert found.log_probability == pytest.approx(dense.log_probability, rel=1e-5)
+
+
 def test_prompt_scores_are_lengths_of_scaled_activations(in_torch: TorchModel) -> None:
     ids, predictor, model = request(3).ids[:7], in_torch._predictor, in_torch._model
     assert predictor is not None
