@@ -239,7 +239,7 @@ def test_questions_that_calibrated_the_predictor_are_refused(in_torch: TorchMode
         )
 
     with pytest.raises(
-        InputError, match=r"of this text's paragraphs were in the text that the predictor was calibrated on"
+        InputError, match=r"of this text's paragraphs and lines of at least 200 characters were in the text"
     ):
         task_corpus(calibrated_on("eval.jsonl"), tmp_path, task)
     assert task_corpus(calibrated_on("fewshot.jsonl"), tmp_path, task, 2).items

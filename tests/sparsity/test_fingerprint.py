@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import textwrap
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -45,6 +46,53 @@ CALIBRATION = prose(40, seed=1)
 def test_a_text_that_was_calibrated_on_is_refused(evaluated: str) -> None:
     with pytest.raises(InputError, match="calibrated on"):
         refuse_if_calibrated(seen(evaluated), meta_of(CALIBRATION))
+
+
+ON_LINES = CALIBRATION.replace("\n\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("calibrated", "evaluated"),
+    [
+        pytest.param(ON_LINES, ON_LINES[1000:], id="trimmed"),
+        pytest.param(ON_LINES, CALIBRATION[1000:], id="blank lines put in"),
+        pytest.param(CALIBRATION, ON_LINES[1000:], id="blank lines taken out"),
+        pytest.param(ON_LINES, ON_LINES.replace("\n", "\r\n")[1000:], id="other line ends"),
+        pytest.param(ON_LINES, prose(40, seed=2) + ON_LINES, id="mixed with another"),
+    ],
+)
+def test_paragraphs_of_one_line_need_no_blank_lines_between_them(calibrated: str, evaluated: str) -> None:
+    with pytest.raises(InputError, match="lines of at least 200 characters"):
+        refuse_if_calibrated(seen(evaluated), meta_of(calibrated))
+
+
+def test_a_document_of_json_lines_is_recognised_line_by_line() -> None:
+    documents = [ON_LINES[:6000], ON_LINES[6000:]]
+    calibrated = {"text": fingerprint(b"[...]", documents).to_meta()}
+    with pytest.raises(InputError, match="calibrated on"):
+        refuse_if_calibrated(fingerprint(b"", [documents[1][2000:] + prose(9, seed=2)]), calibrated)
+
+
+def test_lines_of_less_than_200_characters_do_not_count() -> None:
+    lines = "\n".join(line[:199] for line in ON_LINES.splitlines())
+    refuse_if_calibrated(seen(lines[1000:]), meta_of(lines))
+
+
+@pytest.mark.parametrize("evaluated", [CALIBRATION[1000:], ON_LINES[1000:]], ids=["paragraphs", "lines"])
+def test_predictors_that_know_paragraphs_alone_still_recognise_them(evaluated: str) -> None:
+    """As they were written before lines were hashed: paragraphs of several lines, and of one."""
+    wrapped = "\n\n".join(textwrap.fill(paragraph, 250) for paragraph in CALIBRATION.split("\n\n"))
+    old = [sha256(paragraph.encode()).hexdigest()[:16] for paragraph in CALIBRATION.strip().split("\n\n")]
+    meta = {"text": {"sha256": "0" * 64, "paragraphs": sorted(old), "complete": True}}
+    for text in (evaluated, wrapped[1000:]):
+        with pytest.raises(InputError, match="calibrated on"):
+            refuse_if_calibrated(seen(text), meta)
+
+
+def test_a_text_on_lines_keeps_no_more_hashes_than_another() -> None:
+    kept = seen("\n".join(f"{i:06d} " * 40 for i in range(2 * KEPT)))
+    assert (len(kept.paragraphs), kept.complete) == (KEPT, False)
+    assert len(seen(CALIBRATION).paragraphs) == 40
 
 
 def test_the_same_file_is_refused_by_its_hash_alone() -> None:
