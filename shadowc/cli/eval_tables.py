@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from shadowc.cli import render
 
 if TYPE_CHECKING:
-    from shadowc.eval.corpus import Corpus
+    from shadowc.eval.corpus import Described
     from shadowc.eval.run import Evaluation, Row
 
 
@@ -30,7 +30,7 @@ def show(evaluation: Evaluation) -> None:
         render.line(f"protocol {name}: {PROTOCOLS[name]}")
 
 
-def _facts(corpus: Corpus, dense: Row) -> str:
+def _facts(corpus: Described, dense: Row) -> str:
     facts = corpus.facts
     figure = f"dense: {dense.metrics[0].value:.4f} {dense.metrics[0].name.replace('_', ' ')}"
     if facts["kind"] == "task":

@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -30,6 +30,26 @@ class Item:
     def tokens(self) -> int:
         """That are fed."""
         return sum(len(request.ids) - 1 for request in self.requests)
+
+
+class Described(Protocol):
+    """What tables and pictures say of a corpus; the requests themselves need not be there."""
+
+    @property
+    def name(self) -> str:
+        """Of the text's file, or of the task and its shots."""
+
+    @property
+    def sha256(self) -> str:
+        """Of the file."""
+
+    @property
+    def key(self) -> str:
+        """Equal for equal requests."""
+
+    @property
+    def facts(self) -> Mapping[str, str | int]:
+        """What a report says of it, by name."""
 
 
 class Corpus(ABC):

@@ -24,7 +24,7 @@ from shadowc.spec.density import UNIT_KINDS, Density
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from shadowc.eval.corpus import Corpus
+    from shadowc.eval.corpus import Corpus, Described
     from shadowc.eval.model import EvaluatedModel
     from shadowc.eval.request import Request, Setting
 
@@ -110,7 +110,7 @@ def _requests(corpus: Corpus, pairs: Sequence[tuple[Setting, Setting]]) -> Itera
             return
 
 
-def key_of(corpus: Corpus, pairs: Sequence[tuple[Setting, Setting]]) -> str:
+def key_of(corpus: Described, pairs: Sequence[tuple[Setting, Setting]]) -> str:
     """Equal where the maps of one model are."""
     text = f"{corpus.key} {TOKENS} {CELLS} {' '.join(setting.key for pair in pairs for setting in pair)}"
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from shadowc.eval.metric import Interval, mean_difference
 
 if TYPE_CHECKING:
-    from shadowc.eval.corpus import Corpus
+    from shadowc.eval.corpus import Described
     from shadowc.eval.request import Setting
     from shadowc.eval.run import Row
 
@@ -38,24 +38,45 @@ class Mean:
 
 
 def means(rows: Sequence[Row], seed: int) -> Iterator[Mean]:
-    """Give a mean for every setting, where there are two tasks or more; the dense one comes first."""
-    by_shots: dict[int, list[Corpus]] = {}
+    """Give a mean for every setting, where there are two tasks or more; the dense one comes first.
+
+    Rows of several commands may have settings that were not measured on all tasks: each set of tasks on which one was
+    measured has means of its own. A task that was measured at several limits counts with the most examples.
+    """
+    for shots, tasks in _largest(rows).items():
+        by_setting: dict[Setting, dict[str, Row]] = {}
+        for row in rows:
+            task = str(row.corpus.facts.get("task"))
+            if tasks.get(task) is row.corpus:
+                by_setting.setdefault(row.setting, {})[task] = row
+        for names in dict.fromkeys(tuple(name for name in tasks if name in found) for found in by_setting.values()):
+            if len(names) > 1:
+                here = [[found[name] for name in names] for found in by_setting.values() if found.keys() >= {*names}]
+                yield from (_mean(names, shots, same, here[0], seed) for same in here)
+
+
+def _largest(rows: Sequence[Row]) -> dict[int, dict[str, Described]]:
+    """Return the tasks among the corpora, by shots and name."""
+    by_shots: dict[int, dict[str, Described]] = {}
     for corpus in {id(row.corpus): row.corpus for row in rows}.values():
-        if corpus.facts["kind"] == "task":
-            by_shots.setdefault(int(corpus.facts["shots"]), []).append(corpus)
-    for shots, tasks in by_shots.items():
-        if len(tasks) < 2:
-            continue
-        of_task = [[row for row in rows if row.corpus is corpus] for corpus in tasks]
-        base = [found[0].metrics[0] for found in of_task]
-        for same in zip(*of_task, strict=True):
-            mine = [row.metrics[0] for row in same]
-            yield Mean(
-                tasks=tuple(str(corpus.facts["task"]) for corpus in tasks),
-                shots=shots,
-                setting=same[0].setting,
-                value=math.fsum(one.value for one in mine) / len(mine),
-                standard_error=math.sqrt(math.fsum(one.standard_error**2 for one in mine)) / len(mine),
-                above_dense=mean_difference(mine, base, seed),
-                masked_share=math.fsum(row.masked_share for row in same) / len(mine),
-            )
+        facts = corpus.facts
+        if facts["kind"] == "task":
+            tasks = by_shots.setdefault(int(facts["shots"]), {})
+            known = tasks.setdefault(str(facts["task"]), corpus)
+            if int(facts["examples"]) >= int(known.facts["examples"]):
+                tasks[str(facts["task"])] = corpus
+    return by_shots
+
+
+def _mean(names: tuple[str, ...], shots: int, same: Sequence[Row], dense: Sequence[Row], seed: int) -> Mean:
+    """Return the mean of one setting's rows, a row for each task, beside those of the dense model."""
+    mine, base = ([row.metrics[0] for row in one] for one in (same, dense))
+    return Mean(
+        tasks=names,
+        shots=shots,
+        setting=same[0].setting,
+        value=math.fsum(one.value for one in mine) / len(mine),
+        standard_error=math.sqrt(math.fsum(one.standard_error**2 for one in mine)) / len(mine),
+        above_dense=mean_difference(mine, base, seed),
+        masked_share=math.fsum(row.masked_share for row in same) / len(mine),
+    )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowc.eval.metric import PERCENT
-from shadowc.eval.report import corpora
+from shadowc.eval.report import corpora, way
 from shadowc.measure.plot import FLOOR, figure, save
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ def quality(evaluation: Evaluation, path: Path) -> None:
         for row in rows:
             if not row.setting.dense:
                 setting = row.setting
-                curves.setdefault((setting.method, setting.protocol, setting.scope), []).append(row)
+                curves.setdefault((setting.method, way(setting), setting.scope), []).append(row)
         ways = list(dict.fromkeys((protocol, scope) for _, protocol, scope in curves))
         for index, (name, points) in enumerate(curves.items()):
             colour = COLOURS.get(name[0], _OTHERS[index % len(_OTHERS)])

@@ -14,7 +14,7 @@ from shadowc.eval.metric import DRAWS, PERCENT
 from shadowc.eval.request import PROTOCOLS
 
 if TYPE_CHECKING:
-    from shadowc.eval.corpus import Corpus
+    from shadowc.eval.corpus import Described
     from shadowc.eval.means import Mean
     from shadowc.eval.metric import Interval
     from shadowc.eval.request import Setting
@@ -48,7 +48,7 @@ def as_data(evaluation: Evaluation) -> dict[str, object]:
     }
 
 
-def corpora(evaluation: Evaluation) -> tuple[Corpus, ...]:
+def corpora(evaluation: Evaluation) -> tuple[Described, ...]:
     """Those of the rows, in their order."""
     return tuple({id(row.corpus): row.corpus for row in evaluation.rows}.values())
 
@@ -90,7 +90,7 @@ def as_json(evaluation: Evaluation) -> str:
     return json.dumps(as_data(evaluation), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 
-def columns(corpus: Corpus, rows: Sequence[Row]) -> tuple[str, ...]:
+def columns(corpus: Described, rows: Sequence[Row]) -> tuple[str, ...]:
     """Names of the cells that `cells` gives."""
     names = [SHORT.get(metric.name, metric.name) for metric in rows[0].metrics[:2]]
     first = f"{PERCENT} %" if corpus.facts["kind"] != "task" else "± error"
@@ -104,7 +104,13 @@ def _masks(setting: Setting) -> tuple[str, ...]:
     """Whose masks, how dense, by which protocol and ranked over what; of a dense row its name alone."""
     if setting.dense:
         return (setting.method, "", "", "", "")
-    return setting.method, f"{setting.density.heads:g}", f"{setting.density.neurons:g}", setting.protocol, setting.scope
+    return setting.method, f"{setting.density.heads:g}", f"{setting.density.neurons:g}", way(setting), setting.scope
+
+
+def way(setting: Setting) -> str:
+    """The protocol, with the dense tokens at the start where a number of them was asked for."""
+    dense = "" if setting.prompt_tokens is None else f", {setting.prompt_tokens} dense"
+    return setting.protocol + dense
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -134,7 +140,7 @@ def compared(one: Comparison) -> tuple[str, ...]:
         f"{setting.method} - {one.other.method}",
         f"{setting.density.heads:g}",
         f"{setting.density.neurons:g}",
-        setting.protocol,
+        way(setting),
         setting.scope,
         f"{found.value:+.4f}",
         span(found),
@@ -191,9 +197,10 @@ def as_markdown(evaluation: Evaluation) -> str:
         against = [compared(one) for one in evaluation.comparisons if one.corpus is corpus]
         if against:
             lines += ["", *_markdown(COMPARED, against)]
-    for name in dict.fromkeys(one.name for one in evaluation.means):
-        lines += ["", f"## {name}", ""]
-        lines += _markdown(MEANS, [mean_cells(one) for one in evaluation.means if one.name == name])
+    for tasks, name in dict.fromkeys((one.tasks, one.name) for one in evaluation.means):
+        lines += ["", f"## {name}", "", ", ".join(tasks), ""]
+        same = [one for one in evaluation.means if (one.tasks, one.name) == (tasks, name)]
+        lines += _markdown(MEANS, [mean_cells(one) for one in same])
     return "\n".join(lines) + "\n"
 
 
@@ -256,6 +263,7 @@ def _comparison(one: Comparison) -> dict[str, object]:
         "neuron_density": setting.density.neurons,
         "protocol": setting.protocol,
         "scope": setting.scope,
+        "prompt_tokens": setting.prompt_tokens,
         "metric": one.metric,
         **_interval(one.difference),
     }

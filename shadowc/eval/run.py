@@ -17,7 +17,7 @@ from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.progress import NullProgress, Progress
 
 if TYPE_CHECKING:
-    from shadowc.eval.corpus import Corpus, Item
+    from shadowc.eval.corpus import Corpus, Described, Item
     from shadowc.eval.metric import Metric
     from shadowc.eval.model import EvaluatedModel
     from shadowc.eval.request import Outcome, Protocol
@@ -31,7 +31,7 @@ TOKENS_AT_ONCE = 8192
 class Row:
     """One setting on one corpus."""
 
-    corpus: Corpus
+    corpus: Described
     setting: Setting
     metrics: tuple[Metric, ...]
     intervals: tuple[Interval, ...]
@@ -53,7 +53,7 @@ class Row:
 class Comparison:
     """Two methods on the same corpus at the same density, scope and protocol."""
 
-    corpus: Corpus
+    corpus: Described
     one: Setting
     other: Setting
     metric: str
@@ -110,6 +110,14 @@ def evaluate(
                     done += len(indices)
                     progress.advance(done, work, "items under masks")
     rows = [row for corpus in corpora for row in _rows(model, corpus, wanted, store, seed)]
+    return gathered(model, rows, seed)
+
+
+def gathered(model: EvaluatedModel, rows: Sequence[Row], seed: int) -> Evaluation:
+    """Return rows of a model with what follows from them: comparisons, and means over tasks.
+
+    Rows of one corpus hold the same object, and the first of them is the dense model's.
+    """
     return Evaluation(model, tuple(rows), tuple(_comparisons(rows, seed)), seed, tuple(means(rows, seed)))
 
 

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sweep in a folder: outcomes as they come, then tables and pictures of all of them.
+"""A sweep in a folder: outcomes as they come, then tables and pictures of all commands that were finished in it.
 
-In the folder: `sweep.json` and `outcomes.jsonl` (see `store.py`), `figures.csv` (a line per figure), `report.json`,
-`report.md`, and with matplotlib `quality.png` and, of a predictor that says so, `recall.png`. Where methods `predictor`
-and `oracle` were both measured, `heat.json` says how often either chose each unit, and `heat.png` shows it.
+In the folder: `sweep.json` and `outcomes.jsonl` (see `store.py`), `rows.jsonl` (see `measured.py`), `figures.csv` (a
+line per figure), `report.json`, `report.md`, and with matplotlib `quality.png` and, of a predictor that says so,
+`recall.png`. Of the first corpus on which methods `predictor` and `oracle` were both measured, `heat.json` says how
+often either chose each unit, and `heat.png` shows it. A picture of anything but what the folder holds now goes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from shadowc.eval import heat, report
-from shadowc.eval.run import Evaluation, evaluate
+from shadowc.eval import heat, measured, report
+from shadowc.eval.run import Evaluation, evaluate, gathered
 from shadowc.eval.store import Store, check_folder
 from shadowc.spec.errors import SetupError
 
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from shadowc.eval.request import Setting
     from shadowc.spec.progress import Progress
 
+ROWS_FILE = "rows.jsonl"
 FIGURES_FILE = "figures.csv"
 REPORT_FILE = "report.json"
 TABLE_FILE = "report.md"
@@ -49,49 +52,74 @@ def run(
     seed: int,
     progress: Progress,
 ) -> Evaluation:
-    """Evaluate, going on from what the folder knows, and write tables and pictures.
+    """Evaluate, going on from what the folder knows, and write tables and pictures of all that it knows then.
+
+    Returns:
+        What was asked for, and nothing else that the folder knows.
 
     Raises:
-        InputError: the folder holds a sweep of something else, is in use or cannot be written; or see `evaluate`.
+        InputError: the folder holds a sweep of something else or a damaged file, is in use or cannot be written; or see
+            `evaluate`.
         UnsupportedError: see `evaluate`.
     """
     store = Store()
     with store.kept_in(folder, {"model": model.name, "identity": model.identity, "seed": seed}):
-        evaluation = evaluate(model, list(corpora), settings, store=store, seed=seed, progress=progress)
+        kept, own = measured.read(folder / ROWS_FILE), list(corpora)
+        evaluation = evaluate(model, own, settings, store=store, seed=seed, progress=progress)
+        whole = gathered(model, measured.joined(kept, evaluation.rows), seed) if kept else evaluation
+        measured.write(folder / ROWS_FILE, whole.rows)
         contents = {
-            FIGURES_FILE: report.as_csv(evaluation),
-            REPORT_FILE: report.as_json(evaluation),
-            TABLE_FILE: report.as_markdown(evaluation),
+            FIGURES_FILE: report.as_csv(whole),
+            REPORT_FILE: report.as_json(whole),
+            TABLE_FILE: report.as_markdown(whole),
         }
         for name, content in contents.items():
             (folder / name).write_text(content, "utf-8")
-        _draw(folder, evaluation, _heat(folder, evaluation, settings), progress)
+        for name in (QUALITY_FILE, HEAT_FILE):  # of less than there is now
+            (folder / name).unlink(missing_ok=True)
+        _draw(folder, whole, _heat(folder, whole, own), progress)
     return evaluation
 
 
-def _heat(folder: Path, evaluation: Evaluation, settings: Sequence[Setting]) -> tuple[heat.HeatMap, ...]:
-    """Count on the first corpus how often predictor and truth choose each unit, unless the folder knows."""
-    pairs, corpus = heat.asked(settings), report.corpora(evaluation)[0]
-    if not pairs:
-        return ()
-    key, path = heat.key_of(corpus, pairs), folder / HEAT_DATA_FILE
-    known = heat.read(path, key)
-    if known is None:
-        known = heat.heat_maps(evaluation.model, corpus, pairs)
-        heat.write(path, key, corpus, known)
-    return known
+@dataclass(frozen=True, slots=True)
+class _Heat:
+    """Maps, and the corpus that they are of."""
+
+    corpus: str
+    maps: tuple[heat.HeatMap, ...]
 
 
-def _draw(folder: Path, evaluation: Evaluation, maps: Sequence[heat.HeatMap], progress: Progress) -> None:
+def _heat(folder: Path, whole: Evaluation, own: Sequence[Corpus]) -> _Heat | None:
+    """Count on the first corpus that has both how often predictor and truth choose each unit, unless the folder knows.
+
+    Only a corpus of this command can be counted on. What the folder says of anything else goes.
+    """
+    path = folder / HEAT_DATA_FILE
+    for corpus in report.corpora(whole):
+        pairs = heat.asked([row.setting for row in whole.rows if row.corpus is corpus])
+        if not pairs:
+            continue
+        key = heat.key_of(corpus, pairs)
+        known = heat.read(path, key)
+        here = next((one for one in own if one.key == corpus.key), None)
+        if known is None and here is not None:
+            known = heat.heat_maps(whole.model, here, pairs)
+            heat.write(path, key, here, known)
+        if known is not None:
+            return _Heat(corpus.name, known)
+    path.unlink(missing_ok=True)
+    return None
+
+
+def _draw(folder: Path, whole: Evaluation, chosen: _Heat | None, progress: Progress) -> None:
     """Draw what there is to draw; without matplotlib say so, since the figures are there."""
     from shadowc.eval import plots
 
     try:
-        plots.quality(evaluation, folder / QUALITY_FILE)
-        if evaluation.model.recall:
-            plots.recall(evaluation.model, folder / RECALL_FILE)
-        if maps:
-            name = f"{evaluation.model.name}, {report.corpora(evaluation)[0].name}"
-            plots.heat(maps, name, folder / HEAT_FILE)
+        plots.quality(whole, folder / QUALITY_FILE)
+        if whole.model.recall:
+            plots.recall(whole.model, folder / RECALL_FILE)
+        if chosen is not None and chosen.maps:
+            plots.heat(chosen.maps, f"{whole.model.name}, {chosen.corpus}", folder / HEAT_FILE)
     except SetupError as error:
         progress.note(f"no pictures: {error.message}; {error.hint}")
