@@ -27,30 +27,62 @@ SETTLED_SECONDS = 2.0
 _DIGEST_FILE = "sha256"
 _FIELDS = ("dev", "ino", "size", "mtime_ns", "ctime_ns")
 
+PARTS = ("weights", "tokenizer")
+"""What an identity is made of, beside the facts."""
+Digests = Mapping[str, str]
+"""File name -> SHA-256."""
 Stamp = Mapping[str, int]
 """What changes when a file does: its place on the disk, size and both times."""
 
 
-def identity(
-    facts: ModelFacts, files: Sequence[Path], cache: StageCache, advance: Callable[[int, int], None] | None = None
-) -> str:
+def identity(facts: ModelFacts, files: Digests) -> str:
     """Hash of everything that decides what the model computes; its name and place do not.
 
     Args:
         facts: the model's sizes.
-        files: weight and tokenizer files.
+        files: `digests` of its weight and tokenizer files.
+    """
+    return fingerprint({"facts": facts_key(facts), "files": files})
+
+
+def digests(files: Sequence[Path], cache: StageCache, advance: Callable[[int, int], None] | None = None) -> Digests:
+    """SHA-256 of each file, by its name.
+
+    Args:
+        files: whose names differ.
         cache: where digests of files are kept; if it cannot be written to, files are simply hashed again.
         advance: called with bytes done and their total.
     """
     total = sum(path.stat().st_size for path in files)
-    parts: dict[str, str] = {}
+    found: dict[str, str] = {}
     done = 0
     for path in sorted(files, key=lambda path: path.name):
-        parts[path.name] = file_digest(path, cache)
+        found[path.name] = file_digest(path, cache)
         done += path.stat().st_size
         if advance is not None:
             advance(done, total)
-    return fingerprint({"facts": facts_key(facts), "files": parts})
+    return found
+
+
+def parts_of(files: Digests, tokens: Sequence[Path]) -> dict[str, str]:
+    """One hash for the files of each of `PARTS`; `tokens` are those of the tokenizer, the others are weights."""
+    names = {path.name for path in tokens}
+    split = (
+        {name: digest for name, digest in files.items() if name not in names},
+        {name: digest for name, digest in files.items() if name in names},
+    )
+    return dict(zip(PARTS, map(fingerprint, split), strict=True))
+
+
+def differing_part(one: Mapping[str, object], other: Mapping[str, object]) -> str:
+    """Tell which part of two checkpoints differs, as the end of a sentence; both as `ModelCheckpoint.described`.
+
+    What was written before there were parts, dummy weights and GGUF files have the identity alone.
+    """
+    if not all(part in told for part in PARTS for told in (one, other)):
+        return "weights or tokenizer differ"
+    hashes = [f"{part} {str(one[part])[:16]} and {str(other[part])[:16]}" for part in PARTS if one[part] != other[part]]
+    return f"what differs: {', '.join(hashes) or 'config.json'}"
 
 
 def facts_key(facts: ModelFacts) -> dict[str, object]:

@@ -11,12 +11,12 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from shadowc.checkpoint.digest import facts_key, fingerprint, identity
+from shadowc.checkpoint.digest import digests, facts_key, fingerprint, identity, parts_of
 from shadowc.checkpoint.dummy import SCHEME, DummyWeights
 from shadowc.checkpoint.facts import ModelFacts, layout_of
 from shadowc.checkpoint.files import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, find_weight_files
@@ -56,6 +56,13 @@ class ModelCheckpoint:
     """Of all parameters in float32."""
     unused: tuple[str, ...] = ()
     """Tensors in the files that are not part of the language model, and so not of the engine."""
+    parts: Mapping[str, str] = field(default_factory=dict)
+    """Hashes of the parts of the identity, see `digest.PARTS`; empty where it has none."""
+
+    @property
+    def described(self) -> dict[str, str]:
+        """What traces and predictors keep of it."""
+        return {"name": self.facts.name, "identity": self.identity, **self.parts}
 
 
 @dataclass(frozen=True)
@@ -264,15 +271,17 @@ def checkpoint_of(
     tokenizer = _checked_tokenizer(facts, folder)
     opened = open_weights(folder, facts, advance)
     tokens = tokenizer_files(folder) if tokenizer else ()
+    hashed = digests(files or (*opened.files, *tokens), StageCache(), advance)
     return kind(
         facts=facts,
         weights=opened.source,
-        identity=identity(facts, files or (*opened.files, *tokens), StageCache(), advance),
+        identity=identity(facts, hashed),
         folder=folder,
         tokenizer=tokenizer,
         dummy=False,
         total_bytes=total_bytes(facts),
         unused=opened.unused,
+        parts={} if files else parts_of(hashed, tokens),
     )
 
 

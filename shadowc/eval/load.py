@@ -61,7 +61,7 @@ def torch_model(
     found = None
     if predictor is not None:
         found = Predictor.load(predictor, checkpoint.facts)
-        require_trained_on(found.meta, predictor, checkpoint.identity, origin)
+        require_trained_on(found.meta, predictor, checkpoint.described, origin)
         found.scope(scope)  # refused before weights are read
     with progress.stage("weights"):
         check_finite(checkpoint, progress.advance)
@@ -69,19 +69,27 @@ def torch_model(
     return TorchModel(model, checkpoint, found, scope=scope, seed=origin.seed)
 
 
-def require_trained_on(meta: Mapping[str, object], folder: Path, identity: str, origin: Origin) -> None:
+def require_trained_on(meta: Mapping[str, object], folder: Path, model: Mapping[str, str], origin: Origin) -> None:
     """Refuse a predictor whose trace came from another checkpoint; the shape of both may be the same.
+
+    Args:
+        meta: the predictor's.
+        folder: where it is.
+        model: `ModelCheckpoint.described` of the checkpoint.
+        origin: the same as it was typed.
 
     Raises:
         InputError: both hashes are known, and they differ.
     """
+    from shadowc.checkpoint.digest import differing_part
+
     told = meta.get("model")
     known = told if isinstance(told, dict) else {}
     trained = str(known.get("identity") or "")
-    if trained and trained != identity:
+    if trained and trained != model["identity"]:
         raise InputError(
             f"the predictor in {folder} was trained on another checkpoint: model hash {trained[:16]} "
-            f"({known.get('name')}), and {origin.model} has {identity[:16]}; weights or tokenizer differ",
+            f"({known.get('name')}), and {origin.model} has {model['identity'][:16]}; {differing_part(known, model)}",
             hint=f"shadowc train {origin.flags}, or name the checkpoint that it was trained on",
         )
 

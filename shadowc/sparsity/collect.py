@@ -130,7 +130,7 @@ def _begin(
     meta = {
         "criterion": options.criterion,
         "per": criterion.per,
-        "model": {"name": facts.name, "identity": checkpoint.identity},
+        "model": checkpoint.described,
         "facts": asdict(facts),
         "fill": "mean" if _filled(options) else "zero",
         "source": text.source,

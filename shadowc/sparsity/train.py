@@ -31,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from shadowc.checkpoint.digest import differing_part
 from shadowc.sparsity import thresholds
 from shadowc.sparsity.cluster import neuron_orders
 from shadowc.sparsity.criteria import find_criterion, require_trainable
@@ -329,7 +330,7 @@ def _require_same_model(trace: ImportanceTrace, rankings: Sequence[ImportanceTra
         if its["identity"] != mine["identity"]:
             raise InputError(
                 f"the ranking in {other.folder} is of another checkpoint: {its['name']} {its['identity'][:12]}, the "
-                f"trace in {trace.folder} is of {mine['name']} {mine['identity'][:12]}",
+                f"trace in {trace.folder} is of {mine['name']} {mine['identity'][:12]}; {differing_part(its, mine)}",
                 hint=f"shadowc collect {trace.origin.flags} --criterion {other.meta['criterion']}",
             )
         fills = [str(one.meta.get("fill", "zero")) for one in (trace, other)]

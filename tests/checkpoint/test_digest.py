@@ -45,7 +45,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
 
 
 def identity(file: Path) -> str:
-    return digest.identity(FACTS, [file], StageCache())
+    return digest.identity(FACTS, digest.digests([file], StageCache()))
 
 
 def rewrite_in_place(file: Path) -> None:
@@ -83,3 +83,20 @@ def test_a_file_that_changed_a_moment_ago_is_not_remembered(file: Path, hashed: 
     assert identity(file) == identity(file)
     assert len(hashed) == 2
     assert StageCache().root.joinpath(digest.STAGE).exists() is False
+
+
+def test_the_part_that_differs_is_told_where_both_have_parts() -> None:
+    one = {"identity": "1", "weights": "a" * 64, "tokenizer": "b" * 64}
+    assert (
+        digest.differing_part(one, one | {"tokenizer": "c" * 64})
+        == f"what differs: tokenizer {'b' * 16} and {'c' * 16}"
+    )
+    assert digest.differing_part(one, one | {"weights": "0"}) == f"what differs: weights {'a' * 16} and 0"
+    assert digest.differing_part(one, {"weights": "0", "tokenizer": "1"}).count(" and ") == 2
+    assert digest.differing_part(one, one) == "what differs: config.json"  # asked for identities that differ
+
+
+def test_what_was_written_before_there_were_parts_is_told_as_it_was() -> None:
+    parts = {"weights": "0", "tokenizer": "1"}
+    assert digest.differing_part({"identity": "1"}, parts) == "weights or tokenizer differ"
+    assert digest.differing_part(parts, {"identity": "dummy-0"}) == "weights or tokenizer differ"

@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner, Result
 
 from shadowc.cli.app import app
@@ -120,6 +121,23 @@ def test_a_predictor_of_another_checkpoint_is_refused_with_both_hashes(
     result = shadowc("eval", "--model", tiny_checkpoint, "--predictor", other, "--text", files / "text.txt")
     refused(result, "another checkpoint: model hash 0123456789abcdef (", f"has {mine[:16]}")
     refused(result, f"shadowc train --model {tiny_checkpoint}, or name")
+
+
+@pytest.mark.parametrize("part", ["weights", "tokenizer"])
+def test_what_differs_of_another_checkpoint_is_told(
+    tiny_checkpoint: Path, predictor_folder: Path, files: Path, part: str
+) -> None:
+    other = Path(shutil.copytree(tiny_checkpoint, files / "other"))
+    if part == "tokenizer":
+        (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text("utf-8") + "\n", "utf-8")
+    else:
+        tensors = load_file(other / "model.safetensors")
+        next(iter(tensors.values())).flat[0] += 1
+        save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    known = json.loads((predictor_folder / "predictor.json").read_text())["model"]
+    result = shadowc("eval", "--model", other, "--predictor", predictor_folder, "--text", files / "text.txt")
+    refused(result, f"what differs: {part} {known[part][:16]} and ")
+    assert ", " not in " ".join(result.output.split()).partition("what differs: ")[2].partition(" next: ")[0]
 
 
 def test_the_command_that_trains_for_a_dummy_model_asks_for_a_dummy_model(

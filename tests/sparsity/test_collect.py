@@ -124,7 +124,9 @@ def test_the_causality_check_catches_a_shift_by_one_token(
 def test_trace_says_what_it_is(traces: dict[str, Any], checkpoint: Checkpoint) -> None:
     trace = traces["plainact"]
     assert trace.meta["criterion"] == "plainact"
-    assert trace.meta["model"] == {"name": checkpoint.facts.name, "identity": checkpoint.identity}
+    model = trace.meta["model"]
+    assert (model["name"], model["identity"]) == (checkpoint.facts.name, checkpoint.identity)
+    assert len(model["weights"]) == len(model["tokenizer"]) == 64
     assert trace.meta["source"] == "self"
     assert trace.meta["positions"] == len(trace.context_ME) == 48
     assert trace.meta["seed"] == 0

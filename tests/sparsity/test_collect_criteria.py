@@ -160,6 +160,9 @@ def test_a_ranking_of_another_checkpoint_is_refused(collected: Collected) -> Non
     other.meta["model"] = {"name": "other", "identity": "f" * 64}
     with pytest.raises(InputError, match=r"another checkpoint: other ffffffffffff, the trace in .* is of"):
         train(trace, trace.facts, TrainOptions(epochs=1), rankings=[other])
+    other.meta["model"] = {**trace.meta["model"], "identity": "f" * 64, "tokenizer": "e" * 64}
+    with pytest.raises(InputError, match=r"what differs: tokenizer eeeeeeeeeeeeeeee and "):
+        train(trace, trace.facts, TrainOptions(epochs=1), rankings=[other])
 
 
 @pytest.mark.parametrize("fill", ["mean", "zero"])
