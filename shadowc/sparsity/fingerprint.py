@@ -57,7 +57,8 @@ def fingerprint(content: bytes, documents: Sequence[str]) -> Fingerprint:
 def common_share(evaluated: Fingerprint, calibrated: Fingerprint) -> float:
     """Return which share of the evaluated text's hashes the calibration text has too (0 if it cannot be told)."""
     seen = set(calibrated.paragraphs)
-    comparable = [h for h in evaluated.paragraphs if calibrated.complete or h <= calibrated.paragraphs[-1]]
+    last = max(seen, default="")
+    comparable = [h for h in evaluated.paragraphs if calibrated.complete or h <= last]
     return sum(h in seen for h in comparable) / len(comparable) if comparable else 0.0
 
 

@@ -105,6 +105,7 @@ def test_another_text_is_accepted() -> None:
     refuse_if_calibrated(seen(prose(40, seed=2)), meta_of(CALIBRATION))
     refuse_if_calibrated(seen("short"), meta_of(CALIBRATION))
     refuse_if_calibrated(seen(CALIBRATION), {"origin": "dummy"})
+    refuse_if_calibrated(seen(CALIBRATION), {"text": {"sha256": "0", "paragraphs": [], "complete": False}})
 
 
 def test_one_common_paragraph_in_many_is_no_reason_to_refuse() -> None:
