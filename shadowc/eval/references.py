@@ -157,7 +157,7 @@ def prompt_scores(model: Any, predictor: Predictor | None, ids: tuple[int, ...])
     sites = [(block.context, of_heads) for block in later] + [(block.hidden, of_neurons) for block in later]
     with watched(*sites):
         model(input_ids=torch.tensor([ids]), use_cache=False)
-    return np.stack(heads)[None], np.stack(neurons)[None]
+    return _ties_apart(np.stack(heads)[None]), _ties_apart(np.stack(neurons)[None])
 
 
 def _strength(values_SU: Tensor) -> Floats:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -140,6 +141,19 @@ def test_prompt_scores_are_lengths_of_scaled_activations(in_torch: TorchModel) -
     members = predictor.orders_LF[0][: predictor.block]
     share = [float(hidden[at, members.tolist()].norm() / hidden[at].norm()) for at in range(7)]
     assert neurons[0, 0, 0] == pytest.approx(np.sqrt(np.square(share).sum()), rel=1e-4)
+
+
+def test_neurons_that_are_silent_in_the_prompt_do_not_exceed_the_density(
+    fresh_torch: Callable[[], TorchModel],
+) -> None:
+    loaded = fresh_torch()
+    for layer in loaded._model.model.decoder.layers:
+        bias = layer.fc1.bias
+        bias.data = bias.data - 100.0 * (torch.arange(len(bias)) % 8 > 0)  # one of eight neurons fires
+    model = TorchModel(loaded._model, loaded._checkpoint)  # single neurons
+    for scope in ("local", "global"):
+        (found,) = model.score([request(4, 20, 6, 14)], Setting("prompt", HALF, "prompt", scope=scope))
+        assert found.neurons / found.masked == pytest.approx(HALF.neurons, abs=0.01)
 
 
 def test_the_prompts_mask_holds_for_what_follows(in_torch: TorchModel) -> None:
