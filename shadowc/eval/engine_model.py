@@ -40,6 +40,9 @@ class EngineModel(EvaluatedModel):
         self.name, self.identity = f"{manifest.model.name} ({engine.folder.name})", manifest.build_key
         self.context, self.start = engine.model.positions, engine.model.bos
         held = sparsity is not None and sparsity.mask == "sequence"
+        refresh = int(getattr(engine, "refresh", 0))
+        if sparsity is not None and refresh != sparsity.refresh:
+            self.identity += f" refresh {refresh}"  # other masks, so other answers: no sweep goes on with them
         self.protocols = ("prompt", "decode") if held else ("decode",)
         if sparsity is None:
             self.methods: tuple[str, ...] = ()
@@ -50,7 +53,7 @@ class EngineModel(EvaluatedModel):
             self.methods = ("predictor" if exact else sparsity.select, *(stored if takes_scores else ()))
         report = {} if sparsity is None else sparsity.predictor.get("report")
         self.recall = report.get("found", {}) if isinstance(report, dict) else {}
-        self.ledger = ledger_of(manifest, int(getattr(engine, "refresh", 0)))
+        self.ledger = ledger_of(manifest, refresh)
 
     @property
     def tokenizer(self) -> Any:

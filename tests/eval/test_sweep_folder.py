@@ -14,6 +14,7 @@ import pytest
 
 from shadowc.eval import sweep
 from shadowc.eval.corpus import Corpus
+from shadowc.eval.load import engine_model
 from shadowc.eval.request import Protocol, Setting
 from shadowc.eval.run import Evaluation, evaluate, settings_of
 from shadowc.eval.task import TASKS
@@ -180,3 +181,14 @@ def test_tasks_of_several_commands_have_means_where_a_setting_is_known_of_all(
     expected = evaluate(in_torch, [copa, piqa, rte], [half]).means
     assert [mean["value"] for mean in of_three] == [mean.value for mean in expected]
     assert "copa, piqa, rte" in (out / sweep.TABLE_FILE).read_text()
+
+
+def test_masks_that_hold_for_other_spans_are_another_sweep(engine_folders: dict[str, Path], tmp_path: Path) -> None:
+    compiled, fresh = (engine_model(engine_folders["sequence"], refresh=refresh) for refresh in (None, 4))
+    corpus = corpus_of(compiled, "one.txt", [PROSE], "1", 24)
+    setting = Setting("predictor", HALF, "prompt", prompt_tokens=4)
+    sweep.run(tmp_path, compiled, [corpus], [setting], 0, NullProgress())
+    with pytest.raises(InputError, match=r"a sweep of something else: identity is .*, now .* refresh 4"):
+        sweep.run(tmp_path, fresh, [corpus], [setting], 0, NullProgress())
+    rows = [evaluate(model, [corpus], [setting]).rows[1] for model in (compiled, fresh)]
+    assert rows[0].metrics[0].value != rows[1].metrics[0].value
