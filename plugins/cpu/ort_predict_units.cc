@@ -99,6 +99,7 @@ class PredictUnitsKernel {
       problems->Add("w1 and w2", "float32 or int8, both alike",
                     std::string(NameOf(w1.type)) + " and " + NameOf(w2.type));
     if (hidden < 1) problems->Add("P (axis 0 of w1)", "at least 1", "0");
+    if (units < 1) problems->Add("N (axis 0 of b2)", "at least 1", "0");
     problems->ExpectShape("w1", w1.shape, {hidden, width}, "[P, E]");
     problems->ExpectShape("scales1", scales1.shape, {hidden}, "[P]");
     problems->ExpectShape("b1", b1.shape, {hidden}, "[P]");

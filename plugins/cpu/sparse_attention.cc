@@ -25,10 +25,11 @@ namespace {
 
 // ---- several rows: projections by tile and head, attention, output projection by tile
 
-// One tile of at most kTileRows rows: which of them use each head.
+// Tiles of at most kTileRows rows: which of them use each head.
 struct Tiling {
   size_t rows, tiles, heads;
-  const uint32_t* masks;  // [tiles, heads]
+  const uint32_t* masks;            // [tiles, heads]
+  const uint8_t* wanted = nullptr;  // [rows] those that `masks` has anything of; null: all
   size_t First(size_t t) const { return t * kTileRows; }
   size_t Count(size_t t) const { return std::min(kTileRows, rows - First(t)); }
 };
@@ -48,7 +49,8 @@ void ProjectTile(const AttentionArgs& a, const Activations<W>* rows, const Tilin
   const Head<W> head(a, h);
   const uint32_t active = tiling.masks[t * a.heads + h];
   const size_t all_rows = tiling.Count(t);
-  const uint32_t all = all_rows == 32 ? ~0u : (1u << all_rows) - 1;
+  uint32_t all = all_rows == 32 ? ~0u : (1u << all_rows) - 1;
+  KeepRows(tiling.wanted, tiling.First(t), all_rows, &all, 1);
   // Keys, then values, of the rows in hand, before they are stored.
   float* fresh = ThreadArena().Take<float>(kTileRows * a.head_size);
   // target(row, i): where the result of the i-th row in hand goes.
@@ -138,6 +140,15 @@ void ProjectOutRows(const AttentionArgs& a, const Tiling& tiling, const Parallel
   });
 }
 
+// Of the wanted rows alone.
+Tiling OnlyRows(const uint8_t* wanted, const Tiling& all, CallArena* arena) {
+  uint32_t* masks = arena->Take<uint32_t>(all.tiles * all.heads);
+  std::copy_n(all.masks, all.tiles * all.heads, masks);
+  for (size_t t = 0; t < all.tiles; ++t)
+    KeepRows(wanted, all.First(t), all.Count(t), masks + t * all.heads, all.heads);
+  return {all.rows, all.tiles, all.heads, masks, wanted};
+}
+
 template <class W>
 ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& parallel) {
   const size_t rows = a.batch * a.tokens, tiles = (rows + kTileRows - 1) / kTileRows;
@@ -154,14 +165,15 @@ ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& par
   if (a.present_key != a.past_key || a.present_value != a.past_value) {
     parallel.For(a.batch * a.heads, [&](size_t i) { CopyPrefix(a, i / a.heads, i % a.heads); });
   }
-  // First all rows in the general way if any row needs it, then in panels those that do not.
+  // In the general way the rows that need it, and in panels the others.
   uint8_t* left = arena->Take<uint8_t>(rows + kPanelRows);
   Panels panels{};
   if (kernels != nullptr) panels = TakePanels(*kernels, arena, PanelsOf(rows), a.width, a.rounding);
   if (kernels == nullptr || SplitForProjection(*kernels, a, panels, left, parallel)) {
     const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, arena, parallel);
+    const Tiling general = kernels == nullptr ? tiling : OnlyRows(left, tiling, arena);
     parallel.For(tiles * a.heads,
-                 [&](size_t i) { ProjectTile<W>(a, x, tiling, i % tiles, i / tiles, query); });
+                 [&](size_t i) { ProjectTile<W>(a, x, general, i % tiles, i / tiles, query); });
   }
   if (kernels != nullptr) {
     ProjectPanels(*kernels, a, masks, panels, left, QueryFactor(a), query, parallel);
@@ -177,7 +189,7 @@ ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& par
   } else if (!ProjectOutPanels(*kernels, a, masks, arena, left, parallel)) {
     AttentionArgs again = a;
     again.y = arena->Take<float>(rows * a.width);
-    ProjectOutRows<W>(again, tiling, parallel);
+    ProjectOutRows<W>(again, OnlyRows(left, tiling, arena), parallel);
     for (size_t r = 0; r < rows; ++r) {
       if (left[r] != 0) std::copy(again.y + r * a.width, again.y + (r + 1) * a.width, a.y + r * a.width);
     }

@@ -287,7 +287,9 @@ inline constexpr size_t kManyTiles = 8;
 template <class W>
 class ManyRows {
  public:
-  ManyRows(const FfnArgs& a, const Activations<W>* x, CallArena* arena, const Parallel& parallel)
+  // `wanted`: which rows are computed; null: all. Of the others y is the bias.
+  ManyRows(const FfnArgs& a, const Activations<W>* x, const uint8_t* wanted, CallArena* arena,
+           const Parallel& parallel)
       : a_(a),
         x_(x),
         rows_(a.batch * a.tokens),
@@ -299,6 +301,7 @@ class ManyRows {
         counts_(arena->Take<size_t>(tiles_)) {
     parallel.For(tiles_, [&](size_t t) {
       TileMasks(a.selection, a.tokens, t * kTileRows, Count(t), masks_ + t * units_);
+      KeepRows(wanted, t * kTileRows, Count(t), masks_ + t * units_, units_);
       counts_[t] = ActiveUnits(masks_ + t * units_, units_, lists_ + t * units_);
     });
   }
@@ -369,9 +372,9 @@ class ManyRows {
 };
 
 template <class W>
-ReadCount RunManyRows(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
+ReadCount RunManyRows(const FfnArgs& a, const uint8_t* wanted, CallArena* arena, const Parallel& parallel) {
   const Activations<W>* x = PrepareRows<W>(a.x, a.batch * a.tokens, a.width, arena, parallel);
-  return ManyRows<W>(a, x, arena, parallel).Run(arena, parallel);
+  return ManyRows<W>(a, x, wanted, arena, parallel).Run(arena, parallel);
 }
 
 template <class W>
@@ -384,13 +387,17 @@ ReadCount Run(const FfnArgs& given, const Parallel& parallel) {
   if (rows == 1) return OneRow<W>(a, &arena, parallel);
   a.x = NormaliseRows(a.x, a.norm, rows, a.width, &arena, parallel);
   const PanelKernels* kernels = KernelsFor(a.type, a.rounding, rows, a.width, a.neurons * 2 * a.width);
-  if (kernels == nullptr) return RunManyRows<W>(a, &arena, parallel);
+  if (kernels == nullptr) return RunManyRows<W>(a, nullptr, &arena, parallel);
   uint8_t* left = arena.Take<uint8_t>(rows + kPanelRows);
   ReadCount read;
   if (FfnPanels(*kernels, a, &arena, parallel, left, &read)) return read;
   FfnArgs again = a;
   again.y = arena.Take<float>(rows * a.width);
-  read = RunManyRows<W>(again, &arena, parallel);
+  // Outliers are common, other rows without digits are not: only for the latter the count of all rows is
+  // exact.
+  const bool outliers = a.rounding == Rounding::kFinely;
+  const ReadCount again_read = RunManyRows<W>(again, outliers ? left : nullptr, &arena, parallel);
+  if (!outliers) read = again_read;
   for (size_t r = 0; r < rows; ++r) {
     if (left[r] != 0) std::copy(again.y + r * a.width, again.y + (r + 1) * a.width, a.y + r * a.width);
   }

@@ -36,6 +36,13 @@ void TileMasks(const Selection& selection, size_t tokens, size_t first_row, size
   }
 }
 
+void KeepRows(const uint8_t* wanted, size_t first_row, size_t rows, uint32_t* masks, size_t units) {
+  if (wanted == nullptr) return;
+  uint32_t bits = 0;
+  for (size_t r = 0; r < rows; ++r) bits |= uint32_t{wanted[first_row + r] != 0} << r;
+  for (size_t u = 0; u < units; ++u) masks[u] &= bits;
+}
+
 size_t ActiveUnits(const uint32_t* masks, size_t units, uint32_t* list) {
   size_t count = 0;
   for (size_t u = 0; u < units; ++u) {

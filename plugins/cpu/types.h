@@ -104,6 +104,9 @@ RowSelection SelectionOf(const Selection& selection, size_t tokens, size_t row);
 // s.
 void TileMasks(const Selection& selection, size_t tokens, size_t first_row, size_t rows, uint32_t* masks);
 
+// Clears the bits of rows first_row ... of all units that are not wanted (null: none).
+void KeepRows(const uint8_t* wanted, size_t first_row, size_t rows, uint32_t* masks, size_t units);
+
 // The units with any bit set, ascending; returns how many.
 size_t ActiveUnits(const uint32_t* masks, size_t units, uint32_t* list);
 

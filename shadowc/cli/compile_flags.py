@@ -43,16 +43,6 @@ Select = Annotated[
         "density on the calibration text; sensitivity: the same, each layer with its own share.",
     ),
 ]
-Exempt = Annotated[
-    str | None,
-    typer.Option("--exempt", help="Layers that stay dense beside layer 0, by commas.", show_default=False),
-]
-MinActiveHeads = Annotated[
-    int, typer.Option("--min-active-heads", help="Heads that every masked layer keeps at least.", min=0)
-]
-MinActiveNeurons = Annotated[
-    int, typer.Option("--min-active-neurons", help="The same of neurons, in whole blocks.", min=0)
-]
 Mask = Annotated[
     flags.Mask, typer.Option("--mask", help="A mask for every token, or one for all tokens after the prompt.")
 ]

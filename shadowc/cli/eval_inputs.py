@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from shadowc.eval.model import EvaluatedModel
     from shadowc.eval.request import Protocol, Setting
     from shadowc.eval.task import Task
+    from shadowc.sparsity.kept import Kept
     from shadowc.spec.density import Density
     from shadowc.spec.progress import Progress
 
@@ -32,6 +33,7 @@ class Subject:
     refresh: int | None
     threads: int | None
     seed: int
+    kept: Kept
 
     def load(self, progress: Progress) -> EvaluatedModel:
         """Load it.
@@ -46,7 +48,7 @@ class Subject:
 
         if self.model is not None and self.engine is None:
             origin = Origin(self.model, self.load_format, self.seed)
-            return torch_model(origin, self.predictor, offline=self.offline, progress=progress)
+            return torch_model(origin, self.predictor, kept=self.kept, offline=self.offline, progress=progress)
         if self.engine is not None and self.model is None:
             return engine_model(self.engine, threads=self.threads, refresh=self.refresh, seed=self.seed)
         found = "both" if self.model is not None else "neither"

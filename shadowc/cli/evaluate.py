@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from shadowc.eval.run import Evaluation
     from shadowc.spec.progress import Progress
 
-TORCH_ONLY = ("predictor", "scope", "load_format", "offline")
+TORCH_ONLY = ("predictor", "scope", "exempt", "min_active_heads", "min_active_neurons", "load_format", "offline")
 ENGINE_ONLY = ("refresh", "threads")
 TASKS_ONLY = ("task", "shots")
 TEXTS_ONLY = ("window",)
@@ -97,6 +97,9 @@ def evaluate(
         Path | None,
         typer.Option("--sweep", help="Folder for CSV, JSON, plots and a table; goes on there.", show_default=False),
     ] = None,
+    exempt: flags.Exempt = None,
+    min_active_heads: flags.MinActiveHeads = 0,
+    min_active_neurons: flags.MinActiveNeurons = 0,
     load_format: flags.LoadFormatFlag = "auto",
     offline: flags.Offline = False,
     refresh: flags.Refresh = None,
@@ -106,13 +109,15 @@ def evaluate(
 ) -> None:
     """Measure quality on texts and tasks at several densities, under the predictor's masks and under controls."""
     from shadowc.cli.eval_inputs import Ground, Masks, Subject
+    from shadowc.sparsity.kept import Kept
 
     flags.refuse_unused(context, *((TORCH_ONLY, "for an engine") if model is None else (ENGINE_ONLY, "with --model")))
     if tasks is None:
         flags.refuse_unused(context, TASKS_ONLY, "without --tasks")
     elif text is None and wikitext is None:
         flags.refuse_unused(context, TEXTS_ONLY, "on --tasks alone")
-    subject = Subject(engine, model, predictor, load_format, offline, refresh, threads, seed)
+    kept = Kept(flags.layers_of(exempt), min_active_heads, min_active_neurons)
+    subject = Subject(engine, model, predictor, load_format, offline, refresh, threads, seed, kept)
     masks = Masks.read(methods, densities, protocol, scope, prompt_tokens)
     ground = Ground.read(text, wikitext, tasks, task, shots, window, limit)
     with render.progress() as progress:

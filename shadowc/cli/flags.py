@@ -110,6 +110,16 @@ Refresh = Annotated[
         show_default=False,
     ),
 ]
+Exempt = Annotated[
+    str | None,
+    typer.Option("--exempt", help="Layers that stay dense beside layer 0, by commas.", show_default=False),
+]
+MinActiveHeads = Annotated[
+    int, typer.Option("--min-active-heads", help="Heads that every masked layer keeps at least.", min=0)
+]
+MinActiveNeurons = Annotated[
+    int, typer.Option("--min-active-neurons", help="The same of neurons, in whole blocks.", min=0)
+]
 Threads = Annotated[
     int | None,
     typer.Option("--threads", help="Threads; default: one per core.", min=1, max=MOST_THREADS, show_default=False),

@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from shadowc.sparsity.kept import NOTHING, Kept
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
 
@@ -24,6 +25,7 @@ def torch_model(
     predictor: Path | None = None,
     *,
     scope: Scope | None = None,
+    kept: Kept = NOTHING,
     offline: bool = False,
     progress: Progress | None = None,
 ) -> TorchModel:
@@ -33,6 +35,7 @@ def torch_model(
         origin: the model as it was typed.
         predictor: its folder; None: the model is evaluated dense, and under masks that need none.
         scope: of the ranking; None: the widest that the predictor allows.
+        kept: what all masks leave.
         offline: do not use the network.
         progress: told about stages.
 
@@ -59,6 +62,7 @@ def torch_model(
             advance=lambda done, total: progress.advance(done >> 20, total >> 20, "MiB"),
         )
     found = None
+    kept.check(checkpoint.facts)
     if predictor is not None:
         found = Predictor.load(predictor, checkpoint.facts)
         require_trained_on(found.meta, predictor, checkpoint.described, origin)
@@ -66,7 +70,7 @@ def torch_model(
     with progress.stage("weights"):
         check_finite(checkpoint, progress.advance)
         model = load_torch_model(checkpoint)
-    return TorchModel(model, checkpoint, found, scope=scope, seed=origin.seed)
+    return TorchModel(model, checkpoint, found, scope=scope, seed=origin.seed, kept=kept)
 
 
 def require_trained_on(meta: Mapping[str, object], folder: Path, model: Mapping[str, str], origin: Origin) -> None:

@@ -29,7 +29,9 @@ from shadowc.eval.references import REFERENCES, Oracle, prompt_scores
 from shadowc.eval.request import BY_THRESHOLD, LEARNED, PROTOCOLS, Outcome, Request, Setting
 from shadowc.eval.rows import Counted, active, counted, padded, repeated
 from shadowc.sparsity.families import decoder_of
+from shadowc.sparsity.kept import NOTHING, Kept
 from shadowc.sparsity.reference import MaskedModel, MaskedState
+from shadowc.sparsity.thresholds import refuse_least
 from shadowc.spec.density import Density
 from shadowc.spec.errors import UnsupportedError
 from shadowc.spec.options import SELECTS, Select
@@ -68,6 +70,7 @@ class TorchModel(EvaluatedModel):
         predictor: whose masks, and those of its controls; None: dense, random masks and those of a prompt.
         scope: of the ranking where a setting names none; None: the widest that the predictor allows.
         seed: of random masks.
+        kept: what all masks leave.
     """
 
     protocols = tuple(PROTOCOLS)
@@ -80,12 +83,14 @@ class TorchModel(EvaluatedModel):
         *,
         scope: str | None = None,
         seed: int = 0,
+        kept: Kept = NOTHING,
     ) -> None:
         facts = checkpoint.facts
-        self.name, self.identity = facts.name, checkpoint.identity + ("" if predictor is None else _hash(predictor))
+        learned = "" if predictor is None else _hash(predictor)
+        self.name, self.identity = facts.name, f"{checkpoint.identity}{learned}{kept.text()}"
         self.context, self.start = facts.positions, facts.bos
         self._model, self._checkpoint, self._predictor, self._seed = model, checkpoint, predictor, seed
-        self._scope = scope
+        self._scope, self._kept = scope, kept
         self._masked: dict[tuple[str, bool, Select], MaskedModel] = {}
         self._layers, self._vocab = facts.layers - 1, facts.vocab
         self._units = (facts.heads, facts.ffn) if predictor is None else predictor.units
@@ -132,6 +137,8 @@ class TorchModel(EvaluatedModel):
             InputError, UnsupportedError: a setting is not one of this model.
         """
         super().check(*settings)
+        if any(setting.method in BY_THRESHOLD for setting in settings):
+            refuse_least(max(self._kept.heads, self._kept.neurons))
         predictor = self._predictor
         if predictor is None:
             return
@@ -352,12 +359,12 @@ class TorchModel(EvaluatedModel):
         key = named or "", control, select
         if key not in self._masked:
             predictor, scope = self._predictor, cast("Scope | None", named or None)
-            if predictor is None:
-                plan = SparsityPlan(0, 0, 1, scope or "global")
-            elif control and scope:
-                plan = SparsityPlan(0, 0, predictor.block, scope)
+            block = 1 if predictor is None else predictor.block
+            exempt, heads, neurons = self._kept.predicted(), self._kept.heads, self._kept.blocks(block)
+            if predictor is None or (control and scope):
+                plan = SparsityPlan(0, 0, block, scope or "global", exempt, heads, neurons)
             else:
-                plan = predictor.plan(scope, select=select)
+                plan = predictor.plan(scope, exempt, select=select, min_active_heads=heads, min_active_neurons=neurons)
             self._masked[key] = MaskedModel(self._model, plan, predictor)
         return self._masked[key]
 

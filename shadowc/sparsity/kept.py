@@ -47,6 +47,11 @@ class Kept:
                 problems=problems if len(problems) > 1 else (),
             )
 
+    def text(self) -> str:
+        """What tells it apart from others; empty where nothing is kept."""
+        layers = ",".join(str(layer + 1) for layer in self.predicted())
+        return f" kept {layers or 0}/{self.heads}/{self.neurons}" if self != NOTHING else ""
+
     def predicted(self) -> tuple[int, ...]:
         """The layers as `SparsityPlan.exempt` counts them."""
         return tuple(sorted({layer - 1 for layer in self.exempt}))
@@ -54,6 +59,9 @@ class Kept:
     def blocks(self, block: int) -> int:
         """The least number of blocks that hold as many neurons."""
         return -(-self.neurons // block)
+
+
+NOTHING = Kept()
 
 
 def kept_by(options: CompileOptions) -> Kept:

@@ -15,6 +15,8 @@ import pytest
 import shadowc
 from shadowc.checkpoint.resolve import resolve
 from shadowc.cli import inspect
+from shadowc.eval.request import Setting
+from shadowc.eval.torch_model import TorchModel
 from shadowc.measure.against import stored_plan
 from shadowc.measure.expected import expected_bytes
 from shadowc.measure.free_running import free_run
@@ -29,6 +31,7 @@ from shadowc.spec.program import SparsityPlan
 from tests.e2e import compiled
 
 IDS = np.arange(10, 22)[None]
+HALF = Density(0.5, 0.5)
 EXEMPT, HEADS, NEURONS = (2,), 2, 40
 LEAST_BLOCKS = 3  # of 16, that hold 40 neurons
 STYLES = ("shadow", "dejavu", "shadow+")
@@ -124,3 +127,18 @@ def test_thresholds_keep_no_least_number_and_say_so_before_any_work(tiny_checkpo
     with pytest.raises(InputError, match="thresholds keep the units that reach them"):
         shadowc.compile(compiled.options(tiny_checkpoint, tmp_path / "none.engine", **changes))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("method", ["predictor", "random"])
+def test_eval_in_torch_leaves_what_an_engine_leaves(engine_and_predictor, tiny_checkpoint: Path, method: str) -> None:
+    _, predictor = engine_and_predictor
+    checkpoint = resolve(str(tiny_checkpoint))
+    kept = Kept(EXEMPT, HEADS, NEURONS)
+    model, plain = (TorchModel(load_torch_model(checkpoint), checkpoint, predictor, kept=one) for one in (kept, Kept()))
+    plan, wanted = model._masked_model(Setting(method, HALF, "decode", "local")).plan, plan_of(predictor)
+    for name in ("exempt", "min_active_heads", "min_active_neurons"):
+        assert getattr(plan, name) == getattr(wanted, name)
+    assert model.identity != plain.identity  # a sweep of one is not continued by the other
+    model.references += ("calibrated",)
+    with pytest.raises(InputError, match="thresholds keep the units that reach them"):
+        model.check(Setting("calibrated", HALF, "decode"))

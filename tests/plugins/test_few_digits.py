@@ -90,6 +90,17 @@ def test_an_outlier_does_not_make_fine_rounding_coarse(most):
     assert distance(keys(arrays, few_digits=1)[:, 7], exact[:, 7]) > 1e-5
 
 
+@pytest.mark.parametrize("rows", [20, 70, 300])
+def test_rows_that_are_left_to_floats_are_what_floats_give_and_others_what_they_were(most, rows):
+    arrays = ffn_operands(8, S=rows, Z=0, F=1000, E=129)
+    clean = ffn(arrays, few_digits=2)
+    arrays["x"][0, [7, rows - 1], 100] = 300
+    found, exact = ffn(arrays, few_digits=2), ffn(arrays, few_digits=0)
+    outliers = np.isin(np.arange(rows), (7, rows - 1))
+    np.testing.assert_array_equal(found[0, ~outliers], clean[0, ~outliers])
+    assert distance(found[0, outliers], exact[0, outliers]) < (1e-4 if most == 127 else kernels.TOLERANCE)
+
+
 def keys(arrays, **attributes):
     """Of the new tokens, [H, S, D]."""
     found = kernels.run(SPARSE_ATTENTION, arrays, **attributes)["present_key"]

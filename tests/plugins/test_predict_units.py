@@ -207,6 +207,7 @@ def broken(name, change):
         ("scales2", lambda a: a[1:], r"scales2 must be \[N\]"),
         ("b2", lambda a: a[1:], r"w2 must be \[N, P\]"),
         ("b2", lambda a: a[None], r"b2 must be \[N\]"),
+        ("b2", lambda a: a[:0], r"N \(axis 0 of b2\) must be at least 1, found 0"),
     ],
 )
 def test_it_refuses_operands_that_do_not_fit(name, change, says):
