@@ -155,7 +155,7 @@ def bench(
 
     progress = progress or NullProgress()
     manifest = read_manifest(folder)
-    _check_prompt(prompt_tokens, manifest)
+    _check_lengths(prompt_tokens, tokens, manifest)
     side, loading = _side(folder, manifest, densities, prompt_tokens, skip_zeros, threads, memory)
     with progress.stage("bench"):
         counter = Counter(progress, side, rounds)
@@ -188,9 +188,16 @@ def bench(
     )
 
 
-def _check_prompt(prompt_tokens: int, manifest: EngineManifest) -> None:
+def _check_lengths(prompt_tokens: int, tokens: int, manifest: EngineManifest) -> None:
     part = manifest.tensorrt
-    most = (manifest.model.positions if part is None else min(manifest.model.positions, part.max_context)) - 1
+    context = manifest.model.positions if part is None else min(manifest.model.positions, part.max_context)
+    room, most = context - STEP_PROMPT_TOKENS, context - 1
+    if tokens > room:
+        raise InputError(
+            f"{tokens} tokens are to be timed; behind a prompt of {STEP_PROMPT_TOKENS} {manifest.model.name} has room "
+            f"for {room}",
+            hint=f"--tokens {room}",
+        )
     if not 1 <= prompt_tokens <= most:
         raise InputError(
             f"the prompt is to have {prompt_tokens} tokens; {manifest.model.name} takes 1 to {most} and one new one",

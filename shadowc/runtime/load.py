@@ -89,8 +89,9 @@ def load(
             large pages, which is faster where the page cache holds the file in small ones (`shadowc bench` tells).
         exact_prompts: prompts meet weights as all other tokens do: int8 with activations of 24 bits or floats,
             others row by row. False: int8 and int4 with 8 bits, or 16 in a row with outliers (12 with AVX2, 24 with
-            AMX), int4 with one scale a row, bf16 with activations of bf16 where the CPU multiplies those; masks are
-            the same (docs/decisions.md).
+            AMX), int4 with one scale a row, bf16 with activations of bf16 where the CPU multiplies those. Masks are
+            the same; where every layer makes masks of its own (styles dejavu, shadow+) int8 takes 16 bits (12 with
+            AVX2), int4 and bf16 stay, and hardly a unit differs (docs/decisions.md).
 
     Raises:
         InputError: no engine is there, or an argument is out of range.
@@ -148,6 +149,8 @@ def load_cpu(
     require_utf8(path.resolve(), "rename the folder, or move it")
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise InputError(f"threads is {threads}, expected 1 to {MOST_THREADS}", hint="leave threads out: one per core")
+    if mask not in (None, "token", "sequence"):
+        raise InputError(f"mask is {mask!r}, expected token or sequence", hint="leave mask out: as it was compiled")
     if not isinstance(memory, WeightsMemory) and memory not in (None, *KINDS):
         raise InputError(f"memory is {memory!r}, expected {' or '.join(KINDS)}", hint="leave memory out: shared")
     manifest = read_manifest(path)

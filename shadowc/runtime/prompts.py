@@ -53,14 +53,27 @@ class Batch:
         return (np.arange(slots) >= self.starts[:, None]).astype(np.int64)
 
 
+def _require_unicode(text: str, which: str) -> None:
+    """Refuse what no tokenizer takes: bytes of a command line that are not UTF-8, or half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{which} is no Unicode text: character {error.start + 1} of {len(text)} is {text[error.start]!a}",
+            hint="give text in UTF-8",
+        ) from None
+
+
 def from_texts(texts: Sequence[str], tokenizer: Any, model: ModelPart) -> Batch:
     """Tokenise, and pad on the left to the longest.
 
     Raises:
-        InputError: there is no text, or one without any token.
+        InputError: there is no text, or one without any token, or one that is not Unicode.
     """
     if not texts:
         raise InputError("no prompt given; expected at least one text", hint='for example ["Once upon a time"]')
+    for number, text in enumerate(texts, start=1):
+        _require_unicode(text, f"prompt {number} of {len(texts)}" if len(texts) > 1 else "the prompt")
     rows = [list(tokenizer(text)["input_ids"]) for text in texts]
     if not all(rows):
         raise InputError("an empty prompt has no tokens to go on from", hint="give at least one word")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 SCHEMA = 1
 MANIFEST_FILE = "engine.json"
@@ -38,20 +38,20 @@ class ModelPart(_Part):
     name: str
     source: str
     """Content hash of the checkpoint, or the seed and shape of dummy weights."""
-    layers: int
-    hidden: int
-    heads: int
-    head_size: int
-    ffn: int
-    vocab: int
-    positions: int
+    layers: PositiveInt
+    hidden: PositiveInt
+    heads: PositiveInt
+    head_size: PositiveInt
+    ffn: PositiveInt
+    vocab: PositiveInt
+    positions: PositiveInt
     """Longest context in tokens."""
-    bos: int
-    eos: int
-    pad: int
+    bos: NonNegativeInt
+    eos: NonNegativeInt
+    pad: NonNegativeInt
     norm_first: bool = True
     """Whether each norm is in front of its block and one stands before the LM head; False: behind it, and none."""
-    projected: int = 0
+    projected: NonNegativeInt = 0
     """Width of token embeddings that are projected to the hidden size and back; 0: they have it."""
 
 
@@ -61,7 +61,7 @@ class SparsityPart(_Part):
     style: Literal["shadow", "dejavu", "shadow+"] = "shadow"
     """shadow: one predictor for all layers; dejavu and shadow+: one for each."""
     mask: Literal["token", "sequence"]
-    refresh: int = 0
+    refresh: NonNegativeInt = 0
     """Tokens for which a mask of "sequence" holds; 0: until the end."""
     scope: Literal["local", "global"]
     select: Literal["exact", "calibrated", "sensitivity"] = "exact"
@@ -69,14 +69,14 @@ class SparsityPart(_Part):
     calibrated: of each layer or of all (`scope`), or of each layer for its share by measured importance."""
     head_density: float
     neuron_density: float
-    neuron_block: int
+    neuron_block: PositiveInt
     fill: Literal["zero", "mean"] = "zero"
     """What a skipped head leaves in its place: nothing, or its mean context (in means.safetensors and the biases)."""
-    exempt: tuple[int, ...] = ()
+    exempt: tuple[NonNegativeInt, ...] = ()
     """Predicted layers (0 is layer 1 of the model) that stay dense."""
-    min_active_heads: int = 0
+    min_active_heads: NonNegativeInt = 0
     """Heads that every masked layer keeps at least."""
-    min_active_neurons: int = 0
+    min_active_neurons: NonNegativeInt = 0
     """The same of units of neurons, which are blocks."""
     predictor: dict[str, object] = Field(default_factory=dict)
     """Origin, widths, criterion, data hash, validation recall beside the static ranking's."""

@@ -195,6 +195,14 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_loaded(spars
     assert caught.value.hint == "--prompt-tokens 33"
 
 
+def test_more_tokens_than_the_context_holds_are_refused_before_anything_is_loaded(sparse_engine: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"49 tokens are to be timed; behind a prompt of 16 .* has room for 48"
+    ) as caught:
+        bench(sparse_engine, densities=[Density()], tokens=49)
+    assert caught.value.hint == "--tokens 48"
+
+
 @pytest.mark.usefixtures("short_stream")
 def test_progress_ends_when_everything_ran(sequence_engine: Path) -> None:
     seen: list[Event] = []

@@ -89,6 +89,30 @@ def test_a_schema_version_that_is_no_whole_number_is_damage(copied: Copied, sche
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("part", "field", "number"),
+    [("model", "layers", 0), ("model", "heads", -1), ("model", "bos", -1), ("sparsity", "neuron_block", 0)],
+)
+def test_numbers_that_cannot_be_are_damage(copied: Copied, part: str, field: str, number: int) -> None:
+    folder = copied("fp32")
+    stored = json.loads((folder / MANIFEST_FILE).read_text())
+    stored[part][field] = number
+    (folder / MANIFEST_FILE).write_text(json.dumps(stored))
+    with pytest.raises(VerificationError, match=f"is damaged: {part}.{field}"):
+        load(folder)
+
+
+def test_an_unknown_kind_of_mask_is_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="mask is 'bogus', expected token or sequence"):
+        load(folders["fp32"], mask="bogus")
+
+
+def test_a_prompt_that_is_no_unicode_text_is_refused(folders: dict[str, Path]) -> None:
+    """As the shell hands over bytes that are not UTF-8."""
+    with pytest.raises(InputError, match=r"prompt 2 of 2 is no Unicode text: character 3 of 3 is '\\udcff'"):
+        load(folders["fp32"]).generate(["ok", "hi\udcff"])
+
+
 @pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "a/../../b", "a\\b", "C:b", "", ".", "./a", "a//b", "a/"])
 def test_file_names_that_leave_the_folder_are_damage(copied: Copied, name: str) -> None:
     folder = copied("fp32")
