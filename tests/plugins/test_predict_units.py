@@ -142,8 +142,8 @@ def test_scores_do_not_depend_on_threads_nor_on_what_is_scored_with_them(dtype):
 @pytest.mark.parametrize("P", [4096, 4100, 16384])
 @pytest.mark.parametrize("weight", [-128, 127])
 def test_no_sum_of_the_widest_networks_leaves_its_integers(P, weight):
-    """All products alike and as large as they get, in both digits of the kernel for AVX2. Behind 4,096 it sums floats
-    one by one, which costs their last digits and would hide nothing: a sum that wrapped around has another sign.
+    """All products alike and as large as they get, in both digits of the kernel for AVX2. Behind 4,096 and elsewhere it
+    sums floats one by one, which costs their last digits and would hide nothing: a sum that wrapped has another sign.
     """
     most = 8355000  # the integer that the largest value becomes
     integers = np.full(P, 2039 * 4096 - 2048)
@@ -152,7 +152,7 @@ def test_no_sum_of_the_widest_networks_leaves_its_integers(P, weight):
     arrays["w1"][:] = 0
     arrays["w2"][:] = weight
     arrays["b1"] = (integers / most).astype(np.float32)
-    np.testing.assert_allclose(run(arrays)["scores"], scores_of(arrays), rtol=1e-5 if P == 4096 else 1e-3)
+    np.testing.assert_allclose(run(arrays)["scores"], scores_of(arrays), rtol=1e-3)
 
 
 @TYPES
