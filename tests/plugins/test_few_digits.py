@@ -98,7 +98,7 @@ def test_rows_that_are_left_to_floats_are_what_floats_give_and_others_what_they_
     found, exact = ffn(arrays, few_digits=2), ffn(arrays, few_digits=0)
     outliers = np.isin(np.arange(rows), (7, rows - 1))
     np.testing.assert_array_equal(found[0, ~outliers], clean[0, ~outliers])
-    assert distance(found[0, outliers], exact[0, outliers]) < (1e-4 if most == 127 else kernels.TOLERANCE)
+    assert distance(found[0, outliers], exact[0, outliers]) < (3e-4 if most == 127 else kernels.TOLERANCE)
 
 
 def keys(arrays, **attributes):
