@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 MOST_THREADS = 1024
-"""More are refused: each takes memory of its own as soon as it starts, and no machine that runs this has the cores."""
+"""More are refused: each takes memory of its own as soon as it starts."""
 _V2 = Path("/sys/fs/cgroup/cpu.max")
 _V1_QUOTA = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us")
 _V1_PERIOD = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us")

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from shadowc.sparsity.text_files import half_pair
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
@@ -53,17 +54,6 @@ class Batch:
         return (np.arange(slots) >= self.starts[:, None]).astype(np.int64)
 
 
-def _require_unicode(text: str, which: str) -> None:
-    """Refuse what no tokenizer takes: bytes of a command line that are not UTF-8, or half of a surrogate pair."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise InputError(
-            f"{which} is no Unicode text: character {error.start + 1} of {len(text)} is {text[error.start]!a}",
-            hint="give text in UTF-8",
-        ) from None
-
-
 def from_texts(texts: Sequence[str], tokenizer: Any, model: ModelPart) -> Batch:
     """Tokenise, and pad on the left to the longest.
 
@@ -73,7 +63,8 @@ def from_texts(texts: Sequence[str], tokenizer: Any, model: ModelPart) -> Batch:
     if not texts:
         raise InputError("no prompt given; expected at least one text", hint='for example ["Once upon a time"]')
     for number, text in enumerate(texts, start=1):
-        _require_unicode(text, f"prompt {number} of {len(texts)}" if len(texts) > 1 else "the prompt")
+        if half := half_pair(text):  # so come bytes of a command line that are not UTF-8
+            raise InputError(f"prompt {number} of {len(texts)} is no Unicode text at {half}", hint="give text in UTF-8")
     rows = [list(tokenizer(text)["input_ids"]) for text in texts]
     if not all(rows):
         raise InputError("an empty prompt has no tokens to go on from", hint="give at least one word")
