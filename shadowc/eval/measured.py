@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 from shadowc.eval.metric import Interval, Metric
 from shadowc.eval.request import Setting
 from shadowc.eval.run import Row
+from shadowc.eval.store import DAMAGE
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
 
 if TYPE_CHECKING:
     from shadowc.eval.corpus import Described
-
-_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, RecursionError, InputError)
-"""What reading JSON of another shape than was written raises."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +46,7 @@ def read(path: Path) -> list[Row]:
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             rows.append(_row(json.loads(line)))
-        except _DAMAGE as error:
+        except (*DAMAGE, InputError) as error:
             raise InputError(
                 f"{path}, line {number} is damaged: {error}",
                 hint=f"rm '{path}'; commands that are typed again bring their rows back, nothing is computed twice",

@@ -24,7 +24,7 @@ ABOUT_FILE = "sweep.json"
 LOCK_FILE = ".lock"
 Key = tuple[str, str]
 """Corpus and setting."""
-_DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
+DAMAGE = (ValueError, TypeError, LookupError, AttributeError, OverflowError, RecursionError)
 """What reading JSON of another shape than was written raises."""
 
 
@@ -79,7 +79,7 @@ class Store:
                 record = json.loads(line)
                 items = {int(index): tuple(map(_outcome, one)) for index, one in record["items"].items()}
                 self._found.setdefault((record["corpus"], record["setting"]), {}).update(items)
-            except _DAMAGE as error:
+            except DAMAGE as error:
                 raise InputError(
                     f"{path}, line {number} is damaged: {error}",
                     hint=f"sed -i {number}d '{path}' takes it out; what it held is computed again",
