@@ -53,6 +53,9 @@ def _section(op: OpSpec) -> str:
     lines += _tensorrt(op)
     lines += ["", "| attribute | type | default | meaning |", "| --- | --- | --- | --- |"]
     lines += [_attribute(attribute) for attribute in op.attributes]
+    if op.rounding is not None:
+        lines += ["", "On the CPU, and for prompts alone:", "", "| attribute | type | default | meaning |"]
+        lines += ["| --- | --- | --- | --- |", _attribute(op.rounding)]
     return "\n".join(lines) + "\n"
 
 

@@ -332,6 +332,7 @@ class _Compile:
             model=model,
             sparsity=None if predictor is None else self._sparsity(predictor),
             bytes_per_token=emitted.bytes_per_token,
+            exact_prompts=options.exact_prompts,
             parity={},
             build_key=key,
             files=files,

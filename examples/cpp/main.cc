@@ -31,8 +31,9 @@ using Ids = std::vector<int64_t>;
 constexpr char kUsage[] =
     "usage: shadowc_generate ENGINE (PROMPT | --ids 2,1715,668) [--max-new-tokens N] [--threads N]\n"
     "       [--density D | --head-density D --neuron-density D]     D: the share to compute, 0 to 1";
-constexpr int64_t kChunk = 128;  // tokens per run of the prompt: bounds the memory of its activations
+constexpr int64_t kChunk = 512;  // tokens per run of the prompt: bounds the memory of its activations
 constexpr int64_t kDense = 0, kAutomatic = -1;  // sparse_tail: no masks; one for a token that comes alone
+constexpr int64_t kLast = -1;                   // logits_from: those of the last token are enough
 
 using InputError = std::invalid_argument;  // what is given cannot be used: exit code 2
 
@@ -121,6 +122,11 @@ class Decoder {
       outputs_[session_.GetOutputNameAllocated(i, allocator_).get()] = Shape(session_.GetOutputTypeInfo(i));
     if ((options.heads || options.neurons) && !dials_.count("density_heads"))
       throw InputError("this engine is dense: it has no masks and takes no density");
+    if (!dials_.count("logits_from"))
+      throw InputError("this engine is of an older shadowc: compile it again");
+    Dial("logits_from", kLast);
+    logits_.resize(vocabulary());
+    binding_.BindOutput("logits", Tensor(logits_.data(), logits_.size(), {1, 1, vocabulary()}));
   }
 
   int64_t vocabulary() const { return outputs_.at("logits")[2]; }
@@ -194,17 +200,12 @@ class Decoder {
 
   void Feed(int64_t* ids, int64_t count) {
     filled_ += count;
-    logits_.resize(count * vocabulary());
     binding_.BindInput("input_ids", Tensor(ids, count, {1, count}));
     binding_.BindInput("attention_mask", Tensor(ones_.data(), filled_, {1, filled_}));
-    binding_.BindOutput("logits", Tensor(logits_.data(), logits_.size(), {1, count, vocabulary()}));
     session_.Run(Ort::RunOptions{nullptr}, binding_);
   }
 
-  int64_t Best() const {  // of the last token
-    const auto row = logits_.end() - vocabulary();
-    return std::max_element(row, logits_.end()) - row;
-  }
+  int64_t Best() const { return std::max_element(logits_.begin(), logits_.end()) - logits_.begin(); }
 
   Ort::MemoryInfo memory_ = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
   Ort::AllocatorWithDefaultOptions allocator_;
@@ -239,9 +240,10 @@ void Generate(Options options) {
   const int64_t room = std::min(options.max_new_tokens, positions - prompt);
   decoder.Reserve(prompt + room);
 
+  const auto begin = std::chrono::steady_clock::now();
   int64_t id = decoder.Prefill(options.ids), count = 1;
-  decoder.StartSteps(options);
   const auto start = std::chrono::steady_clock::now();
+  decoder.StartSteps(options);
   for (;; ++count) {
     if (!tokenizer) std::cout << id << ' ' << std::flush;
     if (tokenizer && id != end) std::cout << tokenizer->Next(id) << std::flush;
@@ -249,6 +251,8 @@ void Generate(Options options) {
     id = decoder.Step(id);
   }
   std::cout << std::endl;
+  const std::chrono::duration<double> reading = start - begin;
+  std::cerr << prompt << " tokens of prompt, the next one after " << reading.count() << " s\n";
   if (count == 1) return;
   const std::chrono::duration<double> seconds = std::chrono::steady_clock::now() - start;
   const double steps = static_cast<double>(count - 1);

@@ -181,6 +181,7 @@ def model_facts(manifest: EngineManifest) -> dict[str, str]:
         f"{model.ffn} neurons, vocabulary {model.vocab:,}, context {model.positions}",
         "source": model.source,
         "target": f"{manifest.target}, {manifest.weights} weights",
+        **({"prompts": "computed as exactly as tokens"} if manifest.exact_prompts else {}),
     }
 
 

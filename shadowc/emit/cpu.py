@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from shadowc.emit.prompts import give_logits_a_start, give_prompts_few_digits
 from shadowc.emit.records import Array, natural_key
 from shadowc.emit.target import EmitResult
 from shadowc.emit.weights import Placement, nbytes, write_weights
@@ -47,6 +48,7 @@ def emit_cpu(
     *,
     fixed: Program | None = None,
     density: Density = Density(),  # noqa: B008 (frozen)
+    exact_prompts: bool = False,
     progress: Progress | None = None,
 ) -> EmitResult:
     """Write the files; repeated with the same arguments they are the same bytes.
@@ -57,6 +59,7 @@ def emit_cpu(
         staging: an existing folder.
         fixed: the same model with masks as inputs; its weights are among the program's.
         density: default of the density inputs, if the graph has them.
+        exact_prompts: prompts are computed with the digits that tokens are computed with.
         progress: told how many bytes of weights are written.
     """
     from shadowc.spec import oracle
@@ -66,14 +69,22 @@ def emit_cpu(
     places, weights_entry = write_weights(staging / WEIGHTS_FILE, program.weights, source, progress)
     _bind_weights(model, program.weights, places)
     _give_defaults(model, density)
+    _prepare_prompts(model, exact_prompts)
     graphs = {MODEL_FILE: model, REFERENCE_FILE: oracle.attach(model)}
     if fixed is not None:
         graphs[FIXED_FILE] = _over_the_same_weights(fixed, program, places, density)
+        _prepare_prompts(graphs[FIXED_FILE], exact_prompts)
     files = {WEIGHTS_FILE: weights_entry}
     for name, proto in graphs.items():
         files[name] = _write_model(staging / name, proto)
     ops = {opset.domain: opset.version for opset in model.opset_import if opset.domain not in ("", "com.microsoft")}
     return EmitResult(files=files, bytes_per_token=bytes_per_token(model, program.weights), ops=ops)
+
+
+def _prepare_prompts(model: onnx.ModelProto, exact: bool) -> None:
+    give_logits_a_start(model)
+    if not exact:
+        give_prompts_few_digits(model)
 
 
 def _over_the_same_weights(

@@ -139,8 +139,9 @@ class CpuTarget:
         from shadowc.emit.cpu import emit_cpu
 
         return emit_cpu(
-            programs["model"], source, folder, fixed=programs.get(FIXED), density=options.density, progress=progress
-        )
+            programs["model"], source, folder, fixed=programs.get(FIXED), density=options.density,
+            exact_prompts=options.exact_prompts, progress=progress,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

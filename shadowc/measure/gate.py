@@ -58,8 +58,9 @@ def check_engine(subject: Subject, manifest: EngineManifest, folder: Path, advan
     Raises:
         VerificationError: its numbers are not torch's.
     """
+    from shadowc.runtime import variants
     from shadowc.runtime.cores import usable_cores
-    from shadowc.runtime.engine import Engine
+    from shadowc.runtime.engine import Engine, rewritten
     from shadowc.runtime.library import OpLibrary
     from shadowc.runtime.sequence_engine import SequenceEngine
     from shadowc.runtime.session import Session
@@ -67,11 +68,14 @@ def check_engine(subject: Subject, manifest: EngineManifest, folder: Path, advan
 
     library, threads = OpLibrary.installed().path, usable_cores()
     weights = WeightsMemory.open(folder / WEIGHTS_FILE, ahead=False)
-    session = Session(folder / MODEL_FILE, threads, library, weights=weights)
+
+    def exactly(name: str) -> Session:
+        return rewritten(Session(folder / name, threads, library, weights=weights), variants.with_exact_prompts)
+
+    session = exactly(MODEL_FILE)
     new_held_probe = None
     if manifest.sparsity is not None and manifest.sparsity.mask == "sequence":
-        fixed = Session(folder / FIXED_FILE, threads, library, weights=weights)
-        new_held_probe = SequenceEngine(folder, manifest, session, fixed).fixed_prober()
+        new_held_probe = SequenceEngine(folder, manifest, session, exactly(FIXED_FILE)).fixed_prober()
     new_probe = Engine(folder, manifest, session).prober()
     with weights.passing():
         report = _parity(subject, "model", manifest, new_probe, advance, new_held_probe)

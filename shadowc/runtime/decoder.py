@@ -16,9 +16,9 @@ import numpy.typing as npt
 from shadowc.runtime.cache import KvCache
 from shadowc.runtime.mask_trace import TokenMasks
 from shadowc.runtime.prompts import Batch, Ids
-from shadowc.runtime.variants import LOGITS_FROM
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InternalError
+from shadowc.spec.tensors import LOGITS_FROM
 
 if TYPE_CHECKING:
     from shadowc.runtime.session import Binding, Session

@@ -87,11 +87,12 @@ def load(
         refresh: override after how many tokens a mask of a sequence is made anew, 0 for never; None keeps it.
         memory: where the weights lie. "shared" (None): the file is mapped, processes share it. "private": a copy in
             large pages, which is faster where the page cache holds the file in small ones (`shadowc bench` tells).
-        exact_prompts: prompts meet weights as all other tokens do: int8 with activations of 24 bits or floats,
-            others row by row. False: int8 and int4 with 8 bits, or 16 in a row with outliers (12 with AVX2, 24 with
-            AMX), int4 with one scale a row, bf16 with activations of bf16 where the CPU multiplies those. Masks are
-            the same; where every layer makes masks of its own (styles dejavu, shadow+) int8 takes 16 bits (12 with
-            AVX2), int4 and bf16 stay, and hardly a unit differs (docs/decisions.md).
+        exact_prompts: prompts meet weights as all other tokens do, whatever the engine was compiled for: int8 with
+            activations of 24 bits or floats, others row by row. False: as it was compiled, by default int8 and int4
+            with 8 bits, or 16 in a row with outliers (12 with AVX2, 24 with AMX), int4 with one scale a row, bf16 with
+            activations of bf16 where the CPU multiplies those. Masks are the same; where every layer makes masks of its
+            own (styles dejavu, shadow+) int8 takes 16 bits (12 with AVX2), int4 and bf16 stay, and hardly a unit
+            differs (docs/decisions.md).
 
     Raises:
         InputError: no engine is there, or an argument is out of range.
@@ -168,8 +169,8 @@ def load_cpu(
         library=None if reference else OpLibrary.installed().path,
         weights=memory if isinstance(memory, WeightsMemory) else _weights(path / WEIGHTS_FILE, memory or "shared"),
     )
-    if not reference:
-        session = _for_prompts(session, exact_prompts)
+    if exact_prompts and not reference:
+        session = rewritten(session, variants.with_exact_prompts)
     engine = Engine(path, manifest, session, in_place=not reference)
     if per_sequence:
         engine = _with_fixed_masks(engine, session, refresh, exact_prompts)
@@ -222,12 +223,6 @@ def _per_sequence(path: Path, manifest: EngineManifest, mask: Mask | None, refre
     return compiled == "sequence" and mask != "token"
 
 
-def _for_prompts(session: Session, exact: bool) -> Session:
-    """The session whose prompts compute the logits of their last token only and, unless `exact`, round activations."""
-    session = rewritten(session, variants.with_cut_logits)
-    return session if exact else rewritten(session, variants.with_few_digits)
-
-
 def _with_fixed_masks(engine: Engine, session: Session, refresh: int | None, exact_prompts: bool) -> Engine:
     from shadowc.runtime.sequence_engine import SequenceEngine
     from shadowc.spec import oracle
@@ -237,10 +232,9 @@ def _with_fixed_masks(engine: Engine, session: Session, refresh: int | None, exa
     reference = session.library is None
     graph = oracle.attach(read_graph(path)) if reference else None
     fixed = replace(session, path=path, model=graph)
-    made = SequenceEngine(
-        engine.folder, engine.manifest, session, fixed if reference else _for_prompts(fixed, exact_prompts),
-        refresh=compiled, in_place=not reference,
-    )  # fmt: skip
+    if exact_prompts and not reference:
+        fixed = rewritten(fixed, variants.with_exact_prompts)
+    made = SequenceEngine(engine.folder, engine.manifest, session, fixed, refresh=compiled, in_place=not reference)
     return made if refresh in (None, compiled) else made.with_refresh(refresh)
 
 

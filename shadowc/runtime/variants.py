@@ -1,20 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rewrites of a finished engine graph, ModelProto to ModelProto: more outputs, other scores, no sparsity, for prompts.
+"""Rewrites of a finished engine graph, ModelProto to ModelProto: outputs, scores, digits, no sparsity.
 
 The input stays as it is; weights stay references into weights.bin.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, MutableSequence, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-import numpy as np
-
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError, UnsupportedError
-from shadowc.spec.ops import DOMAIN, PREDICT_UNITS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
+from shadowc.spec.ops import DOMAIN, FEW_DIGITS, PREDICT_UNITS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
+from shadowc.spec.tensors import scores_of_one_layer
 
 if TYPE_CHECKING:
     import onnx
@@ -23,13 +21,7 @@ _SCORES, _THRESHOLD = 1, 2
 """Positions of these operands in both sparse operators."""
 CONTEXT_READ = "layers.0.attention.read"
 """What layer 0's attention read, records and bytes [2]."""
-_OF_ONE_LAYER = re.compile(r"scores\.(heads|neurons)\.(\d+)")
-LOGITS_FROM = "logits_from"
-"""Input that `with_cut_logits` adds."""
 _OPERATOR = {"heads": SPARSE_ATTENTION.name, "neurons": SPARSE_FFN.name}
-
-_FREELY, _FINELY = 1, 2
-"""Values of `few_digits`, RoundingOf in plugins/cpu/ort_op.h."""
 
 _Item = TypeVar("_Item")
 
@@ -61,41 +53,11 @@ def with_skip_zeros(model: onnx.ModelProto, on: bool) -> onnx.ModelProto:
     return copy
 
 
-def with_cut_logits(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph with a further input LOGITS_FROM [1], default 0: the first token whose logits are computed.
-
-    Below 0 it counts from the end. `logits` is then [B,S-from,V]. A graph that makes no logits stays as it is.
-    """
-    import onnx
-
+def with_exact_prompts(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph whose operators compute prompts with all digits, as tokens (`give_prompts_few_digits` in emit)."""
     copy = _copy(model)
-    found = [(at, node) for at, node in enumerate(copy.graph.node) if "logits" in node.output]
-    if not found:
-        return copy
-    at, head = found[0]
-    for name, value in ((LOGITS_FROM, 0), ("logits_cut.end", np.iinfo(np.int64).max), ("logits_cut.axis", 1)):
-        copy.graph.initializer.append(onnx.numpy_helper.from_array(np.array([value], np.int64), name))
-    copy.graph.input.append(onnx.helper.make_tensor_value_info(LOGITS_FROM, onnx.TensorProto.INT64, [1]))
-    whole, cut = head.input[0], f"{head.input[0]}.cut"
-    slicing = onnx.helper.make_node("Slice", [whole, LOGITS_FROM, "logits_cut.end", "logits_cut.axis"], [cut], name=cut)
-    head.input[0] = cut
-    copy.graph.node.insert(at, slicing)
-    return copy
-
-
-def with_few_digits(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph whose operators compute prompts in blocks that may round (plugins/cpu/panels.h).
-
-    Layer 0's attention does not: what it gives decides the masks. Where every layer makes masks of its own (styles
-    dejavu and shadow+), all do, finely.
-    """
-    copy = _copy(model)
-    sparse = [node for node in copy.graph.node if node.domain == DOMAIN and node.op_type in _OPERATOR.values()]
-    own = _layers_of_their_own(copy)
-    exact = [] if own else [node.name for node in sparse if node.op_type == SPARSE_ATTENTION.name][:1]
-    for node in sparse:
-        if node.name not in exact:
-            _set_int(node, "few_digits", _FINELY if own else _FREELY)
+    for node in copy.graph.node:
+        _keep(node.attribute, lambda attribute: attribute.name != FEW_DIGITS)
     return copy
 
 
@@ -156,10 +118,7 @@ def with_scores_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _layers_of_their_own(model: onnx.ModelProto) -> dict[str, tuple[str, int]]:
-    """Tensor -> kind and model layer, of the scores that one layer alone obeys; empty where all layers share theirs."""
-    made = (name for node in model.graph.node for name in node.output)
-    found = ((name, _OF_ONE_LAYER.fullmatch(name)) for name in made)
-    return {name: (match[1], int(match[2])) for name, match in found if match is not None}
+    return scores_of_one_layer(name for node in model.graph.node for name in node.output)
 
 
 def _give_layers_their_scores(model: onnx.ModelProto) -> None:

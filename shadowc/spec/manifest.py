@@ -188,6 +188,8 @@ class EngineManifest(_Part):
     sparsity: SparsityPart | None
     """None: a dense engine."""
     bytes_per_token: BytesPart
+    exact_prompts: bool = False
+    """Target cpu: the graphs compute prompts with the digits of tokens (`shadowc compile --exact-prompts`)."""
     parity: dict[str, object]
     """How the numbers were checked; `on_device` is False where no engine ran, only its graph."""
     build_key: str

@@ -70,6 +70,8 @@ class OpSpec:
     attributes: tuple[Attribute, ...]
     norm: Extension | None = None
     """The layer norm in front of it and the residual around both."""
+    rounding: Attribute | None = None
+    """How the machine code for the CPU may compute prompts; `oracle.attach` leaves it out."""
 
 
 _F32 = ("float32",)
@@ -98,6 +100,10 @@ _NORM = Extension(
         Operand("norm_bias", ("E",), _F32, "its bias"),
     ),
     attributes=(Attribute("epsilon", "float", 1e-5, "added to the variance, float32"),),
+)
+FEW_DIGITS = "few_digits"
+_ROUNDING = Attribute(
+    FEW_DIGITS, "int", 0, "whether calls without masked tokens may round activations: 0 not at all, 1 freely, 2 finely"
 )
 _READ = Operand("read", ("2",), _I64, "records and bytes of w and scales really read", role="kernel")
 
@@ -167,6 +173,7 @@ SPARSE_ATTENTION = OpSpec(
         ),
     ),
     norm=_NORM,
+    rounding=_ROUNDING,
 )
 
 SPARSE_FFN = OpSpec(
@@ -190,6 +197,7 @@ SPARSE_FFN = OpSpec(
         Attribute("skip_zeros", "int", 0, "1: do not read the fc2 half of a neuron whose ReLU output is 0 (exact)"),
     ),
     norm=_NORM,
+    rounding=_ROUNDING,
 )
 
 OPS = (SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN)

@@ -136,6 +136,9 @@ class CompileOptions(_Frozen):
     refresh: int = Field(default=0, ge=0)
     """With mask "sequence": every so many tokens the mask is made anew; 0: never."""
     skip_zeros: bool = True
+    exact_prompts: bool = False
+    """Prompts are computed with the digits that tokens are computed with, wherever the engine runs; see
+    `shadowc.load`. For target cpu."""
     load_format: Literal["auto", "dummy"] = "auto"
     offline: bool = False
     seed: int = 0

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 
 from shadowc.spec.errors import InternalError
 from shadowc.spec.nodes import ATTRIBUTE_TYPES, OPSET, Nodes
-from shadowc.spec.ops import DOMAIN, OPS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, VERSION, OpSpec
+from shadowc.spec.ops import DOMAIN, FEW_DIGITS, OPS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, VERSION, OpSpec
 from shadowc.spec.unfold import unfold_norms, unfold_predictors
 
 _Proto = TypeVar("_Proto")
@@ -53,6 +53,7 @@ def attach(model: onnx.ModelProto, bodies: Iterable[onnx.FunctionProto] | None =
     copy.CopyFrom(model)
     unfold_norms(copy.graph)
     unfold_predictors(copy.graph)
+    _compute_exactly(copy.graph)
     counted = {output for node in copy.graph.node for output in _drop_kernel_outputs(node)}
     _prune(copy.graph, counted)
     if not copy.graph.output:
@@ -62,6 +63,14 @@ def attach(model: onnx.ModelProto, bodies: Iterable[onnx.FunctionProto] | None =
     if all(entry.domain != DOMAIN for entry in copy.opset_import):
         copy.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     return copy
+
+
+def _compute_exactly(graph: onnx.GraphProto) -> None:
+    for node in graph.node:
+        if node.domain == DOMAIN:
+            kept = [attribute for attribute in node.attribute if attribute.name != FEW_DIGITS]
+            del node.attribute[:]
+            node.attribute.extend(kept)
 
 
 def _function(spec: OpSpec, body: Callable[[Nodes], None]) -> onnx.FunctionProto:

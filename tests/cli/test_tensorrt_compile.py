@@ -26,6 +26,7 @@ def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
             ("--target", "tensorrt-rtx", "--weights", "int4"),
             "tensorrt-rtx has no weights 'int4', expected",
         ),
+        (("--target", "tensorrt-rtx", "--exact-prompts"), "--exact-prompts has no effect with --target tensorrt-rtx"),
         (("--target", "tpu"), "expected one of cpu, tensorrt-rtx, tensorrt"),
         (("--target", "tensorrt-rtx", "--compute-capability", "x"), "--compute-capability"),
     ],

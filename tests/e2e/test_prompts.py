@@ -14,12 +14,14 @@ import pytest
 
 import shadowc
 from shadowc.checkpoint.resolve import resolve
+from shadowc.emit.prompts import FREELY
 from shadowc.runtime import variants
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.load import load_cpu
 from shadowc.runtime.prompts import Batch
 from shadowc.sparsity.predictor import Predictor
+from shadowc.spec.ops import FEW_DIGITS
 from tests.e2e.compiled import options
 
 pytestmark = pytest.mark.slow
@@ -73,6 +75,12 @@ def test_rounded_prompts_are_rounded_and_cost_hardly_any_bits(folder: Path) -> N
     assert abs(rounded / exact - 1) < MOST_BITS
 
 
+def test_an_engine_compiled_with_exact_prompts_has_no_others(tmp_path: Path) -> None:
+    changes = {"weights": "int8", "predictor": "none", "exact_prompts": True, "offline": True}
+    folder = shadowc.compile(options("opt-mini", tmp_path / "mini", **changes))
+    assert bits(load_cpu(folder)) == bits(load_cpu(folder, exact_prompts=True))
+
+
 def test_masks_after_a_rounded_prompt_are_those_of_an_exact_one(folder: Path) -> None:
     rounded, exact = load_cpu(folder), load_cpu(folder, exact_prompts=True)
     for found, expected in zip(scores_after_a_prompt(rounded), scores_after_a_prompt(exact), strict=True):
@@ -81,14 +89,13 @@ def test_masks_after_a_rounded_prompt_are_those_of_an_exact_one(folder: Path) ->
 
 def test_rounding_where_masks_come_from_would_be_noticed(folder: Path) -> None:
     def everywhere(model):
-        changed = variants.with_few_digits(model)
+        changed = variants._copy(model)
         for node in changed.graph.node:
             if node.name == "layers.0.attention":
-                variants._set_int(node, "few_digits", 1)
+                variants._set_int(node, FEW_DIGITS, FREELY)
         return changed
 
-    exact = load_cpu(folder, exact_prompts=True)
-    planted = exact._variant(everywhere)
+    exact, planted = load_cpu(folder, exact_prompts=True), load_cpu(folder)._variant(everywhere)
     pairs = zip(scores_after_a_prompt(planted), scores_after_a_prompt(exact), strict=True)
     assert all((found != expected).any() for found, expected in pairs)
 
@@ -144,10 +151,10 @@ def test_masks_of_every_layer_do_not_change_where_rounding_would_be_coarse(of_ow
     assert units_that_differ(load_cpu(of_own_masks["int4"]), exact) == 0
 
     def freely(model):
-        changed = variants.with_few_digits(model)
+        changed = variants._copy(model)
         for node in changed.graph.node:
-            if any(one.name == "few_digits" for one in node.attribute):
-                variants._set_int(node, "few_digits", 1)
+            if any(one.name == FEW_DIGITS for one in node.attribute):
+                variants._set_int(node, FEW_DIGITS, FREELY)
         return changed
 
-    assert units_that_differ(exact._variant(freely), exact) > MOST_UNITS
+    assert units_that_differ(load_cpu(of_own_masks["int4"])._variant(freely), exact) > MOST_UNITS

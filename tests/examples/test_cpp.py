@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""examples/cpp: the engine folder in a C++ program gives the tokens of `engine.generate` with exact prompts."""
+"""examples/cpp: the engine folder in a C++ program gives the tokens of `engine.generate`."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def generate(host: Path, folder: Path, ids: Sequence[int], *flags: object) -> Ge
 
 
 def by_python(folder: Path, ids: Sequence[int], most: int, density: tuple[float, float] | None = None) -> list[int]:
-    engine = shadowc.load(folder, exact_prompts=True)  # what the stored graph computes, and so the host
+    engine = shadowc.load(folder)
     chosen = None if density is None else shadowc.Density(*density)
     rows = engine.generate(np.array([ids], np.int64), max_new_tokens=most, density=chosen)
     new: list[int] = rows[0, len(ids) :].tolist()

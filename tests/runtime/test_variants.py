@@ -17,6 +17,7 @@ from shadowc.runtime.load import load
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
 from shadowc.spec.manifest import MODEL_FILE
+from shadowc.spec.ops import FEW_DIGITS
 from tests.conftest import TINY
 from tests.emit.engines import KINDS
 
@@ -175,7 +176,7 @@ def test_prompts_compute_the_logits_of_their_last_token_only(engine: Engine, mon
 
 
 def rounding(model: onnx.ModelProto) -> list[str]:
-    return [node.name for node in model.graph.node if any(one.name == "few_digits" and one.i for one in node.attribute)]
+    return [node.name for node in model.graph.node if any(one.name == FEW_DIGITS for one in node.attribute)]
 
 
 def test_prompts_are_rounded_everywhere_but_where_masks_come_from(folders: dict[str, Path]) -> None:

@@ -9,7 +9,7 @@ from onnx import TensorProto, helper
 
 from shadowc.spec import oracle
 from shadowc.spec.errors import InternalError
-from shadowc.spec.ops import DOMAIN, OPS, OpSpec
+from shadowc.spec.ops import DOMAIN, FEW_DIGITS, OPS, OpSpec
 from tests.spec.sessions import graph_model, op_model, session
 
 FUNCTIONS = {function.name: function for function in oracle.functions()}
@@ -68,6 +68,13 @@ def test_attached_model_is_valid_and_leaves_the_original_alone(spec: OpSpec) -> 
 def test_attach_repeated_changes_nothing() -> None:
     once = oracle.attach(op_model("SparseFFN"))
     assert oracle.attach(once) == once
+
+
+def test_the_function_of_an_operator_that_may_round_does_not_round() -> None:
+    model = op_model("SparseFFN")
+    exact = oracle.attach(model)
+    model.graph.node[0].attribute.append(helper.make_attribute(FEW_DIGITS, 1))
+    assert oracle.attach(model) == exact
 
 
 def test_attach_adds_the_operator_domain_when_it_is_missing() -> None:

@@ -135,6 +135,16 @@ def check_capabilities(options: CompileOptions) -> None:
         )
 
 
+def check_prompts(options: CompileOptions) -> None:
+    """Refuse a choice that only kernels for CPUs have."""
+    if options.exact_prompts:
+        raise InputError(
+            f"--exact-prompts has no effect with --target {options.target}: its prompts are not rounded more than "
+            "tokens",
+            hint="leave it out",
+        )
+
+
 def check_sizes(options: CompileOptions) -> None:
     """Refuse limits that no engine has; the model's own context is checked when it is known."""
     if not 1 <= options.max_batch <= MOST_BATCH:
@@ -190,6 +200,7 @@ def checks(options: CompileOptions) -> Sequence[Callable[[], object]]:
         gpu,
         lambda: check_capabilities(options),
         lambda: check_sizes(options),
+        lambda: check_prompts(options),
     )
 
 
