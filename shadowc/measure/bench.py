@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode speed at several densities, beside the bytes that the kernels read and the machine's bandwidth.
 
-All settings run interleaved, round by round, and the stream bandwidth is measured in every round, because
-a shared machine drifts: medians and ratios within the run are what may be quoted.
+In every round all settings take turns of a few tokens (rounds.py), and the stream bandwidth is measured, because a
+shared machine drifts: medians and ratios within the run are what may be quoted.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from shadowc.measure.noise import Noise, noise
 from shadowc.measure.rounds import STEP_PROMPT_TOKENS, Counter, measure, prompt_ids
 from shadowc.measure.settings import Mask, Setting, Side, Variant
 from shadowc.measure.shares import Shares, profile
+from shadowc.measure.turns import tokens_generated, turn_sizes
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress, Progress
@@ -139,7 +140,7 @@ def bench(
             speed-up. On the CPU it is the dense twin: the same weights and kernels without predictor and masks; on a
             GPU, whose plan cannot be changed any more, the same engine at density 1.
         rounds: how often the whole table is measured.
-        tokens: tokens generated per measurement; the first one is not timed.
+        tokens: timed of every setting in every round; another one goes before them, on the CPU before every fourth.
         prompt_tokens: length of the prompt whose first token is timed.
         skip_zeros: measure only with it (True) or without it; None: both.
         threads: intra-op threads; None: one per core.
@@ -158,7 +159,7 @@ def bench(
     _check_lengths(prompt_tokens, tokens, manifest)
     side, loading = _side(folder, manifest, densities, prompt_tokens, skip_zeros, threads, memory)
     with progress.stage("bench"):
-        counter = Counter(progress, side, rounds)
+        counter = Counter(progress, side, rounds, len(turn_sizes(tokens)))
         found = measure(side, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens, counter=counter)
         shares = _profiled(side, counter)
     rows = tuple(
@@ -192,11 +193,12 @@ def _check_lengths(prompt_tokens: int, tokens: int, manifest: EngineManifest) ->
     part = manifest.tensorrt
     context = manifest.model.positions if part is None else min(manifest.model.positions, part.max_context)
     room, most = context - STEP_PROMPT_TOKENS, context - 1
-    if tokens > room:
+    if tokens_generated(tokens) > room:
+        fitting = max((n for n in range(1, room) if tokens_generated(n) <= room), default=0)
         raise InputError(
             f"{tokens} tokens are to be timed; behind a prompt of {STEP_PROMPT_TOKENS} {manifest.model.name} has room "
-            f"for {room}",
-            hint=f"--tokens {room}",
+            f"for {fitting}, and for those that are not timed",
+            hint=f"--tokens {fitting}",
         )
     if not 1 <= prompt_tokens <= most:
         raise InputError(

@@ -1,15 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The timed part of bench: all settings and all prompts interleaved, round by round, behind a measure of the stream."""
+"""The timed part of bench: rounds in which all settings take turns, a few tokens each, and then read a prompt.
+
+A shared machine changes its pace within seconds. Turns of a quarter of a second share what it gives, so that ratios
+within a round are of the settings and not of the moment.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from time import perf_counter
+from statistics import median
+from time import perf_counter, sleep
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shadowc.measure.noise import Reading
+from shadowc.measure.turns import Text, turn_sizes
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -22,6 +28,9 @@ if TYPE_CHECKING:
 
 STEP_PROMPT_TOKENS = 16
 """In front of the tokens that are timed."""
+REST_SECONDS = 0.1
+"""Before a prompt is timed: threads of the engine that ran before spin on for some tens of milliseconds, on a core that
+this one needs."""
 
 
 def prompt_ids(manifest: EngineManifest, tokens: int) -> npt.NDArray[np.int64]:
@@ -52,11 +61,13 @@ class Counter:
         progress: is told.
         side: what is measured.
         rounds: how often.
+        turns: of every setting in a round.
     """
 
-    def __init__(self, progress: Progress, side: Side, rounds: int) -> None:
+    def __init__(self, progress: Progress, side: Side, rounds: int, turns: int) -> None:
         self._progress, self._done = progress, 0
-        self._whole = (len(side.jobs) + len(side.variants)) * (rounds + 1) + len(side.jobs)  # those are profiled
+        self._whole = len(side.jobs) * (rounds * turns + 2)  # before the rounds, and profiled behind them
+        self._whole += len(side.variants) * (rounds + 1)
 
     def more(self, runs: int = 1) -> None:
         """So many more."""
@@ -70,7 +81,7 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
     Args:
         side: what is measured.
         rounds: how often.
-        tokens: generated per setting; the first one is not timed.
+        tokens: timed per setting.
         prompt_tokens: length of the prompt whose first token is timed.
         counter: is told of every run.
     """
@@ -89,18 +100,41 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
     before = Reading.now()
     for _ in range(rounds):
         stream.append(side.bandwidth())
-        for index, (setting, variant) in enumerate(side.jobs):
-            seconds, sizes[index] = _decode(variant.engine, steps, tokens, setting.density)
+        decode = _decode_in_turns if side.takes_turns else _decode_one_by_one
+        for index, (seconds, sizes[index]) in enumerate(decode(side, steps, tokens, counter)):
             times[index].append(seconds)
-            counter.more()
         for index, variant in enumerate(side.variants):
+            sleep(REST_SECONDS)
             prompts[index].append(_read(variant.engine, prompt))
             counter.more()
     return Found(before, Reading.now(), stream, times, sizes, prompts)
 
 
+def _decode_in_turns(
+    side: Side, prompt: npt.NDArray[np.int64], tokens: int, counter: Counter
+) -> list[tuple[float, float]]:
+    """Of each job, seconds (the median) and bytes per token."""
+    sizes = turn_sizes(tokens)
+    texts = [Text(variant.engine, prompt, setting.density, sizes) for setting, variant in side.jobs]
+    for _ in sizes:
+        for text in texts:
+            text.go_on()
+            counter.more()
+    return [(median(text.seconds), text.bytes_read) for text in texts]
+
+
+def _decode_one_by_one(
+    side: Side, prompt: npt.NDArray[np.int64], tokens: int, counter: Counter
+) -> list[tuple[float, float]]:
+    found = []
+    for setting, variant in side.jobs:
+        found.append(_decode(variant.engine, prompt, tokens + 1, setting.density))
+        counter.more(len(turn_sizes(tokens)))
+    return found
+
+
 def _decode(engine: CausalEngine, prompt: npt.NDArray[np.int64], tokens: int, density: Density) -> tuple[float, float]:
-    """Seconds and bytes per token."""
+    """Seconds and bytes per token behind the first."""
     engine.generate(prompt, max_new_tokens=tokens, min_new_tokens=tokens, density=density)
     stats = engine.last_stats
     return stats.seconds / stats.tokens, stats.bytes_read

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -66,6 +67,8 @@ class Side:
     """Measures how many bytes per second the memory gives."""
     threads: int
     isa: str
+    takes_turns: bool
+    """Several texts can be under way at once: every one has its own cache."""
     weights: WeightsMemory | None = None
 
 
@@ -118,6 +121,7 @@ def on_cpu(
         bandwidth=lambda: library.stream_read(STREAM_BYTES, used, STREAM_REPEATS),
         threads=used,
         isa=library.isa,
+        takes_turns=True,
         weights=first.weights,
     )
 
@@ -138,7 +142,8 @@ def on_gpu(folder: Path, engine: CausalEngine, densities: Sequence[Density], ski
         chosen = chosen[:1]
     variant = Variant(PER_TOKEN, "token", engine.skip_zeros, engine, chosen)
     jobs = tuple((Setting(_shares(density), density, engine.skip_zeros, "token"), variant) for density in chosen)
-    return Side((variant,), jobs, lambda: engine.copy_bandwidth(STREAM_BYTES, STREAM_REPEATS), 0, engine.device_name)
+    bandwidth = partial(engine.copy_bandwidth, STREAM_BYTES, STREAM_REPEATS)
+    return Side((variant,), jobs, bandwidth, threads=0, isa=engine.device_name, takes_turns=False)
 
 
 def _shares(density: Density) -> str:

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts that several engines of one process write in turns, a few tokens each, every token timed."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from threading import Semaphore, Thread
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import numpy as np
+    import numpy.typing as npt
+
+    from shadowc.runtime.causal import CausalEngine
+    from shadowc.spec.density import Density
+
+TURN_TOKENS = 4
+"""Timed in one turn. One more goes before them: threads of the engine that ran before spin on for some tens of
+milliseconds, on a core that this one needs."""
+
+
+def turn_sizes(tokens: int) -> list[int]:
+    """Tokens timed in each turn, all together so many."""
+    return [min(TURN_TOKENS, tokens - begun) for begun in range(0, tokens, TURN_TOKENS)]
+
+
+def tokens_generated(tokens: int) -> int:
+    """New tokens of a text of which so many are timed: the prompt's own, and one more in front of every turn."""
+    return 1 + tokens + len(turn_sizes(tokens))
+
+
+class Text:
+    """What one engine generates at one density, in a thread that waits between its turns.
+
+    Args:
+        engine: whose texts have caches of their own.
+        prompt: ids [1,S], read in the first turn.
+        density: of all tokens.
+        sizes: tokens timed in each turn.
+    """
+
+    def __init__(
+        self, engine: CausalEngine, prompt: npt.NDArray[np.int64], density: Density, sizes: Sequence[int]
+    ) -> None:
+        self.seconds: list[float] = []
+        """Of every token that was timed."""
+        self.bytes_read = 0.0
+        """Per token, known after the last turn."""
+        self._engine, self._prompt, self._density, self._sizes = engine, prompt, density, sizes
+        self._ends = list(accumulate(sizes))
+        self._began: float | None = None
+        self._error: BaseException | None = None
+        self._mine, self._others = Semaphore(0), Semaphore(0)
+        self._thread = Thread(target=self._write, name="shadowc-text", daemon=True)
+
+    def go_on(self) -> None:
+        """One turn; the last one ends the text.
+
+        Raises:
+            ShadowcError: as `generate` does.
+        """
+        if self._thread.ident is None:
+            self._thread.start()
+        self._mine.release()
+        self._others.acquire()
+        if self._error is not None:
+            raise self._error
+
+    def _write(self) -> None:
+        self._mine.acquire()
+        try:
+            new = tokens_generated(sum(self._sizes))
+            self._engine.generate(self._prompt, new, new, self._density, self._behind_a_token)
+            self.bytes_read = self._engine.last_stats.bytes_read
+        except BaseException as error:  # raised where the turn was given
+            self._error = error
+        finally:
+            self._others.release()
+
+    def _behind_a_token(self, _: Any) -> None:
+        if self._began is not None:
+            self.seconds.append(perf_counter() - self._began)
+        timed, self._began = len(self.seconds), None
+        if timed == self._ends[0]:
+            if len(self._ends) > 1:  # the text's last id needs no step, and is no turn
+                del self._ends[0]
+                self._others.release()
+                self._mine.acquire()
+            return  # the next token is the one that is not timed
+        self._began = perf_counter()

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Texts of several engines of one process go on in turns, say what they would say alone, and have every token timed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pytest
+
+from shadowc.measure.turns import TURN_TOKENS, Text, tokens_generated, turn_sizes
+from shadowc.runtime.load import load_cpu
+from shadowc.spec.density import Density
+from shadowc.spec.errors import InputError
+
+if TYPE_CHECKING:
+    from shadowc.runtime.engine import Engine
+
+PROMPT = np.array([[2, 44, 101, 7, 230, 19, 63]], np.int64)
+
+
+@pytest.fixture(scope="module")
+def engine(sparse_engine: Path) -> Engine:
+    return load_cpu(sparse_engine, threads=1)
+
+
+def watched(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Who generates and how many ids, filled while texts go on."""
+    seen: list[tuple[str, int]] = []
+    generate = type(engine).generate
+
+    def told(self: Any, prompt: Any, most: int, least: int, density: Density, stream: Any) -> Any:
+        count = iter(range(1, most + 1))
+
+        def piece(ids: Any) -> None:
+            seen.append((f"{density.heads}", next(count)))
+            stream(ids)
+
+        return generate(self, prompt, most, least, density, piece)
+
+    monkeypatch.setattr(type(engine), "generate", told)
+    return seen
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 4, 5, 24])
+def test_turns_share_out_all_tokens(tokens: int) -> None:
+    sizes = turn_sizes(tokens)
+    assert sum(sizes) == tokens
+    assert max(sizes) <= TURN_TOKENS
+    assert tokens_generated(tokens) == 1 + tokens + len(sizes)
+
+
+def test_texts_go_on_by_turns_and_one_token_before_each_is_not_timed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = watched(engine, monkeypatch)
+    texts = [Text(engine, PROMPT, density, turn_sizes(6)) for density in (Density(1, 1), Density(0.5, 0.5))]
+    for part in ([1, 2, 3, 4, 5], [6, 7, 8, 9]):  # the last id follows from no step
+        for text, name in zip(texts, ("1", "0.5"), strict=True):
+            seen.clear()
+            text.go_on()
+            assert [(float(who), number) for who, number in seen] == [(float(name), number) for number in part]
+    assert [len(text.seconds) for text in texts] == [6, 6]
+    assert all(second > 0 for text in texts for second in text.seconds)
+
+
+def test_bytes_are_those_of_the_same_text_alone(engine: Engine) -> None:
+    densities = [Density(1, 1), Density(0.5, 0.5)]
+    texts = [Text(engine, PROMPT, density, turn_sizes(6)) for density in densities]
+    for _ in turn_sizes(6):
+        for text in texts:
+            text.go_on()
+    new = tokens_generated(6)
+    for text, density in zip(texts, densities, strict=True):
+        engine.generate(PROMPT, new, new, density)
+        assert text.bytes_read == engine.last_stats.bytes_read
+    assert texts[1].bytes_read < texts[0].bytes_read
+
+
+def test_an_error_of_a_text_comes_to_who_gave_the_turn(engine: Engine) -> None:
+    with pytest.raises(InputError, match="the prompt has 64 tokens"):
+        Text(engine, np.full((1, 64), 5, np.int64), Density(), turn_sizes(4)).go_on()
