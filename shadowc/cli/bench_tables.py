@@ -148,8 +148,7 @@ def _show_break_even(report: BenchReport) -> None:
         render.line("")
         render.facts(
             {
-                label: f"{render.share(cost.share)}, lowest to highest {render.share(cost.lowest)} to "
-                f"{render.share(cost.highest)}"
+                label: f"{render.share(cost.share)}, between {render.share(cost.least)} and {render.share(cost.most)}"
                 for label, cost in costs.items()
             },
             title="predictor and selection, not profiled: what density 1 adds to the dense twin's time",

@@ -157,7 +157,7 @@ def test_what_masks_cost_is_density_1_beside_the_twin_of_the_same_rounds(sparse_
     added = [own / base - 1 for own, base in zip(whole.ms_by_round, twin.ms_by_round, strict=True)]
     cost = report.break_even[0].mask_cost
     assert cost is not None
-    assert (cost.lowest, cost.share, cost.highest) == pytest.approx((min(added), median(added), max(added)))
+    assert (cost.least, cost.share, cost.most) == pytest.approx((min(added), median(added), max(added)))
 
 
 @pytest.mark.usefixtures("short_stream")
