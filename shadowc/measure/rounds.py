@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 STEP_PROMPT_TOKENS = 16
 """In front of the tokens that are timed."""
 REST_SECONDS = 0.1
-"""Before a prompt is timed: threads of the engine that ran before spin on for some tens of milliseconds, on a core that
-this one needs."""
+"""Before a prompt is timed: under an older ONNX Runtime threads of the engine that ran before spin on for some tens of
+milliseconds, on a core that this one needs."""
 
 
 def prompt_ids(manifest: EngineManifest, tokens: int) -> npt.NDArray[np.int64]:

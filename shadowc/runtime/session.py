@@ -26,6 +26,10 @@ if TYPE_CHECKING:
 LOWEST_ORT = (1, 23)
 _ERRORS_ONLY = 3
 _EXTERNAL_FOLDER = "session.model_external_initializers_file_folder_path"
+_SPIN_DURATION, _SPIN_MICROSECONDS = "session.intra_op.spin_duration_us", "1000"
+"""How long threads wait for the next call on their core before they sleep: longer than from one token to the next. By
+themselves they stay for tens of milliseconds, in which another session, such as the one that makes the masks of a
+sequence, lacks their core. An ONNX Runtime that does not know the entry ignores it."""
 
 
 def check_ort() -> None:
@@ -192,6 +196,7 @@ class Session:
         options.log_severity_level = _ERRORS_ONLY
         options.enable_mem_pattern = False  # shapes change from call to call
         options.add_session_config_entry(_EXTERNAL_FOLDER, str(self.path.parent))
+        options.add_session_config_entry(_SPIN_DURATION, _SPIN_MICROSECONDS)
         if self.profile is not None:
             options.enable_profiling = True
             # ONNX Runtime adds the time only, and sessions are made within one tick of it.
