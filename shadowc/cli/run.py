@@ -135,6 +135,8 @@ def _save(counted: MaskMap, path: Path, name: str, finish: str) -> None:
 def _check_map(path: Path, most: int) -> None:
     """Refuse, before anything is loaded, a map that could not be drawn or saved."""
     drawings.require_place(path)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{path} would be a PNG picture", hint=f"--save-map {path.with_suffix('.png')}")
     if most < 2:
         raise InputError(
             "there is no map of one token: the prompt's pass, which has no masks, gives the first",

@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from shadowc.spec.density import Density
 
 TURN_TOKENS = 4
-"""Timed in one turn. One more goes before them: under an older ONNX Runtime threads of the engine that ran before spin on
-for some tens of milliseconds, on a core that this one needs."""
+"""Timed in one turn. One more goes before them: under an older ONNX Runtime threads of the engine that ran before spin
+on for some tens of milliseconds, on a core that this one needs."""
 
 
 def turn_sizes(tokens: int) -> list[int]:

@@ -23,6 +23,7 @@ from shadowc.runtime.stored import Ranking
 from shadowc.runtime.stream import TextBatch
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
+from shadowc.spec.whole import require_whole
 
 if TYPE_CHECKING:
     from shadowc.runtime.decoder import Outputs, ScoreSource
@@ -168,6 +169,7 @@ class CausalEngine(ABC):
         """
         if watch is not None:
             self._require_sparse()
+        require_whole(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
         if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
             raise InputError(
                 "expected max_new_tokens of at least 1 and min_new_tokens from 0 to that; "
@@ -182,6 +184,8 @@ class CausalEngine(ABC):
             return np.concatenate(
                 [batch.ids, self._generate(batch, max_new_tokens, min_new_tokens, chosen, stream, watch)], axis=1
             )
+        if attention_mask is not None:
+            raise InputError("attention_mask belongs to ids, the prompt is text", hint="leave attention_mask out")
         batch = prompts.from_texts(texts, self.tokenizer, model)
         show = stream
         if isinstance(prompt, str) and stream is not None:
@@ -262,6 +266,7 @@ class CausalEngine(ABC):
             )
         if protocol not in ("decode", "dense"):
             raise InputError(f"unknown protocol {protocol!r}", hint="use 'decode', 'prompt' or 'dense'")
+        require_whole(prompt_tokens=prompt_tokens or 0)
         if prompt_tokens is not None and prompt_tokens < 0:
             raise InputError(f"prompt_tokens is {prompt_tokens}, expected at least 0", hint="use prompt_tokens=1")
         if protocol == "dense" or self.manifest.sparsity is None:

@@ -30,6 +30,7 @@ from shadowc.spec.errors import (
 )
 from shadowc.spec.manifest import FIXED_FILE, MANIFEST_FILE, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, EngineManifest
 from shadowc.spec.options import Mask
+from shadowc.spec.whole import require_whole
 
 __all__ = ["VerifyReport", "load", "load_cpu", "read_manifest", "verify"]
 
@@ -148,6 +149,7 @@ def load_cpu(
     """
     path = Path(folder)
     require_utf8(path.resolve(), "rename the folder, or move it")
+    require_whole(**{name: value for name, value in (("threads", threads), ("refresh", refresh)) if value is not None})
     if threads is not None and not 1 <= threads <= MOST_THREADS:
         raise InputError(f"threads is {threads}, expected 1 to {MOST_THREADS}", hint="leave threads out: one per core")
     if mask not in (None, "token", "sequence"):

@@ -81,7 +81,7 @@ def from_ids(ids: object, attention_mask: object, model: ModelPart) -> Batch:
     Raises:
         InputError: other shapes, ids outside the vocabulary, or a mask row that is not 0...01...1.
     """
-    ids_BS = np.asarray(ids)
+    ids_BS = _array(ids, "token ids")
     if ids_BS.ndim != 2 or not ids_BS.size or not np.issubdtype(ids_BS.dtype, np.integer):
         raise InputError(
             f"token ids must be whole numbers of shape [rows, tokens], at least one of each; "
@@ -96,8 +96,20 @@ def from_ids(ids: object, attention_mask: object, model: ModelPart) -> Batch:
             hint="make the ids with engine.tokenizer",
         )
     ids_BS = np.ascontiguousarray(ids_BS, np.int64)
-    mask_BS = _leading_padding(ids_BS, model.pad) if attention_mask is None else np.asarray(attention_mask)
+    mask_BS = (
+        _leading_padding(ids_BS, model.pad) if attention_mask is None else _array(attention_mask, "attention_mask")
+    )
     return Batch(ids_BS, _starts(mask_BS, ids_BS.shape))
+
+
+def _array(given: object, name: str) -> npt.NDArray[Any]:
+    try:
+        return np.asarray(given)
+    except ValueError as error:
+        raise InputError(
+            f"{name} must be a rectangle [rows, tokens]; the rows that were found differ in length",
+            hint="pad shorter rows on the left, and pass attention_mask",
+        ) from error
 
 
 def check_length(batch: Batch, model: ModelPart, room: int) -> None:
@@ -127,7 +139,8 @@ def _starts(mask_BS: npt.NDArray[Any], shape: tuple[int, ...]) -> Ids:
             f"attention_mask is {list(mask_BS.shape)}, the ids are {list(shape)}",
             hint="pass the attention_mask that the tokenizer returned with the ids",
         )
-    wide_BS = mask_BS.astype(np.int64)
+    numbers = mask_BS.dtype.kind in "biuf"
+    wide_BS = mask_BS.astype(np.int64) if numbers else np.full(shape, -1)
     rows_fit = ((wide_BS == 0) | (wide_BS == 1)).all() and (np.diff(wide_BS, axis=1) >= 0).all()
     if not rows_fit or not wide_BS[:, -1].all():
         raise InputError(

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
 
 from shadowc.spec.errors import InputError
 
@@ -16,7 +17,7 @@ class Density:
     """Shares kept, each in 0..1.
 
     Raises:
-        InputError: a share is outside 0..1 or not a number.
+        InputError: a share is outside 0..1 or no number.
     """
 
     heads: float = 1.0
@@ -27,7 +28,7 @@ class Density:
         wrong = [
             f"{kind} {value}"
             for kind, value in zip(UNIT_KINDS, (self.heads, self.neurons), strict=True)
-            if not 0.0 <= value <= 1.0
+            if not (isinstance(value, Real) and 0.0 <= value <= 1.0)
         ]
         if wrong:
             raise InputError(
@@ -38,4 +39,4 @@ class Density:
     @staticmethod
     def of(value: float | Density) -> Density:
         """One number means the same share for both kinds."""
-        return value if isinstance(value, Density) else Density(float(value), float(value))
+        return value if isinstance(value, Density) else Density(value, value)

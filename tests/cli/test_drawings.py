@@ -55,6 +55,14 @@ def test_a_place_that_fails_later_is_told_as_well(folder: Path) -> None:
         drawings.write(folder, b"picture")
 
 
+def test_a_map_that_is_not_to_be_a_png_is_refused_before_the_engine_is_looked_for(
+    shadowc: Shadowc, tmp_path: Path
+) -> None:
+    result = shadowc("run", tmp_path / "none", PROMPT, "--save-map", tmp_path / "map.txt")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"next: --save-map {tmp_path / 'map.png'}" in result.stderr
+
+
 def test_a_map_of_one_token_is_refused_before_the_engine_is_looked_for(shadowc: Shadowc, tmp_path: Path) -> None:
     one = shadowc("run", tmp_path / "none", PROMPT, "--max-new-tokens", "1", "--save-map", tmp_path / "map.png")
     assert (one.exit_code, one.stdout) == (2, "")

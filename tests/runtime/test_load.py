@@ -314,6 +314,11 @@ def test_an_engine_can_be_moved(copied: Copied, tmp_path: Path, monkeypatch: pyt
     assert load("elsewhere").logits([[5, 6]]).shape == (1, 2, 320)
 
 
+def test_numbers_that_are_not_whole_are_refused_together(folders: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match=r"threads is 1\.5 and refresh is '4', expected a whole number"):
+        load(folders["fp32"], threads=1.5, refresh="4")
+
+
 @pytest.mark.parametrize("threads", [-1, 0, 1025, 100_000])
 def test_threads_are_1_to_1024(folders: dict[str, Path], threads: int) -> None:
     with pytest.raises(InputError, match=f"threads is {threads}, expected 1 to 1024"):
