@@ -177,7 +177,8 @@ class Decoder {
     made.RegisterCustomOpsLibrary((options.engine / "libshadowc_ort.so").c_str());
     made.DisableMemPattern();  // shapes change from run to run
     made.SetIntraOpNumThreads(options.threads);
-    made.AddConfigEntry("session.intra_op.spin_duration_us", "1000");  // idle threads leave their cores to others
+    made.AddConfigEntry("session.intra_op.spin_duration_us",
+                        "1000");  // idle threads leave their cores to others
     return made;
   }
 

@@ -28,7 +28,7 @@ class Density:
         wrong = [
             f"{kind} {value}"
             for kind, value in zip(UNIT_KINDS, (self.heads, self.neurons), strict=True)
-            if not (isinstance(value, Real) and 0.0 <= value <= 1.0)
+            if not _is_share(value)
         ]
         if wrong:
             raise InputError(
@@ -40,3 +40,7 @@ class Density:
     def of(value: float | Density) -> Density:
         """One number means the same share for both kinds."""
         return value if isinstance(value, Density) else Density(value, value)
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, Real) and 0.0 <= float(value) <= 1.0
