@@ -39,8 +39,9 @@ Engines for TensorRT hold plans, the graphs that they were built from, and plugi
 Inputs of `model.onnx`: `input_ids` and `attention_mask` [B, S] and [B, past + S], int64, padded on the left;
 `density_heads` and `density_neurons` [1] or [B], float32, with the compiled densities as defaults; `sparse_tail` [1],
 int64, how many of the new tokens are masked (-1: one if one token comes in, else none); `past_key_values.*`, the cache
-of fixed capacity, which the caller binds as `present.*` too. Outputs: `logits`, `present.*`, and on request `scores.*`,
-`threshold.*`, `active.*`. A whole host is in `examples/cpp`.
+of fixed capacity, which the caller binds as `present.*` too; `logits_from` [1], int64, 0 by default, the first new
+token whose logits are computed (-1: the last). Outputs: `logits` [B, S - from, V], `present.*`, and on request
+`scores.*`, `threshold.*`, `active.*`. A whole host is in `examples/cpp`.
 
 Sizes and hashes of all files are in `files`. `shadowc.load` compares them and names what is missing, cut or changed;
 `shadowc verify` hashes everything anew.

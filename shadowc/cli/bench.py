@@ -25,7 +25,7 @@ def bench(
     ] = "1,0.5,0.2,0.5/0.2",
     sweep: Annotated[bool, typer.Option("--sweep", help="Densities 1, 0.9 … 0.1 in place of --densities.")] = False,
     rounds: Annotated[int, typer.Option("--rounds", help="How often the whole table is measured.", min=1)] = 5,
-    tokens: Annotated[int, typer.Option("--tokens", help="Tokens timed of every setting in a round.", min=2)] = 24,
+    tokens: Annotated[int, typer.Option("--tokens", help="Tokens timed of every setting in a round.", min=1)] = 24,
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", help="Length of the prompt whose first token is timed.", min=1)
     ] = 33,

@@ -25,6 +25,7 @@ from shadowc.measure.turns import tokens_generated, turn_sizes
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress, Progress
+from shadowc.spec.whole import require_whole
 
 if TYPE_CHECKING:
     from shadowc.runtime.weights_memory import Kind
@@ -156,7 +157,7 @@ def bench(
 
     progress = progress or NullProgress()
     manifest = read_manifest(folder)
-    _check_lengths(prompt_tokens, tokens, manifest)
+    _check_lengths(rounds, prompt_tokens, tokens, manifest)
     side, loading = _side(folder, manifest, densities, prompt_tokens, skip_zeros, threads, memory)
     with progress.stage("bench"):
         counter = Counter(progress, side, rounds, len(turn_sizes(tokens)))
@@ -189,16 +190,20 @@ def bench(
     )
 
 
-def _check_lengths(prompt_tokens: int, tokens: int, manifest: EngineManifest) -> None:
+def _check_lengths(rounds: int, prompt_tokens: int, tokens: int, manifest: EngineManifest) -> None:
+    require_whole(rounds=rounds, prompt_tokens=prompt_tokens, tokens=tokens)
+    if rounds < 1 or tokens < 1:
+        raise InputError(f"rounds is {rounds} and tokens {tokens}, expected 1 or more", hint="for example 5 and 24")
     part = manifest.tensorrt
     context = manifest.model.positions if part is None else min(manifest.model.positions, part.max_context)
     room, most = context - STEP_PROMPT_TOKENS, context - 1
-    if tokens_generated(tokens) > room:
-        fitting = max((n for n in range(1, room) if tokens_generated(n) <= room), default=0)
+    generated = tokens_generated if part is None else (1).__add__
+    if generated(tokens) > room:
+        fitting = max((n for n in range(1, room) if generated(n) <= room), default=0)
         raise InputError(
             f"{tokens} tokens are to be timed; behind a prompt of {STEP_PROMPT_TOKENS} {manifest.model.name} has room "
             f"for {fitting}, and for those that are not timed",
-            hint=f"--tokens {fitting}",
+            hint=f"--tokens {fitting}" if fitting else "a model with a longer context",
         )
     if not 1 <= prompt_tokens <= most:
         raise InputError(

@@ -8,7 +8,7 @@ within a round are of the settings and not of the moment.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from statistics import median
+from statistics import fmean
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING
 
@@ -113,14 +113,18 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
 def _decode_in_turns(
     side: Side, prompt: npt.NDArray[np.int64], tokens: int, counter: Counter
 ) -> list[tuple[float, float]]:
-    """Of each job, seconds (the median) and bytes per token."""
+    """Of each job, seconds and bytes per token: means, for with --refresh one token in so many takes longer."""
     sizes = turn_sizes(tokens)
     texts = [Text(variant.engine, prompt, setting.density, sizes) for setting, variant in side.jobs]
-    for _ in sizes:
+    try:
+        for _ in sizes:
+            for text in texts:
+                text.go_on()
+                counter.more()
+    finally:
         for text in texts:
-            text.go_on()
-            counter.more()
-    return [(median(text.seconds), text.bytes_read) for text in texts]
+            text.close()
+    return [(fmean(text.seconds), text.bytes_read) for text in texts]
 
 
 def _decode_one_by_one(

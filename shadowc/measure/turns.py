@@ -32,6 +32,10 @@ def tokens_generated(tokens: int) -> int:
     return 1 + tokens + len(turn_sizes(tokens))
 
 
+class _Closed(Exception):  # noqa: N818 (no error: the way out of `generate`)
+    """Nobody wants the rest of a text."""
+
+
 class Text:
     """What one engine generates at one density, in a thread that waits between its turns.
 
@@ -53,6 +57,7 @@ class Text:
         self._ends = list(accumulate(sizes))
         self._began: float | None = None
         self._error: BaseException | None = None
+        self._closed = False
         self._mine, self._others = Semaphore(0), Semaphore(0)
         self._thread = Thread(target=self._write, name="shadowc-text", daemon=True)
 
@@ -69,6 +74,13 @@ class Text:
         if self._error is not None:
             raise self._error
 
+    def close(self) -> None:
+        """End the text where it is, and its thread."""
+        self._closed = True
+        if self._thread.ident is not None:
+            self._mine.release()
+            self._thread.join()
+
     def _write(self) -> None:
         self._mine.acquire()
         try:
@@ -81,6 +93,8 @@ class Text:
             self._others.release()
 
     def _behind_a_token(self, _: Any) -> None:
+        if self._closed:
+            raise _Closed
         if self._began is not None:
             self.seconds.append(perf_counter() - self._began)
         timed, self._began = len(self.seconds), None
@@ -89,5 +103,7 @@ class Text:
                 del self._ends[0]
                 self._others.release()
                 self._mine.acquire()
+                if self._closed:
+                    raise _Closed
             return  # the next token is the one that is not timed
         self._began = perf_counter()

@@ -266,7 +266,7 @@ class CausalEngine(ABC):
             )
         if protocol not in ("decode", "dense"):
             raise InputError(f"unknown protocol {protocol!r}", hint="use 'decode', 'prompt' or 'dense'")
-        require_whole(prompt_tokens=prompt_tokens or 0)
+        require_whole(prompt_tokens=0 if prompt_tokens is None else prompt_tokens)
         if prompt_tokens is not None and prompt_tokens < 0:
             raise InputError(f"prompt_tokens is {prompt_tokens}, expected at least 0", hint="use prompt_tokens=1")
         if protocol == "dense" or self.manifest.sparsity is None:

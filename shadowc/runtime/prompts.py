@@ -139,9 +139,13 @@ def _starts(mask_BS: npt.NDArray[Any], shape: tuple[int, ...]) -> Ids:
             f"attention_mask is {list(mask_BS.shape)}, the ids are {list(shape)}",
             hint="pass the attention_mask that the tokenizer returned with the ids",
         )
-    numbers = mask_BS.dtype.kind in "biuf"
-    wide_BS = mask_BS.astype(np.int64) if numbers else np.full(shape, -1)
-    rows_fit = ((wide_BS == 0) | (wide_BS == 1)).all() and (np.diff(wide_BS, axis=1) >= 0).all()
+    if not np.isin(mask_BS, (0, 1)).all():
+        raise InputError(
+            f"attention_mask may hold 0 and 1, found {mask_BS[~np.isin(mask_BS, (0, 1))][0]!r}",
+            hint="pass the attention_mask that the tokenizer returned with the ids",
+        )
+    wide_BS = mask_BS.astype(np.int64)
+    rows_fit = (np.diff(wide_BS, axis=1) >= 0).all()
     if not rows_fit or not wide_BS[:, -1].all():
         raise InputError(
             "every row of attention_mask must be zeros, then ones (padding on the left only)",

@@ -26,6 +26,7 @@ from shadowc.runtime.probe import SequenceProbe
 from shadowc.runtime.sequence import SELECTED, Graphs, SequenceDecoder
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
+from shadowc.spec.whole import require_whole
 
 if TYPE_CHECKING:
     import onnx
@@ -145,8 +146,9 @@ class SequenceEngine(Engine):
         """The same engine whose masks are made anew every `refresh` tokens; 0: never.
 
         Raises:
-            InputError: `refresh` is negative.
+            InputError: `refresh` is negative or not whole.
         """
+        require_whole(refresh=refresh)
         if refresh < 0:
             raise InputError(f"refresh is {refresh}, expected at least 0", hint="refresh=0 keeps the prompt's mask")
         kv = "all" if refresh else "active"

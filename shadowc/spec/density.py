@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from numbers import Real
 
 from shadowc.spec.errors import InputError
 
@@ -25,11 +25,13 @@ class Density:
 
     def __post_init__(self) -> None:
         """Check the range; NaN fails the comparison and is refused too."""
-        wrong = [
-            f"{kind} {value}"
-            for kind, value in zip(UNIT_KINDS, (self.heads, self.neurons), strict=True)
-            if not _is_share(value)
-        ]
+        wrong = []
+        for kind in UNIT_KINDS:
+            given = getattr(self, kind)
+            share = _number(given)
+            object.__setattr__(self, kind, share)  # numpy's and torch's numbers become Python's
+            if not 0.0 <= share <= 1.0:
+                wrong.append(f"{kind} {given}" if isinstance(given, (int, float)) else f"{kind} {given!r}")
         if wrong:
             raise InputError(
                 f"a density is the share kept, from 0 to 1; found {' and '.join(wrong)}",
@@ -42,5 +44,9 @@ class Density:
         return value if isinstance(value, Density) else Density(value, value)
 
 
-def _is_share(value: object) -> bool:
-    return isinstance(value, Real) and 0.0 <= float(value) <= 1.0
+def _number(value: object) -> float:
+    """NaN where it is none; text is none."""
+    try:
+        return math.nan if isinstance(value, str) else float(value)  # type: ignore[arg-type]  # that is the question
+    except (TypeError, ValueError):
+        return math.nan

@@ -9,7 +9,7 @@ from shadowc.spec.errors import InputError
 
 
 def require_whole(**given: object) -> None:
-    """Refuse arguments that are no whole numbers; numpy's are.
+    """Refuse arguments that are no whole numbers; numpy's are, truth values are not.
 
     Raises:
         InputError: naming all of them.
@@ -24,4 +24,4 @@ def _is_whole(value: object) -> bool:
         index(value)  # type: ignore[arg-type]  # that is the question
     except TypeError:
         return False
-    return True
+    return not isinstance(value, bool)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
+from shadowc.measure.bench import bench
 from shadowc.measure.turns import TURN_TOKENS, Text, tokens_generated, turn_sizes
 from shadowc.runtime.load import load_cpu
 from shadowc.spec.density import Density
@@ -76,6 +78,35 @@ def test_bytes_are_those_of_the_same_text_alone(engine: Engine) -> None:
         engine.generate(PROMPT, new, new, density)
         assert text.bytes_read == engine.last_stats.bytes_read
     assert texts[1].bytes_read < texts[0].bytes_read
+
+
+def test_texts_that_are_closed_before_their_end_leave_no_thread(engine: Engine) -> None:
+    before = threading.active_count()
+    fresh, begun, ended = (Text(engine, PROMPT, Density(), turn_sizes(6)) for _ in range(3))
+    begun.go_on()
+    for _ in turn_sizes(6):
+        ended.go_on()
+    assert threading.active_count() > before
+    for text in (fresh, begun, ended):
+        text.close()
+        text.close()
+    assert threading.active_count() == before
+
+
+def test_a_round_that_an_error_or_ctrl_c_ends_leaves_no_thread(
+    sparse_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    turns, go_on, before = iter(range(10)), Text.go_on, threading.active_count()
+
+    def interrupted(text: Text) -> None:
+        if next(turns) == 3:
+            raise KeyboardInterrupt
+        go_on(text)
+
+    monkeypatch.setattr(Text, "go_on", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        bench(sparse_engine, densities=[Density(0.5, 0.5)], rounds=1, tokens=8, skip_zeros=False, threads=1)
+    assert threading.active_count() == before
 
 
 def test_an_error_of_a_text_comes_to_who_gave_the_turn(engine: Engine) -> None:

@@ -29,6 +29,7 @@ from shadowc.spec.manifest import (
     TensorRtPart,
     WeightPart,
 )
+from shadowc.spec.tensors import LOGITS_FROM
 
 DTYPES = {
     TensorProto.FLOAT: "float32",
@@ -104,7 +105,7 @@ def decode_graph(model: onnx.ModelProto, weights: set[str], layers: int) -> onnx
     graph = _with_weight_inputs(model, weights)
     for node in graph.graph.node:  # what the mask decided is given now
         node.output[:] = [f"unused.{name}" if name in ("past", "start") else name for name in node.output]
-    _keep(graph.graph.input, lambda value: value.name not in ("attention_mask", "sparse_tail"))
+    _keep(graph.graph.input, lambda value: value.name not in ("attention_mask", "sparse_tail", LOGITS_FROM))
     _keep(graph.graph.initializer, lambda tensor: not tensor.name.startswith("density_"))
     for name in ("past", "start"):
         graph.graph.input.append(helper.make_tensor_value_info(name, TensorProto.INT64, ["B"]))
@@ -122,7 +123,7 @@ def prefill_graph(model: onnx.ModelProto, weights: set[str], layers: int) -> onn
     cache = set(_cache("past_key_values", layers))
     H, D = (graph.graph.input[2].type.tensor_type.shape.dim[axis].dim_value for axis in (1, 3))
     gone = cache | {"sparse_tail", "density_heads", "density_neurons"}
-    _keep(graph.graph.input, lambda value: value.name not in gone)
+    _keep(graph.graph.input, lambda value: value.name not in gone | {LOGITS_FROM})
     _keep(graph.graph.initializer, lambda tensor: tensor.name not in gone)
     _constant(graph, "sparse_tail", np.array([0], np.int64))
     for kind in ("heads", "neurons"):

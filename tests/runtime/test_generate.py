@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -219,9 +221,14 @@ def test_a_dense_engine_generates_and_refuses_a_density(folders: dict[str, Path]
         (lambda engine: engine.generate(np.array([[5, 6, 7]]), attention_mask=[[1, 0, 1]]), "zeros, then ones"),
         (lambda engine: engine.generate(np.array([[5, 6, 7]]), attention_mask=[[1, 1, 0]]), "zeros, then ones"),
         (lambda engine: engine.generate(np.array([[5, 6, 7]]), attention_mask=[[0, 0, 0]]), "zeros, then ones"),
-        (lambda engine: engine.generate(np.array([[5, 6, 7]]), attention_mask=[[1, 2, 2]]), "zeros, then ones"),
+        (lambda engine: engine.generate(np.array([[5, 6, 7]]), attention_mask=[[1, 2, 2]]), "may hold 0 and 1, found"),
         (lambda engine: engine.generate(np.array([[5, 6, 7]]), attention_mask=[[1, 1]]), "attention_mask is"),
-        (lambda engine: engine.generate(np.array([[5, 6]]), attention_mask=[["a", "b"]]), "zeros, then ones"),
+        (lambda engine: engine.generate(np.array([[5, 6]]), attention_mask=[["a", "b"]]), "may hold 0 and 1, found"),
+        (lambda engine: engine.generate(np.array([[5, 6]]), attention_mask=[[0.5, 1]]), "may hold 0 and 1, found"),
+        (
+            lambda engine: engine.generate(np.array([[5]]), max_new_tokens=True),
+            "max_new_tokens is True, expected",
+        ),
         (lambda engine: engine.generate(np.array([[5, 6]]), attention_mask=[[1, 1], [1]]), "attention_mask must be a"),
         (lambda engine: engine.generate([[5, 6], [7]]), "token ids must be a rectangle"),
         (lambda engine: engine.generate("a", attention_mask=[[1]]), "attention_mask belongs to ids"),
@@ -233,7 +240,7 @@ def test_a_dense_engine_generates_and_refuses_a_density(folders: dict[str, Path]
             lambda engine: engine.generate(np.array([[5]]), min_new_tokens="1"),
             "min_new_tokens is '1', expected a whole",
         ),
-        (lambda engine: engine.generate(np.array([[5]]), density="half"), "found heads half and neurons half"),
+        (lambda engine: engine.generate(np.array([[5]]), density="half"), "found heads 'half' and neurons 'half'"),
         (lambda engine: engine.generate(np.array([[5]]), density=(0.5, 0.2)), "from 0 to 1; found heads"),
         (lambda engine: engine.logits(np.array([[5]]), prompt_tokens=0.5), "prompt_tokens is 0.5, expected a whole"),
     ],
@@ -248,6 +255,8 @@ def test_numbers_of_numpy_are_numbers(engine: Engine) -> None:
     ids = np.array([[5, 6]])
     given = {"max_new_tokens": np.int32(3), "min_new_tokens": np.uint8(3), "density": np.float32(0.5)}
     np.testing.assert_array_equal(engine.generate(ids, **given), engine.generate(ids, 3, 3, 0.5))
+    for share in (np.float32(0.5), np.array(0.5), torch.tensor(0.5), Fraction(1, 2)):
+        assert json.dumps([Density.of(share).heads, Density(neurons=share).neurons]) == "[0.5, 0.5]"
 
 
 def test_stats_before_any_run_are_refused(folders: dict[str, Path]) -> None:
