@@ -141,7 +141,7 @@ def bench(
             speed-up. On the CPU it is the dense twin: the same weights and kernels without predictor and masks; on a
             GPU, whose plan cannot be changed any more, the same engine at density 1.
         rounds: how often the whole table is measured.
-        tokens: timed of every setting in every round; another one goes before them, on the CPU before every fourth.
+        tokens: timed of every setting in every round.
         prompt_tokens: length of the prompt whose first token is timed.
         skip_zeros: measure only with it (True) or without it; None: both.
         threads: intra-op threads; None: one per core.
@@ -197,13 +197,12 @@ def _check_lengths(rounds: int, prompt_tokens: int, tokens: int, manifest: Engin
     part = manifest.tensorrt
     context = manifest.model.positions if part is None else min(manifest.model.positions, part.max_context)
     room, most = context - STEP_PROMPT_TOKENS, context - 1
-    generated = tokens_generated if part is None else (1).__add__
-    if generated(tokens) > room:
-        fitting = max((n for n in range(1, room) if generated(n) <= room), default=0)
+    if tokens_generated(tokens) > room:
+        fitting = room - tokens_generated(0)
         raise InputError(
-            f"{tokens} tokens are to be timed; behind a prompt of {STEP_PROMPT_TOKENS} {manifest.model.name} has room "
-            f"for {fitting}, and for those that are not timed",
-            hint=f"--tokens {fitting}" if fitting else "a model with a longer context",
+            f"{tokens} tokens are to be timed; behind a prompt of {STEP_PROMPT_TOKENS} and a first token "
+            f"{manifest.model.name} has room for {max(fitting, 0)}",
+            hint=f"--tokens {fitting}" if fitting > 0 else "a model with a longer context",
         )
     if not 1 <= prompt_tokens <= most:
         raise InputError(

@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 STEP_PROMPT_TOKENS = 16
 """In front of the tokens that are timed."""
-REST_SECONDS = 0.1
-"""Before a prompt is timed: under an older ONNX Runtime threads of the engine that ran before spin on for some tens of
-milliseconds, on a core that this one needs."""
+REST_SECONDS = 0.06
+"""Before a turn or a prompt: under an older ONNX Runtime threads of the engine that ran before spin on for so long, on
+a core that this one needs."""
 
 
 def prompt_ids(manifest: EngineManifest, tokens: int) -> npt.NDArray[np.int64]:
@@ -119,6 +119,7 @@ def _decode_in_turns(
     try:
         for _ in sizes:
             for text in texts:
+                sleep(REST_SECONDS)
                 text.go_on()
                 counter.more()
     finally:

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from shadowc.spec.density import Density
 
 TURN_TOKENS = 4
-"""Timed in one turn. One more goes before them: under an older ONNX Runtime threads of the engine that ran before spin
-on for some tens of milliseconds, on a core that this one needs."""
 
 
 def turn_sizes(tokens: int) -> list[int]:
@@ -28,8 +26,8 @@ def turn_sizes(tokens: int) -> list[int]:
 
 
 def tokens_generated(tokens: int) -> int:
-    """New tokens of a text of which so many are timed: the prompt's own, and one more in front of every turn."""
-    return 1 + tokens + len(turn_sizes(tokens))
+    """New tokens of a text of which so many are timed: the first comes from the prompt, the second right behind it."""
+    return 2 + tokens
 
 
 class _Closed(Exception):  # noqa: N818 (no error: the way out of `generate`)
@@ -93,17 +91,18 @@ class Text:
             self._others.release()
 
     def _behind_a_token(self, _: Any) -> None:
-        if self._closed:
-            raise _Closed
+        self._leave_if_closed()
+        if len(self.seconds) == self._ends[-1]:
+            return  # the last id needs no step
         if self._began is not None:
             self.seconds.append(perf_counter() - self._began)
-        timed, self._began = len(self.seconds), None
-        if timed == self._ends[0]:
-            if len(self._ends) > 1:  # the text's last id needs no step, and is no turn
-                del self._ends[0]
-                self._others.release()
-                self._mine.acquire()
-                if self._closed:
-                    raise _Closed
-            return  # the next token is the one that is not timed
+        if len(self.seconds) == self._ends[0] and len(self._ends) > 1:
+            del self._ends[0]
+            self._others.release()
+            self._mine.acquire()
+            self._leave_if_closed()
         self._began = perf_counter()
+
+    def _leave_if_closed(self) -> None:
+        if self._closed:
+            raise _Closed

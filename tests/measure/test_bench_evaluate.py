@@ -197,10 +197,10 @@ def test_a_prompt_that_leaves_no_room_is_refused_before_anything_is_loaded(spars
 
 def test_more_tokens_than_the_context_holds_are_refused_before_anything_is_loaded(sparse_engine: Path) -> None:
     with pytest.raises(
-        InputError, match=r"38 tokens are to be timed; behind a prompt of 16 .* has room for 37,"
+        InputError, match=r"47 tokens are to be timed; behind a prompt of 16 .* has room for 46"
     ) as caught:
-        bench(sparse_engine, densities=[Density()], tokens=38)
-    assert caught.value.hint == "--tokens 37"
+        bench(sparse_engine, densities=[Density()], tokens=47)
+    assert caught.value.hint == "--tokens 46"
 
 
 @pytest.mark.usefixtures("short_stream")
