@@ -139,9 +139,10 @@ def _starts(mask_BS: npt.NDArray[Any], shape: tuple[int, ...]) -> Ids:
             f"attention_mask is {list(mask_BS.shape)}, the ids are {list(shape)}",
             hint="pass the attention_mask that the tokenizer returned with the ids",
         )
-    if not np.isin(mask_BS, (0, 1)).all():
+    others = mask_BS[~np.isin(mask_BS, (0, 1))]
+    if others.size:
         raise InputError(
-            f"attention_mask may hold 0 and 1, found {mask_BS[~np.isin(mask_BS, (0, 1))][0]!r}",
+            f"attention_mask may hold 0 and 1, found {others[0]!r}",
             hint="pass the attention_mask that the tokenizer returned with the ids",
         )
     wide_BS = mask_BS.astype(np.int64)

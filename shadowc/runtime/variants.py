@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError, UnsupportedError
-from shadowc.spec.ops import DOMAIN, FEW_DIGITS, PREDICT_UNITS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
+from shadowc.spec.ops import DOMAIN, PREDICT_UNITS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
 from shadowc.spec.tensors import scores_of_one_layer
 
 if TYPE_CHECKING:
@@ -55,9 +55,10 @@ def with_skip_zeros(model: onnx.ModelProto, on: bool) -> onnx.ModelProto:
 
 def with_exact_prompts(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph whose operators compute prompts with all digits, as tokens (`give_prompts_few_digits` in emit)."""
+    from shadowc.spec.oracle import drop_few_digits
+
     copy = _copy(model)
-    for node in copy.graph.node:
-        _keep(node.attribute, lambda attribute: attribute.name != FEW_DIGITS)
+    drop_few_digits(copy.graph)
     return copy
 
 

@@ -53,7 +53,7 @@ def attach(model: onnx.ModelProto, bodies: Iterable[onnx.FunctionProto] | None =
     copy.CopyFrom(model)
     unfold_norms(copy.graph)
     unfold_predictors(copy.graph)
-    _compute_exactly(copy.graph)
+    drop_few_digits(copy.graph)
     counted = {output for node in copy.graph.node for output in _drop_kernel_outputs(node)}
     _prune(copy.graph, counted)
     if not copy.graph.output:
@@ -65,7 +65,8 @@ def attach(model: onnx.ModelProto, bodies: Iterable[onnx.FunctionProto] | None =
     return copy
 
 
-def _compute_exactly(graph: onnx.GraphProto) -> None:
+def drop_few_digits(graph: onnx.GraphProto) -> None:
+    """Let no operator round, whatever the graph was compiled for."""
     for node in graph.node:
         if node.domain == DOMAIN:
             kept = [attribute for attribute in node.attribute if attribute.name != FEW_DIGITS]
