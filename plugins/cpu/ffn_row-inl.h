@@ -79,14 +79,15 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
   const Activations<W>* row = x.Get();
   for (size_t k = 0; k < neurons.count; k += kCount) {
     // The first half of `later` is fetched while first halves of records are read, the other with second
-    // ones.
+    // ones. Records that do not follow each other in memory are fetched side by side.
     Pointer<W> first[kCount], second[kCount], later[2 * kCount];
+    const bool in_order = kInOrder && neurons[k + ahead + kCount - 1] - neurons[k + ahead] == kCount - 1;
     for (size_t c = 0; c < kCount; ++c) {
       first[c] = w + size_t{neurons.Own(k + c)} * 2 * width;
       second[c] = first[c] + width;
       const Pointer<W> record = w + size_t{neurons[k + ahead + c]} * 2 * width;
-      later[kInOrder ? 2 * c : c] = record;
-      later[kInOrder ? 2 * c + 1 : kCount + c] = record + width;
+      later[in_order ? 2 * c : c] = record;
+      later[in_order ? 2 * c + 1 : kCount + c] = record + width;
     }
     const bool more = k + ahead < neurons.with_next;
     for (size_t c = 0; c < kCount; ++c) PrefetchFactors(a, neurons[k + ahead + c]);
