@@ -136,7 +136,8 @@ def compared(given: argparse.Namespace) -> str:
             "tokens": meta["sequences"] * meta["length"],
         }
         for style in plan.styles:
-            found += _of_predictor(name, learned.predictor(trace, style, given.seed), meta["key"], plan, grounds)
+            predictor = learned.predictor(trace, style, given.seed)
+            found += _of_predictor(name, predictor, meta["key"], _densities(given), grounds)
     about = {
         "model": checkpoint.facts.name,
         "identity": checkpoint.identity,
@@ -151,13 +152,17 @@ def compared(given: argparse.Namespace) -> str:
 
 
 def _of_predictor(
-    name: str, predictor: Predictor, trace: str, plan: Plan, grounds: Sequence[tuple[Corpus, Measured]]
+    name: str,
+    predictor: Predictor,
+    trace: str,
+    densities: Sequence[Density],
+    grounds: Sequence[tuple[Corpus, Measured]],
 ) -> Iterator[Calibrated]:
     """Evaluate one predictor, and the ranking of its calibration text, on every text."""
     scope = predictor.scope(None)
     settings = [
         Setting(method, density, scope=scope)
-        for density in plan.both(plan.densities)
+        for density in densities
         for method in METHODS[predictor.style]
     ]
     for corpus, ground in grounds:
@@ -165,6 +170,11 @@ def _of_predictor(
         label = _folder(f"{name} {predictor.style}")
         for line in ground.predictor(label, str(predictor.meta["criterion"]), predictor, trace, settings):
             yield Calibrated(name, corpus, line)
+
+
+def _densities(given: argparse.Namespace) -> list[Density]:
+    neurons = densities_named(given.densities)
+    return [Density(share if given.heads is None else given.heads, share) for share in neurons]
 
 
 def _folder(name: str) -> str:
@@ -238,7 +248,8 @@ def _record(one: Calibrated) -> dict[str, object]:
         "corpus": one.corpus.name,
         "style": one.line.style,
         "scope": setting.scope,
-        "density": setting.density.heads,
+        "heads": setting.density.heads,
+        "neurons": setting.density.neurons,
         "bits_per_byte": at.value,
         "low": at.low,
         "high": at.high,
@@ -274,7 +285,7 @@ def _tables(found: Sequence[Calibrated]) -> Iterator[str]:
 
 
 def _kept(density: Density) -> str:
-    return f"{density.heads:g}"
+    return f"{density.heads:g}" if density.heads == density.neurons else f"{density.heads:g} / {density.neurons:g}"
 
 
 def _say(text: str) -> None:
@@ -296,7 +307,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--questions", type=int, default=20, help="evaluated of every task (%(default)s)")
     add("--criterion", default="plainact", help="(%(default)s)")
     add("--styles", default="shadow,shadow+", help="by commas (%(default)s)")
-    add("--densities", default="0.5,0.2", help="of heads and neurons alike (%(default)s)")
+    add("--densities", default="0.5,0.2", help="of neurons, and of heads unless --heads is given (%(default)s)")
+    add("--heads", type=float, help="density of heads throughout")
     add("--positions", type=int, default=4096, help="recorded (%(default)s)")
     add("--length", type=int, default=256, help="tokens of a calibration sequence (%(default)s)")
     add("--window", type=int, help="of plain text; default: the model's context")

@@ -263,13 +263,14 @@ def parity_text(manifest: EngineManifest) -> str:
     """Return the result of the compile's own check against torch."""
     parity = manifest.parity
     layers = parity.get("layers")
-    if not isinstance(layers, list) or not layers:
+    single = [parity.get(name, 0) for name in ("positions", "layer_tolerance", "logits", "logits_tolerance")]
+    if not isinstance(layers, list) or not layers or not all(isinstance(n, (int, float)) for n in layers + single):
         return "not recorded"
     prefix = "" if parity.get("on_device", True) else "not run on a device; the graphs on the CPU in float32: "
+    positions, layer_tolerance, logits, logits_tolerance = single
     return prefix + (
-        f"{parity.get('positions', 0)} positions against torch: worst layer {max(layers):.1e} "
-        f"(tolerance {parity.get('layer_tolerance', 0):.0e}), logits {parity.get('logits', 0):.1e} "
-        f"(tolerance {parity.get('logits_tolerance', 0):.0e})"
+        f"{positions} positions against torch: worst layer {max(layers):.1e} "
+        f"(tolerance {layer_tolerance:.0e}), logits {logits:.1e} (tolerance {logits_tolerance:.0e})"
     )
 
 

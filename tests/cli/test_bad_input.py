@@ -195,6 +195,16 @@ def test_newer_schema_is_incompatible(shadowc: Shadowc, damaged: Path) -> None:
         refused(shadowc, INCOMPATIBLE, *command, says="newer")
 
 
+def test_inspect_shows_an_engine_whose_record_of_parity_holds_no_numbers(shadowc: Shadowc, damaged: Path) -> None:
+    path = damaged / MANIFEST_FILE
+    found = json.loads(path.read_text())
+    for changed in ({"logits": "small"}, {"layers": ["small"]}):
+        path.write_text(json.dumps({**found, "parity": {**found["parity"], **changed}}))
+        result = shadowc("inspect", damaged)
+        assert result.exit_code == 0, result.output
+        assert "not recorded" in result.stdout
+
+
 def test_missing_op_library(shadowc: Shadowc, engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SHADOWC_ORT_LIBRARY", "/nowhere/libshadowc_ort.so")
     refused(shadowc, SETUP, "run", engine, "text", says="/nowhere/libshadowc_ort.so")
