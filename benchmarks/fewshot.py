@@ -160,11 +160,7 @@ def _of_predictor(
 ) -> Iterator[Calibrated]:
     """Evaluate one predictor, and the ranking of its calibration text, on every text."""
     scope = predictor.scope(None)
-    settings = [
-        Setting(method, density, scope=scope)
-        for density in densities
-        for method in METHODS[predictor.style]
-    ]
+    settings = [Setting(method, density, scope=scope) for density in densities for method in METHODS[predictor.style]]
     for corpus, ground in grounds:
         _say(f"{name}, {predictor.style}, on {corpus.name}")
         label = _folder(f"{name} {predictor.style}")

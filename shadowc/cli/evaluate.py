@@ -70,7 +70,7 @@ def evaluate(
     ] = None,
     scope: Annotated[
         str | None,
-        typer.Option("--scope", help="local, global, or both; default: the predictor's.", show_default=False),
+        typer.Option("--scope", help="local, global, or local,global; default: the predictor's.", show_default=False),
     ] = None,
     window: Annotated[
         int | None, typer.Option("--window", help="Tokens per window; default: the context.", min=2, show_default=False)
