@@ -104,9 +104,9 @@ def compared(given: argparse.Namespace) -> str:
     """Do everything; returns the tables in Markdown.
 
     Raises:
-        InputError: the model, a text, a task or the folder cannot be used.
+        InputError: the model, a text, a task, a density or the folder cannot be used.
     """
-    tasks = tasks_named(given.task)
+    tasks, densities = tasks_named(given.task), _densities(given)
     given.out.mkdir(parents=True, exist_ok=True)
     texts = {PLAIN: given.data} | {
         f"{shots} shots": _prompts(given, tasks, shots) for shots in map(int, given.shots.split(","))
@@ -137,7 +137,7 @@ def compared(given: argparse.Namespace) -> str:
         }
         for style in plan.styles:
             predictor = learned.predictor(trace, style, given.seed)
-            found += _of_predictor(name, predictor, meta["key"], _densities(given), grounds)
+            found += _of_predictor(name, predictor, meta["key"], densities, grounds)
     about = {
         "model": checkpoint.facts.name,
         "identity": checkpoint.identity,
