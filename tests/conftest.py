@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -37,6 +38,10 @@ TOKENIZER_TEXT = (
     "One neuron is one record, one head is one record, and a record that is not read costs nothing.",
 )
 
+
+# How long an example takes tells of the machine, and of what is imported meanwhile.
+settings.register_profile("shadowc", deadline=None)
+settings.load_profile("shadowc")
 
 SLOW_SECONDS = 1200
 """Limit of a slow test that names none: some compile, some run a suite of their own, on whatever machine there is."""

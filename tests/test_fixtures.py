@@ -6,6 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from hypothesis import settings
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, OPTForCausalLM
 
@@ -33,3 +34,7 @@ def test_tiny_tokenizer_starts_with_the_end_token_and_restores_the_text(tiny_che
     assert ids[0] == 2
     assert max(ids) < TINY["vocab_size"] == len(tokenizer)
     assert tokenizer.decode(ids, skip_special_tokens=True) == TOKENIZED
+
+
+def test_no_property_fails_because_a_machine_is_slow() -> None:
+    assert settings().deadline is None
