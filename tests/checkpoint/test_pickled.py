@@ -279,7 +279,7 @@ PLACE = st.integers(0, 1 << 20)
 """A byte of a file, modulo its length: that of the legacy format differs from save to save, a strategy may not."""
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])
 def test_file_cut_anywhere_is_refused(options: dict[str, object], tmp_path: Path, data: st.DataObject) -> None:
@@ -288,7 +288,7 @@ def test_file_cut_anywhere_is_refused(options: dict[str, object], tmp_path: Path
     assert "truncated" in refusal(tmp_path / "a.bin", InputError).message
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("options", [{}, {"_use_new_zipfile_serialization": False}], ids=["zip", "legacy"])

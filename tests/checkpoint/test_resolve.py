@@ -163,7 +163,7 @@ def test_path_that_does_not_exist_is_refused(path: str, tmp_path: Path, monkeypa
     assert f"there is no folder {path}" in refusal(path, InputError, 2).message
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.text(st.sampled_from("aopt-125m/.~\\ \0\u00e9"), max_size=12) | st.sampled_from(["a" * 5000, "~nobody/x", ""])
 )

@@ -255,7 +255,7 @@ def test_shard_truncated_by_one_byte_is_named_with_both_sizes(tmp_path: Path) ->
     assert error.problems == (expected,)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_file_cut_anywhere_is_refused(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
     whole = pack(some_tensors())

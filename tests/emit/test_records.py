@@ -179,7 +179,7 @@ def test_a_group_of_zeros_gets_scale_one_in_int4() -> None:
     assert (pairs == 0x88).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(hnp.arrays(np.float32, (3, 2 * INT4_GROUP), elements=st.floats(-(2.0**40), 2.0**40, width=32)))
 def test_int4_rounding_stays_within_half_a_step_and_never_uses_minus_eight(weight: np.ndarray) -> None:
     pairs, scales = int4_rows(weight)
@@ -198,7 +198,7 @@ def test_a_head_swapped_in_the_packing_is_caught_by_the_round_trip() -> None:
     assert not np.array_equal(query, unpack.round_trip(source.tensor("q")))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     hnp.arrays(
         np.float32,

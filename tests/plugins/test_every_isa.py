@@ -155,8 +155,8 @@ def check_network(case):
     test_predict_units.assert_as_defined(arrays, **attributes)
 
 
-FEW = settings(max_examples=12, deadline=None, derandomize=True)
-MANY = settings(max_examples=150, deadline=None, derandomize=True)
+FEW = settings(max_examples=12, derandomize=True)
+MANY = settings(max_examples=150, derandomize=True)
 
 test_ffn_equals_its_definition = FEW(given(ffns())(check_ffn))
 test_attention_equals_its_definition = FEW(given(attentions())(check_attention))

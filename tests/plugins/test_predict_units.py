@@ -83,7 +83,7 @@ def assert_as_defined(arrays, relu=0, column=0, select="density", exempt=0, min_
     np.testing.assert_array_equal(found["active"], active)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=60, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     B=st.integers(1, 3),

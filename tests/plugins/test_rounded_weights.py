@@ -127,7 +127,7 @@ def test_activations_cut_to_bf16_would_be_noticed():
         kernels.assert_close(bf16_as_defined(arrays, cut), exact, LARGEST["bfloat16"])
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=40, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.tuples(st.integers(1, 3), st.integers(0, 40)),
@@ -147,7 +147,7 @@ def test_ffn_of_a_prompt_is_its_definition_but_for_the_rounding_of_the_type(seed
         assert numpy_reference.Read(*map(int, found["read"])) == read
 
 
-@settings(max_examples=30, deadline=None, derandomize=True)
+@settings(max_examples=30, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     rows=st.tuples(st.integers(1, 2), st.integers(0, 40)),

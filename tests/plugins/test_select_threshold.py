@@ -32,7 +32,7 @@ def assert_selects_as_defined(scores, density, **attributes):
     np.testing.assert_array_equal(active, again[1])
 
 
-@settings(max_examples=120, deadline=None, derandomize=True)
+@settings(max_examples=120, derandomize=True)
 @given(
     scores=st.tuples(st.integers(1, 3), st.integers(0, 2), st.integers(1, 4), st.integers(1, 12)).flatmap(
         lambda shape: hnp.arrays(np.float32, shape, elements=SCORES | st.floats(-2, 2, width=32))

@@ -46,7 +46,7 @@ def assert_as_defined(arrays, **attributes):
     assert read == expected_read
 
 
-@settings(max_examples=80, deadline=None, derandomize=True)
+@settings(max_examples=80, derandomize=True)
 @given(
     seed=st.integers(0, 2**32 - 1),
     B=st.integers(1, 4),

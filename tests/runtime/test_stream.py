@@ -20,7 +20,7 @@ class Bytes:
 EOS = 256
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_pieces_join_to_the_text_and_split_no_character(prompt: str, text: str) -> None:
     row = TextRow(Bytes(), list(prompt.encode()))

@@ -64,7 +64,7 @@ def test_clustered_blocks_capture_more_than_unordered_ones_on_other_text(density
     assert clustered > shuffled + 0.05
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 70), st.integers(1, 20), st.integers(2, 40), st.integers(0, 3))
 def test_every_order_is_a_permutation_whatever_the_shape(neurons: int, block: int, rows: int, seed: int) -> None:
     neurons_MF = np.random.default_rng(seed).random((rows, neurons), dtype=np.float32)

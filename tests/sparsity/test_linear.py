@@ -90,7 +90,7 @@ def test_labels_follow_the_criterion_where_nobody_chose(
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(-2, 2))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_no_constant_has_a_smaller_loss_than_the_logarithm_of_the_mean(seed: int, other: float) -> None:
     y_MO = torch.from_numpy(np.random.default_rng(seed).exponential(size=(50, 3)).astype(np.float32) + LEAST)
     objective = Expected()

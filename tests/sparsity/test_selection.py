@@ -19,7 +19,7 @@ from shadowc.spec.errors import InputError
 from tests.spec import numpy_ops
 from tests.spec.sessions import run_op
 
-EXAMPLES = settings(max_examples=80, deadline=None)
+EXAMPLES = settings(max_examples=80)
 
 
 @st.composite

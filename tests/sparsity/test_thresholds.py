@@ -28,7 +28,7 @@ from shadowc.spec.errors import InputError
 from shadowc.spec.options import TrainOptions
 from shadowc.spec.program import GRID
 
-EXAMPLES = settings(max_examples=40, deadline=None)
+EXAMPLES = settings(max_examples=40)
 OPTIONS = TrainOptions(neuron_block=8, width=32, epochs=15)
 Plant = Callable[..., ImportanceTrace]
 

@@ -16,7 +16,7 @@ from tests.spec import numpy_ops
 from tests.spec.sessions import run_op
 
 FP32_TOLERANCE = 1e-5
-EXAMPLES = settings(max_examples=60, deadline=None)
+EXAMPLES = settings(max_examples=60)
 SCORES = ("normal", "ties", "some NaN", "all NaN", "infinite")
 
 Array = npt.NDArray[np.float32]
