@@ -50,23 +50,32 @@ void Project32(const Projection& projection, size_t h, size_t part, size_t d0, s
   for (size_t i = 0; i < next_count; ++i) next[i] = projection.rows_of.Values(first + count + i);
   const size_t later = LaterBytes(projection.rows_of.RowBytes(), projection.x.steps);
   const float* bias = a.bqkv + (h * 3 + part) * a.head_size + d0;
-  for (size_t p = p0; p < p1; ++p) {
-    bool wanted[kPanelRows], any = false;
+  const auto wants = [&](size_t p, bool* wanted) {
+    bool any = false;
     for (size_t r = 0; r < kPanelRows; ++r) {
       const size_t row = p * kPanelRows + r;
       wanted[r] = row < a.batch * a.tokens && projection.Wants(part, row, h);
       any |= wanted[r];
     }
+    return any;
+  };
+  const auto finish = [&](size_t p, const bool* wanted, const PanelSums& sum, size_t i) {
+    void* out[kPanelRows];
+    for (size_t r = 0; r < kPanelRows; ++r) {
+      out[r] = wanted[r] ? projection.Target(part, p * kPanelRows + r, h, d0 + i) : nullptr;
+    }
+    dots.Finish(sum, p,
+                {scale + i, bias + i, part == 0 ? projection.query_factor : 1.0f, false, nullptr, out,
+                 projection.Float16(part), std::min<size_t>(16, count - i), nullptr});
+  };
+  for (size_t p = p0, together = 1; p < p1; p += together) {
+    together = PanelsTogether(projection.kernels, projection.x, p, p1);
+    bool wanted[kMostTogether][kPanelRows], any = false;
+    for (size_t i = 0; i < together; ++i) any |= wants(p + i, wanted[i]);
     if (!any) continue;
-    dots.With(p, LaterOf(next, next_count, p - p0, p1 - p0, later), sums);
-    for (size_t i = 0; i < count; i += 16) {
-      void* out[kPanelRows];
-      for (size_t r = 0; r < kPanelRows; ++r) {
-        out[r] = wanted[r] ? projection.Target(part, p * kPanelRows + r, h, d0 + i) : nullptr;
-      }
-      dots.Finish(sums[i / 16], p,
-                  {scale + i, bias + i, part == 0 ? projection.query_factor : 1.0f, false, nullptr, out,
-                   projection.Float16(part), std::min<size_t>(16, count - i), nullptr});
+    dots.With(p, together, LaterOf(next, next_count, p - p0, together, p1 - p0, later), sums);
+    for (size_t i = 0; i < 2 * together; ++i) {
+      if (i % 2 * 16 < count) finish(p + i / 2, wanted[i / 2], sums[i], i % 2 * 16);
     }
   }
 }
@@ -100,7 +109,7 @@ void ProjectPanels(const PanelKernels& kernels, const AttentionArgs& a, const ui
     Arena& arena = ThreadArena();
     int8_t* room = arena.Take<int8_t>(32 * x.steps * kPanelStep);
     int8_t* woven = arena.Take<int8_t>(32 * x.steps * kPanelStep);
-    PanelSums* sums = arena.Take<PanelSums>(2);
+    PanelSums* sums = arena.Take<PanelSums>(2 * kMostTogether);
     const PanelScope scope(kernels);
     for (size_t d = 0; d < a.head_size; d += 32) {
       Project32(projection, h, part, d, std::min<size_t>(32, a.head_size - d), p0, p1, room, woven, sums);

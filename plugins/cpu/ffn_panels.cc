@@ -91,18 +91,22 @@ void Hidden32(const Work& work, const Block& block, const Panels& x, size_t p0, 
   for (size_t i = 0; i < next_count; ++i) next[i] = work.rows_of.Values(2 * list[count + i]);
   next_count += HalvesBefore(work, block, p0, p1, n, before, next + next_count);
   const size_t later = LaterBytes(work.rows_of.RowBytes(), x.steps);
-  for (size_t p = p0; p < p1; ++p) {
-    dots.With(p, LaterOf(next, next_count, p - p0, p1 - p0, later), sums);
-    for (size_t i0 = 0; i0 < count; i0 += 16) {
-      uint16_t mask[16];
-      void* out[kPanelRows];
-      for (size_t i = i0; i < std::min(count, i0 + 16); ++i) mask[i - i0] = work.MaskOf(p, list[i]);
-      for (size_t r = 0; r < kPanelRows; ++r) {
-        out[r] = block.hidden + (p * kPanelRows + r) * block.stride + n + i0;
-      }
-      dots.Finish(sums[i0 / 16], p,
-                  {scale + i0, bias + i0, 1.0f, true, mask, out, false, std::min<size_t>(16, count - i0),
-                   block.fired + p * kBlock + n + i0});
+  const auto finish = [&](size_t p, const PanelSums& sum, size_t i0) {
+    uint16_t mask[16];
+    void* out[kPanelRows];
+    for (size_t i = i0; i < std::min(count, i0 + 16); ++i) mask[i - i0] = work.MaskOf(p, list[i]);
+    for (size_t r = 0; r < kPanelRows; ++r) {
+      out[r] = block.hidden + (p * kPanelRows + r) * block.stride + n + i0;
+    }
+    dots.Finish(sum, p,
+                {scale + i0, bias + i0, 1.0f, true, mask, out, false, std::min<size_t>(16, count - i0),
+                 block.fired + p * kBlock + n + i0});
+  };
+  for (size_t p = p0, together = 1; p < p1; p += together) {
+    together = PanelsTogether(work.kernels, x, p, p1);
+    dots.With(p, together, LaterOf(next, next_count, p - p0, together, p1 - p0, later), sums);
+    for (size_t i = 0; i < 2 * together; ++i) {
+      if (i % 2 * 16 < count) finish(p + i / 2, sums[i], i % 2 * 16);
     }
   }
 }
@@ -116,7 +120,7 @@ void FirstLayer(const Work& work, const Block& block, const Panels& x, const Par
     Arena& arena = ThreadArena();
     int8_t* room = arena.Take<int8_t>(32 * x.steps * kPanelStep);
     int8_t* woven = arena.Take<int8_t>(32 * x.steps * kPanelStep);
-    PanelSums* sums = arena.Take<PanelSums>(2);
+    PanelSums* sums = arena.Take<PanelSums>(2 * kMostTogether);
     const PanelScope scope(work.kernels);
     for (size_t n = first; n < last; n += 32) {
       const size_t before = std::min<size_t>(32, n - first);

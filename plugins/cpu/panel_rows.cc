@@ -67,14 +67,15 @@ RowDots::RowDots(const PanelKernels& kernels, const Panels& panels, const Weight
   if (!IsByQuad(kernels)) kernels.weave_rows(weights_, panels.steps, woven);
 }
 
-void RowDots::With(size_t p, const LaterRows& later, PanelSums* sums) const {
+void RowDots::With(size_t p, size_t count, const LaterRows& later, PanelSums* sums) const {
+  if (count == 2) return kernels_.dots_two(weights_, panels_, p, later, sums);
   if (IsByQuad(kernels_)) return kernels_.dots(weights_, panels_, p, later, sums);
   kernels_.mix_rows(panels_, p, woven_, later, sums);
 }
 
 void RowDots::Finish(const PanelSums& sums, size_t p, const DotsTarget& target) const {
   const auto finish = IsByQuad(kernels_) ? kernels_.finish_dots : kernels_.finish_woven_dots;
-  finish(sums, panels_.step + p * kPanelRows, target);
+  finish(sums, panels_.Places(p), panels_.step + p * kPanelRows, target);
 }
 
 WeightRows RowsForDots(const PanelKernels& kernels, const WeightRow* rows, size_t count, size_t width,
@@ -118,21 +119,25 @@ void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const Weig
     WeightRow* from = arena.Take<WeightRow>(depth);
     std::fill(std::copy(rows, rows + count, from), from + depth, WeightRow{});
     kernels.weave(from, panels.steps, first, here, woven);
-    PanelSums* sums = arena.Take<PanelSums>(2);
+    PanelSums* sums = arena.Take<PanelSums>(2 * kMostTogether);
     const PanelScope scope(kernels);
+    const auto finish = [&](size_t p, const PanelSums& sum, size_t column, size_t some) {
+      float* to[kPanelRows];
+      for (size_t r = 0; r < kPanelRows; ++r) {
+        const size_t row = p * kPanelRows + r;
+        to[r] = row < y_rows && left[row] == 0 ? y + row * width + column : nullptr;
+      }
+      kernels.finish_mix(sum, panels.Places(p), panels.step + p * kPanelRows,
+                         bias == nullptr ? nullptr : bias + column, std::min<size_t>(16, some), to);
+    };
     for (size_t c = 0; c < here; c += 32) {  // two columns of tiles stay in L1, the panels pass by
-      for (size_t p = p0; p < p1; ++p) {
-        kernels.mix(panels, p, woven + c * panels.steps * kPanelStep, sums);
-        for (size_t half = 0; half < 2 && c + 16 * half < here; ++half) {
-          const size_t column = first + c + 16 * half;
-          float* to[kPanelRows];
-          for (size_t r = 0; r < kPanelRows; ++r) {
-            const size_t row = p * kPanelRows + r;
-            to[r] = row < y_rows && left[row] == 0 ? y + row * width + column : nullptr;
-          }
-          kernels.finish_mix(sums[half], panels.step + p * kPanelRows,
-                             bias == nullptr ? nullptr : bias + column,
-                             std::min<size_t>(16, here - c - 16 * half), to);
+      const int8_t* tiles = woven + c * panels.steps * kPanelStep;
+      for (size_t p = p0, together = 1; p < p1; p += together) {
+        together = PanelsTogether(kernels, panels, p, p1);
+        (together == 2 ? kernels.mix_two : kernels.mix)(panels, p, tiles, sums);
+        for (size_t i = 0; i < 2 * together; ++i) {
+          const size_t at = c + i % 2 * 16;
+          if (at < here) finish(p + i / 2, sums[i], first + at, here - at);
         }
       }
     }

@@ -56,6 +56,14 @@ inline Panels TakePanels(const PanelKernels& kernels, CallArena* arena, size_t p
 void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const float* factor, size_t rows,
                size_t width, bool by_quad, const Panels& panels, uint8_t* left, const Parallel& parallel);
 
+// How many of panels p ... p1 - 1 meet weights at once.
+inline constexpr size_t kMostTogether = 2;
+inline size_t PanelsTogether(const PanelKernels& kernels, const Panels& panels, size_t p, size_t p1) {
+  const bool two =
+      kernels.mix_two != nullptr && p + 1 < p1 && panels.Places(p) == 1 && panels.Places(p + 1) == 1;
+  return two ? 2 : 1;
+}
+
 // Dot products of at most 32 weight rows with panels: once made, `With` as often as there are panels. The
 // panels are stored by row where the kernels weave weight rows (IsByQuad).
 class RowDots {
@@ -65,7 +73,8 @@ class RowDots {
           size_t width, int8_t* room, int8_t* woven);
   static bool IsByQuad(const PanelKernels& kernels) { return kernels.weave_rows == nullptr; }
 
-  void With(size_t p, const LaterRows& later, PanelSums* sums) const;
+  // sums[2 * i + half] of the i-th of `count` panels, as many as PanelsTogether says.
+  void With(size_t p, size_t count, const LaterRows& later, PanelSums* sums) const;
   void Finish(const PanelSums& sums, size_t p, const DotsTarget& target) const;
 
  private:
@@ -94,11 +103,12 @@ void AddResidual(const float* residual, size_t rows, size_t width, const uint8_t
 // How much of each such row is fetched with every step.
 inline size_t LaterBytes(size_t row_bytes, size_t steps) { return (row_bytes + steps - 1) / steps; }
 
-// The rows that panel i of `panels` (all of which meet the same weight rows) fetches of the `count` next
-// ones.
-inline LaterRows LaterOf(const std::byte* const* next, size_t count, size_t i, size_t panels, size_t bytes) {
+// The rows that panels i ... i + together - 1 of `panels` (all of which meet the same weight rows) fetch of
+// the `count` next ones.
+inline LaterRows LaterOf(const std::byte* const* next, size_t count, size_t i, size_t together, size_t panels,
+                         size_t bytes) {
   const size_t from = count * i / panels;
-  return {next + from, count * (i + 1) / panels - from, bytes};
+  return {next + from, count * (i + together) / panels - from, bytes};
 }
 
 // Between begin and end on this thread.

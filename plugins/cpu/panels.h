@@ -46,8 +46,8 @@ namespace shadowc {
 inline constexpr size_t kPanelRows = 16, kPanelStep = 64, kPanelDigits = 3;
 inline constexpr size_t kPanelBlock = kPanelRows * kPanelStep;  // bytes of one digit of one step
 
-// Results of 16 x 16 products, one plane per digit, most significant first; of floats their bits, in the
-// last.
+// Results of 16 x 16 products, one plane per digit, most significant first; of fewer digits the last planes,
+// of floats their bits, in the last.
 using PanelSums = int32_t[kPanelDigits][kPanelRows][kPanelRows];
 
 struct Panels {
@@ -128,9 +128,14 @@ struct PanelKernels {
   // [weight row][panel row]. The rows of `later` are fetched into L2 meanwhile.
   void (*dots)(const WeightRows& weights, const Panels& panels, size_t p, const LaterRows& later,
                PanelSums* sums);
-  void (*finish_dots)(const PanelSums& sums, const float* step, const DotsTarget& target);
+  // The same of panels p and p + 1, of one digit each; sums[2 * i + half] of the i-th. Null: one by one.
+  void (*dots_two)(const WeightRows& weights, const Panels& panels, size_t p, const LaterRows& later,
+                   PanelSums* sums);
+  // Of a panel of so many digits.
+  void (*finish_dots)(const PanelSums& sums, size_t places, const float* step, const DotsTarget& target);
   // As finish_dots, for what mix makes of woven weight rows.
-  void (*finish_woven_dots)(const PanelSums& sums, const float* step, const DotsTarget& target);
+  void (*finish_woven_dots)(const PanelSums& sums, size_t places, const float* step,
+                            const DotsTarget& target);
   // Weaves columns first ... first + columns - 1 of the weight rows rows[0 ... 64 * steps / element) for mix:
   // [columns / 32 rounded up][2][steps][16][16 columns][4 / element rows].
   void (*weave)(const WeightRow* rows, size_t steps, size_t first, size_t columns, int8_t* woven);
@@ -140,12 +145,13 @@ struct PanelKernels {
   // sums[i] = panel p, stored by row, times columns 16 i ... 16 i + 15 of woven weights, i < 2; planes
   // [panel row][column].
   void (*mix)(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums);
+  void (*mix_two)(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums);  // as dots_two
   // The same with rows that are fetched meanwhile, as dots does; null where weave_rows is.
   void (*mix_rows)(const Panels& panels, size_t p, const int8_t* woven, const LaterRows& later,
                    PanelSums* sums);
   // y[r][0 ... columns) = (bias, or y[r] if null) + step[r] * sums; columns <= 16; null y are left out.
-  void (*finish_mix)(const PanelSums& sums, const float* step, const float* bias, size_t columns,
-                     float* const* y);
+  void (*finish_mix)(const PanelSums& sums, size_t places, const float* step, const float* bias,
+                     size_t columns, float* const* y);
 };
 
 // How many columns `weave` takes at once, at most.

@@ -308,7 +308,7 @@ inline void StoreRow(void* out, bool float16, size_t half, size_t count, __m256 
   std::memcpy(static_cast<uint16_t*>(out) + 8 * half, &narrow, 2 * some);
 }
 
-void FinishDots(const PanelSums& sums, const float* step, const DotsTarget& target) {
+void FinishDots(const PanelSums& sums, size_t, const float* step, const DotsTarget& target) {
   alignas(32) uint16_t masks[16] = {}, fired[16];
   if (target.mask != nullptr) std::copy(target.mask, target.mask + target.count, masks);
   __m256i all_fired = _mm256_setzero_si256();
@@ -339,7 +339,8 @@ void FinishDots(const PanelSums& sums, const float* step, const DotsTarget& targ
   std::copy(fired, fired + target.count, target.fired);
 }
 
-void FinishMix(const PanelSums& sums, const float* step, const float* bias, size_t columns, float* const* y) {
+void FinishMix(const PanelSums& sums, size_t, const float* step, const float* bias, size_t columns,
+               float* const* y) {
   for (size_t r = 0; r < kPanelRows; ++r) {
     if (y[r] == nullptr) continue;
     for (size_t half = 0; 8 * half < columns; ++half) {
@@ -371,11 +372,13 @@ constexpr PanelKernels kInt8{
     .split = Split,
     .turn = nullptr,
     .dots = nullptr,
+    .dots_two = nullptr,
     .finish_dots = nullptr,
     .finish_woven_dots = FinishDots,
     .weave = Weave<false>,
     .weave_rows = WeaveRows,
     .mix = Mix,
+    .mix_two = nullptr,
     .mix_rows = MixWithLater,
     .finish_mix = FinishMix,
 };

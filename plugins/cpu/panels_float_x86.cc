@@ -133,11 +133,13 @@ constexpr PanelKernels Kernels(size_t least_rows) {
       .split = SplitFloats<kElement>,
       .turn = nullptr,
       .dots = nullptr,
+      .dots_two = nullptr,
       .finish_dots = nullptr,
       .finish_woven_dots = FinishWovenDots<JoinedFloats>,
       .weave = WeaveFloats<kElement>,
       .weave_rows = WeaveRowsSigned,
       .mix = MixFloats<Product>,
+      .mix_two = nullptr,
       .mix_rows = MixRowsFloats<Product>,
       .finish_mix = FinishMix<JoinedFloats>,
   };

@@ -68,10 +68,7 @@ void MixPlaces(const Panels& panels, size_t p, const int8_t* woven, const LaterR
   // step.
   size_t rows = kPanelRows;
   while (rows != 0 && step[rows - 1] == 0.0f) --rows;
-  if (rows < kPanelRows || kPlaces < kPanelDigits) {
-    const size_t all = kPanelDigits - (rows < kPanelRows ? 0 : kPlaces);
-    std::memset(sums[0], 0, all * sizeof(sums[0][0])), std::memset(sums[1], 0, all * sizeof(sums[0][0]));
-  }
+  if (rows < kPanelRows) std::memset(sums, 0, 2 * sizeof(sums[0]));
   const auto mix = [&]<size_t kSome>(size_t r0) {
     MixRows<Product, kPlaces, kSome>(panels.Panel(p), panels.sums + p * kPanelDigits * kPanelRows, woven,
                                      panels.steps, r0, r0 == 0 ? later : LaterRows{}, sums);
@@ -87,20 +84,21 @@ void MixPlaces(const Panels& panels, size_t p, const int8_t* woven, const LaterR
 
 // ---- from sums to floats
 
-// The sum of one row's 16 x 16 planes as floats, without the step.
-inline __m512 JoinedDigits(const PanelSums& sums, size_t i) {
+// The sum of one row's 16 x 16 planes as floats, without the step; of `places` digits the last planes.
+inline __m512 JoinedDigits(const PanelSums& sums, size_t i, size_t places) {
   const __m512 base = _mm512_set1_ps(256.0f);
-  __m512 v = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums[0][i]));
-  v = _mm512_fmadd_ps(v, base, _mm512_cvtepi32_ps(_mm512_loadu_si512(sums[1][i])));
-  return _mm512_fmadd_ps(v, base, _mm512_cvtepi32_ps(_mm512_loadu_si512(sums[2][i])));
+  size_t d = kPanelDigits - places;
+  __m512 v = _mm512_cvtepi32_ps(_mm512_loadu_si512(sums[d][i]));
+  while (++d < kPanelDigits) v = _mm512_fmadd_ps(v, base, _mm512_cvtepi32_ps(_mm512_loadu_si512(sums[d][i])));
+  return v;
 }
 
 // The same of floats.
-inline __m512 JoinedFloats(const PanelSums& sums, size_t i) {
+inline __m512 JoinedFloats(const PanelSums& sums, size_t i, size_t) {
   return _mm512_castsi512_ps(_mm512_loadu_si512(sums[kPanelDigits - 1][i]));
 }
 
-using Join = __m512 (*)(const PanelSums& sums, size_t i);
+using Join = __m512 (*)(const PanelSums& sums, size_t i, size_t places);
 
 // values[n]: joined sums of weight row n times the steps of the panel's rows.
 inline void StoreDots(__m512i* values, const DotsTarget& target) {
@@ -132,33 +130,34 @@ inline void StoreDots(__m512i* values, const DotsTarget& target) {
   }
 }
 
-inline void FinishDots(const PanelSums& sums, const float* step, const DotsTarget& target) {
+inline void FinishDots(const PanelSums& sums, size_t places, const float* step, const DotsTarget& target) {
   const __m512 row_step = _mm512_loadu_ps(step);
   __m512i values[kPanelRows];
   for (size_t n = 0; n < kPanelRows; ++n) {
-    values[n] = n < target.count ? _mm512_castps_si512(_mm512_mul_ps(JoinedDigits(sums, n), row_step))
+    values[n] = n < target.count ? _mm512_castps_si512(_mm512_mul_ps(JoinedDigits(sums, n, places), row_step))
                                  : _mm512_setzero_si512();
   }
   StoreDots(values, target);
 }
 
 template <Join joined>
-void FinishWovenDots(const PanelSums& sums, const float* step, const DotsTarget& target) {
+void FinishWovenDots(const PanelSums& sums, size_t places, const float* step, const DotsTarget& target) {
   __m512i values[kPanelRows];
   for (size_t r = 0; r < kPanelRows; ++r) {
-    values[r] = _mm512_castps_si512(_mm512_mul_ps(joined(sums, r), _mm512_set1_ps(step[r])));
+    values[r] = _mm512_castps_si512(_mm512_mul_ps(joined(sums, r, places), _mm512_set1_ps(step[r])));
   }
   Transpose(values);
   StoreDots(values, target);
 }
 
 template <Join joined>
-void FinishMix(const PanelSums& sums, const float* step, const float* bias, size_t columns, float* const* y) {
+void FinishMix(const PanelSums& sums, size_t places, const float* step, const float* bias, size_t columns,
+               float* const* y) {
   const __mmask16 some = First(columns);
   for (size_t r = 0; r < kPanelRows; ++r) {
     if (y[r] == nullptr) continue;
     const __m512 before = _mm512_maskz_loadu_ps(some, bias != nullptr ? bias : y[r]);
-    const __m512 v = _mm512_fmadd_ps(joined(sums, r), _mm512_set1_ps(step[r]), before);
+    const __m512 v = _mm512_fmadd_ps(joined(sums, r, places), _mm512_set1_ps(step[r]), before);
     _mm512_mask_storeu_ps(y[r], some, v);
   }
 }

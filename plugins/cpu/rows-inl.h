@@ -75,9 +75,10 @@ HWY_INLINE void PrefetchStep(const W* later, size_t elements) {
 }
 
 // What a prefetch costs and brings depends on what else a core has to do. With 8-bit dot products it waits
-// for memory; without, it waits for the conversion of weights to floats, and instructions count.
+// for memory; without, it waits for the conversion of weights to floats, and instructions count. Intel's
+// cores keep a prefetch that finds no free buffer, AMD's drop it (PrefetchRows).
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3_DL
-inline constexpr size_t kPrefetchRounds = 6;
+inline constexpr size_t kPrefetchRounds = HWY_TARGET == HWY_AVX3_ZEN4 ? 6 : 1;
 inline constexpr bool kPrefetchUnrolled = true;
 template <class P>
 inline constexpr bool kPrefetchInOrder = false;

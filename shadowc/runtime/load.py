@@ -90,7 +90,7 @@ def load(
             large pages, which is faster where the page cache holds the file in small ones (`shadowc bench` tells).
         exact_prompts: prompts meet weights as all other tokens do, whatever the engine was compiled for: int8 with
             activations of 24 bits or floats, others row by row. False: as it was compiled, by default int8 and int4
-            with 8 bits, or 16 in a row with outliers (12 with AVX2, 24 with AMX), int4 with one scale a row, bf16 with
+            with 8 bits, or 16 in a row with outliers (12 with AVX2), int4 with one scale a row, bf16 with
             activations of bf16 where the CPU multiplies those. Masks are the same; where every layer makes masks of its
             own (styles dejavu, shadow+) int8 takes 16 bits (12 with AVX2), int4 and bf16 stay, and hardly a unit
             differs (docs/decisions.md).

@@ -14,8 +14,8 @@ from shadowc.spec.ops import SPARSE_ATTENTION, SPARSE_FFN
 from tests.plugins import elsewhere, kernels, numpy_reference, test_sparse_attention
 from tests.plugins.test_panels import attention_operands, ffn_operands, rounded_to
 
-MOST = {"avx2": 2047, "avx512_icelake": 127, "avx512_zen4": 127}
-"""What the largest value of a row becomes in one digit, by level. Elsewhere products take three digits, or floats."""
+MOST = {"avx2": 2047, "avx512_icelake": 127, "avx512_zen4": 127, "avx512_amx": 127}
+"""What the largest value of a row becomes in one digit, by level. Elsewhere products take floats."""
 FINELY = {2047: 2047, 127: 32600}
 """What it becomes where masks come from the result (`few_digits` 2): the same 12 bits, or two digits of 8."""
 HERE = MOST.get(OpLibrary.installed().isa, 0)
@@ -29,7 +29,7 @@ def most(request: pytest.FixtureRequest) -> Iterator[int]:
     level = request.param
     if level == "here":
         if not HERE:
-            pytest.skip("activations are rounded with AVX2 or VNNI and without AMX")
+            pytest.skip("activations are rounded with AVX2, VNNI or AMX")
         yield HERE
         return
     if MOST[level] == HERE:
@@ -73,7 +73,12 @@ def test_one_digit_is_what_the_ffn_of_a_prompt_computes_with(most, rows, F, E):
 def test_what_is_finely_rounded_has_12_bits_or_more(most, rows):
     arrays = ffn_operands(rows, S=rows, Z=0, F=1000, E=129)
     found, error = ffn(arrays, few_digits=2), 127 / FINELY[most]
-    kernels.assert_close(found, as_defined(arrays, FINELY[most]), max(OF_ITS_ROUNDING * error, kernels.TOLERANCE))
+    expected = as_defined(arrays, FINELY[most])
+    # Two digits have so many steps that in some rows a hidden value rounds to its neighbour, which is as much as all
+    # of the row's rounding.
+    of_rows = np.abs(found - expected).max(axis=-1) / np.abs(expected).max()
+    assert np.median(of_rows) < OF_ITS_ROUNDING * error
+    assert of_rows.max() < 2e-2 * error
     assert distance(found, as_defined(arrays, 2.0**24)) < 2e-2 * error
     assert (found != ffn(arrays, few_digits=0)).any()
 

@@ -18,11 +18,12 @@ from tests.plugins.test_few_digits import HERE, distance, most  # noqa: F401
 from tests.plugins.test_panels import ENOUGH, rounded_to
 
 TYPES = ("float32", "bfloat16", "int4")
-BF16_PRODUCTS = OpLibrary.installed().isa == "avx512_zen4"
+ISA = OpLibrary.installed().isa
+BF16_PRODUCTS = ISA in ("avx512_zen4", "avx512_amx")
 BLOCKED = {"float32": HERE == 127, "bfloat16": BF16_PRODUCTS, "int4": HERE != 0}
-"""Elsewhere prompts meet these weights row by row, or (AMX) with other digits."""
-LEAST_ROWS = {"float32": 128, "bfloat16": 24, "int4": 16 if HERE == 127 else 12}
-"""From which prompts are blocked: below, single rows are faster (plugins/cpu/panels_float_x86.cc)."""
+"""Elsewhere prompts meet these weights row by row."""
+LEAST_ROWS = {"float32": 128, "bfloat16": 24, "int4": {"avx512_amx": 8, "avx2": 12}.get(ISA, 16)}
+"""From which prompts are blocked: below, single rows are faster (`least_rows` in plugins/cpu/panels_*.cc)."""
 LARGEST = {"float32": kernels.TOLERANCE, "bfloat16": 2.0**-8, "int4": 3e-2}
 """What a prompt may lose, of the largest value of a result: float32 sums; bf16's own step; an 8-bit digit's 1e-2."""
 IN_ATTENTION = {"float32": kernels.TOLERANCE, "bfloat16": 2.0**-6, "int4": 6e-2}
