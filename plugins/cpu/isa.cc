@@ -52,10 +52,10 @@ constexpr int64_t kCompiled = HWY_TARGETS | kAmx;
 // Linux gives a process the tiles' 8 KiB of registers only if it asks; threads that it has already may use
 // them too.
 bool AmxWorks() {
-  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;  // of edx
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24, kInt8 = 1u << 25, kAll = kBf16 | kTile | kInt8;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kTile) != 0 && (edx & kInt8) != 0 &&
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx & kAll) == kAll &&
          syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 

@@ -19,7 +19,7 @@ bool HasVnni();
 // Whether the chosen level includes products of bf16 (AVX512_BF16), and VNNI.
 bool HasBf16();
 
-// Whether the chosen level is that of AMX's int8 tiles.
+// Whether the chosen level is that of AMX's tiles, of int8 and of bf16.
 bool HasAmx();
 
 // The name of the target that kernels run on; empty if there is a problem.

@@ -7,6 +7,8 @@
 
 #include <cstring>
 
+#include "isa.h"
+#include "panels_amx_x86.h"
 #include "panels_mix_x86.h"
 
 HWY_PUSH_ATTRIBUTES(SHADOWC_PANEL_TARGETS)
@@ -145,6 +147,31 @@ constexpr PanelKernels Kernels(size_t least_rows) {
   };
 }
 
+constexpr PanelKernels kBf16Tiles{
+    .least_rows = 8,
+    .most_width = SIZE_MAX,
+    .element = 2,
+    .digits = 1,
+    .few = false,
+    .factor = nullptr,
+    .unpack = nullptr,
+    .begin = BeginAmx,
+    .end = EndAmx,
+    .measure = MeasureFloats,
+    .split = SplitFloats<2>,
+    .turn = TurnPanel,
+    .dots = DotsAmx<TileProduct::kBf16>,
+    .dots_two = DotsTwoAmx<TileProduct::kBf16>,
+    .finish_dots = FinishDots<JoinedFloats>,
+    .finish_woven_dots = nullptr,
+    .weave = WeaveFloats<2>,
+    .weave_rows = nullptr,
+    .mix = MixAmx<TileProduct::kBf16>,
+    .mix_two = MixTwoAmx<TileProduct::kBf16>,
+    .mix_rows = nullptr,
+    .finish_mix = FinishMix<JoinedFloats>,
+};
+
 }  // namespace
 
 const PanelKernels* FloatPanelKernels(WeightType type, bool bf16_products) {
@@ -153,6 +180,7 @@ const PanelKernels* FloatPanelKernels(WeightType type, bool bf16_products) {
   static constexpr PanelKernels kFloat32 = Kernels<Floats, 4>(128);
   static constexpr PanelKernels kBf16 = Kernels<Bf16Pairs, 2>(24);
   if (type == WeightType::kFloat32) return &kFloat32;
+  if (HasAmx()) return &kBf16Tiles;
   return bf16_products ? &kBf16 : nullptr;
 }
 

@@ -130,11 +130,12 @@ inline void StoreDots(__m512i* values, const DotsTarget& target) {
   }
 }
 
-inline void FinishDots(const PanelSums& sums, size_t places, const float* step, const DotsTarget& target) {
+template <Join joined>
+void FinishDots(const PanelSums& sums, size_t places, const float* step, const DotsTarget& target) {
   const __m512 row_step = _mm512_loadu_ps(step);
   __m512i values[kPanelRows];
   for (size_t n = 0; n < kPanelRows; ++n) {
-    values[n] = n < target.count ? _mm512_castps_si512(_mm512_mul_ps(JoinedDigits(sums, n, places), row_step))
+    values[n] = n < target.count ? _mm512_castps_si512(_mm512_mul_ps(joined(sums, n, places), row_step))
                                  : _mm512_setzero_si512();
   }
   StoreDots(values, target);
