@@ -7,9 +7,6 @@
 
 #if HWY_ARCH_X86_64
 
-#include <algorithm>
-#include <cstring>
-
 HWY_PUSH_ATTRIBUTES(SHADOWC_PANEL_TARGETS)
 namespace shadowc {
 namespace {

@@ -30,6 +30,7 @@ ROUNDED = {
     "avx2": ("int8", "int4"),
     "avx512_icelake": ("int8", "int4", "fp32"),
     "avx512_zen4": ("int8", "int4", "bf16", "fp32"),
+    "avx512_amx": ("int8", "int4", "bf16", "fp32"),
 }.get(OpLibrary.installed().isa, ())
 """Types of weights whose prompts are computed in other ways than single tokens are, at this processor's level."""
 

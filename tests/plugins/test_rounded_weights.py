@@ -22,7 +22,11 @@ ISA = OpLibrary.installed().isa
 BF16_PRODUCTS = ISA in ("avx512_zen4", "avx512_amx")
 BLOCKED = {"float32": HERE == 127, "bfloat16": BF16_PRODUCTS, "int4": HERE != 0}
 """Elsewhere prompts meet these weights row by row."""
-LEAST_ROWS = {"float32": 128, "bfloat16": 8 if ISA == "avx512_amx" else 24, "int4": {"avx512_amx": 8, "avx2": 12}.get(ISA, 16)}
+LEAST_ROWS = {
+    "float32": 128,
+    "bfloat16": {"avx512_amx": 12}.get(ISA, 24),
+    "int4": {"avx512_amx": 8, "avx2": 12}.get(ISA, 16),
+}
 """From which prompts are blocked: below, single rows are faster (`least_rows` in plugins/cpu/panels_*.cc)."""
 LARGEST = {"float32": kernels.TOLERANCE, "bfloat16": 2.0**-8, "int4": 3e-2}
 """What a prompt may lose, of the largest value of a result: float32 sums; bf16's own step; an 8-bit digit's 1e-2."""
