@@ -128,7 +128,8 @@ struct PanelKernels {
   // [weight row][panel row]. The rows of `later` are fetched into L2 meanwhile.
   void (*dots)(const WeightRows& weights, const Panels& panels, size_t p, const LaterRows& later,
                PanelSums* sums);
-  // The same of panels p and p + 1, of one digit each; sums[2 * i + half] of the i-th. Null: one by one.
+  // The same of panels p and p + 1, of one digit each; sums[2 * i + half] of the i-th. Null, as mix_two then
+  // is: one by one.
   void (*dots_two)(const WeightRows& weights, const Panels& panels, size_t p, const LaterRows& later,
                    PanelSums* sums);
   // Of a panel of so many digits.
@@ -146,7 +147,7 @@ struct PanelKernels {
   // [panel row][column].
   void (*mix)(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums);
   void (*mix_two)(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums);  // as dots_two
-  // The same with rows that are fetched meanwhile, as dots does; null where weave_rows is.
+  // As mix, with rows that are fetched meanwhile, as dots does; null where weave_rows is.
   void (*mix_rows)(const Panels& panels, size_t p, const int8_t* woven, const LaterRows& later,
                    PanelSums* sums);
   // y[r][0 ... columns) = (bias, or y[r] if null) + step[r] * sums; columns <= 16; null y are left out.
