@@ -73,10 +73,10 @@ def test_epsilon_is_the_one_of_the_node_and_equal_values_are_normalised_to_the_b
 @OPERATORS
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])  # sums of int4 depend on who shares a tile
 def test_a_row_has_the_same_bits_whatever_its_neighbours_are(operands, dtype):
-    spec, arrays = operands(B=15, dtype=dtype)  # more would be panels
+    spec, arrays = operands(B=7, dtype=dtype)  # more would be panels with AMX
     rows = ("x", "scores", "threshold", "past_key", "past_value", "start", "past")
     together = run(spec, arrays)
-    for first, same in ((13, np.testing.assert_array_equal), (14, kernels.assert_close)):
+    for first, same in ((5, np.testing.assert_array_equal), (6, kernels.assert_close)):
         some = {name: array[first:] if name in rows else array for name, array in arrays.items()}
         same(run(spec, some)[-1], together[-1])
 
