@@ -75,8 +75,8 @@ HWY_INLINE void PrefetchStep(const W* later, size_t elements) {
 }
 
 // What a prefetch costs and brings depends on what else a core has to do. With 8-bit dot products it waits
-// for memory; without, it waits for the conversion of weights to floats, and instructions count. Intel's
-// cores keep a prefetch that finds no free buffer, AMD's drop it (PrefetchRows).
+// for memory; without, it waits for the conversion of weights to floats, and instructions count. Zen 4
+// drops a prefetch that finds no free buffer (PrefetchRows).
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3_DL
 inline constexpr size_t kPrefetchRounds = HWY_TARGET == HWY_AVX3_ZEN4 ? 6 : 1;
 inline constexpr bool kPrefetchUnrolled = true;
@@ -115,7 +115,7 @@ HWY_INLINE void InRounds(size_t count, F f) {
 // core whose miss buffers are all taken drops a prefetch (Zen 4 "prefetches" 240 GB/s from a memory that
 // gives 40), and at full bandwidth they always are. Measured, four rows of 2 KiB at a time, of what one
 // stream reads, in a slow and a fast memory: 88 and 65 % with one round, 92 and 77 % with three, 98 and 97 %
-// with six; eight take more time than they save. Intel's cores do not drop them: calls of int8 take 0.79 to
+// with six; eight take more time than they save. On an Intel core calls of int8 take 0.79 to
 // 0.93 of their time with one round in place of six.
 //
 // Where kPrefetchInOrder, rows of n elements that lie one behind the other are fetched in the order of
