@@ -178,7 +178,7 @@ def name_nodes(program: Program) -> int:
     """Call every node as its first result; returns how many got a new name."""
     changed = 0
     for node in program.graph.nodes:
-        if node.domain != DOMAIN and node.name != node.outputs[0].name:
+        if (node.domain != DOMAIN or scope_of(node)) and node.name != node.outputs[0].name:
             if scope_of(node) and not node.outputs[0].name.startswith(("residual.", "layers.", "model.", "logits")):
                 node.outputs[0].name = f"{scope_of(node)}.y"
             node.name = node.outputs[0].name
@@ -203,7 +203,7 @@ def order_interface(program: Program, inputs: list[str], outputs: list[str]) -> 
     graph.name, graph.doc_string, graph.ir_version = "opt", "", IR_VERSION
     graph.producer_name, graph.producer_version = "shadowc", ""
     used = {node.domain for node in graph.nodes}
-    domains = {"": graph.opset, "com.microsoft": 1, DOMAIN: VERSION}
+    domains = {"": graph.opset, DOMAIN: VERSION}
     # listed here, in order: GraphSurgeon would add missing domains in the order of a set
     graph.import_domains = [
         onnx.helper.make_opsetid(domain, version) for domain, version in domains.items() if not domain or domain in used

@@ -55,8 +55,9 @@ def requires(program: Program) -> None:
     if program.plan is None:
         return
     Builder(program).tensor("scores.heads", "insert_predictor")
-    narrow = [name for name, recipe in program.weights.items() if recipe.kind == "nbits_weights"]
-    if narrow and program.plan.style != "shadow":
+    narrow = [name for name, recipe in program.weights.items() if _is_predictors(name) and recipe.quantised]
+    fused = any(node.op == PREDICT_UNITS.name for node in program.graph.nodes)
+    if narrow and not fused and program.plan.style != "shadow":
         raise InternalError(f"{NAME}: {narrow[0]} has become narrower; quantise has to run behind it")
 
 

@@ -4,13 +4,12 @@
 Legal cases:
 1. Records of attention and FFN become bfloat16, whose scales stay ones; or int8, their scales max|w| / 127 of each
    record row; or pairs of int4, their scales max|w| / 7 of each group of a row.
-2. Whichever it is, a MatMul with a weight (LM head, predictor of all layers) becomes ONNX Runtime's MatMulNBits at 8
-   bits in symmetric blocks along the inner dimension: uint8 around the implicit zero point 128, one scale a block.
-3. Then a network of one layer becomes int8, with one scale max|w| / 127 for each row.
+2. Whichever it is, a MatMul with a weight (LM head, predictor of all layers) becomes MatMulRows: the matrix as int8
+   rows, with one scale max|w| / 127 for each.
+3. Then a network of one layer becomes int8 in the same way.
 
-Refused: a matrix whose inner dimension is not a multiple of the smallest block, and the two projections of narrower
-embeddings, 1 % of the bytes, whose rounding would reach every layer and every mask. Norms, biases and embeddings are
-read by the row or are tiny, and stay float32.
+Refused: the two projections of narrower embeddings, 1 % of the bytes, whose rounding would reach every layer and every
+mask. Norms, biases and embeddings are read by the row or are tiny, and stay float32.
 
 Letters: K inner dimension, N columns.
 """
@@ -29,19 +28,12 @@ import onnx_graphsurgeon as gs
 from shadowc.passes.canonicalise import PROJECTIONS
 from shadowc.passes.surgery import Builder, tidy
 from shadowc.spec.errors import InternalError
-from shadowc.spec.ops import INT4_GROUP
+from shadowc.spec.ops import DOMAIN, INT4_GROUP, MATMUL_ROWS
 from shadowc.spec.program import PassReport, Program, WeightRecipe
 
 NAME = "quantise"
 WEIGHTS = ("bf16", "int8", "int4")
 """What records can become."""
-DOMAIN = "com.microsoft"
-BITS = 8
-BLOCKS = (128, 64, 32)
-"""Block lengths, the preferred first. At K = 2048, N = 20000, one thread, blocks of 32, 64, 128 and 256 take 3.7, 3.5,
-2.6 and 2.1 ms, and rounding the activations costs 0.52, 0.59, 0.67 and 0.72 % of the product (root mean square)."""
-ACCURACY_LEVEL = 4
-"""Products in int8, activations quantised per block on the fly; the float path is over 100 times slower at 8 bits."""
 RecordType = Literal["bfloat16", "int8", "uint8"]
 _RECORDS = ("attention_records", "ffn_records")
 _SCALES = ("attention_scales", "ffn_scales")
@@ -55,7 +47,7 @@ def apply(program: Program, *, weights: str, products: bool = True) -> PassRepor
     Args:
         program: changed.
         weights: one of WEIGHTS, the type of the records.
-        products: also what ONNX Runtime multiplies; False: records only, for targets without MatMulNBits.
+        products: also MatMul with a weight; False: for targets without MatMulRows.
     """
     requires(program)
     builder = Builder(program)
@@ -70,12 +62,7 @@ def apply(program: Program, *, weights: str, products: bool = True) -> PassRepor
         if node.inputs[1].name in PROJECTIONS:
             refusals.append(f"{node.inputs[1].name} stays float32: every layer and every mask depends on it")
             continue
-        K = recipe.shape[0]
-        block = next((length for length in BLOCKS if K % length == 0), None)
-        if block is None:
-            refusals.append(f"{node.inputs[1].name} stays float32: {K} rows are no multiple of {BLOCKS[-1]}")
-            continue
-        _replace_product(program, builder, node, block)
+        _replace_product(program, builder, node)
         counts["products"] += 1
     tidy(program)
     ensures(program)
@@ -146,20 +133,13 @@ def _narrow_networks(program: Program, builder: Builder) -> int:
     return count
 
 
-def _replace_product(program: Program, builder: Builder, node: gs.Node, block: int) -> None:
-    """MatMul(x, W [K,N]) -> MatMulNBits(x, values [N,K/block,block], scales [N*K/block])."""
+def _replace_product(program: Program, builder: Builder, node: gs.Node) -> None:
+    """MatMul(x, W [K,N]) -> MatMulRows(x, rows [N,K], scales [N])."""
     weight = node.inputs[1]
     recipe = program.weights.pop(weight.name)
     K, N = recipe.shape
-    values_shape, scales_shape = (N, K // block, block), (N * (K // block),)
-    weight.shape, weight.dtype = values_shape, np.dtype(np.uint8)
-    program.weights[weight.name] = WeightRecipe(
-        "nbits_weights", recipe.sources, values_shape, "uint8", quantised=True, block=block
-    )
-    scales = builder.weight(
-        f"{weight.name}.scales",
-        WeightRecipe("nbits_scales", recipe.sources, scales_shape, quantised=True, block=block),
-    )
-    node.op, node.domain = "MatMulNBits", DOMAIN
-    node.attrs = {"K": K, "N": N, "bits": BITS, "block_size": block, "accuracy_level": ACCURACY_LEVEL}
-    node.inputs.append(scales)
+    weight.shape, weight.dtype = (N, K), np.dtype(np.int8)
+    program.weights[weight.name] = WeightRecipe("network_rows", recipe.sources, (N, K), "int8", quantised=True)
+    scales = WeightRecipe("network_scales", recipe.sources, (N,), quantised=True)
+    node.op, node.domain, node.attrs = MATMUL_ROWS.name, DOMAIN, {}
+    node.inputs.append(builder.weight(f"{weight.name}.scales", scales))

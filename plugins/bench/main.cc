@@ -32,5 +32,6 @@ int main(int argc, char** argv) {
   bench::RegisterAttention();
   bench::RegisterSelect();
   bench::RegisterPredict();
+  bench::RegisterMatMul();
   benchmark::RunSpecifiedBenchmarks();
 }

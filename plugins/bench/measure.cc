@@ -44,13 +44,26 @@ class Pool {
     while (done_ != workers_.size()) std::this_thread::yield();
   }
 
+  // f() while no worker spins: whoever measures the machine needs its cores.
+  template <class F>
+  auto Alone(F f) {
+    resting_ = true;
+    const auto result = f();
+    resting_ = false;
+    resting_.notify_all();
+    return result;
+  }
+
  private:
   void Drain() {
     for (size_t i = next_++; i < total_; i = next_++) body_(closure_, i);
   }
   void Work() {
     for (size_t seen = 0; !stop_;) {
-      if (section_ == seen) continue;
+      if (section_ == seen) {
+        resting_.wait(true);
+        continue;
+      }
       ++seen;
       Drain();
       ++done_;
@@ -61,9 +74,14 @@ class Pool {
   void* closure_ = nullptr;
   size_t total_ = 0;
   std::atomic<size_t> next_{0}, done_{0}, section_{0};
-  std::atomic<bool> stop_{false};
+  std::atomic<bool> stop_{false}, resting_{false};
   std::vector<std::thread> workers_;
 };
+
+Pool& OurPool() {
+  static Pool pool(threads);
+  return pool;
+}
 
 double Seconds(const Operator& op, size_t layer, double* bytes) {
   const Clock::time_point begin = Clock::now();
@@ -86,7 +104,7 @@ class Bandwidth {
   double Now() {
     constexpr std::chrono::milliseconds kHolds(200);
     if (value_ == 0 || Clock::now() - read_ > kHolds) {
-      value_ = shadowc::StreamRead(size_t{128} << 20, threads, 4);
+      value_ = OurPool().Alone([] { return shadowc::StreamRead(size_t{128} << 20, threads, 4); });
       read_ = Clock::now();
     }
     return value_;
@@ -127,12 +145,11 @@ std::unique_ptr<std::byte, Free> RandomWeights(shadowc::WeightType type) {
 }  // namespace
 
 const shadowc::Parallel& ThePool() {
-  static Pool pool(threads);
   static const shadowc::Parallel parallel(
       [](void* self, size_t total, shadowc::Parallel::Body body, void* closure) {
         static_cast<Pool*>(self)->Run(total, body, closure);
       },
-      &pool);
+      &OurPool());
   return parallel;
 }
 

@@ -16,7 +16,8 @@
 namespace bench {
 
 // The shape of OPT-1.3B.
-inline constexpr size_t kWidth = 2048, kNeurons = 8192, kHeads = 32, kHeadSize = 64, kPredictedLayers = 23;
+inline constexpr size_t kWidth = 2048, kVocabulary = 50272, kNeurons = 8192, kHeads = 32, kHeadSize = 64,
+                        kPredictedLayers = 23;
 
 inline constexpr struct {
   const char* name;
@@ -53,6 +54,7 @@ void Compare(benchmark::State& state, const Operator& op, const Operator& dense)
 
 // What each file registers; called from main once `threads` is known.
 void RegisterFfn();
+void RegisterMatMul();
 void RegisterAttention();
 void RegisterSelect();
 void RegisterPredict();

@@ -181,6 +181,7 @@ inline constexpr const char* kEpsilon = "epsilon";
 inline constexpr float kDefaultEpsilon = 1e-5f;
 
 // The operators, one per ort_*.cc; they live as long as the library.
+const OrtCustomOp* MatMulRowsOp();
 const OrtCustomOp* PredictUnitsOp();
 const OrtCustomOp* SelectThresholdOp();
 const OrtCustomOp* SparseAttentionOp();         // cache of float32

@@ -15,20 +15,12 @@
 
 #include "digits-inl.h"
 #include "predict_units.h"
+#include "product-inl.h"
 #include "rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
-
-// A task's share of a matrix: some 32 KiB, so that threads end together. Prefetched as far ahead of what is
-// read as covers the latency of memory (ffn_row-inl.h).
-inline constexpr size_t kTaskBytes = size_t{32} << 10, kTaskAheadBytes = size_t{16} << 10;
-
-// How many of `bytes` each, in whole fours, are at most `most`; at least four.
-inline size_t Fours(size_t most, size_t bytes) {
-  return std::max<size_t>(4, most / std::max<size_t>(1, bytes) / 4 * 4);
-}
 
 // Int8 weights as they lie here, for Activations.
 struct QuadWeight {};

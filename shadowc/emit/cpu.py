@@ -77,7 +77,7 @@ def emit_cpu(
     files = {WEIGHTS_FILE: weights_entry}
     for name, proto in graphs.items():
         files[name] = _write_model(staging / name, proto)
-    ops = {opset.domain: opset.version for opset in model.opset_import if opset.domain not in ("", "com.microsoft")}
+    ops = {opset.domain: opset.version for opset in model.opset_import if opset.domain}
     return EmitResult(files=files, bytes_per_token=bytes_per_token(model, program.weights), ops=ops)
 
 

@@ -27,7 +27,6 @@ Floats = npt.NDArray[np.float32]
 INT8_LIMIT = 127
 INT4_LIMIT = 7
 INT4_ZERO_POINT = 8
-NBITS_ZERO_POINT = 128
 _CHUNK_ROWS = 64
 """Rows handled at once: few enough that the temporaries of a 4096-wide model stay in the second-level cache."""
 
@@ -41,8 +40,6 @@ _FAMILY = {
     "network_rows": "network",
     "network_quads": "network",
     "network_scales": "network",
-    "nbits_weights": "nbits",
-    "nbits_scales": "nbits",
 }
 
 
@@ -97,9 +94,6 @@ def materialise(
     elif family == "network":
         rows, scales = _rows(recipes, source, names)
         made = {name: scales if recipes[name].kind == "network_scales" else rows for name in names}
-    elif family == "nbits":
-        values, scales = quantise_nbits(source.tensor(first.sources[0]), first.block, where=first.sources[0])
-        made = {name: values if recipes[name].kind == "nbits_weights" else scales for name in names}
     else:
         single = {name: _single(recipes[name], source) for name in names}
         made = {name: narrow(array, recipes[name].dtype, counted, name) for name, array in single.items()}
@@ -121,29 +115,6 @@ def quantise_rows(rows_RE: Floats, *, where: str = "weights") -> tuple[npt.NDArr
     out_RE, scales_R = np.empty((R, E), np.int8), np.empty(R, np.float32)
     _fill(out_RE, scales_R, rows_RE, where=where)
     return out_RE, scales_R
-
-
-def quantise_nbits(weight_NK: Floats, block: int, *, where: str = "weight") -> tuple[npt.NDArray[np.uint8], Floats]:
-    """MatMulNBits operands at 8 bits: values [N, ceil(K/block), block] around 128, scales [N * ceil(K/block)].
-
-    A block of zeros has scale 0: the operator takes the zero point out of its sum at the end, in float32, and would
-    leave a rest there.
-    """
-    N, K = weight_NK.shape
-    blocks = -(-K // block)
-    values = np.empty((N, blocks, block), np.uint8)
-    scales = np.empty((N, blocks), np.float32)
-    padded = np.zeros((_CHUNK_ROWS, blocks * block), np.float32)
-    for start in range(0, N, _CHUNK_ROWS):
-        rows = min(_CHUNK_ROWS, N - start)
-        padded[:rows, :K] = weight_NK[start : start + rows]
-        signed, scale = quantise_rows(padded[:rows].reshape(rows * blocks, block), where=where)
-        np.add(
-            signed.reshape(rows, blocks, block), NBITS_ZERO_POINT, dtype=np.int16, casting="unsafe",
-            out=values[start : start + rows],
-        )  # fmt: skip
-        scales[start : start + rows] = np.where(signed.any(axis=1), scale.reshape(-1), 0).reshape(rows, blocks)
-    return values, scales.reshape(-1)
 
 
 def _attention(recipes: Mapping[str, WeightRecipe], source: TensorSource, names: Sequence[str]) -> tuple[Array, Floats]:

@@ -23,7 +23,7 @@ SMALL_ALIGNMENT = 64
 """One cache line."""
 DEVICE_ALIGNMENT = 256
 """What CUDA gives every allocation: a file laid out so can be copied to the device as it is."""
-_RECORDS = ("attention_records", "ffn_records", "network_rows", "network_quads", "nbits_weights")
+_RECORDS = ("attention_records", "ffn_records", "network_rows", "network_quads")
 _WRITE_BYTES = 1 << 24
 
 

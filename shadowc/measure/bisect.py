@@ -135,7 +135,7 @@ def compiled_from(manifest: EngineManifest) -> tuple[bool, int]:
 
 def _truth(engine: Engine, checkpoint: Checkpoint) -> TensorSource:
     weights, filled = engine.manifest.weights, filled_source(checkpoint.weights, engine.head_means())
-    return filled if weights == "fp32" else DequantisedSource(filled, engine.head_block(), weights)
+    return filled if weights == "fp32" else DequantisedSource(filled, weights)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +182,10 @@ def _compare(
     engine: Engine, checkpoint: Checkpoint, graphs: Sequence[_Graph], densities: Sequence[Density], progress: Progress,
     *, reference: bool,
 ) -> tuple[Compared, ...]:  # fmt: skip
-    facts, sparsity, weights = checkpoint.facts, engine.manifest.sparsity, engine.manifest.weights
+    facts, sparsity = checkpoint.facts, engine.manifest.sparsity
     truth, ids_BS = _truth(engine, checkpoint), parity.tokens_of(facts)[0]
-    tolerances = dict.fromkeys(STEPS, parity.LAYER_TOLERANCE[weights])
-    if reference and weights != "fp32":
+    tolerances = dict.fromkeys(STEPS, parity.LAYER_TOLERANCE)
+    if reference and engine.manifest.weights != "fp32":
         tolerances["context"] = REFERENCE_CONTEXT_TOLERANCE
     found = [[_embedding(graph, ids_BS, facts, truth, tolerances["output"])] for graph in graphs]
     for layer in range(facts.layers):
@@ -193,12 +193,12 @@ def _compare(
         for graph, of_graph in zip(graphs, found, strict=True):
             of_graph += _layer(walk, layer, graph, engine, checkpoint, tolerances)
             if layer == 0 and graph is not graphs[0]:
-                of_graph.append(_held_scores(graphs[0], graph, parity.SCORES_TOLERANCE[weights]))
+                of_graph.append(_held_scores(graphs[0], graph, parity.SCORES_TOLERANCE))
             if layer == 0 and sparsity is not None:
                 of_graph.append(_selection(graph, stored_plan(engine, sparsity), densities))
         progress.advance(layer + 1, facts.layers, "layers")
     for graph, of_graph in zip(graphs, found, strict=True):
-        of_graph.append(_logits(graph, facts, truth, parity.LOGITS_TOLERANCE[weights]))
+        of_graph.append(_logits(graph, facts, truth, parity.LOGITS_TOLERANCE))
     return tuple(one for of_graph in found for one in of_graph)
 
 

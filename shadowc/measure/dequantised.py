@@ -31,8 +31,6 @@ INT8_LIMIT = 127.0
 INT4_LIMIT = 7.0
 INT4_GROUP = 64
 """Values of a record row that share a scale in int4."""
-PRODUCT_BLOCKS = (128, 64, 32)
-"""Lengths of the pieces of K that share a scale in a product of 8-bit integers; the first that divides K is used."""
 _PER_ROW = ("q_proj.weight", "k_proj.weight", "v_proj.weight", "fc1.weight")
 _PER_COLUMN = ("out_proj.weight", "fc2.weight")
 _OUTSIDE = (
@@ -86,13 +84,13 @@ class DequantisedSource:
 
     Args:
         source: the checkpoint's tensors.
-        head_block: quantisation block of the LM head (always int8) along its input; 0: the head is not quantised.
         weights: "bf16", "int8" or "int4", the type of the matrices of attention and FFN.
+        head: the LM head is int8 too, whatever they are.
     """
 
     source: TensorSource
-    head_block: int
     weights: str = "int8"
+    head: bool = True
 
     def names(self) -> tuple[str, ...]:
         """The names of the checkpoint."""
@@ -105,10 +103,8 @@ class DequantisedSource:
             return _ROUNDINGS[self.weights](value, 1)
         if name.endswith(_PER_COLUMN):
             return _ROUNDINGS[self.weights](value, 0)
-        if name == "lm_head.weight" and self.head_block:
-            rows, width = value.shape
-            blocks = value.reshape(rows, width // self.head_block, self.head_block)
-            return round_to_int8(blocks, axis=2).reshape(rows, width)
+        if name == "lm_head.weight" and self.head:
+            return round_to_int8(value, 1)
         return value
 
 
@@ -184,17 +180,13 @@ def truth_for_tensorrt(source: TensorSource, weights: str) -> TensorSource:
     if weights == "fp32":
         return source
     if weights == "int8":
-        return NarrowSource(DequantisedSource(source, 0), "float16", matrices=False)
+        return NarrowSource(DequantisedSource(source, head=False), "float16", matrices=False)
     return NarrowSource(source, {"fp16": "float16", "bf16": "bfloat16"}[weights])
 
 
 @dataclass(frozen=True, slots=True)
 class RoundedPredictor:
-    """A predictor with the rounding that every engine but fp32 has.
-
-    One network for all layers: ONNX Runtime's products round both factors to 8 bits, in blocks. A network for each: its
-    weights are int8 with a scale per row, and nothing else is rounded.
-    """
+    """A predictor with the rounding that every engine but fp32 has: weights are int8 with a scale per row."""
 
     predictor: Predictor
 
@@ -212,7 +204,7 @@ class RoundedPredictor:
         if isinstance(networks, LayerNetworks):
             layers = enumerate(networks.networks)
             return np.stack([_rounded_rows(one)(scaled[:, layer]) for layer, one in layers], axis=1)
-        return _rounded(networks, scaled).reshape(len(scaled), self.predictor.layers, -1)
+        return _rounded_rows(networks)(scaled).reshape(len(scaled), self.predictor.layers, -1)
 
 
 def _rounded_rows(network: Network) -> Network:
@@ -221,20 +213,3 @@ def _rounded_rows(network: Network) -> Network:
         fc1_weight_PE=round_to_int8(network.fc1_weight_PE, 1),
         fc2_weight_OP=round_to_int8(network.fc2_weight_OP, 1),
     )
-
-
-def _rounded(network: Network, input_ME: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    hidden_MP = _in_blocks(input_ME) @ _in_blocks(network.fc1_weight_PE).T + network.fc1_bias_P
-    scores: npt.NDArray[np.float32] = (
-        _in_blocks(network.activated(hidden_MP)) @ _in_blocks(network.fc2_weight_OP).T + network.fc2_bias_O
-    )
-    return scores
-
-
-def _in_blocks(matrix: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """[rows, K] with one scale per block of K; a K that no block divides stays float."""
-    rows, inner = matrix.shape
-    block = next((length for length in PRODUCT_BLOCKS if inner % length == 0), 0)
-    if not block:
-        return matrix
-    return round_to_int8(matrix.reshape(rows, inner // block, block), axis=2).reshape(rows, inner)

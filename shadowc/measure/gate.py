@@ -179,14 +179,12 @@ def _parity(
 
     checkpoint, predictor, program = subject.checkpoint, subject.predictor, subject.programs[graph]
     filled = filled_source(checkpoint.weights, {} if predictor is None else predictor.means)
-    head_block = next((r.block for r in program.weights.values() if r.sources == ("lm_head.weight",)), 0)
     return check_parity(
         new_probe,
         checkpoint.facts,
         checkpoint.weights,
         truth=None if manifest.tensorrt is None else truth_for_tensorrt(filled, manifest.weights),
         weights=manifest.weights,
-        head_block=head_block,
         block=1 if predictor is None else predictor.block,
         orders={} if predictor is None else dict(enumerate(predictor.orders_LF, start=1)),
         sparse=predictor is not None,

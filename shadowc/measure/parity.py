@@ -42,17 +42,14 @@ if TYPE_CHECKING:
 
     Float = npt.NDArray[np.float32]
 
-LAYER_TOLERANCE = {"fp32": 1e-4, "bf16": 1e-4, "int8": 1e-4, "int4": 1e-4}
+LAYER_TOLERANCE = 1e-4
 """Largest |difference| of a layer's output over the largest |update| of that layer; both sides use the same rounded
 weights, attend to the engine's own cache and accumulate in fp32. How far that cache is from keys and values, beyond
 the rounding of its type, counts as the layer's too."""
-LOGITS_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "int8": 3e-2, "int4": 3e-2}
-"""Largest |difference| of the logits over the largest |logit|; except for fp32 the LM head is int8 and rounds its input
-to 8 bits too."""
-SCORES_TOLERANCE = {"fp32": 1e-4, "bf16": 3e-2, "int8": 3e-2, "int4": 3e-2}
-"""Largest |difference| of a layer's scores over their spread. Except for fp32 the truth rounds both factors of the
-products of a predictor of all layers as ONNX Runtime does (opt-mini: 6e-4); a version that does not round activations
-differs by 1.5e-2. Networks of one layer round their weights alone: their tolerance is that of fp32."""
+LOGITS_TOLERANCE = 1e-4
+"""Largest |difference| of the logits over the largest |logit|, of an LM head with the engine's rounding."""
+SCORES_TOLERANCE = 1e-4
+"""Largest |difference| of a layer's scores over their spread, of a predictor with the engine's rounding."""
 PREFILL_TOKENS = 12
 MASKED_TOKENS = 6
 DECODE_TOKENS = 4
@@ -127,7 +124,6 @@ def check_parity(
     source: TensorSource,
     *,
     weights: str,
-    head_block: int,
     block: int,
     orders: Mapping[int, npt.NDArray[np.int32]],
     sparse: bool,
@@ -146,7 +142,6 @@ def check_parity(
         facts: the model's sizes.
         source: the checkpoint's tensors (not yet rounded).
         weights: the engine's; the checkpoint's tensors are rounded as the engine should have.
-        head_block: quantisation block of the LM head (0: float).
         block: neurons per unit.
         orders: model layer -> neuron order [F] of the packed records (absent: as in the checkpoint).
         sparse: False for a dense engine.
@@ -155,7 +150,7 @@ def check_parity(
         seed: of the random tokens.
         advance: called with layers done and their number.
         truth: the tensors with the engine's own rounding, where nothing else is rounded: products are float32 then,
-            and so are the tolerances. None: they are made from `source`, `weights` and `head_block`.
+            and so are the tolerances. None: they are made from `source` and `weights`.
         means: model layer -> mean contexts [H,D] that skipped heads leave; None: the predictor's.
         new_held_probe: the same for masks that hold for a sequence: the token before the masked ones makes all masks.
     """
@@ -164,7 +159,7 @@ def check_parity(
         if means is None:
             means = {} if predictor is None else predictor.means
         source = filled_source(source, means)
-        truth = source if weights == "fp32" else DequantisedSource(source, head_block, weights)
+        truth = source if weights == "fp32" else DequantisedSource(source, weights)
     ids_BS, prefill, masked = tokens_of(facts, seed)
     densities = DENSITIES if sparse else DENSITIES[:1]
     runs = [run_of(new_probe(), ids_BS, density, prefill, masked) for density in densities]
@@ -186,15 +181,13 @@ def check_parity(
         embedding=embedding_difference(runs[0], ids_BS, facts, truth),
         layers=_layer_differences(runs, facts, truth, block, orders, advance),
         logits=reduce(worse, (logits_difference(run, facts, truth) for run in runs)),
-        layer_tolerance=LAYER_TOLERANCE[accuracy],
-        logits_tolerance=LOGITS_TOLERANCE[accuracy],
+        layer_tolerance=LAYER_TOLERANCE,
+        logits_tolerance=LOGITS_TOLERANCE,
         positions=ids_BS.shape[1] * len(runs),
         held_positions=ids_BS.shape[1] * len(held),
         selection=selection,
         scores=scores,
-        scores_tolerance=SCORES_TOLERANCE[
-            "fp32" if predictor is not None and predictor.style != "shadow" else accuracy
-        ],
+        scores_tolerance=SCORES_TOLERANCE,
     )
 
 

@@ -178,10 +178,6 @@ class Engine(CausalEngine):
         """The graph that makes a mask for every token, without its weights; do not change it."""
         return self._session.load_model()
 
-    def head_block(self) -> int:
-        """Quantisation block of the LM head along its input; 0: it is float."""
-        return stored.head_block(self._session.load_model())
-
     def neuron_orders(self) -> dict[int, npt.NDArray[np.int32]]:
         """Model layer -> order [F]: entry i is the checkpoint's neuron that became record i. Empty: none was moved."""
         return stored.neuron_orders(self.folder, self.manifest)

@@ -66,14 +66,6 @@ def initialiser(model: onnx.ModelProto, folder: Path, name: str) -> npt.NDArray[
     return value
 
 
-def head_block(model: onnx.ModelProto) -> int:
-    """Quantisation block of the LM head along its input; 0: it is float."""
-    for node in model.graph.node:
-        if node.op_type == "MatMulNBits" and any(name.startswith("lm_head") for name in node.input):
-            return int(next(attribute.i for attribute in node.attribute if attribute.name == "block_size"))
-    return 0
-
-
 def neuron_orders(folder: Path, manifest: EngineManifest) -> dict[int, npt.NDArray[np.int32]]:
     """Model layer -> order [F]: entry i is the checkpoint's neuron that became record i. Empty: none was moved."""
     from shadowc.emit.folder import ORDERS_FILE

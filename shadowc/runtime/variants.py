@@ -94,14 +94,15 @@ def with_scores_as_inputs(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     import onnx
 
-    from shadowc.spec.unfold import unfold_predictors
+    from shadowc.spec.ops import PREDICT_UNITS
+    from shadowc.spec.unfold import unfold_products
 
     copy = _copy(model)
     names = {f"scores.{kind}" for kind in UNIT_KINDS}
     found = {name for node in copy.graph.node for name in node.output if name in names}
     if found != names:
         raise InputError("a dense engine has no scores", hint="shadowc compile without --predictor none")
-    unfold_predictors(copy.graph)
+    unfold_products(copy.graph, (PREDICT_UNITS,))
     gone = names | {f"mask_scores.{kind}" for kind in UNIT_KINDS}
     shapes = {value.name: value.type.tensor_type.shape.dim for value in copy.graph.output}
     for name in sorted(names):

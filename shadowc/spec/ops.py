@@ -6,7 +6,7 @@ this table or are checked against it.
 
 Letters: B batch, S new tokens, Z sparse tail (the last Z of the S tokens are masked, Z <= S),
 T cache capacity, E hidden, H heads, D head size, F neurons, N units of a kind per layer
-(H, or ceil(F / block)), L predicted layers, P predictor width, K columns of a table. A shape entry
+(H, or ceil(F / block)) or rows of a matrix, L predicted layers, P predictor width, K columns of a table. A shape entry
 "B|1" broadcasts over the batch.
 """
 
@@ -240,7 +240,19 @@ PREDICT_UNITS = OpSpec(
     norm=replace(_NORM, promise="the network then reads LayerNorm(`x`)."),
 )
 
-CPU_OPS = (*OPS, PREDICT_UNITS)
+MATMUL_ROWS = OpSpec(
+    name="MatMulRows",
+    promise="x times all rows of an int8 matrix (LM head, predictor of all layers); activations are not rounded.",
+    inputs=(
+        Operand("x", ("B", "S", "E"), _F32, "what is multiplied"),
+        Operand("w", ("N", "E"), ("int8",), "rows of the matrix"),
+        Operand("scales", ("N",), _F32, "factor per row"),
+    ),
+    outputs=(Operand("y", ("B", "S", "N"), _F32, "x times the transposed matrix"),),
+    attributes=(),
+)
+
+CPU_OPS = (*OPS, PREDICT_UNITS, MATMUL_ROWS)
 """What the compiled library for the CPU has."""
 
 ACTIVATION_TYPES = ("float32", "float16", "bfloat16")

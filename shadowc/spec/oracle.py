@@ -23,7 +23,7 @@ from onnx import TensorProto, helper
 from shadowc.spec.errors import InternalError
 from shadowc.spec.nodes import ATTRIBUTE_TYPES, OPSET, Nodes
 from shadowc.spec.ops import DOMAIN, FEW_DIGITS, OPS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, VERSION, OpSpec
-from shadowc.spec.unfold import unfold_norms, unfold_predictors
+from shadowc.spec.unfold import unfold_norms, unfold_products
 
 _Proto = TypeVar("_Proto")
 _GRAPHS = (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS)
@@ -52,7 +52,7 @@ def attach(model: onnx.ModelProto, bodies: Iterable[onnx.FunctionProto] | None =
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
     unfold_norms(copy.graph)
-    unfold_predictors(copy.graph)
+    unfold_products(copy.graph)
     drop_few_digits(copy.graph)
     counted = {output for node in copy.graph.node for output in _drop_kernel_outputs(node)}
     _prune(copy.graph, counted)

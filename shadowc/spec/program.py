@@ -37,11 +37,9 @@ RecipeKind = Literal[
     "qkv_bias",  # (q,k,v biases [E]) -> [H,3,D]
     "centred_qkv_bias",  # the same, and means of the heads' contexts [H,D], which come off v -> [H,3,D]
     "filled_bias",  # (out_proj bias [E], its weight [E,H*D], means [H,D]) -> what it makes of the means [E]
-    "network_rows",  # sources[0] [n,k] as it is, int8 with a scale per row
+    "network_rows",  # sources[0] [n,k] as it is, int8 with a scale per row; LM head and predictors
     "network_quads",  # the same, in int8, as the second operand of PredictUnits: [n/16,k/4,16,4]
     "network_scales",  # the same source -> [n]
-    "nbits_weights",  # sources[0] [n,k] row-quantised for MatMulNBits 8 bit -> [n,k/block,block] uint8
-    "nbits_scales",  # the same source -> [n * k/block] float32
 ]
 
 
@@ -61,7 +59,7 @@ class WeightRecipe:
     order: str = ""
     """Name of the int32 [F] tensor that permutes the neurons; empty: as in the checkpoint."""
     block: int = 0
-    """Quantisation block along k (nbits recipes), or along E (records and scales of int4; 0: not int4)."""
+    """Quantisation block along E of records and scales of int4; 0: not int4."""
     part: int = 0
     """Which of the matrices of a record (rows recipes)."""
 

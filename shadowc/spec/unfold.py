@@ -17,7 +17,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from shadowc.spec.nodes import Nodes
-from shadowc.spec.ops import DOMAIN, OPS, PREDICT_UNITS, SELECT_THRESHOLD
+from shadowc.spec.ops import DOMAIN, MATMUL_ROWS, OPS, PREDICT_UNITS, SELECT_THRESHOLD, OpSpec
 
 
 def unfold_norms(graph: onnx.GraphProto) -> None:
@@ -42,14 +42,16 @@ def unfold_norms(graph: onnx.GraphProto) -> None:
     _replace_nodes(graph, nodes)
 
 
-def unfold_predictors(graph: onnx.GraphProto) -> None:
-    """Write each PredictUnits as standard nodes and a selection, in place."""
-    n = Nodes()
+def unfold_products(graph: onnx.GraphProto, operators: tuple[OpSpec, ...] = (PREDICT_UNITS, MATMUL_ROWS)) -> None:
+    """Write each of these operators as standard nodes, those that select as SelectThreshold behind them, in place."""
+    n, names = Nodes(), {spec.name for spec in operators}
     for node in graph.node:
-        if node.domain == DOMAIN and node.op_type == PREDICT_UNITS.name:
+        if node.domain != DOMAIN or node.op_type not in names:
+            n.protos.append(node)
+        elif node.op_type == PREDICT_UNITS.name:
             _predict(n, node)
         else:
-            n.protos.append(node)
+            _product(n, *node.input, out=node.output[0])
     _replace_nodes(graph, n.protos)
 
 
@@ -102,10 +104,10 @@ def _rows(n: Nodes, w2: str, scales2: str, w1: str) -> str:
     return n.Slice(flat, n.ints(0, 0), ends, n.ints(0, 1))
 
 
-def _product(n: Nodes, x: str, w: str, scales: str) -> str:
+def _product(n: Nodes, x: str, w: str, scales: str, out: str = "") -> str:
     """Return x times the rows of w, each with its factor."""
     rows = n.Mul(n.Cast(w, to=TensorProto.FLOAT), n.Unsqueeze(scales, n.ints(1)))
-    return n.MatMul(x, n.Transpose(rows, perm=[1, 0]))
+    return n.MatMul(x, n.Transpose(rows, perm=[1, 0]), out=out)
 
 
 def _compare(n: Nodes, scores: str, limit_B1: str, outputs: list[str]) -> None:

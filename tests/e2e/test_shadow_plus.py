@@ -183,7 +183,7 @@ def test_parity_names_the_part_that_has_the_defect(
     engine, resolved = shadowc.load(engine_folder), resolve(str(tiny_checkpoint))
     predictor: Predictor = stored_predictor(engine, engine.manifest.sparsity)  # type: ignore[arg-type]
     report = check_parity(
-        with_defect(engine, defect).prober(), resolved.facts, resolved.weights, weights="fp32", head_block=0, block=1,
+        with_defect(engine, defect).prober(), resolved.facts, resolved.weights, weights="fp32", block=1,
         orders={}, sparse=True, plan=predictor.plan(None), predictor=predictor,
     )  # fmt: skip
     assert [problem.split(":")[0] for problem in report.problems()] == caught

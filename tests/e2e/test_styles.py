@@ -239,7 +239,7 @@ def test_dummy_predictors_have_the_true_shape_and_a_seed(tiny_checkpoint: Path, 
 def parity_of(engine: Engine, checkpoint: Path) -> ParityReport:
     resolved, predictor = resolve(str(checkpoint)), predictor_of(checkpoint)
     return check_parity(
-        engine.prober(), resolved.facts, resolved.weights, weights="fp32", head_block=0, block=predictor.block,
+        engine.prober(), resolved.facts, resolved.weights, weights="fp32", block=predictor.block,
         orders=dict(enumerate(predictor.orders_LF, start=1)), sparse=True, plan=predictor.plan(None),
         predictor=predictor,
     )  # fmt: skip

@@ -16,6 +16,7 @@ from shadowc.checkpoint.opt import PUBLISHED_NAMES, published_config
 from shadowc.checkpoint.resolve import resolve
 from shadowc.runtime.load import read_manifest
 from shadowc.sparsity.reference import load_torch_model
+from shadowc.spec.ops import MATMUL_ROWS
 from shadowc.spec.options import TrainOptions
 from tests.e2e import compiled
 
@@ -82,8 +83,8 @@ def test_predictor_of_an_int8_engine_is_int8(int8_engine: Path) -> None:
     products = [node for node in graph.node if any(name.startswith("predictor.") for name in node.input)]
     weights = [name for name in types if name.endswith(".weight")]
     assert len(weights) == 4
-    assert {types[name] for name in weights} == {onnx.TensorProto.UINT8}
-    assert sum(node.op_type == "MatMulNBits" for node in products) == 4
+    assert {types[name] for name in weights} == {onnx.TensorProto.INT8}
+    assert sum(node.op_type == MATMUL_ROWS.name for node in products) == 4
     assert not [node.name for node in products if node.op_type in ("MatMul", "Gemm")]
 
 

@@ -15,11 +15,10 @@ import onnx_graphsurgeon as gs
 from onnx import TensorProto, helper, numpy_helper
 
 from shadowc.checkpoint.opt import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, OptFacts, layer_names
-from shadowc.spec.ops import DOMAIN, INT4_GROUP
+from shadowc.spec.ops import DOMAIN, INT4_GROUP, MATMUL_ROWS
 from shadowc.spec.program import Program, SparsityPlan, WeightRecipe
 
 WIDTH = 24
-NBITS_BLOCK = 32
 RECORDS = {"fp32": "float32", "bf16": "bfloat16", "int8": "int8", "int4": "uint8"}
 
 
@@ -136,7 +135,7 @@ class Builder:
             self.outputs,
             [numpy_helper.from_array(value, name) for name, value in self.constants.items()],
         )
-        opsets = [("", 20), (DOMAIN, 1), ("com.microsoft", 1)]
+        opsets = [("", 20), (DOMAIN, 1)]
         model = helper.make_model(graph, ir_version=10, opset_imports=[helper.make_opsetid(*opset) for opset in opsets])
         plan = SparsityPlan(WIDTH, WIDTH, self.block, "global") if self.sparse else None
         return Program(graph=gs.import_onnx(model), facts=facts, weights=self.weights, plan=plan)
@@ -276,21 +275,9 @@ class Builder:
         if self.kind == "fp32":
             self.node("MatMul", ["final", self.weight("lm_head", "transpose", (HEAD,), (E, V))], "logits")
             return
-        blocks = E // NBITS_BLOCK
-        more: dict[str, Any] = {"quantised": True, "block": NBITS_BLOCK}
-        values = self.weight("lm_head", "nbits_weights", (HEAD,), (V, blocks, NBITS_BLOCK), dtype="uint8", **more)
-        scales = self.weight("lm_head.scales", "nbits_scales", (HEAD,), (V * blocks,), **more)
-        self.node(
-            "MatMulNBits",
-            ["final", values, scales],
-            "logits",
-            domain="com.microsoft",
-            K=E,
-            N=V,
-            bits=8,
-            block_size=NBITS_BLOCK,
-            accuracy_level=4,
-        )
+        rows = self.weight("lm_head", "network_rows", (HEAD,), (V, E), dtype="int8", quantised=True)
+        scales = self.weight("lm_head.scales", "network_scales", (HEAD,), (V,), quantised=True)
+        self.node(MATMUL_ROWS.name, ["final", rows, scales], "logits", domain=DOMAIN)
 
 
 def build(

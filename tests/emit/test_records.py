@@ -24,8 +24,6 @@ HALF_STEP = 0.5 + 1e-3
 """A rounded value is at most half a step away; the excess covers float32 division."""
 SMALLEST_HALF = 2.0**-150
 """A step below the normal numbers is rounded to a multiple of twice this."""
-NBITS_TOLERANCE = 2e-2
-"""MatMulNBits at accuracy level 4 quantises the activations to 8 bits as well (relative to the largest output)."""
 
 
 class Tensors:
@@ -236,53 +234,3 @@ def test_an_order_that_is_no_permutation_is_refused() -> None:
 def test_a_recipe_that_promises_another_shape_is_an_internal_error() -> None:
     with pytest.raises(InternalError, match="wte promises"):
         pack(Tensors(), {"wte": WeightRecipe("copy", ("lm",), (20, 50))})
-
-
-def run_nbits(weight: np.ndarray, x: np.ndarray, block: int, values: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    import onnx
-    import onnxruntime
-    from onnx import TensorProto, helper, numpy_helper
-
-    N, K = weight.shape
-    node = helper.make_node(
-        "MatMulNBits",
-        ["x", "b", "s"],
-        ["y"],
-        domain="com.microsoft",
-        K=K,
-        N=N,
-        bits=8,
-        block_size=block,
-        accuracy_level=4,
-    )
-    graph = helper.make_graph(
-        [node],
-        "nbits",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [None, K])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [None, N])],
-        [numpy_helper.from_array(values, "b"), numpy_helper.from_array(scales, "s")],
-    )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model: onnx.ModelProto = helper.make_model(graph, ir_version=10, opset_imports=opsets)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {"x": x})[0])
-
-
-@pytest.mark.parametrize(("columns", "block"), [(64, 32), (256, 32), (256, 128), (80, 32)])
-def test_onnx_runtime_reads_the_nbits_layout(columns: int, block: int) -> None:
-    rng = np.random.default_rng(3)
-    weight = rng.standard_normal((150, columns), dtype=np.float32)
-    x = rng.standard_normal((5, columns), dtype=np.float32)
-    values, scales = records.quantise_nbits(weight, block)
-    expected = x @ unpack.dequantise_nbits(values, scales, columns).T
-    found = run_nbits(weight, x, block, values, scales)
-    assert np.abs(found - expected).max() <= NBITS_TOLERANCE * np.abs(expected).max()
-    planted = run_nbits(weight, x, block, np.roll(values, 1, axis=0), scales)
-    assert np.abs(planted - expected).max() > NBITS_TOLERANCE * np.abs(expected).max()
-
-
-def test_nbits_gives_exactly_zero_when_a_matrix_is_zero() -> None:
-    block, rng = 32, np.random.default_rng(3)
-    weight = np.zeros((16, 2 * block), np.float32)
-    x = rng.random((3, 2 * block), np.float32)
-    assert not run_nbits(weight, x, block, *records.quantise_nbits(weight, block)).any()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from shadowc.emit.records import INT4_ZERO_POINT, NBITS_ZERO_POINT, Array, Floats, quantise_rows
+from shadowc.emit.records import INT4_ZERO_POINT, Array, Floats, quantise_rows
 
 
 def dequantise(records: Array, scales: Floats) -> Floats:
@@ -30,14 +30,6 @@ def round_trip(weight_NK: Floats, *, axis: int = -1) -> Floats:
     values, scales = quantise_rows(rows)
     back = dequantise(values, scales)
     return back if axis in (-1, 1) else np.ascontiguousarray(back.T)
-
-
-def dequantise_nbits(values: npt.NDArray[np.uint8], scales: Floats, columns: int) -> Floats:
-    """The [N, columns] matrix that MatMulNBits multiplies with."""
-    N, blocks, _ = values.shape
-    signed = values.astype(np.float32) - np.float32(NBITS_ZERO_POINT)
-    signed *= scales.reshape(N, blocks, 1)
-    return np.ascontiguousarray(signed.reshape(N, -1)[:, :columns])
 
 
 def unpack_attention(records_HDE: Array, scales: Floats) -> tuple[Floats, Floats, Floats, Floats]:

@@ -304,7 +304,7 @@ def test_parameter_stored_in_a_form_that_is_not_compared_is_not_said_to_be_the_c
 def test_parameters_that_were_compared_are_named_where_the_graph_is_wrong(
     sparse_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, reference: bool
 ) -> None:
-    monkeypatch.setattr("shadowc.measure.parity.LAYER_TOLERANCE", {"fp32": 0.0})
+    monkeypatch.setattr("shadowc.measure.parity.LAYER_TOLERANCE", 0.0)
     report = bisect(sparse_engine, str(tiny_checkpoint), reference=reference)
     assert report.first is not None
     assert report.matched == report.first.parameters != ()

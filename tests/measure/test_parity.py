@@ -46,7 +46,6 @@ def parity_of(
         resolved.facts,
         resolved.weights,
         weights=weights,
-        head_block=0 if weights == "fp32" else 32,
         block=sparsity.neuron_block,
         orders=dict(enumerate(predictor.orders_LF, start=1)),
         sparse=True,

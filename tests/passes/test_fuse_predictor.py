@@ -13,7 +13,7 @@ from shadowc.sparsity.shares import even_shares
 from shadowc.spec import ops
 from shadowc.spec.errors import InternalError
 from shadowc.spec.program import Program, SparsityPlan
-from shadowc.spec.unfold import unfold_norms, unfold_predictors
+from shadowc.spec.unfold import unfold_norms, unfold_products
 from shadowc.trace.program_io import to_model
 from tests.passes.test_numbers import decode
 from tests.trace import deep
@@ -90,7 +90,7 @@ def test_style_shadow_stays_as_it_is() -> None:
 def test_narrow_products_are_refused() -> None:
     program = deep.compiled(PLANS["dejavu"], until=BEFORE)
     name = "predictor.heads.3.fc1.weight"
-    program.weights[name] = replace(program.weights[name], kind="nbits_weights")
+    program.weights[name] = replace(program.weights[name], quantised=True)
     with pytest.raises(InternalError, match="quantise has to run behind it"):
         fuse_predictor.apply(program)
 
@@ -100,7 +100,7 @@ def test_unfolded_again_only_operators_of_every_target_are_left(name: str) -> No
     graph = to_model(deep.compiled(PLANS[name])).graph
     outputs = [output for node in graph.node for output in node.output if output.startswith(("scores.", "threshold."))]
     unfold_norms(graph)
-    unfold_predictors(graph)
+    unfold_products(graph)
     assert {node.op_type for node in graph.node if node.domain == ops.DOMAIN} <= {spec.name for spec in ops.OPS}
     assert [o for node in graph.node for o in node.output if o in set(outputs)] == outputs
 

@@ -96,7 +96,7 @@ def test_projections_stay_float32_when_all_other_products_become_int8() -> None:
     assert (program.weights["project_in"].shape, program.weights["project_in"].dtype) == ((32, 64), "float32")
     assert (program.weights["project_out"].shape, program.weights["project_out"].dtype) == ((64, 32), "float32")
     assert sorted(node.op for node in program.graph.nodes if node.op.startswith("MatMul")) == [
-        "MatMul", "MatMul", "MatMulNBits", "MatMulNBits", "MatMulNBits", "MatMulNBits", "MatMulNBits"
+        "MatMul", "MatMul", "MatMulRows", "MatMulRows", "MatMulRows", "MatMulRows", "MatMulRows"
     ]  # fmt: skip
     logits, _ = decode(decoder(program), **deep.dials(1.0))
     assert FP32 < distance(logits, expected()) < INT8

@@ -10,17 +10,14 @@ import copy
 from functools import cache
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
 
-from shadowc.emit.records import groups, materialise, quantise_nbits
-from shadowc.passes.quantise import ACCURACY_LEVEL, BITS, BLOCKS
+from shadowc.emit.records import groups, materialise
 from shadowc.sparsity.reference import MaskedModel, MaskedResult, MaskedState
 from shadowc.spec.density import Density
 from shadowc.spec.program import Program, SparsityPlan
-from tests.emit.unpack import dequantise_nbits, unpack_attention, unpack_ffn
+from tests.emit.unpack import dequantise, unpack_attention, unpack_ffn
 from tests.trace import deep
 
 FP32 = 2e-5
@@ -183,7 +180,7 @@ def _dequantised(weights: str) -> torch.nn.Module:
         elif "attention_records" in by_kind:
             matrices = unpack_attention(by_kind["attention_records"], by_kind["attention_scales"])
         else:
-            matrices = (dequantise_nbits(by_kind["nbits_weights"], by_kind["nbits_scales"], deep.FACTS.hidden),)
+            matrices = (dequantise(by_kind["network_rows"], by_kind["network_scales"]),)
         for name, matrix in zip(recipe.sources, matrices, strict=True):
             state[name].copy_(torch.from_numpy(matrix))
     return model
@@ -204,34 +201,6 @@ def test_narrow_graph_equals_torch_with_dequantised_weights(weights: str, kept: 
             assert mine_BHTD.dtype == np.float16
             wanted = expected.numpy().swapaxes(1, 2)
             assert distance(mine_BHTD.swapaxes(1, 2), wanted) < HALF_CACHE * np.abs(wanted[LIVE]).max()
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-@pytest.mark.parametrize("rows", [1, 5])
-def test_nbits_product_has_the_implicit_zero_point_128(block: int, rows: int) -> None:
-    """A product over integers that both roundings represent exactly has no error at all."""
-    rng, N, K = np.random.default_rng(block), 48, 2 * block
-    weight_NK = rng.integers(-126, 127, (N, K)).astype(np.float32)
-    weight_NK[:, ::block] = 127  # so that the scale of every block is 1
-    x_SK = rng.integers(-126, 127, (1, rows, K)).astype(np.float32)
-    x_SK[..., ::block] = 127
-    values, scales = quantise_nbits(weight_NK, block)
-    node = helper.make_node(
-        "MatMulNBits", ["x", "w", "s"], ["y"], domain="com.microsoft",
-        K=K, N=N, bits=BITS, block_size=block, accuracy_level=ACCURACY_LEVEL,
-    )  # fmt: skip
-    graph = helper.make_graph(
-        [node], "product",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "S", K])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["B", "S", N])],
-        [numpy_helper.from_array(values, "w"), numpy_helper.from_array(scales, "s")],
-    )  # fmt: skip
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("com.microsoft", 1)]
-    model = helper.make_model(graph, ir_version=10, opset_imports=opsets)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    (y,) = session.run(None, {"x": x_SK})
-    np.testing.assert_allclose(y, x_SK @ weight_NK.T, rtol=1e-5)
-    np.testing.assert_array_equal(dequantise_nbits(values, scales, K), weight_NK)
 
 
 def _swap_sources(program: Program, name: str, first: int, second: int) -> None:

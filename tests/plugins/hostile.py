@@ -16,8 +16,16 @@ import sys
 import numpy as np
 import onnxruntime
 
-from shadowc.spec.ops import NETWORK_TYPES, PREDICT_UNITS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN, OpSpec
-from tests.plugins import kernels, test_predict_units, test_sparse_attention, test_sparse_ffn
+from shadowc.spec.ops import (
+    MATMUL_ROWS,
+    NETWORK_TYPES,
+    PREDICT_UNITS,
+    SELECT_THRESHOLD,
+    SPARSE_ATTENTION,
+    SPARSE_FFN,
+    OpSpec,
+)
+from tests.plugins import kernels, test_matmul_rows, test_predict_units, test_sparse_attention, test_sparse_ffn
 
 PAGE = mmap.PAGESIZE
 KNOWN = 0xA5
@@ -91,12 +99,15 @@ def call(rng: np.random.Generator) -> tuple[OpSpec, Arrays, dict[str, object]]:
     B, S, L = (int(rng.integers(1, high)) for high in (4, 12, 4))
     Z = int(rng.integers(0, S + 1))
     layer = int(rng.integers(0, L))
-    which = rng.integers(4)
+    which = rng.integers(5)
     if which == 0:
         shape = (B, Z, L, int(rng.integers(1, 40)))
         density = rng.uniform(-0.2, 1.2, int(rng.choice([1, B]))).astype(np.float32)
         chosen = {"scope": str(rng.choice(["local", "global"])), "min_active": int(rng.integers(0, 5))}
         return SELECT_THRESHOLD, {"scores": rng.standard_normal(shape, dtype=np.float32), "density": density}, chosen
+    if which == 4:
+        rows = {"S": int(rng.choice([0, 1, S, 40])), "N": int(rng.integers(0, 300)), "E": int(rng.integers(1, 330))}
+        return MATMUL_ROWS, test_matmul_rows.operands(rng, B=B, **rows), {}
     prompt = int(rng.integers(8) == 0)
     rounding = prompt * int(rng.integers(1, 3))
     if prompt:  # enough rows and weights for panels
@@ -243,6 +254,8 @@ def outputs(spec: OpSpec, arrays: Arrays) -> Arrays:
         made = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
         rows = shapes["scores"][:3]
         return made | {"threshold": np.zeros(rows, np.float32), "active": np.zeros(rows, np.int32)}
+    if spec is MATMUL_ROWS:
+        return {"y": np.zeros((*arrays["x"].shape[:2], arrays["w"].shape[0]), np.float32)}
     made = {"y": np.zeros_like(arrays["x"]), "read": np.zeros(2, np.int64)}
     if spec is SPARSE_ATTENTION:
         made |= {"context": np.zeros_like(arrays["x"])}

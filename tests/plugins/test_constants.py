@@ -9,8 +9,8 @@ import pytest
 from onnx import helper
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from shadowc.spec.ops import NETWORK_TYPES, PREDICT_UNITS, SPARSE_ATTENTION, SPARSE_FFN, OpSpec
-from tests.plugins import kernels, test_predict_units, test_sparse_attention, test_sparse_ffn
+from shadowc.spec.ops import MATMUL_ROWS, NETWORK_TYPES, PREDICT_UNITS, SPARSE_ATTENTION, SPARSE_FFN, OpSpec
+from tests.plugins import kernels, test_matmul_rows, test_predict_units, test_sparse_attention, test_sparse_ffn
 
 FED = {"x", "scores", "threshold", "past_key", "past_value", "start", "past", "tail", "density"}
 """What an engine's graph computes or is given for every token; the rest is stored in it."""
@@ -54,6 +54,12 @@ def test_constants_give_the_bits_that_fed_operands_give(spec: OpSpec, dtype: str
             cache = output.name.startswith("present_")
             look = (lambda array: test_sparse_attention.live(array, arrays)) if cache else np.asarray
             np.testing.assert_array_equal(look(found), look(fed[output.name]))
+
+
+def test_a_stored_matrix_gives_the_bits_that_a_fed_one_gives() -> None:
+    arrays = test_matmul_rows.operands(np.random.default_rng(3))
+    (found,) = with_constants(MATMUL_ROWS, arrays, {"w", "scales"}).run(None, {"x": arrays["x"]})
+    np.testing.assert_array_equal(found, kernels.run(MATMUL_ROWS, arrays)["y"])
 
 
 def test_one_constant_among_fed_operands_is_enough_to_change_nothing() -> None:

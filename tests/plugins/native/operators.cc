@@ -4,6 +4,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "matmul_rows.h"
 #include "predict_units.h"
 #include "select_threshold.h"
 #include "sparse_attention.h"
@@ -65,6 +66,20 @@ Tensors SelectThreshold(const Call& call, const shadowc::Parallel& parallel) {
   a.threshold = outputs["threshold"].As<float>();
   a.active = outputs["active"].As<int32_t>();
   shadowc::SelectThreshold(a, parallel);
+  return outputs;
+}
+
+Tensors MatMulRows(const Call& call, const shadowc::Parallel& parallel) {
+  const Tensor &x = call.Input("x"), &w = call.Input("w");
+  Tensors outputs = {{"y", Unwritten("float32", {x.shape[0], x.shape[1], w.shape[0]})}};
+  shadowc::MatMulRowsArgs a{};
+  a.x = x.As<float>();
+  a.rows = x.shape[0] * x.shape[1], a.width = x.shape[2];
+  a.w = w.As<int8_t>();
+  a.scales = call.Input("scales").As<float>();
+  a.outputs = w.shape[0];
+  a.y = outputs["y"].As<float>();
+  shadowc::MatMulRows(a, parallel);
   return outputs;
 }
 
@@ -158,6 +173,7 @@ Tensors SparseAttention(const Call& call, const shadowc::Parallel& parallel) {
 }  // namespace
 
 Tensors Run(const Call& call, const shadowc::Parallel& parallel) {
+  if (call.op == "MatMulRows") return MatMulRows(call, parallel);
   if (call.op == "PredictUnits") return PredictUnits(call, parallel);
   if (call.op == "SelectThreshold") return SelectThreshold(call, parallel);
   if (call.op == "SparseFFN") return SparseFfn(call, parallel);

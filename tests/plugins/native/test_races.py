@@ -6,8 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shadowc.spec.ops import PREDICT_UNITS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
-from tests.plugins import test_predict_units, test_sparse_attention, test_sparse_ffn
+from shadowc.spec.ops import MATMUL_ROWS, PREDICT_UNITS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
+from tests.plugins import test_matmul_rows, test_predict_units, test_sparse_attention, test_sparse_ffn
 from tests.plugins.native import build, process
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -19,6 +19,8 @@ def scores_of(rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 CASES = {
+    "matmul_rows.cc": (MATMUL_ROWS, lambda rng: test_matmul_rows.operands(rng, E=512, N=3000)),
+    "matmul_rows.cc, many rows": (MATMUL_ROWS, lambda rng: test_matmul_rows.operands(rng, B=2, S=40, E=512, N=3000)),
     "predict_units.cc": (PREDICT_UNITS, lambda rng: test_predict_units.operands(rng, E=512, P=128, N=3000)),
     "predict_units.cc, many rows": (
         PREDICT_UNITS,

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""MatMulRows as machine code: rows of x times all rows of an int8 matrix.
+
+Letters: B batch, S tokens, E inner dimension, N rows of the matrix.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from shadowc.spec.ops import MATMUL_ROWS
+from tests.plugins import kernels
+
+
+def operands(rng, *, B=1, S=1, E=64, N=100):
+    w, scales = kernels.weights(rng, (N, E), "int8")
+    return {"x": rng.standard_normal((B, S, E), dtype=np.float32), "w": w, "scales": scales}
+
+
+def run(arrays, **more):
+    return kernels.run(MATMUL_ROWS, arrays, **more)["y"]
+
+
+def expected(arrays):
+    """The products in float64."""
+    return (arrays["x"].astype(np.float64) @ arrays["w"].T.astype(np.float64) * arrays["scales"]).astype(np.float32)
+
+
+@settings(max_examples=60, derandomize=True)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    B=st.integers(0, 3),
+    S=st.sampled_from([0, 1, 1, 2, 5, 16, 40]),
+    E=st.integers(1, 300),
+    N=st.integers(0, 300),
+)
+def test_it_equals_its_definition(seed, B, S, E, N):
+    arrays = operands(np.random.default_rng(seed), B=B, S=S, E=E, N=N)
+    kernels.assert_close(run(arrays), expected(arrays))
+
+
+@pytest.mark.parametrize(("B", "S"), [(1, 1), (3, 1), (2, 70)])
+def test_it_equals_its_nodes_in_stock_onnx_runtime(B, S):
+    arrays = operands(np.random.default_rng(3), B=B, S=S, E=96, N=200)
+    kernels.assert_close(run(arrays), run(arrays, kernel=False))
+
+
+@pytest.mark.parametrize(("B", "S"), [(1, 1), (4, 1), (2, 40), (1, 300)])
+def test_it_equals_its_definition_when_threads_share_the_work(B, S):
+    arrays = operands(np.random.default_rng(4), B=B, S=S, E=2048, N=3001)
+    kernels.assert_close(run(arrays), expected(arrays))
+
+
+@pytest.mark.parametrize("S", [2, 9, 31, 270])
+def test_a_row_depends_neither_on_threads_nor_on_what_other_rows_hold(S):
+    arrays = operands(np.random.default_rng(5), S=S, E=700, N=999)
+    whole = run(arrays)
+    np.testing.assert_array_equal(run(arrays, threads=1), whole)
+    others = arrays | {"x": arrays["x"] * np.linspace(1, 9, S, dtype=np.float32)[None, :, None]}
+    np.testing.assert_array_equal(run(others)[0, 0], whole[0, 0])
+
+
+def test_few_rows_have_the_bits_that_each_has_alone():
+    arrays = operands(np.random.default_rng(5), B=3, E=700, N=999)
+    whole = run(arrays)
+    for b in range(3):
+        np.testing.assert_array_equal(run(arrays | {"x": arrays["x"][b : b + 1]})[0], whole[b])
+
+
+@pytest.mark.parametrize("S", [1, 3, 40])
+@pytest.mark.parametrize("what", [np.nan, np.inf, 1e34, 1e-41])
+def test_a_row_that_has_no_digits_is_summed_in_floats_alone(S, what):
+    arrays = operands(np.random.default_rng(6), S=S, E=512, N=300)
+    clean = run(arrays)
+    broken = {"x": arrays["x"].copy()}
+    broken["x"][0, S // 2] = 0.0
+    broken["x"][0, S // 2, 7] = what
+    arrays["w"][:, 7] = np.where(arrays["w"][:, 7] == 0, 1, arrays["w"][:, 7])  # inf * 0 is the float sum's own matter
+    found, wanted = run(arrays | broken), expected(arrays | broken)
+    others = [s for s in range(S) if s != S // 2]
+    changed = run(arrays)[0, others]
+    np.testing.assert_array_equal(found[0, others], changed)
+    assert changed.shape == clean[0, others].shape
+    with np.errstate(over="ignore", invalid="ignore"):
+        np.testing.assert_allclose(found[0, S // 2], wanted[0, S // 2], rtol=1e-5)
+
+
+def test_activations_keep_their_digits():
+    """A product that rounded them to 8 bits would be off by its 254th part."""
+    arrays = operands(np.random.default_rng(7), E=2048, N=500)
+    found, wanted = run(arrays), expected(arrays)
+    assert np.abs(found - wanted).max() < 1e-6 * np.abs(wanted).max()
+    step = np.abs(arrays["x"]).max() / 127
+    rounded = expected(arrays | {"x": (np.rint(arrays["x"] / step) * step).astype(np.float32)})
+    assert np.abs(rounded - wanted).max() > 1e-3 * np.abs(wanted).max()
