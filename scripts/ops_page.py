@@ -51,8 +51,9 @@ def _section(op: OpSpec) -> str:
     lines += [_operand("output", operand) for operand in op.outputs]
     lines += _extension(op)
     lines += _tensorrt(op)
-    lines += ["", "| attribute | type | default | meaning |", "| --- | --- | --- | --- |"]
-    lines += [_attribute(attribute) for attribute in op.attributes]
+    if op.attributes:
+        lines += ["", "| attribute | type | default | meaning |", "| --- | --- | --- | --- |"]
+        lines += [_attribute(attribute) for attribute in op.attributes]
     if op.rounding is not None:
         lines += ["", "On the CPU, and for prompts alone:", "", "| attribute | type | default | meaning |"]
         lines += ["| --- | --- | --- | --- |", _attribute(op.rounding)]

@@ -52,7 +52,7 @@ constexpr size_t kPanelsAtOnce = 16;
 // y of panels p0 ... p1 - 1 and rows o ... o + count - 1 of w.
 void Multiply32(const MatMulRowsArgs& a, const PanelKernels& kernels, const WeightTable& rows_of,
                 const Panels& x, const uint8_t* left, size_t o, size_t count, size_t p0, size_t p1) {
-  constexpr float kNoBias[kRowsAtOnce] = {};
+  static constexpr float kNoBias[kRowsAtOnce] = {};
   Arena& arena = ThreadArena();
   int8_t* room = arena.Take<int8_t>(kRowsAtOnce * x.steps * kPanelStep);
   int8_t* woven = arena.Take<int8_t>(kRowsAtOnce * x.steps * kPanelStep);
@@ -109,8 +109,7 @@ void MatMulRows(const MatMulRowsArgs& a, const Parallel& parallel) {
   if (a.rows == 0 || a.outputs == 0) return;
   CallArena arena;
   const PanelKernels* kernels =
-      a.rows == 1 ? nullptr
-                  : KernelsFor(WeightType::kInt8, Rounding::kNone, a.rows, a.width, a.outputs * a.width);
+      KernelsFor(WeightType::kInt8, Rounding::kNone, a.rows, a.width, a.outputs * a.width);
   if (kernels == nullptr) {
     HWY_DYNAMIC_DISPATCH(MultiplyRows)(a, 0, a.rows, &arena, parallel);
   } else {

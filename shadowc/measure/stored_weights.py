@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 _INT4_ZERO = 8
 _TRANSPOSED = {HEAD: "lm_head", PROJECT_IN: "project_in", PROJECT_OUT: "project_out"}
-"""Parameter -> matrix that the graph multiplies with; the head is tied to the embedding in the checkpoint only."""
+"""Parameter -> matrix that the graph multiplies with, of int8 its rows; the head is tied to the embedding in the
+checkpoint only."""
 
 
 def stored_parameters(graph: StoredGraph, layer: int) -> dict[str, Floats]:
@@ -54,14 +55,18 @@ def stored_parameters(graph: StoredGraph, layer: int) -> dict[str, Floats]:
 
 
 def stored_as_they_are(graph: StoredGraph, names: tuple[str, ...]) -> dict[str, Floats]:
-    """Those of the named parameters that the graph stores under their own names and as floats."""
+    """Those of the named parameters that the graph stores under their own names, as floats or as rows of int8."""
     found = {}
     for name in names:
+        stored = _TRANSPOSED.get(name, name)
         try:
-            value = graph.initialiser(_TRANSPOSED.get(name, name))
+            value = graph.initialiser(stored)
+            scales = graph.initialiser(f"{stored}.scales") if value.dtype == np.int8 else None
         except InputError:
             continue
-        if value.dtype == np.float32:
+        if scales is not None:
+            found[name] = np.asarray(value.astype(np.float32) * scales[:, None], np.float32)
+        elif value.dtype == np.float32:
             found[name] = value.T if name in _TRANSPOSED else value
     return found
 

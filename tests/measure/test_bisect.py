@@ -283,13 +283,27 @@ def stored_head(folder: Path) -> str:
 WHOLE_NUMBERS = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
 
 
+def with_altered_head(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """As where the engine was compiled with the defect, and its files are what its manifest says."""
+    alter(folder, stored_head(folder), (Ellipsis, slice(0, 8)), lambda values: 127 - values)
+    monkeypatch.setattr("shadowc.runtime.verification.file_problems", lambda *_, **__: [])
+    return folder
+
+
+def test_altered_head_of_an_int8_engine_is_named(
+    int8_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    report = found(with_altered_head(copied(int8_engine), monkeypatch), tiny_checkpoint)
+    assert report.first.tensor == "logits"
+    assert [altered.name for altered in report.altered] == [HEAD]
+
+
 def test_parameter_stored_in_a_form_that_is_not_compared_is_not_said_to_be_the_checkpoints(
     int8_engine: Path, tiny_checkpoint: Path, copied: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where the engine was compiled with the defect, and its files are what its manifest says."""
-    folder = copied(int8_engine)
-    alter(folder, stored_head(folder), (Ellipsis, slice(0, 8)), lambda values: 127 - values)
-    monkeypatch.setattr("shadowc.runtime.verification.file_problems", lambda *_, **__: [])
+    """As where the head has the form of engines that were compiled before MatMulRows."""
+    folder = with_altered_head(copied(int8_engine), monkeypatch)
+    monkeypatch.setattr("shadowc.measure.stored_weights._TRANSPOSED", {HEAD: "lm_head.of_before"})
     report = found(folder, tiny_checkpoint)
     assert (report.first.tensor, report.altered, HEAD in report.matched) == ("logits", (), False)
     for one, command in ((report, "with --reference"), (replace(report, reference=True), "or one of the latter")):

@@ -19,6 +19,7 @@ from shadowc.spec.ops import NETWORK_TYPES
 from tests.plugins import (
     elsewhere,
     kernels,
+    test_matmul_rows,
     test_predict_units,
     test_select_threshold,
     test_sparse_attention,
@@ -135,6 +136,12 @@ def networks(draw):
     return arrays, attributes | {"select": draw(st.sampled_from(["density", "threshold"]))}
 
 
+@st.composite
+def products(draw):
+    shape = {"B": draw(st.integers(1, 3)), "S": draw(st.sampled_from([1, 2, 5, 40])), "E": draw(SIZES)}
+    return test_matmul_rows.operands(np.random.default_rng(draw(SEEDS)), **shape, N=draw(SIZES))
+
+
 def check_ffn(case):
     arrays, attributes = case
     test_sparse_ffn.assert_as_defined(arrays, **attributes)
@@ -155,6 +162,10 @@ def check_network(case):
     test_predict_units.assert_as_defined(arrays, **attributes)
 
 
+def check_product(arrays):
+    test_matmul_rows.assert_as_defined(arrays)
+
+
 FEW = settings(max_examples=12, derandomize=True)
 MANY = settings(max_examples=150, derandomize=True)
 
@@ -162,11 +173,13 @@ test_ffn_equals_its_definition = FEW(given(ffns())(check_ffn))
 test_attention_equals_its_definition = FEW(given(attentions())(check_attention))
 test_selection_equals_its_definition = FEW(given(selections())(check_selection))
 test_network_equals_its_definition = FEW(given(networks())(check_network))
+test_product_equals_its_definition = FEW(given(products())(check_product))
 
 test_ffn_equals_its_definition_often = pytest.mark.slow(MANY(given(ffns())(check_ffn)))
 test_attention_equals_its_definition_often = pytest.mark.slow(MANY(given(attentions())(check_attention)))
 test_selection_equals_its_definition_often = pytest.mark.slow(MANY(given(selections())(check_selection)))
 test_network_equals_its_definition_often = pytest.mark.slow(MANY(given(networks())(check_network)))
+test_product_equals_its_definition_often = pytest.mark.slow(MANY(given(products())(check_product)))
 
 
 def test_one_wrong_value_of_the_level_is_found():

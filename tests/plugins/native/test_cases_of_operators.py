@@ -12,6 +12,7 @@ import pytest
 from shadowc.spec.ops import SPARSE_ATTENTION, OpSpec
 from tests.plugins import (
     elsewhere,
+    test_matmul_rows,
     test_norms,
     test_predict_units,
     test_select_threshold,
@@ -24,7 +25,14 @@ OF_ONNX_RUNTIME = ("refuses", "says_what", "reports_all", "names_the_types", "co
 """Parts of names: what the layer above the kernels checks, and how it calls them. The driver has its own ways for the
 last two, see `checked`."""
 
-MODULES = (test_predict_units, test_select_threshold, test_sparse_ffn, test_sparse_attention, test_norms)
+MODULES = (
+    test_matmul_rows,
+    test_predict_units,
+    test_select_threshold,
+    test_sparse_ffn,
+    test_sparse_attention,
+    test_norms,
+)
 
 CASES = {
     name: value
@@ -73,5 +81,5 @@ def checked(driver: process.Driver, callers: int) -> elsewhere.Run:
 
 def test_the_cases_are_most_of_those_of_the_operators():
     names = [name for module in MODULES for name in vars(module) if name.startswith("test_")]
-    assert len(CASES) >= 28
+    assert len(CASES) >= 34
     assert len(names) > len(CASES)
