@@ -51,7 +51,8 @@ def unfold_products(graph: onnx.GraphProto, operators: tuple[OpSpec, ...] = (PRE
         elif node.op_type == PREDICT_UNITS.name:
             _predict(n, node)
         else:
-            _product(n, *node.input, out=node.output[0])
+            x, w, scales = node.input
+            _product(n, x, w, scales, node.output[0])
     _replace_nodes(graph, n.protos)
 
 
