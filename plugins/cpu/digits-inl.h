@@ -94,11 +94,11 @@ struct DigitRow {
     x = row;
     digits = memory;
     stride = Bytes(n) / 3;
-    exact_ = Split(n, memory);
+    exact_ = n <= kMostInDigits && Split(n, memory);
   }
   bool Exact() const {
     return exact_;
-  }  // false: x has no digits (it is not finite, or tiny), floats are used
+  }  // false: x has no digits (it is too long, not finite, or tiny), floats are used
 
  private:
   bool exact_ = false;

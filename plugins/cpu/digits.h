@@ -3,7 +3,12 @@
 // (digits-inl.h), sixteen rows interleaved for prompts (panels_x86.cc).
 #pragma once
 
+#include <cstddef>
+
 namespace shadowc {
+
+// Of longer rows sums of products of bytes, 255 * 128 each at most, could leave int32: they stay in floats.
+inline constexpr size_t kMostInDigits = size_t{1} << 16;
 
 // The largest value of a row becomes this integer. Three digits reach 127 * 65793 = 8355711; a little less
 // leaves room for the rounding of x * scale.

@@ -5,10 +5,10 @@
 //
 // A row x becomes integers X = round(x / step) of 24 bits, written in three balanced digits of base 256, each
 // in -128 ... 127. A product with int8 weights is then three sums of 8-bit products, exact in int32 for up to
-// 131,000 elements and independent of the order of addition, so VNNI and AMX give the same bits. What is lost
-// is the rounding of x to max|x| * 6e-8. Two digits would be half as much work again faster and lose too
-// much: with max|x| of 4 standard deviations their error is three times what float32 sums are held to in the
-// tests.
+// 65,536 elements (kMostInDigits) and independent of the order of addition, so VNNI and AMX give the same
+// bits. What is lost is the rounding of x to max|x| * 6e-8. Two digits would be half as much work again
+// faster and lose too much: with max|x| of 4 standard deviations their error is three times what float32 sums
+// are held to in the tests.
 //
 // Prompts may do with fewer digits (Panels::places). Then a row has as few as keep the rounding of a value
 // below 2 % of the row's values, root mean squares of those that are not 0: one digit, unless its largest

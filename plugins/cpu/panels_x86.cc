@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "panels_x86.h"
 
+#include "digits.h"
 #include "isa.h"
 #include "panels_amx_x86.h"
 #include "panels_mix_x86.h"
@@ -51,7 +52,7 @@ namespace {
 // Measured at E = 2048: AMX needs as long for 2 rows as for 16, VNNI twice that.
 constexpr PanelKernels kAmx{
     .least_rows = 8,
-    .most_width = SIZE_MAX,
+    .most_width = kMostInDigits,
     .element = 1,
     .digits = kPanelDigits,
     .few = true,
@@ -76,7 +77,7 @@ constexpr PanelKernels kAmx{
 
 constexpr PanelKernels kVnni{
     .least_rows = 16,
-    .most_width = SIZE_MAX,
+    .most_width = kMostInDigits,
     .element = 1,
     .digits = kPanelDigits,
     .few = true,

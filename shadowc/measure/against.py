@@ -86,6 +86,7 @@ def verify_against(
     """
     from shadowc.checkpoint.resolve import resolve
     from shadowc.runtime.load import load_cpu
+    from shadowc.runtime.stored import require_exact_products
 
     progress = progress or NullProgress()
     engine = load_cpu(folder, threads=threads, exact_prompts=True)
@@ -96,6 +97,7 @@ def verify_against(
             f"expected {engine.manifest.model.source[:16]}, found {checkpoint.identity[:16]}",
             hint="name the checkpoint that the engine was compiled from",
         )
+    require_exact_products(engine.graph(), folder)
     sparsity = engine.manifest.sparsity
     predictor = None
     if sparsity is not None and engine.manifest.weights == "fp32":

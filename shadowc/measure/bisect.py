@@ -30,7 +30,7 @@ from shadowc.measure.layer_walk import STEPS, LayerWalk, steps_of, tensor_names
 from shadowc.measure.masks import SMALLEST_SCALE, forced_masks, relative, worse, wrong_selections
 from shadowc.measure.stored_weights import stored_as_they_are, stored_parameters
 from shadowc.runtime.sequence_engine import SequenceEngine
-from shadowc.runtime.stored import StoredGraph
+from shadowc.runtime.stored import StoredGraph, require_exact_products
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError, VerificationError
 from shadowc.spec.manifest import FIXED_FILE, MODEL_FILE, REFERENCE_FILE
@@ -110,6 +110,7 @@ def bisect(
             f"expected {manifest.model.source[:16]}, found {checkpoint.identity[:16]}",
             hint=f"shadowc bisect {folder} --against CHECKPOINT",
         )
+    require_exact_products(engine.graph(), folder)
     with progress.stage("files"):
         changed = tuple(file_problems(folder, manifest, remember=False))
         if said := [problem for problem in changed if MEANS_FILE in problem]:

@@ -66,6 +66,20 @@ def initialiser(model: onnx.ModelProto, folder: Path, name: str) -> npt.NDArray[
     return value
 
 
+def require_exact_products(model: onnx.ModelProto, folder: Path) -> None:
+    """Refuse an engine whose LM head rounds activations, which nothing can be compared with to the last digits.
+
+    Raises:
+        InputError: it was compiled before MatMulRows.
+    """
+    if any(node.op_type == "MatMulNBits" for node in model.graph.node):
+        raise InputError(
+            f"{folder} was compiled by an earlier version: its LM head (MatMulNBits) rounds what it multiplies, "
+            "so it cannot be compared with its checkpoint",
+            hint="shadowc compile again; it runs as it is",
+        )
+
+
 def neuron_orders(folder: Path, manifest: EngineManifest) -> dict[int, npt.NDArray[np.int32]]:
     """Model layer -> order [F]: entry i is the checkpoint's neuron that became record i. Empty: none was moved."""
     from shadowc.emit.folder import ORDERS_FILE

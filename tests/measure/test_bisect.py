@@ -14,6 +14,7 @@ import onnx
 import pytest
 
 from shadowc.checkpoint.opt import HEAD, layer_names
+from shadowc.measure.against import verify_against
 from shadowc.measure.bisect import BisectReport, bisect
 from shadowc.runtime.sequence import ScoreMaker
 from shadowc.spec.errors import InputError, VerificationError
@@ -281,6 +282,21 @@ def stored_head(folder: Path) -> str:
 
 
 WHOLE_NUMBERS = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+
+
+def test_engine_compiled_before_matmul_rows_is_refused_and_not_called_wrong(
+    int8_engine: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graph = onnx.load(int8_engine / MODEL_FILE, load_external_data=False)
+    (head,) = [node for node in graph.graph.node if "logits" in node.output]
+    head.op_type, head.domain = "MatMulNBits", "com.microsoft"
+    monkeypatch.setattr("shadowc.runtime.engine.Engine.graph", lambda _: graph)
+    for command in (
+        lambda: bisect(int8_engine, str(tiny_checkpoint)),
+        lambda: verify_against(int8_engine, str(tiny_checkpoint)),
+    ):
+        with pytest.raises(InputError, match="compiled by an earlier version"):
+            command()
 
 
 def with_altered_head(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:

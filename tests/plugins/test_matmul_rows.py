@@ -86,6 +86,16 @@ def test_a_row_that_has_no_digits_is_summed_in_floats_alone(S, what):
         np.testing.assert_allclose(found[S // 2], expected(broken)[0, S // 2], rtol=1e-5)
 
 
+@pytest.mark.parametrize("E", [65536, 70000, 140000])
+@pytest.mark.parametrize("weight", [-127, 127])
+def test_no_sum_of_the_widest_rows_leaves_its_integers(E, weight):
+    """All products alike and as large as they get; a sum that wrapped would have another sign."""
+    for S in (1, 2, 40):
+        w = np.full((20, E), weight, np.int8)
+        arrays = {"x": np.ones((1, S, E), np.float32), "w": w, "scales": np.full(20, 0.5, np.float32)}
+        np.testing.assert_allclose(run(arrays), np.full((1, S, 20), 0.5 * weight * E), rtol=1e-5)
+
+
 def test_activations_keep_their_digits():
     """A product that rounded them to 8 bits would be off by its 254th part."""
     arrays = operands(np.random.default_rng(7), E=2048, N=500)
