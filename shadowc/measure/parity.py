@@ -150,7 +150,7 @@ def check_parity(
         seed: of the random tokens.
         advance: called with layers done and their number.
         truth: the tensors with the engine's own rounding, where nothing else is rounded: products are float32 then,
-            and so are the tolerances. None: they are made from `source` and `weights`.
+            and a predictor is as it was trained. None: they are made from `source` and `weights`.
         means: model layer -> mean contexts [H,D] that skipped heads leave; None: the predictor's.
         new_held_probe: the same for masks that hold for a sequence: the token before the masked ones makes all masks.
     """

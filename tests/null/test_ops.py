@@ -75,7 +75,7 @@ def test_what_only_kernels_produce_comes_last(spec: OpSpec) -> None:
 @EACH_OP
 def test_operands_of_a_norm_are_explained_and_are_none_of_the_operators_own(spec: OpSpec) -> None:
     if spec.norm is None:
-        assert spec.name == "SelectThreshold"
+        assert spec.name in ("SelectThreshold", "MatMulRows")
         return
     own = {part.name for part in (*spec.inputs, *spec.outputs, *spec.attributes)}
     parts = (*spec.norm.inputs, *spec.norm.attributes)
