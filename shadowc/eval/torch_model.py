@@ -44,8 +44,8 @@ if TYPE_CHECKING:
     from shadowc.sparsity.reference import MaskedResult, Pair
     from shadowc.spec.options import Scope, Style
 
-BATCH_BYTES = 1 << 29
-"""Rough bound on the logits, and on the scores and masks, of one batch."""
+BATCH_BYTES = 1 << 27
+"""Rough bound on the logits, and on the scores and masks, of one batch; four times as much was slower."""
 KEPT_PROMPT_BYTES = 1 << 30
 """Of K/V of prompts that are kept."""
 

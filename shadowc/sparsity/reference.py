@@ -78,18 +78,38 @@ class MaskedResult:
 
     logits: Tensor
     """[B,S,V]"""
-    mask_heads: Tensor
-    """[B,Z,L,N] bool"""
-    mask_neurons: Tensor
-    """[B,Z,L,N] bool"""
-    scores_heads: Tensor | None
-    """[B,Z,L,N]"""
-    scores_neurons: Tensor | None
-    """[B,Z,L,N]"""
-    threshold_heads: Tensor | None
-    """[B,Z,L]"""
-    threshold_neurons: Tensor | None
-    """[B,Z,L]"""
+    _heads: _Kind
+    _neurons: _Kind
+
+    @property
+    def mask_heads(self) -> Tensor:
+        """Which heads were active, [B,Z,L,N] bool."""
+        return torch.stack(self._heads.masks, dim=2)
+
+    @property
+    def mask_neurons(self) -> Tensor:
+        """Which units of neurons were active, [B,Z,L,N] bool."""
+        return torch.stack(self._neurons.masks, dim=2)
+
+    @property
+    def scores_heads(self) -> Tensor | None:
+        """What the heads were scored, [B,Z,L,N]."""
+        return _stacked(self._heads.scores)
+
+    @property
+    def scores_neurons(self) -> Tensor | None:
+        """What the units of neurons were scored, [B,Z,L,N]."""
+        return _stacked(self._neurons.scores)
+
+    @property
+    def threshold_heads(self) -> Tensor | None:
+        """Below what a head was inactive, [B,Z,L]."""
+        return _stacked(self._heads.thresholds)
+
+    @property
+    def threshold_neurons(self) -> Tensor | None:
+        """Below what a unit of neurons was inactive, [B,Z,L]."""
+        return _stacked(self._neurons.thresholds)
 
 
 @dataclass(slots=True)
@@ -159,6 +179,7 @@ class MaskedModel:
         self._scores = TorchScores(self._tensors, layers - 1, plan.style)
         self._selection = Selection(plan)
         self._unit_of_neuron = [self._units(layer) for layer in range(1, layers)]
+        """[F] of each predicted layer; None: every neuron is a unit, in the checkpoint's order."""
 
     def logits(
         self,
@@ -212,16 +233,7 @@ class MaskedModel:
                     use_cache=state is not None,
                     **places,
                 )
-        heads, neurons = call.kinds
-        return MaskedResult(
-            logits=output.logits,
-            mask_heads=torch.stack(heads.masks, dim=2),
-            mask_neurons=torch.stack(neurons.masks, dim=2),
-            scores_heads=_stacked(heads.scores),
-            scores_neurons=_stacked(neurons.scores),
-            threshold_heads=_stacked(heads.thresholds),
-            threshold_neurons=_stacked(neurons.thresholds),
-        )
+        return MaskedResult(output.logits, *call.kinds)
 
     def _call(
         self,
@@ -310,13 +322,13 @@ class MaskedModel:
         threshold = torch.where(call.dense[:, :, None], -math.inf, threshold.expand(batch, tail, -1))
         kind.thresholds += threshold.unbind(dim=2)
 
-    def _units(self, layer: int) -> Tensor:
-        """Return the unit of each neuron of the checkpoint, [F]."""
+    def _units(self, layer: int) -> Tensor | None:
+        """Return the unit of each neuron of the checkpoint, [F]; None where that is its own number."""
         neurons = self.decoder.neurons
         order_F = self._tensors.get(f"order.{layer}", torch.arange(neurons))
         unit_F = torch.empty(neurons, dtype=torch.int64)
         unit_F[order_F.to(torch.int64)] = torch.arange(neurons) // self.plan.block
-        return unit_F
+        return None if torch.equal(unit_F, torch.arange(neurons)) else unit_F
 
 
 def _force(call: _Call, masks: Pair) -> None:
@@ -362,12 +374,13 @@ def _mask_heads(call: _Call, index: int, mean_HD: Tensor | None) -> Callable[[Te
     return act
 
 
-def _mask_neurons(call: _Call, index: int, unit_F: Tensor) -> Callable[[Tensor], None]:
+def _mask_neurons(call: _Call, index: int, unit_F: Tensor | None) -> Callable[[Tensor], None]:
     """Return what zeroes the inactive neurons of predicted layer `index` in [B*S,F] or [B,S,F], in place."""
 
     def act(fired: Tensor) -> None:
-        inactive_BZF = ~call.neurons.mask(index)[:, :, unit_F]
-        fired.view(-1, call.tokens, len(unit_F))[:, call.tail].masked_fill_(inactive_BZF, 0.0)
+        active_BZN = call.neurons.mask(index)
+        inactive_BZF = ~(active_BZN if unit_F is None else active_BZN[:, :, unit_F])
+        fired.view(-1, call.tokens, fired.shape[-1])[:, call.tail].masked_fill_(inactive_BZF, 0.0)
 
     return act
 

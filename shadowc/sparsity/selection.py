@@ -49,13 +49,29 @@ def select_threshold(
     Raises:
         InputError: the scope is neither "local" nor "global".
     """
+    threshold_BZL = ranked_threshold(scores_BZLN, density_B, scope=scope, exempt=exempt, min_active=min_active)
+    return threshold_BZL, unit_mask(scores_BZLN, threshold_BZL).sum(-1, dtype=torch.int32)
+
+
+def ranked_threshold(
+    scores_BZLN: Tensor,
+    density_B: Tensor,
+    *,
+    scope: Literal["local", "global"],
+    exempt: Sequence[int] = (),
+    min_active: int = 0,
+) -> Tensor:
+    """Return the thresholds of `select_threshold` without counting what they keep."""
     if scope not in ("local", "global"):
         raise InputError(f"the scope of a selection is local or global; found {scope!r}", hint="--scope global")
     if density_B.ndim == 2:
         return _layer_by_layer(scores_BZLN, density_B, exempt, min_active)
     batch, _, layers, units = scores_BZLN.shape
     ranked = [layer for layer in range(layers) if layer not in exempt]
-    rank_BZRN = torch.where(scores_BZLN.isnan(), math.inf, scores_BZLN)[:, :, ranked]
+    rank_BZRN = scores_BZLN if len(ranked) == layers else scores_BZLN[:, :, ranked]
+    missing = rank_BZRN.isnan()
+    if bool(missing.any()):
+        rank_BZRN = torch.where(missing, math.inf, rank_BZRN)
     pool = rank_BZRN if scope == "local" else rank_BZRN.flatten(2).unsqueeze(2)
     threshold_BZR = _kth_or_bound(pool, wanted_units(density_B, pool.shape[3]).expand(batch))
     if min_active > 0:
@@ -63,15 +79,13 @@ def select_threshold(
         threshold_BZR = torch.minimum(threshold_BZR, floor_BZR)
     threshold_BZL = scores_BZLN.new_full(scores_BZLN.shape[:3], -math.inf)
     threshold_BZL[:, :, ranked] = threshold_BZR
-    return threshold_BZL, unit_mask(scores_BZLN, threshold_BZL).sum(-1, dtype=torch.int32)
+    return threshold_BZL
 
 
-def _layer_by_layer(
-    scores_BZLN: Tensor, density_BL: Tensor, exempt: Sequence[int], min_active: int
-) -> tuple[Tensor, Tensor]:
+def _layer_by_layer(scores_BZLN: Tensor, density_BL: Tensor, exempt: Sequence[int], min_active: int) -> Tensor:
     """Return the same where every layer has its own density."""
     parts = [
-        select_threshold(
+        ranked_threshold(
             scores_BZLN[:, :, layer : layer + 1],
             density_BL[:, layer],
             scope="local",
@@ -80,8 +94,7 @@ def _layer_by_layer(
         )
         for layer in range(scores_BZLN.shape[2])
     ]
-    thresholds, actives = zip(*parts, strict=True)
-    return torch.cat(thresholds, dim=2), torch.cat(actives, dim=2)
+    return torch.cat(parts, dim=2)
 
 
 def select_calibrated(
@@ -144,15 +157,12 @@ class Selection:
         if self._shares is not None:
             density_B = layer_density(self._shares[number], density_B)
             density_B = density_B[:, layer - 1] if layer else density_B
-        found, _ = select_threshold(
-            scores_BZLN, density_B, scope=self._plan.scope, exempt=exempt, min_active=min_active
-        )
-        return found
+        return ranked_threshold(scores_BZLN, density_B, scope=self._plan.scope, exempt=exempt, min_active=min_active)
 
 
 def unit_mask(scores: Tensor, threshold: Tensor) -> Tensor:
     """Return which units are active (bool); `threshold` lacks the last axis of `scores`."""
-    return ~(scores < threshold[..., None])
+    return (scores < threshold[..., None]).logical_not_()
 
 
 def wanted_units(density_B: Tensor, population: int) -> Tensor:
@@ -184,5 +194,6 @@ def _kth_largest(pool_BZRM: Tensor, k_B: Tensor) -> Tensor:
         return kth_BZR
     for k in sorted(set(k_B.tolist())):
         rows_B, place = k_B == k, population - k
-        kth_BZR[rows_B] = torch.from_numpy(np.partition(pool_BZRM[rows_B].numpy(), place, axis=3)[..., place])
+        rows_BZRM = pool_BZRM if bool(rows_B.all()) else pool_BZRM[rows_B]
+        kth_BZR[rows_B] = torch.from_numpy(np.partition(rows_BZRM.numpy(), place, axis=3)[..., place])
     return kth_BZR
