@@ -24,6 +24,16 @@ struct Projection {
     return left[row] == 0 && (active || (part != 0 && !a.kv_active_only));
   }
   bool Float16(size_t part) const { return part != 0 && a.cache == CacheType::kFloat16; }
+  // Of a panel.
+  uint16_t WantedRows(size_t part, size_t p, size_t h) const {
+    uint16_t wanted = 0;
+    for (size_t r = 0; r < kPanelRows; ++r) {
+      const size_t row = p * kPanelRows + r;
+      const bool wants = row < a.batch * a.tokens && Wants(part, row, h);
+      wanted = static_cast<uint16_t>(wanted | unsigned{wants} << r);
+    }
+    return wanted;
+  }
   // Where value d of a row's query, key or value goes.
   void* Target(size_t part, size_t row, size_t h, size_t d) const {
     if (part == 0) return query + row * a.width + h * a.head_size + d;
@@ -35,49 +45,32 @@ struct Projection {
 
 // Rows d0 ... d0 + count - 1 of one part of one head, for the panels in which any row has a use for it.
 void Project32(const Projection& projection, size_t h, size_t part, size_t d0, size_t count, size_t p0,
-               size_t p1, int8_t* room, int8_t* woven, PanelSums* sums) {
+               size_t p1, const DotsRoom& room) {
   const AttentionArgs& a = projection.a;
-  WeightRow rows[32];
-  float scale[32];
+  WeightRow rows[kMostRowsOfDots];
+  float scale[kMostRowsOfDots];
   const size_t first = (h * 4 + part) * a.head_size + d0;
   for (size_t i = 0; i < count; ++i) {
     rows[i] = projection.rows_of.Row(first + i);
     scale[i] = rows[i].factor;
   }
-  const RowDots dots(projection.kernels, projection.x, rows, count, a.width, room, woven);
-  const std::byte* next[32];
-  const size_t next_count = std::min<size_t>(32, a.head_size - d0 - count);
+  const RowDots dots(projection.kernels, projection.x, rows, count, a.width, room);
+  const std::byte* next[kMostRowsOfDots];
+  const size_t next_count = std::min(kMostRowsOfDots, a.head_size - d0 - count);
   for (size_t i = 0; i < next_count; ++i) next[i] = projection.rows_of.Values(first + count + i);
-  const size_t later = LaterBytes(projection.rows_of.RowBytes(), projection.x.steps);
+  const LaterRows later{next, next_count, LaterBytes(projection.rows_of.RowBytes(), projection.x.steps)};
   const float* bias = a.bqkv + (h * 3 + part) * a.head_size + d0;
-  const auto wants = [&](size_t p, bool* wanted) {
-    bool any = false;
+  const float factor = part == 0 ? projection.query_factor : 1.0f;
+  const auto wanted = [&](size_t p) { return projection.WantedRows(part, p, h); };
+  void* out[kPanelRows];
+  dots.ForPanels(p0, p1, later, wanted, [&](size_t p, uint16_t rows_wanted, size_t i) -> DotsTarget {
     for (size_t r = 0; r < kPanelRows; ++r) {
-      const size_t row = p * kPanelRows + r;
-      wanted[r] = row < a.batch * a.tokens && projection.Wants(part, row, h);
-      any |= wanted[r];
+      const bool is_wanted = (rows_wanted >> r & 1) != 0;
+      out[r] = is_wanted ? projection.Target(part, p * kPanelRows + r, h, d0 + i) : nullptr;
     }
-    return any;
-  };
-  const auto finish = [&](size_t p, const bool* wanted, const PanelSums& sum, size_t i) {
-    void* out[kPanelRows];
-    for (size_t r = 0; r < kPanelRows; ++r) {
-      out[r] = wanted[r] ? projection.Target(part, p * kPanelRows + r, h, d0 + i) : nullptr;
-    }
-    dots.Finish(sum, p,
-                {scale + i, bias + i, part == 0 ? projection.query_factor : 1.0f, false, nullptr, out,
-                 projection.Float16(part), std::min<size_t>(16, count - i), nullptr});
-  };
-  for (size_t p = p0, together = 1; p < p1; p += together) {
-    together = PanelsTogether(projection.kernels, projection.x, p, p1);
-    bool wanted[kMostTogether][kPanelRows], any = false;
-    for (size_t i = 0; i < together; ++i) any |= wants(p + i, wanted[i]);
-    if (!any) continue;
-    dots.With(p, together, LaterOf(next, next_count, p - p0, together, p1 - p0, later), sums);
-    for (size_t i = 0; i < 2 * together; ++i) {
-      if (i % 2 * 16 < count) finish(p + i / 2, wanted[i / 2], sums[i], i % 2 * 16);
-    }
-  }
+    const size_t here = std::min<size_t>(16, count - i);
+    return {scale + i, bias + i, factor, false, nullptr, out, projection.Float16(part), here, nullptr};
+  });
 }
 
 }  // namespace
@@ -106,13 +99,10 @@ void ProjectPanels(const PanelKernels& kernels, const AttentionArgs& a, const ui
       used = projection.Wants(part, row, h);
     }
     if (!used) return;  // its weights are not read either
-    Arena& arena = ThreadArena();
-    int8_t* room = arena.Take<int8_t>(32 * x.steps * kPanelStep);
-    int8_t* woven = arena.Take<int8_t>(32 * x.steps * kPanelStep);
-    PanelSums* sums = arena.Take<PanelSums>(2 * kMostTogether);
+    const DotsRoom room(x);
     const PanelScope scope(kernels);
-    for (size_t d = 0; d < a.head_size; d += 32) {
-      Project32(projection, h, part, d, std::min<size_t>(32, a.head_size - d), p0, p1, room, woven, sums);
+    for (size_t d = 0; d < a.head_size; d += kMostRowsOfDots) {
+      Project32(projection, h, part, d, std::min(kMostRowsOfDots, a.head_size - d), p0, p1, room);
     }
   });
 }

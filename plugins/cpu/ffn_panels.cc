@@ -74,41 +74,33 @@ size_t HalvesBefore(const Work& work, const Block& block, size_t p0, size_t p1, 
 // Hidden values of panels p0 ... p1 - 1 for at most 32 neurons, the first of which is block.neurons[n].
 // Meanwhile the fc1 halves of the next 32 are fetched, and the fc2 halves of the `before` ones in front.
 void Hidden32(const Work& work, const Block& block, const Panels& x, size_t p0, size_t p1, size_t n,
-              size_t before, size_t count, int8_t* room, int8_t* woven, PanelSums* sums) {
+              size_t before, size_t count, const DotsRoom& room) {
   const FfnArgs& a = work.a;
   const uint32_t* list = block.neurons + n;
-  WeightRow rows[32];
-  float scale[32], bias[32];
+  WeightRow rows[kMostRowsOfDots];
+  float scale[kMostRowsOfDots], bias[kMostRowsOfDots];
   for (size_t i = 0; i < count; ++i) {
     rows[i] = work.rows_of.Row(2 * list[i]);
     scale[i] = rows[i].factor;
     bias[i] = a.b1[list[i]];
     if (p0 == 0) block.second[n + i] = work.rows_of.Row(2 * list[i] + 1);
   }
-  const RowDots dots(work.kernels, x, rows, count, a.width, room, woven);
-  const std::byte* next[64];
-  size_t next_count = std::min<size_t>(32, block.count - n - count);
+  const RowDots dots(work.kernels, x, rows, count, a.width, room);
+  const std::byte* next[2 * kMostRowsOfDots];
+  size_t next_count = std::min(kMostRowsOfDots, block.count - n - count);
   for (size_t i = 0; i < next_count; ++i) next[i] = work.rows_of.Values(2 * list[count + i]);
   next_count += HalvesBefore(work, block, p0, p1, n, before, next + next_count);
-  const size_t later = LaterBytes(work.rows_of.RowBytes(), x.steps);
-  const auto finish = [&](size_t p, const PanelSums& sum, size_t i0) {
-    uint16_t mask[16];
-    void* out[kPanelRows];
+  const LaterRows later{next, next_count, LaterBytes(work.rows_of.RowBytes(), x.steps)};
+  uint16_t mask[16];
+  void* out[kPanelRows];
+  dots.ForPanels(p0, p1, later, RowDots::AllRows, [&](size_t p, uint16_t, size_t i0) -> DotsTarget {
     for (size_t i = i0; i < std::min(count, i0 + 16); ++i) mask[i - i0] = work.MaskOf(p, list[i]);
     for (size_t r = 0; r < kPanelRows; ++r) {
       out[r] = block.hidden + (p * kPanelRows + r) * block.stride + n + i0;
     }
-    dots.Finish(sum, p,
-                {scale + i0, bias + i0, 1.0f, true, mask, out, false, std::min<size_t>(16, count - i0),
-                 block.fired + p * kBlock + n + i0});
-  };
-  for (size_t p = p0, together = 1; p < p1; p += together) {
-    together = PanelsTogether(work.kernels, x, p, p1);
-    dots.With(p, together, LaterOf(next, next_count, p - p0, together, p1 - p0, later), sums);
-    for (size_t i = 0; i < 2 * together; ++i) {
-      if (i % 2 * 16 < count) finish(p + i / 2, sums[i], i % 2 * 16);
-    }
-  }
+    uint16_t* fired = block.fired + p * kBlock + n + i0;
+    return {scale + i0, bias + i0, 1.0f, true, mask, out, false, std::min<size_t>(16, count - i0), fired};
+  });
 }
 
 void FirstLayer(const Work& work, const Block& block, const Panels& x, const Parallel& parallel) {
@@ -117,14 +109,11 @@ void FirstLayer(const Work& work, const Block& block, const Panels& x, const Par
   parallel.For(groups * parts, [&](size_t task) {
     const size_t p0 = task / parts * kPanelsAtOnce, p1 = std::min(panels, p0 + kPanelsAtOnce);
     const size_t first = task % parts * kNeuronsAtOnce, last = std::min(block.count, first + kNeuronsAtOnce);
-    Arena& arena = ThreadArena();
-    int8_t* room = arena.Take<int8_t>(32 * x.steps * kPanelStep);
-    int8_t* woven = arena.Take<int8_t>(32 * x.steps * kPanelStep);
-    PanelSums* sums = arena.Take<PanelSums>(2 * kMostTogether);
+    const DotsRoom room(x);
     const PanelScope scope(work.kernels);
-    for (size_t n = first; n < last; n += 32) {
-      const size_t before = std::min<size_t>(32, n - first);
-      Hidden32(work, block, x, p0, p1, n, before, std::min<size_t>(32, last - n), room, woven, sums);
+    for (size_t n = first; n < last; n += kMostRowsOfDots) {
+      const size_t before = std::min(kMostRowsOfDots, n - first);
+      Hidden32(work, block, x, p0, p1, n, before, std::min(kMostRowsOfDots, last - n), room);
     }
   });
 }

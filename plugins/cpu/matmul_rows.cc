@@ -46,56 +46,44 @@ namespace {
 
 HWY_EXPORT(MultiplyRows);
 
-constexpr size_t kRowsAtOnce = 32;  // of w
 constexpr size_t kPanelsAtOnce = 16;
 
 // y of panels p0 ... p1 - 1 and rows o ... o + count - 1 of w.
 void Multiply32(const MatMulRowsArgs& a, const PanelKernels& kernels, const WeightTable& rows_of,
                 const Panels& x, const uint8_t* left, size_t o, size_t count, size_t p0, size_t p1) {
-  static constexpr float kNoBias[kRowsAtOnce] = {};
-  Arena& arena = ThreadArena();
-  int8_t* room = arena.Take<int8_t>(kRowsAtOnce * x.steps * kPanelStep);
-  int8_t* woven = arena.Take<int8_t>(kRowsAtOnce * x.steps * kPanelStep);
-  PanelSums* sums = arena.Take<PanelSums>(2 * kMostTogether);
-  WeightRow rows[kRowsAtOnce];
+  static constexpr float kNoBias[kMostRowsOfDots] = {};
+  const DotsRoom room(x);
+  WeightRow rows[kMostRowsOfDots];
   for (size_t i = 0; i < count; ++i) rows[i] = rows_of.Row(o + i);
-  const std::byte* next[kRowsAtOnce];
-  const size_t next_count = std::min(kRowsAtOnce, a.outputs - o - count);
+  const std::byte* next[kMostRowsOfDots];
+  const size_t next_count = std::min(kMostRowsOfDots, a.outputs - o - count);
   for (size_t i = 0; i < next_count; ++i) next[i] = rows_of.Values(o + count + i);
-  const size_t later = LaterBytes(rows_of.RowBytes(), x.steps);
+  const LaterRows later{next, next_count, LaterBytes(rows_of.RowBytes(), x.steps)};
   const PanelScope scope(kernels);
-  const RowDots dots(kernels, x, rows, count, a.width, room, woven);
-  const auto finish = [&](size_t p, const PanelSums& sum, size_t i) {
-    void* out[kPanelRows];
+  const RowDots dots(kernels, x, rows, count, a.width, room);
+  void* out[kPanelRows];
+  dots.ForPanels(p0, p1, later, RowDots::AllRows, [&](size_t p, uint16_t, size_t i) -> DotsTarget {
     for (size_t r = 0; r < kPanelRows; ++r) {
       const size_t row = p * kPanelRows + r;
       out[r] = row < a.rows && left[row] == 0 ? a.y + row * a.outputs + o + i : nullptr;
     }
-    dots.Finish(sum, p,
-                {a.scales + o + i, kNoBias, 1.0f, false, nullptr, out, false, std::min<size_t>(16, count - i),
-                 nullptr});
-  };
-  for (size_t p = p0, together = 1; p < p1; p += together) {
-    together = PanelsTogether(kernels, x, p, p1);
-    dots.With(p, together, LaterOf(next, next_count, p - p0, together, p1 - p0, later), sums);
-    for (size_t i = 0; i < 2 * together; ++i) {
-      if (i % 2 * 16 < count) finish(p + i / 2, sums[i], i % 2 * 16);
-    }
-  }
+    const size_t here = std::min<size_t>(16, count - i);
+    return {a.scales + o + i, kNoBias, 1.0f, false, nullptr, out, false, here, nullptr};
+  });
 }
 
 void MultiplyPanels(const MatMulRowsArgs& a, const PanelKernels& kernels, CallArena* arena,
                     const Parallel& parallel) {
   const size_t panels = PanelsOf(a.rows), groups = (panels + kPanelsAtOnce - 1) / kPanelsAtOnce;
-  const size_t pieces = (a.outputs + kRowsAtOnce - 1) / kRowsAtOnce;
+  const size_t pieces = (a.outputs + kMostRowsOfDots - 1) / kMostRowsOfDots;
   const Panels x = TakePanels(kernels, arena, panels, a.width, Rounding::kNone);
   uint8_t* left = arena->Take<uint8_t>(panels * kPanelRows);
   std::fill(left, left + panels * kPanelRows, uint8_t{0});
   SplitRows(kernels, a.x, a.width, nullptr, a.rows, a.width, RowDots::IsByQuad(kernels), x, left, parallel);
   const WeightTable rows_of(kernels, WeightType::kInt8, a.w, a.scales, a.width);
   parallel.For(pieces * groups, [&](size_t task) {
-    const size_t o = task % pieces * kRowsAtOnce, p0 = task / pieces * kPanelsAtOnce;
-    Multiply32(a, kernels, rows_of, x, left, o, std::min(kRowsAtOnce, a.outputs - o), p0,
+    const size_t o = task % pieces * kMostRowsOfDots, p0 = task / pieces * kPanelsAtOnce;
+    Multiply32(a, kernels, rows_of, x, left, o, std::min(kMostRowsOfDots, a.outputs - o), p0,
                std::min(panels, p0 + kPanelsAtOnce));
   });
   for (size_t row = 0; row < a.rows; ++row) {

@@ -7,6 +7,34 @@
 
 namespace shadowc {
 
+namespace {
+
+// At most kMostRowsOfDots weight rows as `dots` takes them: where they lie if it can, else gathered into
+// `room` [kMostRowsOfDots, steps * kPanelStep].
+WeightRows RowsForDots(const PanelKernels& kernels, const WeightRow* rows, size_t count, size_t width,
+                       int8_t* room) {
+  const size_t bytes = width * kernels.element, halves = (count + 15) / 16;
+  const size_t padded = (bytes + kPanelStep - 1) / kPanelStep * kPanelStep;
+  bool as_they_lie = kernels.unpack == nullptr && bytes == padded && count == halves * 16;
+  const auto apart = [&](size_t n) { return rows[n].values - rows[n - 1].values; };
+  for (size_t n = 2; as_they_lie && n < count; ++n) as_they_lie = apart(n) == apart(1);
+  if (as_they_lie && apart(1) > 0) {
+    return {reinterpret_cast<const int8_t*>(rows[0].values), static_cast<size_t>(apart(1)), halves};
+  }
+  for (size_t n = 0; n < count; ++n) {
+    int8_t* to = room + n * padded;
+    if (kernels.unpack != nullptr) {
+      kernels.unpack(rows[n], 0, width, to);
+    } else {
+      std::memcpy(to, rows[n].values, bytes);
+    }
+    std::memset(to + bytes, 0, padded - bytes);  // meets zeros, which NaN would not leave zeros
+  }
+  return {room, padded, halves};
+}
+
+}  // namespace
+
 const PanelKernels* KernelsFor(WeightType type, Rounding rounding, size_t rows, size_t width,
                                size_t weights) {
   // A call has some ten parallel sections more than with floats: small matrices are done before those start.
@@ -58,46 +86,33 @@ void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const
   });
 }
 
-RowDots::RowDots(const PanelKernels& kernels, const Panels& panels, const WeightRow* rows, size_t count,
-                 size_t width, int8_t* room, int8_t* woven)
-    : kernels_(kernels),
-      panels_(panels),
-      weights_(RowsForDots(kernels, rows, count, width, room)),
-      woven_(woven) {
-  if (!IsByQuad(kernels)) kernels.weave_rows(weights_, panels.steps, woven);
+DotsRoom::DotsRoom(const Panels& panels) {
+  Arena& arena = ThreadArena();
+  rows = arena.Take<int8_t>(kMostRowsOfDots * panels.steps * kPanelStep);
+  woven = arena.Take<int8_t>(kMostRowsOfDots * panels.steps * kPanelStep);
+  sums = arena.Take<PanelSums>(2 * kMostTogether);
 }
 
-void RowDots::With(size_t p, size_t count, const LaterRows& later, PanelSums* sums) const {
-  if (count == 2) return kernels_.dots_two(weights_, panels_, p, later, sums);
-  if (IsByQuad(kernels_)) return kernels_.dots(weights_, panels_, p, later, sums);
-  kernels_.mix_rows(panels_, p, woven_, later, sums);
+RowDots::RowDots(const PanelKernels& kernels, const Panels& panels, const WeightRow* rows, size_t count,
+                 size_t width, const DotsRoom& room)
+    : kernels_(kernels),
+      panels_(panels),
+      count_(count),
+      weights_(RowsForDots(kernels, rows, count, width, room.rows)),
+      woven_(room.woven),
+      sums_(room.sums) {
+  if (!IsByQuad(kernels)) kernels.weave_rows(weights_, panels.steps, room.woven);
+}
+
+void RowDots::With(size_t p, size_t together, const LaterRows& later) const {
+  if (together == 2) return kernels_.dots_two(weights_, panels_, p, later, sums_);
+  if (IsByQuad(kernels_)) return kernels_.dots(weights_, panels_, p, later, sums_);
+  kernels_.mix_rows(panels_, p, woven_, later, sums_);
 }
 
 void RowDots::Finish(const PanelSums& sums, size_t p, const DotsTarget& target) const {
   const auto finish = IsByQuad(kernels_) ? kernels_.finish_dots : kernels_.finish_woven_dots;
   finish(sums, panels_.Places(p), panels_.step + p * kPanelRows, target);
-}
-
-WeightRows RowsForDots(const PanelKernels& kernels, const WeightRow* rows, size_t count, size_t width,
-                       int8_t* room) {
-  const size_t bytes = width * kernels.element, halves = (count + 15) / 16;
-  const size_t padded = (bytes + kPanelStep - 1) / kPanelStep * kPanelStep;
-  bool as_they_lie = kernels.unpack == nullptr && bytes == padded && count == halves * 16;
-  const auto apart = [&](size_t n) { return rows[n].values - rows[n - 1].values; };
-  for (size_t n = 2; as_they_lie && n < count; ++n) as_they_lie = apart(n) == apart(1);
-  if (as_they_lie && apart(1) > 0) {
-    return {reinterpret_cast<const int8_t*>(rows[0].values), static_cast<size_t>(apart(1)), halves};
-  }
-  for (size_t n = 0; n < count; ++n) {
-    int8_t* to = room + n * padded;
-    if (kernels.unpack != nullptr) {
-      kernels.unpack(rows[n], 0, width, to);
-    } else {
-      std::memcpy(to, rows[n].values, bytes);
-    }
-    std::memset(to + bytes, 0, padded - bytes);  // meets zeros, which NaN would not leave zeros
-  }
-  return {room, padded, halves};
 }
 
 void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const WeightRow* rows, size_t count,

@@ -64,30 +64,60 @@ inline size_t PanelsTogether(const PanelKernels& kernels, const Panels& panels, 
   return two ? 2 : 1;
 }
 
-// Dot products of at most 32 weight rows with panels: once made, `With` as often as there are panels. The
-// panels are stored by row where the kernels weave weight rows (IsByQuad).
-class RowDots {
- public:
-  // `room` and `woven` [32, panels.steps * kPanelStep].
-  RowDots(const PanelKernels& kernels, const Panels& panels, const WeightRow* rows, size_t count,
-          size_t width, int8_t* room, int8_t* woven);
-  static bool IsByQuad(const PanelKernels& kernels) { return kernels.weave_rows == nullptr; }
+// The rows that panels i ... i + together - 1 of `panels` (all of which meet the same weight rows) fetch of
+// the next ones.
+inline LaterRows LaterOf(const LaterRows& next, size_t i, size_t together, size_t panels) {
+  const size_t from = next.count * i / panels;
+  return {next.rows + from, next.count * (i + together) / panels - from, next.bytes};
+}
 
-  // sums[2 * i + half] of the i-th of `count` panels, as many as PanelsTogether says.
-  void With(size_t p, size_t count, const LaterRows& later, PanelSums* sums) const;
-  void Finish(const PanelSums& sums, size_t p, const DotsTarget& target) const;
+inline constexpr size_t kMostRowsOfDots = 32;
 
- private:
-  const PanelKernels& kernels_;
-  const Panels& panels_;
-  WeightRows weights_;
-  const int8_t* woven_;
+// The memory of this thread (arena.h: it has no other meanwhile) for RowDots, of one after another.
+struct DotsRoom {
+  explicit DotsRoom(const Panels& panels);
+  int8_t *rows, *woven;  // [kMostRowsOfDots, panels.steps * kPanelStep]
+  PanelSums* sums;       // [kMostTogether, 2]
 };
 
-// At most 32 weight rows as `dots` takes them: where they lie if it can, else gathered into `room`
-// [32, steps * kPanelStep].
-WeightRows RowsForDots(const PanelKernels& kernels, const WeightRow* rows, size_t count, size_t width,
-                       int8_t* room);
+// Dot products of at most kMostRowsOfDots weight rows with panels. The panels are stored by row where the
+// kernels weave weight rows (IsByQuad).
+class RowDots {
+ public:
+  RowDots(const PanelKernels& kernels, const Panels& panels, const WeightRow* rows, size_t count,
+          size_t width, const DotsRoom& room);
+  static bool IsByQuad(const PanelKernels& kernels) { return kernels.weave_rows == nullptr; }
+
+  // With panels p0 ... p1 - 1: target(p, wanted, i) says what becomes of those with weight rows i and so on,
+  // at most 16 of them. wanted(p) are the rows of a panel that have a use for any (bit r: row r). Meanwhile
+  // the rows of `next` are fetched, a share with every panel.
+  template <class Wanted, class Target>
+  void ForPanels(size_t p0, size_t p1, const LaterRows& next, Wanted&& wanted, Target&& target) const {
+    for (size_t p = p0, together = 1; p < p1; p += together) {
+      together = PanelsTogether(kernels_, panels_, p, p1);
+      uint16_t rows[kMostTogether], any = 0;
+      for (size_t i = 0; i < together; ++i) any |= rows[i] = wanted(p + i);
+      if (any == 0) continue;
+      With(p, together, LaterOf(next, p - p0, together, p1 - p0));
+      for (size_t i = 0; i < 2 * together; ++i) {
+        const size_t first = i % 2 * 16;
+        if (first < count_) Finish(sums_[i], p + i / 2, target(p + i / 2, rows[i / 2], first));
+      }
+    }
+  }
+  static uint16_t AllRows(size_t) { return 0xFFFF; }
+
+ private:
+  void With(size_t p, size_t together, const LaterRows& later) const;
+  void Finish(const PanelSums& sums, size_t p, const DotsTarget& target) const;
+
+  const PanelKernels& kernels_;
+  const Panels& panels_;
+  size_t count_;
+  WeightRows weights_;
+  const int8_t* woven_;
+  PanelSums* sums_;  // [panel, half]
+};
 
 // y[r] = (bias, or y[r] if null) + sum over k < count of row r of `panels` (by row) times weight row rows[k],
 // for rows r of y (stride `width`) that are not left[r]. Null rows count as zeros and are not read. Factors
@@ -102,14 +132,6 @@ void AddResidual(const float* residual, size_t rows, size_t width, const uint8_t
 
 // How much of each such row is fetched with every step.
 inline size_t LaterBytes(size_t row_bytes, size_t steps) { return (row_bytes + steps - 1) / steps; }
-
-// The rows that panels i ... i + together - 1 of `panels` (all of which meet the same weight rows) fetch of
-// the `count` next ones.
-inline LaterRows LaterOf(const std::byte* const* next, size_t count, size_t i, size_t together, size_t panels,
-                         size_t bytes) {
-  const size_t from = count * i / panels;
-  return {next + from, count * (i + together) / panels - from, bytes};
-}
 
 // Between begin and end on this thread.
 class PanelScope {

@@ -56,146 +56,121 @@ void StoreTiles(size_t halves, PanelSums* sums) {
   _tile_stored(3, sums[1][2], 64);
 }
 
+// The weights that a panel meets, in two halves of 16 weight rows or woven columns.
+struct WeightTiles {
+  const int8_t *first, *second;  // of each half
+  size_t stride, step;           // bytes from row to row of a tile, and from step to step
+  size_t halves;
+};
+
+inline WeightTiles TilesOf(const WeightRows& weights) {
+  const size_t stride = weights.stride;
+  return {weights.first, weights.first + 16 * stride, stride, kPanelStep, weights.halves};
+}
+inline WeightTiles TilesOf(const int8_t* woven, size_t steps) {
+  return {woven, woven + steps * kPanelBlock, kPanelStep, kPanelBlock, 2};
+}
+
+// Tile kTo += the product of tile kWeights and tile kDigits: weight rows are the rows of the sums, woven
+// columns their columns.
+template <TileProduct kProduct, bool kRows, int kTo, int kWeights, int kDigits>
+inline void Meet() {
+  Multiply<kProduct, kTo, kRows ? kWeights : kDigits, kRows ? kDigits : kWeights>();
+}
+
 // Six sums fill six of the eight tiles; one holds weights, one a digit, walked there and back so that the two
 // halves share one load.
-template <TileProduct kProduct, size_t kPlaces>
-void DotsPlaces(const WeightRows& weights, const Panels& panels, size_t p, const LaterRows& later,
-                PanelSums* sums) {
+template <TileProduct kProduct, bool kRows, size_t kPlaces>
+void SumPlaces(const WeightTiles& weights, const Panels& panels, size_t p, const LaterRows& later,
+               PanelSums* sums) {
   constexpr size_t kLast = (kPlaces - 1) * kPanelBlock;
-  const size_t stride = weights.stride;
-  const int8_t *digit = panels.Panel(p), *first = weights.first, *second = first + 16 * stride;
+  const int8_t* digit = panels.Panel(p);
   ZeroTiles();
   for (size_t s = 0; s < panels.steps; ++s, digit += kPlaces * kPanelBlock) {
     Fetch(later, s);
-    _tile_loadd(6, first + s * kPanelStep, stride);
+    _tile_loadd(6, weights.first + s * weights.step, weights.stride);
     _tile_loadd(7, digit + kLast, 64);
-    Multiply<kProduct, 0, 6, 7>();
+    Meet<kProduct, kRows, 0, 6, 7>();
     if constexpr (kPlaces > 1) {
       _tile_loadd(7, digit + kLast - kPanelBlock, 64);
-      Multiply<kProduct, 1, 6, 7>();
+      Meet<kProduct, kRows, 1, 6, 7>();
     }
     if constexpr (kPlaces > 2) {
       _tile_loadd(7, digit, 64);
-      Multiply<kProduct, 2, 6, 7>();
+      Meet<kProduct, kRows, 2, 6, 7>();
     }
     if (weights.halves == 1) continue;
-    _tile_loadd(6, second + s * kPanelStep, stride);
+    _tile_loadd(6, weights.second + s * weights.step, weights.stride);
     if constexpr (kPlaces > 2) {
-      Multiply<kProduct, 5, 6, 7>();
+      Meet<kProduct, kRows, 5, 6, 7>();
       _tile_loadd(7, digit + kPanelBlock, 64);
     }
     if constexpr (kPlaces > 1) {
-      Multiply<kProduct, 4, 6, 7>();
+      Meet<kProduct, kRows, 4, 6, 7>();
       _tile_loadd(7, digit + kLast, 64);
     }
-    Multiply<kProduct, 3, 6, 7>();
+    Meet<kProduct, kRows, 3, 6, 7>();
   }
   StoreTiles<kPlaces>(weights.halves, sums);
 }
 
-template <TileProduct kProduct, size_t kPlaces>
-void MixTiles(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums) {
-  constexpr size_t kLast = (kPlaces - 1) * kPanelBlock;
-  const int8_t *digit = panels.Panel(p), *second = woven + panels.steps * kPanelBlock;
-  ZeroTiles();
-  for (size_t s = 0; s < panels.steps; ++s, digit += kPlaces * kPanelBlock) {
-    _tile_loadd(6, woven + s * kPanelBlock, 64);
-    _tile_loadd(7, digit + kLast, 64);
-    Multiply<kProduct, 0, 7, 6>();
-    if constexpr (kPlaces > 1) {
-      _tile_loadd(7, digit + kLast - kPanelBlock, 64);
-      Multiply<kProduct, 1, 7, 6>();
-    }
-    if constexpr (kPlaces > 2) {
-      _tile_loadd(7, digit, 64);
-      Multiply<kProduct, 2, 7, 6>();
-    }
-    _tile_loadd(6, second + s * kPanelBlock, 64);
-    if constexpr (kPlaces > 2) {
-      Multiply<kProduct, 5, 7, 6>();
-      _tile_loadd(7, digit + kPanelBlock, 64);
-    }
-    if constexpr (kPlaces > 1) {
-      Multiply<kProduct, 4, 7, 6>();
-      _tile_loadd(7, digit + kLast, 64);
-    }
-    Multiply<kProduct, 3, 7, 6>();
-  }
-  StoreTiles<kPlaces>(2, sums);
-}
-
-template <TileProduct kProduct>
-void DotsAmx(const WeightRows& weights, const Panels& panels, size_t p, const LaterRows& later,
-             PanelSums* sums) {
+template <TileProduct kProduct, bool kRows>
+void SumTiles(const WeightTiles& weights, const Panels& panels, size_t p, const LaterRows& later,
+              PanelSums* sums) {
   switch (panels.Places(p)) {
     case 1:
-      return DotsPlaces<kProduct, 1>(weights, panels, p, later, sums);
+      return SumPlaces<kProduct, kRows, 1>(weights, panels, p, later, sums);
     case 2:
-      return DotsPlaces<kProduct, 2>(weights, panels, p, later, sums);
+      return SumPlaces<kProduct, kRows, 2>(weights, panels, p, later, sums);
     default:
-      return DotsPlaces<kProduct, 3>(weights, panels, p, later, sums);
-  }
-}
-
-template <TileProduct kProduct>
-void MixAmx(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums) {
-  switch (panels.Places(p)) {
-    case 1:
-      return MixTiles<kProduct, 1>(panels, p, woven, sums);
-    case 2:
-      return MixTiles<kProduct, 2>(panels, p, woven, sums);
-    default:
-      return MixTiles<kProduct, 3>(panels, p, woven, sums);
+      return SumPlaces<kProduct, kRows, 3>(weights, panels, p, later, sums);
   }
 }
 
 // Two panels of one digit share each tile of weights: four loads, which come from L2, for four products.
-inline void StoreTwo(size_t halves, PanelSums* sums) {
+template <TileProduct kProduct, bool kRows>
+void SumTwo(const WeightTiles& weights, const Panels& panels, size_t p, const LaterRows& later,
+            PanelSums* sums) {
+  const int8_t *digit = panels.Panel(p), *next = panels.Panel(p + 1);
+  ZeroTiles();
+  for (size_t s = 0; s < panels.steps; ++s) {
+    Fetch(later, s);
+    _tile_loadd(4, weights.first + s * weights.step, weights.stride);
+    _tile_loadd(6, digit + s * kPanelBlock, 64);
+    Meet<kProduct, kRows, 0, 4, 6>();
+    _tile_loadd(7, next + s * kPanelBlock, 64);
+    Meet<kProduct, kRows, 1, 4, 7>();
+    if (weights.halves == 1) continue;
+    _tile_loadd(5, weights.second + s * weights.step, weights.stride);
+    Meet<kProduct, kRows, 2, 5, 6>();
+    Meet<kProduct, kRows, 3, 5, 7>();
+  }
   _tile_stored(0, sums[0][2], 64);
   _tile_stored(1, sums[2][2], 64);
-  if (halves == 1) return;
+  if (weights.halves == 1) return;
   _tile_stored(2, sums[1][2], 64);
   _tile_stored(3, sums[3][2], 64);
 }
 
+// ---- as PanelKernels wants them
+
+template <TileProduct kProduct>
+void DotsAmx(const WeightRows& weights, const Panels& panels, size_t p, const LaterRows& later,
+             PanelSums* sums) {
+  SumTiles<kProduct, true>(TilesOf(weights), panels, p, later, sums);
+}
 template <TileProduct kProduct>
 void DotsTwoAmx(const WeightRows& weights, const Panels& panels, size_t p, const LaterRows& later,
                 PanelSums* sums) {
-  const size_t stride = weights.stride;
-  const int8_t *digit = panels.Panel(p), *next = panels.Panel(p + 1);
-  const int8_t *first = weights.first, *second = first + 16 * stride;
-  ZeroTiles();
-  for (size_t k = 0; k < panels.steps * kPanelBlock; k += kPanelBlock) {
-    Fetch(later, k / kPanelBlock);
-    _tile_loadd(4, first + k / kPanelRows, stride);
-    _tile_loadd(6, digit + k, 64);
-    Multiply<kProduct, 0, 4, 6>();
-    _tile_loadd(7, next + k, 64);
-    Multiply<kProduct, 1, 4, 7>();
-    if (weights.halves == 1) continue;
-    _tile_loadd(5, second + k / kPanelRows, stride);
-    Multiply<kProduct, 2, 5, 6>();
-    Multiply<kProduct, 3, 5, 7>();
-  }
-  StoreTwo(weights.halves, sums);
+  SumTwo<kProduct, true>(TilesOf(weights), panels, p, later, sums);
 }
-
+template <TileProduct kProduct>
+void MixAmx(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums) {
+  SumTiles<kProduct, false>(TilesOf(woven, panels.steps), panels, p, {}, sums);
+}
 template <TileProduct kProduct>
 void MixTwoAmx(const Panels& panels, size_t p, const int8_t* woven, PanelSums* sums) {
-  const int8_t *digit = panels.Panel(p), *next = panels.Panel(p + 1);
-  const int8_t* second = woven + panels.steps * kPanelBlock;
-  ZeroTiles();
-  for (size_t k = 0; k < panels.steps * kPanelBlock; k += kPanelBlock) {
-    _tile_loadd(4, woven + k, 64);
-    _tile_loadd(6, digit + k, 64);
-    Multiply<kProduct, 0, 6, 4>();
-    _tile_loadd(7, next + k, 64);
-    Multiply<kProduct, 1, 7, 4>();
-    _tile_loadd(5, second + k, 64);
-    Multiply<kProduct, 2, 6, 5>();
-    Multiply<kProduct, 3, 7, 5>();
-  }
-  StoreTwo(2, sums);
+  SumTwo<kProduct, false>(TilesOf(woven, panels.steps), panels, p, {}, sums);
 }
 
 }  // namespace shadowc
