@@ -18,7 +18,7 @@ Protocol = Literal["decode", "prompt", "paper"]
 PROTOCOLS: Mapping[Protocol, str] = MappingProxyType(
     {
         "decode": "every token behind the dense prompt under a mask of its own; K/V made under those masks; causal",
-        "prompt": "the last token of the dense prompt makes one mask for all tokens behind it; causal",
+        "prompt": "the dense prompt makes one mask for all tokens behind it (of a predictor its last token); causal",
         "paper": "the last token makes one mask for all tokens, those before it included; not causal, to compare only",
     }
 )

@@ -110,6 +110,8 @@ class _Walk:
     seen: Mapping[str, Tensor]
     written: Tensor | None
     """Which keys and values the cache holds [B,S,E]; None: all."""
+    exact_context: Tensor | None = None
+    """[B,S,E] from keys and values that were not rounded; None: attention sees those of the cache."""
     found: dict[str, float] = field(default_factory=dict)
 
     def take(self, step: str, exact: Tensor) -> Tensor:
@@ -122,8 +124,11 @@ class _Walk:
                 theirs = torch.where(self.written.reshape(exact.shape), theirs, exact.to(theirs.dtype))
             self.found[step] = worse(self.found.get(step, 0.0), beyond_rounding(theirs, exact))
         else:
-            difference = (theirs - exact).abs().max().item()
-            self.found[step] = worse(self.found.get(step, 0.0), relative(difference, exact.abs().max().item()))
+            difference = (theirs - exact).abs()
+            if step == "context" and self.exact_context is not None:
+                difference = torch.minimum(difference, (theirs - self.exact_context.reshape(exact.shape)).abs())
+            worst = relative(difference.max().item(), exact.abs().max().item())
+            self.found[step] = worse(self.found.get(step, 0.0), worst)
         return theirs.to(exact.dtype)
 
 
@@ -138,6 +143,7 @@ class LayerWalk(LayerReference):
         seen: Mapping[str, Tensor],
         *,
         every_head_written: bool = True,
+        exact_new_tokens: bool = False,
     ) -> dict[str, float]:
         """Step -> largest difference of the engine's tensor from torch's, of torch's largest value.
 
@@ -147,9 +153,14 @@ class LayerWalk(LayerReference):
             neuron_mask_BSF: the same.
             seen: step -> the engine's tensor, [B,S,E], keys and values [B,S,H,D] as stored; only what its graph has.
             every_head_written: False: of inactive heads the cache holds nothing that is meant, and nothing is compared.
+            exact_new_tokens: attention saw keys and values of a call's own tokens before they were rounded for the
+                cache; each value of the context may be that of either.
         """
         heads_BSE = head_mask_BSH.repeat_interleave(x_BSE.shape[2] // head_mask_BSH.shape[2], dim=2)
-        walk, attention = _Walk(seen, None if every_head_written else heads_BSE), self._module.self_attn
+        attention = self._module.self_attn
+        walk = _Walk(seen, None if every_head_written else heads_BSE)
+        if exact_new_tokens:
+            walk.exact_context = torch.where(heads_BSE, self.context(x_BSE), 0.0)
 
         def masked_neurons(hidden: Tensor) -> Tensor:
             return torch.where(neuron_mask_BSF.reshape(hidden.shape), hidden, 0.0)
