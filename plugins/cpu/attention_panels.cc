@@ -24,7 +24,7 @@ struct Projection {
     return left[row] == 0 && (active || (part != 0 && !a.kv_active_only));
   }
   bool Float16(size_t part) const { return part != 0 && a.cache == CacheType::kFloat16; }
-  // Of a panel.
+  // Those of panel p, bit r: row r.
   uint16_t WantedRows(size_t part, size_t p, size_t h) const {
     uint16_t wanted = 0;
     for (size_t r = 0; r < kPanelRows; ++r) {

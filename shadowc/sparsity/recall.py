@@ -52,10 +52,10 @@ def selected(scores: Floats, density: float, scope: Literal["local", "global"]) 
     """Return the mask that the engine would use, [M, Lp, U], or [1, Lp, U] for a context-free ranking."""
     import torch
 
-    from shadowc.sparsity.selection import select_threshold, unit_mask
+    from shadowc.sparsity.selection import ranked_threshold, unit_mask
 
     scores_MLU = torch.from_numpy(np.ascontiguousarray(scores if scores.ndim == 3 else scores[None]))
-    threshold_BML, _ = select_threshold(scores_MLU[None], torch.tensor([density]), scope=scope)
+    threshold_BML = ranked_threshold(scores_MLU[None], torch.tensor([density]), scope=scope)
     mask: Mask = unit_mask(scores_MLU, threshold_BML[0]).numpy()
     return mask
 
