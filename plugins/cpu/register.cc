@@ -46,3 +46,8 @@ SHADOWC_EXPORT const char* shadowc_ort_isa(void) { return shadowc::ChosenIsa(); 
 SHADOWC_EXPORT double shadowc_stream_read(size_t bytes, int threads, int repeats) {
   return shadowc::ApplyIsaLimit().empty() ? shadowc::StreamRead(bytes, threads, repeats) : 0.0;
 }
+
+SHADOWC_EXPORT double shadowc_stream_over(const void* memory, size_t bytes, int threads, int repeats) {
+  if (!shadowc::ApplyIsaLimit().empty()) return 0.0;
+  return shadowc::StreamOver(static_cast<const std::byte*>(memory), bytes, threads, repeats);
+}

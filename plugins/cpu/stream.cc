@@ -27,7 +27,8 @@ namespace shadowc {
 namespace HWY_NAMESPACE {
 namespace hn = hwy::HWY_NAMESPACE;
 
-// Sum of n words, n a multiple of 4 vectors; the sum keeps the compiler from dropping the loads.
+// Sum of n words, n a multiple of 4 vectors, at an address that is a multiple of one; the sum keeps the
+// compiler from dropping the loads.
 uint64_t SumWords(const uint64_t* words, size_t n) {
   const hn::ScalableTag<uint64_t> d;
   const size_t lanes = hn::Lanes(d);
@@ -56,21 +57,18 @@ struct FreeAligned {
   void operator()(std::byte* memory) const { ::operator delete(memory, std::align_val_t{kLargePage}); }
 };
 
-}  // namespace
-
 HWY_EXPORT(SumWords);
 
-double StreamRead(size_t bytes, int threads, int repeats) {
-  if (threads < 1 || repeats < 1) return 0.0;
-  const size_t count = static_cast<size_t>(threads), part = bytes / count / kGrain * kGrain;
-  if (part == 0) return 0.0;
-  const std::unique_ptr<std::byte, FreeAligned> memory(
-      static_cast<std::byte*>(::operator new(part * count, std::align_val_t{kLargePage}, std::nothrow)));
-  if (memory == nullptr) return 0.0;
-#ifdef __linux__
-  madvise(memory.get(), part * count, MADV_HUGEPAGE);
-#endif
+// How much of `bytes` one thread reads.
+size_t PartOf(size_t bytes, int threads, int repeats) {
+  if (threads < 1 || repeats < 1) return 0;
+  return bytes / static_cast<size_t>(threads) / kGrain * kGrain;
+}
 
+// `touch`: prepares each thread's part, before the first read.
+template <class Touch>
+double BestOf(const std::byte* memory, size_t part, int threads, int repeats, Touch touch) {
+  const size_t count = static_cast<size_t>(threads);
   // Every thread takes its own times, between the gates: the thread that waits for them may be scheduled
   // late.
   using Clock = std::chrono::steady_clock;
@@ -82,8 +80,8 @@ double StreamRead(size_t bytes, int threads, int repeats) {
   std::barrier gate(threads);
   std::vector<std::thread> pool;
   const auto work = [&](size_t t) {
-    std::byte* mine = memory.get() + t * part;
-    std::fill(mine, mine + part, static_cast<std::byte>(t + 1));
+    const std::byte* mine = memory + t * part;
+    touch(t);
     for (size_t r = 0; r < static_cast<size_t>(repeats); ++r) {
       gate.arrive_and_wait();
       const Clock::time_point begin = Clock::now();
@@ -111,6 +109,30 @@ double StreamRead(size_t bytes, int threads, int repeats) {
     best = std::max(best, static_cast<double>(part * count) / seconds);
   }
   return best;
+}
+
+}  // namespace
+
+double StreamRead(size_t bytes, int threads, int repeats) {
+  const size_t part = PartOf(bytes, threads, repeats),
+               whole = part * static_cast<size_t>(std::max(threads, 0));
+  if (part == 0) return 0.0;
+  const std::unique_ptr<std::byte, FreeAligned> memory(
+      static_cast<std::byte*>(::operator new(whole, std::align_val_t{kLargePage}, std::nothrow)));
+  if (memory == nullptr) return 0.0;
+#ifdef __linux__
+  madvise(memory.get(), whole, MADV_HUGEPAGE);
+#endif
+  const auto fill = [&](size_t t) {
+    std::fill_n(memory.get() + t * part, part, static_cast<std::byte>(t + 1));
+  };
+  return BestOf(memory.get(), part, threads, repeats, fill);
+}
+
+double StreamOver(const std::byte* memory, size_t bytes, int threads, int repeats) {
+  const size_t part = PartOf(bytes, threads, repeats);
+  if (part == 0 || reinterpret_cast<uintptr_t>(memory) % kGrain != 0) return 0.0;
+  return BestOf(memory, part, threads, repeats, [](size_t) {});
 }
 
 }  // namespace shadowc

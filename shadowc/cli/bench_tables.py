@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from shadowc.measure.shares import Shares
 
 FEW_LARGE_PAGES = 0.9
+SLOW_WEIGHTS = 0.85
+"""Of the stream: weights that are read more slowly lie in slow memory."""
 _PARTS = ("predictor", "selection", "attention", "ffn", "lm_head", "framework")
 
 
@@ -35,10 +37,17 @@ def _show_surroundings(report: BenchReport) -> None:
         f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens; "
         f"{stream} {report.stream_gigabytes_per_second:.1f} GB/s here"
     )
-    if report.large_pages is not None:
-        render.line(f"weights: {report.memory} memory, {report.large_pages:.0%} of it in large pages")
-        if report.memory == "shared" and report.large_pages < FEW_LARGE_PAGES:
-            render.line("small pages cost bandwidth on many machines: compare with --memory private")
+    large, read = report.large_pages, report.weights_stream_gigabytes_per_second
+    known = [f"{large:.0%} of it in large pages"] if large is not None else []
+    known += [f"read at {read:.1f} GB/s"] if read is not None else []
+    if known:
+        render.line(", ".join([f"weights: {report.memory} memory", *known]))
+    if report.memory == "private":
+        return
+    if large is not None and large < FEW_LARGE_PAGES:
+        render.line("small pages cost bandwidth on many machines: compare with --memory private")
+    elif read is not None and read < SLOW_WEIGHTS * report.stream_gigabytes_per_second:
+        render.line("the weights lie in slower memory than the stream: compare with --memory private")
 
 
 def _names(rows: Sequence[BenchRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

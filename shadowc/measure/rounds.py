@@ -46,6 +46,8 @@ class Found:
     after: Reading
     stream: list[float]
     """Bandwidth by round, bytes per second."""
+    weights_stream: list[float]
+    """The same of the memory in which the weights lie; empty where that is not measured."""
     times: list[list[float]]
     """Of each job, seconds per token by round."""
     sizes: list[float]
@@ -88,6 +90,7 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
     manifest = side.variants[0].engine.manifest
     steps, prompt = prompt_ids(manifest, STEP_PROMPT_TOKENS), prompt_ids(manifest, prompt_tokens)
     stream: list[float] = []
+    weights_stream: list[float] = []
     times: list[list[float]] = [[] for _ in side.jobs]
     prompts: list[list[tuple[float, float]]] = [[] for _ in side.variants]
     sizes = [0.0] * len(side.jobs)
@@ -100,6 +103,8 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
     before = Reading.now()
     for _ in range(rounds):
         stream.append(side.bandwidth())
+        if side.weights_bandwidth is not None:
+            weights_stream.append(side.weights_bandwidth())
         decode = _decode_in_turns if side.takes_turns else _decode_one_by_one
         for index, (seconds, sizes[index]) in enumerate(decode(side, steps, tokens, counter)):
             times[index].append(seconds)
@@ -107,7 +112,7 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
             sleep(REST_SECONDS)
             prompts[index].append(_read(variant.engine, prompt))
             counter.more()
-    return Found(before, Reading.now(), stream, times, sizes, prompts)
+    return Found(before, Reading.now(), stream, weights_stream, times, sizes, prompts)
 
 
 def _decode_in_turns(

@@ -15,11 +15,14 @@ from shadowc.spec.errors import InternalError, UnsupportedError
 if TYPE_CHECKING:
     from shadowc.runtime.causal import CausalEngine
     from shadowc.runtime.engine import Engine
+    from shadowc.runtime.library import OpLibrary
     from shadowc.runtime.weights_memory import Kind, WeightsMemory
     from shadowc.spec.manifest import EngineManifest
 
 STREAM_BYTES = 1 << 30
 STREAM_REPEATS = 2
+LEAST_WEIGHTS = 1 << 29
+"""Fewer bytes of weights may come out of caches, and are not measured."""
 
 Mask = Literal["none", "token", "sequence"]
 """What a mask holds for; "none": the dense twin."""
@@ -70,6 +73,8 @@ class Side:
     takes_turns: bool
     """Several texts can be under way at once: every one has its own cache."""
     weights: WeightsMemory | None = None
+    weights_bandwidth: Callable[[], float] | None = None
+    """The same of the memory in which the weights lie; None: they are too few, or on a GPU."""
 
 
 PER_TOKEN = "a mask per token"
@@ -123,7 +128,14 @@ def on_cpu(
         isa=library.isa,
         takes_turns=True,
         weights=first.weights,
+        weights_bandwidth=_over_weights(library, first.weights, used),
     )
+
+
+def _over_weights(library: OpLibrary, weights: WeightsMemory | None, threads: int) -> Callable[[], float] | None:
+    if weights is None or weights.content.size < LEAST_WEIGHTS:
+        return None
+    return partial(library.stream_over, weights.content, threads, STREAM_REPEATS)
 
 
 def on_gpu(folder: Path, engine: CausalEngine, densities: Sequence[Density], skip_zeros: bool | None) -> Side:

@@ -7,9 +7,14 @@ import ctypes
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from shadowc._version import __version__
 from shadowc.spec.errors import IncompatibleEngineError, SetupError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 VARIABLE = "SHADOWC_ORT_LIBRARY"
 """Environment variable with the path of another build of the library."""
@@ -81,6 +86,20 @@ class OpLibrary:
         function.argtypes = (ctypes.c_size_t, ctypes.c_int, ctypes.c_int)
         function.restype = ctypes.c_double
         return float(function(size, threads, repeats))
+
+    def stream_over(self, memory: npt.NDArray[np.uint8], threads: int, repeats: int) -> float:
+        """The same of memory that is there already.
+
+        Args:
+            memory: uint8 [size], from the start of a page. What is behind the last whole page of a thread's share is
+                not read; of less than a page for each thread nothing is, and the result is 0.
+            threads: they share the bytes evenly.
+            repeats: of which the best counts.
+        """
+        function = self._handle.shadowc_stream_over
+        function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int)
+        function.restype = ctypes.c_double
+        return float(function(memory.ctypes.data, memory.size, threads, repeats))
 
 
 def _text(handle: ctypes.CDLL, name: str) -> str:

@@ -11,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from shadowc.cli import bench_tables
 from shadowc.measure import settings
+from shadowc.runtime.library import OpLibrary
 from tests.cli.conftest import Shadowc
 
 QUICK = ("--rounds", "1", "--tokens", "3")
@@ -97,6 +99,21 @@ def test_noise_is_one_line(shadowc: Shadowc, engine: Path, monkeypatch: pytest.M
     monkeypatch.setattr(noise, "OTHERS", -1.0)
     (line,) = [line for line in shadowc(*arguments).stdout.splitlines() if line.startswith("not quiet: ")]
     assert "other processes took" in line
+
+
+@pytest.mark.parametrize(
+    ("speed", "memory", "told"), [(1e3, "shared", True), (1e14, "shared", False), (1e3, "private", False)]
+)
+def test_weights_in_slow_memory_are_told(
+    shadowc: Shadowc, engine: Path, monkeypatch: pytest.MonkeyPatch, speed: float, memory: str, told: bool
+) -> None:
+    monkeypatch.setattr(settings, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(bench_tables, "FEW_LARGE_PAGES", 0.0)
+    monkeypatch.setattr(OpLibrary, "stream_over", lambda *_: speed)
+    result = shadowc("bench", engine, "--densities", "0.5", "--no-skip-zeros", "--memory", memory, *QUICK)
+    assert result.exit_code == 0, result.output
+    assert f"read at {speed / 1e9:.1f} GB/s" in result.stdout
+    assert ("slower memory than the stream: compare with --memory private" in result.stdout) == told
 
 
 def test_a_sweep_has_ten_densities(shadowc: Shadowc, engine: Path) -> None:

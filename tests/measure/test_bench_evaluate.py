@@ -19,6 +19,7 @@ from shadowc.measure import settings
 from shadowc.measure.bench import bench
 from shadowc.measure.break_even import BreakEven
 from shadowc.measure.evaluate import evaluate
+from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.load import load_cpu
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
@@ -122,6 +123,27 @@ def test_bench_counts_fewer_bytes_at_lower_density_and_with_skipped_zeros(sparse
 def short_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast the stream is does not matter here."""
     monkeypatch.setattr(settings, "STREAM_BYTES", 1 << 20)
+
+
+@pytest.mark.usefixtures("short_stream")
+def test_memory_of_the_weights_is_measured_where_caches_cannot_hold_it(
+    sparse_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"densities": [Density(0.5, 0.5)], "rounds": 3, "tokens": 3, "skip_zeros": False}
+    assert bench(sparse_engine, **quick).weights_stream_gigabytes_per_second is None
+    size = (sparse_engine / "weights.bin").stat().st_size
+    speeds = iter([3e9, 1e9, 2e9])
+
+    def stream_over(_: OpLibrary, memory: np.ndarray, threads: int, repeats: int) -> float:
+        assert (memory.size, threads, repeats) == (size, 1, settings.STREAM_REPEATS)
+        assert memory.tobytes() == (sparse_engine / "weights.bin").read_bytes()
+        return next(speeds)
+
+    monkeypatch.setattr(OpLibrary, "stream_over", stream_over)
+    monkeypatch.setattr(settings, "LEAST_WEIGHTS", size)
+    assert bench(sparse_engine, **quick, threads=1).weights_stream_gigabytes_per_second == 2.0
+    monkeypatch.setattr(settings, "LEAST_WEIGHTS", size + 1)
+    assert bench(sparse_engine, **quick).weights_stream_gigabytes_per_second is None
 
 
 @pytest.mark.usefixtures("short_stream")

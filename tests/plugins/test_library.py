@@ -4,19 +4,25 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import re
 import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 import shadowc
 from shadowc import plugins
+from shadowc.runtime.library import OpLibrary
 from tests.plugins import kernels
 
-EXPORTS = {"RegisterCustomOps", "shadowc_ort_api", "shadowc_ort_isa", "shadowc_ort_version", "shadowc_stream_read"}
+EXPORTS = {
+    "RegisterCustomOps", "shadowc_ort_api", "shadowc_ort_isa", "shadowc_ort_version", "shadowc_stream_over",
+    "shadowc_stream_read",
+}  # fmt: skip
 SYSTEM = re.compile(r"lib(c|m|stdc\+\+|gcc_s)\.so\.\d+|ld-linux.*\.so\.\d+")
 
 readelf = pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf (binutils)")
@@ -80,6 +86,16 @@ def test_stream_read_reports_a_bandwidth_of_this_planet(loaded):
 @pytest.mark.parametrize("arguments", [(0, 1, 1), (1 << 20, 0, 1), (1 << 20, 1, 0), (1 << 20, -1, 1)])
 def test_stream_read_returns_zero_when_there_is_nothing_to_read(loaded, arguments):
     assert loaded.shadowc_stream_read(*arguments) == 0
+
+
+def test_memory_that_is_there_already_is_read_whole_pages_only(loaded):
+    over = OpLibrary.at(kernels.library()).stream_over
+    memory = mmap.mmap(-1, 32 << 20)
+    pages = np.frombuffer(memory, np.uint8)
+    assert 1e8 < over(pages, 1, 3) < 1e13
+    assert 1e8 < over(pages[: 2 * 4096 + 100], 2, 1) < 1e13
+    assert over(pages[:4095], 1, 1) == over(pages[: 2 * 4096 - 1], 2, 1) == 0
+    assert over(pages[64:], 1, 1) == over(pages, 0, 1) == over(pages, 1, 0) == 0
 
 
 def register(level: str) -> subprocess.CompletedProcess:
