@@ -8,7 +8,7 @@ Letters: B batch, S tokens, E hidden, H heads, D head size, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -112,6 +112,9 @@ class _Walk:
     """Which keys and values the cache holds [B,S,E]; None: all."""
     exact_context: Tensor | None = None
     """[B,S,E] from keys and values that were not rounded; None: attention sees those of the cache."""
+    own_exact: Callable[[Tensor, Tensor], Tensor] | None = None
+    """[B,S,E] from the cache's keys and values [B,S,E], but of each token from its own as they were."""
+    cached: dict[str, Tensor] = field(default_factory=dict)
     found: dict[str, float] = field(default_factory=dict)
 
     def take(self, step: str, exact: Tensor) -> Tensor:
@@ -123,13 +126,20 @@ class _Walk:
             if self.written is not None:
                 theirs = torch.where(self.written.reshape(exact.shape), theirs, exact.to(theirs.dtype))
             self.found[step] = worse(self.found.get(step, 0.0), beyond_rounding(theirs, exact))
+            self.cached[step] = theirs.to(exact.dtype)
         else:
             difference = (theirs - exact).abs()
-            if step == "context" and self.exact_context is not None:
-                difference = torch.minimum(difference, (theirs - self.exact_context.reshape(exact.shape)).abs())
+            for truth in self._other_contexts() if step == "context" else ():
+                difference = torch.minimum(difference, (theirs - truth.reshape(exact.shape)).abs())
             worst = relative(difference.max().item(), exact.abs().max().item())
             self.found[step] = worse(self.found.get(step, 0.0), worst)
         return theirs.to(exact.dtype)
+
+    def _other_contexts(self) -> Iterator[Tensor]:
+        if self.exact_context is not None:
+            yield self.exact_context
+        if self.own_exact is not None and len(self.cached) == 2:
+            yield self.own_exact(self.cached["keys"], self.cached["values"])
 
 
 class LayerWalk(LayerReference):
@@ -154,13 +164,15 @@ class LayerWalk(LayerReference):
             seen: step -> the engine's tensor, [B,S,E], keys and values [B,S,H,D] as stored; only what its graph has.
             every_head_written: False: of inactive heads the cache holds nothing that is meant, and nothing is compared.
             exact_new_tokens: attention saw keys and values of a call's own tokens before they were rounded for the
-                cache; each value of the context may be that of either.
+                cache; each value of the context may be that of a token which saw all of them so, or its own alone.
         """
         heads_BSE = head_mask_BSH.repeat_interleave(x_BSE.shape[2] // head_mask_BSH.shape[2], dim=2)
         attention = self._module.self_attn
         walk = _Walk(seen, None if every_head_written else heads_BSE)
         if exact_new_tokens:
             walk.exact_context = torch.where(heads_BSE, self.context(x_BSE), 0.0)
+            projected = self._projected(x_BSE)
+            walk.own_exact = lambda *cached: torch.where(heads_BSE, _context_of_own_key(projected, cached), 0.0)
 
         def masked_neurons(hidden: Tensor) -> Tensor:
             return torch.where(neuron_mask_BSF.reshape(hidden.shape), hidden, 0.0)
@@ -186,6 +198,31 @@ class LayerWalk(LayerReference):
                 stack.callback(part.register_forward_hook(_on_output(act)).remove)
             walk.take("output", self._forward(x_BSE, {}, {}))
         return {step: walk.found[step] for step in STEPS if step in walk.found}
+
+    def _projected(self, x_BSE: Tensor) -> tuple[Tensor, ...]:
+        """Queries (scaled), keys and values [B,H,S,D] as torch makes them."""
+        attention, inputs = self._module.self_attn, []
+        self._forward(x_BSE, {attention.q_proj: lambda _, args: inputs.append(args[0])}, {})
+        with torch.no_grad():
+            query, key, value = (
+                part(inputs[0]).reshape(*x_BSE.shape[:2], attention.num_heads, -1).transpose(1, 2)
+                for part in (attention.q_proj, attention.k_proj, attention.v_proj)
+            )
+        return query * query.shape[-1] ** -0.5, key, value
+
+
+def _context_of_own_key(projected_BHSD: tuple[Tensor, ...], cached_BSE: tuple[Tensor, ...]) -> Tensor:
+    """Context [B,S,E] of tokens that see their own key and value as torch makes them, and earlier ones as cached."""
+    query_BHSD, own_key_BHSD, own_value_BHSD = projected_BHSD
+    batch, heads, tokens, _ = query_BHSD.shape
+    key_BHSD, value_BHSD = (rows.reshape(batch, tokens, heads, -1).transpose(1, 2) for rows in cached_BSE)
+    own_BHS = (query_BHSD * own_key_BHSD).sum(-1)
+    logits_BHSS = (query_BHSD @ key_BHSD.transpose(-1, -2)).diagonal_scatter(own_BHS, dim1=-2, dim2=-1)
+    later_SS = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
+    shares_BHSS = logits_BHSS.masked_fill(later_SS, float("-inf")).softmax(-1)
+    own_share_BHS1 = shares_BHSS.diagonal(dim1=-2, dim2=-1)[..., None]
+    context_BHSD = shares_BHSS @ value_BHSD + own_share_BHS1 * (own_value_BHSD - value_BHSD)
+    return context_BHSD.transpose(1, 2).reshape(batch, tokens, -1)
 
 
 def _on_input(act: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Tensor]]:
