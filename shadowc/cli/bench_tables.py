@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import TYPE_CHECKING
 
 from shadowc.cli import render
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 FEW_LARGE_PAGES = 0.9
 SLOW_WEIGHTS = 0.85
-"""Of the stream: weights that are read more slowly lie in slow memory."""
+"""Of the stream of the same round: weights that are read more slowly in every round lie in slow memory."""
 _PARTS = ("predictor", "selection", "attention", "ffn", "lm_head", "framework")
 
 
@@ -37,16 +38,16 @@ def _show_surroundings(report: BenchReport) -> None:
         f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens; "
         f"{stream} {report.stream_gigabytes_per_second:.1f} GB/s here"
     )
-    large, read = report.large_pages, report.weights_stream_gigabytes_per_second
+    large, read = report.large_pages, report.weights_stream_by_round
     known = [f"{large:.0%} of it in large pages"] if large is not None else []
-    known += [f"read at {read:.1f} GB/s"] if read is not None else []
+    known += [f"read at {median(read):.1f} GB/s"] if read else []
     if known:
         render.line(", ".join([f"weights: {report.memory} memory", *known]))
     if report.memory == "private":
         return
     if large is not None and large < FEW_LARGE_PAGES:
         render.line("small pages cost bandwidth on many machines: compare with --memory private")
-    elif read is not None and read < SLOW_WEIGHTS * report.stream_gigabytes_per_second:
+    elif read and all(own < SLOW_WEIGHTS * one for own, one in zip(read, report.stream_by_round, strict=True)):
         render.line("the weights lie in slower memory than the stream: compare with --memory private")
 
 

@@ -107,9 +107,9 @@ class BenchReport:
     stream_gigabytes_per_second: float
     stream_by_round: tuple[float, ...]
     """Gigabytes per second."""
-    weights_stream_gigabytes_per_second: float | None
-    """As the stream, over the memory in which the weights lie, which may be slower than what the system gives now; None
-    of few weights, which caches may hold, and on a GPU."""
+    weights_stream_by_round: tuple[float, ...]
+    """As the stream, over the memory in which the weights lie, which may be slower than what the system gives now;
+    empty for few weights, which caches may hold, and on a GPU."""
     memory: str | None
     """How the weights lie in memory, "shared" or "private"; None on a GPU."""
     large_pages: float | None
@@ -181,7 +181,7 @@ def bench(
         prompt_tokens=prompt_tokens,
         stream_gigabytes_per_second=median(found.stream) / 1e9,
         stream_by_round=tuple(one / 1e9 for one in found.stream),
-        weights_stream_gigabytes_per_second=median(found.weights_stream) / 1e9 if found.weights_stream else None,
+        weights_stream_by_round=tuple(one / 1e9 for one in found.weights_stream),
         memory=None if side.weights is None else side.weights.kind,
         large_pages=None if side.weights is None else side.weights.large_pages,
         load_to_first_token_seconds=loading,

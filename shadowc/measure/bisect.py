@@ -148,6 +148,8 @@ class _Graph:
     """One per density."""
     masked: int
     """Masked tokens of each run."""
+    call_starts: torch.Tensor
+    """[S]: where the call in which each token was new begins."""
 
     def every_head_written(self, layer: int) -> bool:
         """Whether the cache gets keys and values of inactive heads too."""
@@ -166,7 +168,11 @@ def _graphs(engine: Engine, facts: OptFacts, densities: Sequence[Density], *, re
         shown = ["residual.0", *made]
         new_probe = prober(shown)
         runs = [parity.run_of(new_probe(), ids_BS, density, prefill, tail, shown) for density in densities]
-        return _Graph(file, StoredGraph(model, engine.folder, engine.manifest), names, runs, tail)
+        # decode_fixed.onnx reads a prompt's dense tokens in a call of their own.
+        second = prefill - tail if file == FIXED_FILE else 0
+        starts_S = torch.arange(ids_BS.shape[1])
+        starts_S[:second], starts_S[second:prefill] = 0, second
+        return _Graph(file, StoredGraph(model, engine.folder, engine.manifest), names, runs, tail, starts_S)
 
     graphs = [ran(REFERENCE_FILE if reference else MODEL_FILE, engine.graph(), engine.prober, masked)]
     if isinstance(engine, SequenceEngine):
@@ -183,14 +189,14 @@ def _compare(
     facts, sparsity = checkpoint.facts, engine.manifest.sparsity
     truth, ids_BS = _truth(engine, checkpoint), parity.tokens_of(facts)[0]
     tolerances = dict.fromkeys(STEPS, parity.LAYER_TOLERANCE)
-    # Where the cache is float16 ONNX Runtime stores rounded keys and values, but attends to those of new tokens before
-    # their rounding: of all that a prompt sees, and a token behind it of its own alone.
-    exact_new_tokens = reference and engine.manifest.weights != "fp32"
+    # Where the cache is float16 ONNX Runtime stores rounded keys and values, but attends to those of a call's own
+    # tokens before their rounding.
+    new_are_exact = reference and engine.manifest.weights != "fp32"
     found = [[_embedding(graph, ids_BS, facts, truth, tolerances["output"])] for graph in graphs]
     for layer in range(facts.layers):
         walk = LayerWalk(facts, truth, layer)
         for graph, of_graph in zip(graphs, found, strict=True):
-            of_graph += _layer(walk, layer, graph, engine, checkpoint, tolerances, exact_new_tokens=exact_new_tokens)
+            of_graph += _layer(walk, layer, graph, engine, checkpoint, tolerances, new_are_exact=new_are_exact)
             if layer == 0 and graph is not graphs[0]:
                 of_graph.append(_held_scores(graphs[0], graph, parity.SCORES_TOLERANCE))
             if layer == 0 and sparsity is not None:
@@ -226,7 +232,7 @@ def _layer(
     checkpoint: Checkpoint,
     tolerances: Mapping[str, float],
     *,
-    exact_new_tokens: bool,
+    new_are_exact: bool,
 ) -> list[Compared]:
     sparsity, names = engine.manifest.sparsity, graph.names[layer]
     block, order_F = 1 if sparsity is None else sparsity.neuron_block, engine.neuron_orders().get(layer)
@@ -237,7 +243,11 @@ def _layer(
         seen = {step: torch.from_numpy(run[name]) for step, name in names.items()}
         x_BSE = torch.from_numpy(run[f"residual.{layer}"])
         differences = walk.differences(
-            x_BSE, *masks, seen, every_head_written=written, exact_new_tokens=exact_new_tokens
+            x_BSE,
+            *masks,
+            seen,
+            every_head_written=written,
+            call_starts_S=graph.call_starts if new_are_exact else None,
         )
         worst = {step: worse(worst.get(step, 0.0), value) for step, value in differences.items()}
     return [

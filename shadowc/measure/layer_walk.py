@@ -8,7 +8,7 @@ Letters: B batch, S tokens, E hidden, H heads, D head size, F neurons.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -110,10 +110,8 @@ class _Walk:
     seen: Mapping[str, Tensor]
     written: Tensor | None
     """Which keys and values the cache holds [B,S,E]; None: all."""
-    exact_context: Tensor | None = None
-    """[B,S,E] from keys and values that were not rounded; None: attention sees those of the cache."""
-    own_exact: Callable[[Tensor, Tensor], Tensor] | None = None
-    """[B,S,E] from the cache's keys and values [B,S,E], but of each token from its own as they were."""
+    context: Callable[[Mapping[str, Tensor]], Tensor] | None = None
+    """[B,S,E] from "keys" and "values" [B,S,E] of the cache; None: attention sees those alone, as the layer does."""
     cached: dict[str, Tensor] = field(default_factory=dict)
     found: dict[str, float] = field(default_factory=dict)
 
@@ -128,18 +126,11 @@ class _Walk:
             self.found[step] = worse(self.found.get(step, 0.0), beyond_rounding(theirs, exact))
             self.cached[step] = theirs.to(exact.dtype)
         else:
-            difference = (theirs - exact).abs()
-            for truth in self._other_contexts() if step == "context" else ():
-                difference = torch.minimum(difference, (theirs - truth.reshape(exact.shape)).abs())
-            worst = relative(difference.max().item(), exact.abs().max().item())
+            if step == "context" and self.context is not None:
+                exact = self.context(self.cached).reshape(exact.shape)
+            worst = relative((theirs - exact).abs().max().item(), exact.abs().max().item())
             self.found[step] = worse(self.found.get(step, 0.0), worst)
         return theirs.to(exact.dtype)
-
-    def _other_contexts(self) -> Iterator[Tensor]:
-        if self.exact_context is not None:
-            yield self.exact_context
-        if self.own_exact is not None and len(self.cached) == 2:
-            yield self.own_exact(self.cached["keys"], self.cached["values"])
 
 
 class LayerWalk(LayerReference):
@@ -153,7 +144,7 @@ class LayerWalk(LayerReference):
         seen: Mapping[str, Tensor],
         *,
         every_head_written: bool = True,
-        exact_new_tokens: bool = False,
+        call_starts_S: Tensor | None = None,
     ) -> dict[str, float]:
         """Step -> largest difference of the engine's tensor from torch's, of torch's largest value.
 
@@ -163,16 +154,15 @@ class LayerWalk(LayerReference):
             neuron_mask_BSF: the same.
             seen: step -> the engine's tensor, [B,S,E], keys and values [B,S,H,D] as stored; only what its graph has.
             every_head_written: False: of inactive heads the cache holds nothing that is meant, and nothing is compared.
-            exact_new_tokens: attention saw keys and values of a call's own tokens before they were rounded for the
-                cache; each value of the context may be that of a token which saw all of them so, or its own alone.
+            call_starts_S: where the call of each token begins: attention saw keys and values from there on before they
+                were rounded for the cache. None: all as the cache holds them.
         """
         heads_BSE = head_mask_BSH.repeat_interleave(x_BSE.shape[2] // head_mask_BSH.shape[2], dim=2)
         attention = self._module.self_attn
         walk = _Walk(seen, None if every_head_written else heads_BSE)
-        if exact_new_tokens:
-            walk.exact_context = torch.where(heads_BSE, self.context(x_BSE), 0.0)
-            projected = self._projected(x_BSE)
-            walk.own_exact = lambda *cached: torch.where(heads_BSE, _context_of_own_key(projected, cached), 0.0)
+        if call_starts_S is not None and {"keys", "values"} <= seen.keys():
+            projected, starts_S = self._projected(x_BSE), call_starts_S
+            walk.context = lambda cached: torch.where(heads_BSE, _context(projected, cached, starts_S), 0.0)
 
         def masked_neurons(hidden: Tensor) -> Tensor:
             return torch.where(neuron_mask_BSF.reshape(hidden.shape), hidden, 0.0)
@@ -211,17 +201,18 @@ class LayerWalk(LayerReference):
         return query * query.shape[-1] ** -0.5, key, value
 
 
-def _context_of_own_key(projected_BHSD: tuple[Tensor, ...], cached_BSE: tuple[Tensor, ...]) -> Tensor:
-    """Context [B,S,E] of tokens that see their own key and value as torch makes them, and earlier ones as cached."""
-    query_BHSD, own_key_BHSD, own_value_BHSD = projected_BHSD
+def _context(projected_BHSD: tuple[Tensor, ...], cached_BSE: Mapping[str, Tensor], call_starts_S: Tensor) -> Tensor:
+    """Context [B,S,E] of tokens that see keys and values of their call as torch makes them, earlier ones as cached."""
+    query_BHSD, key_BHSD, value_BHSD = projected_BHSD
     batch, heads, tokens, _ = query_BHSD.shape
-    key_BHSD, value_BHSD = (rows.reshape(batch, tokens, heads, -1).transpose(1, 2) for rows in cached_BSE)
-    own_BHS = (query_BHSD * own_key_BHSD).sum(-1)
-    logits_BHSS = (query_BHSD @ key_BHSD.transpose(-1, -2)).diagonal_scatter(own_BHS, dim1=-2, dim2=-1)
+    old_key_BHSD, old_value_BHSD = (
+        cached_BSE[step].reshape(batch, tokens, heads, -1).transpose(1, 2) for step in ("keys", "values")
+    )
+    new_SS = torch.arange(tokens)[None, :] >= call_starts_S[:, None]
+    logits_BHSS = torch.where(new_SS, query_BHSD @ key_BHSD.mT, query_BHSD @ old_key_BHSD.mT)
     later_SS = torch.ones(tokens, tokens, dtype=torch.bool).triu(1)
     shares_BHSS = logits_BHSS.masked_fill(later_SS, float("-inf")).softmax(-1)
-    own_share_BHS1 = shares_BHSS.diagonal(dim1=-2, dim2=-1)[..., None]
-    context_BHSD = shares_BHSS @ value_BHSD + own_share_BHS1 * (own_value_BHSD - value_BHSD)
+    context_BHSD = (shares_BHSS * new_SS) @ value_BHSD + (shares_BHSS * ~new_SS) @ old_value_BHSD
     return context_BHSD.transpose(1, 2).reshape(batch, tokens, -1)
 
 

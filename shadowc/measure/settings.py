@@ -135,7 +135,12 @@ def on_cpu(
 def _over_weights(library: OpLibrary, weights: WeightsMemory | None, threads: int) -> Callable[[], float] | None:
     if weights is None or weights.content.size < LEAST_WEIGHTS:
         return None
-    return partial(library.stream_over, weights.content, threads, STREAM_REPEATS)
+
+    def bandwidth() -> float:
+        weights.require_unchanged()
+        return library.stream_over(weights.content, threads, STREAM_REPEATS)
+
+    return bandwidth
 
 
 def on_gpu(folder: Path, engine: CausalEngine, densities: Sequence[Density], skip_zeros: bool | None) -> Side:

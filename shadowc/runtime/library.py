@@ -68,6 +68,7 @@ class OpLibrary:
             handle = ctypes.CDLL(str(path))
             version = _text(handle, "shadowc_ort_version")
             isa = _text(handle, "shadowc_ort_isa")
+            _ = handle.shadowc_stream_read, handle.shadowc_stream_over
         except (OSError, AttributeError) as error:
             raise SetupError(f"the op library {path} cannot be loaded: {error}", hint=REINSTALL) from error
         if version != __version__:
@@ -91,8 +92,8 @@ class OpLibrary:
         """The same of memory that is there already.
 
         Args:
-            memory: uint8 [size], from the start of a page. What is behind the last whole page of a thread's share is
-                not read; of less than a page for each thread nothing is, and the result is 0.
+            memory: uint8 [size], contiguous, from the start of a page. What is behind the last whole page of a thread's
+                share is not read; of less than a page for each thread nothing is, and the result is 0.
             threads: they share the bytes evenly.
             repeats: of which the best counts.
         """

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import shutil
 from pathlib import Path
 from statistics import median
 
@@ -20,9 +22,9 @@ from shadowc.measure.bench import bench
 from shadowc.measure.break_even import BreakEven
 from shadowc.measure.evaluate import evaluate
 from shadowc.runtime.library import OpLibrary
-from shadowc.runtime.load import load_cpu
+from shadowc.runtime.load import load_cpu, read_manifest
 from shadowc.spec.density import Density
-from shadowc.spec.errors import InputError, UnsupportedError
+from shadowc.spec.errors import InputError, UnsupportedError, VerificationError
 from shadowc.spec.progress import Event, EventProgress
 
 TEXT = "One neuron is one record, and a record that is not read costs nothing. " * 6
@@ -130,7 +132,7 @@ def test_memory_of_the_weights_is_measured_where_caches_cannot_hold_it(
     sparse_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     quick = {"densities": [Density(0.5, 0.5)], "rounds": 3, "tokens": 3, "skip_zeros": False}
-    assert bench(sparse_engine, **quick).weights_stream_gigabytes_per_second is None
+    assert bench(sparse_engine, **quick).weights_stream_by_round == ()
     size = (sparse_engine / "weights.bin").stat().st_size
     speeds = iter([3e9, 1e9, 2e9])
 
@@ -141,9 +143,24 @@ def test_memory_of_the_weights_is_measured_where_caches_cannot_hold_it(
 
     monkeypatch.setattr(OpLibrary, "stream_over", stream_over)
     monkeypatch.setattr(settings, "LEAST_WEIGHTS", size)
-    assert bench(sparse_engine, **quick, threads=1).weights_stream_gigabytes_per_second == 2.0
+    assert bench(sparse_engine, **quick, threads=1).weights_stream_by_round == (3.0, 1.0, 2.0)
     monkeypatch.setattr(settings, "LEAST_WEIGHTS", size + 1)
-    assert bench(sparse_engine, **quick).weights_stream_gigabytes_per_second is None
+    assert bench(sparse_engine, **quick).weights_stream_by_round == ()
+
+
+@pytest.mark.usefixtures("short_stream")
+def test_weights_that_are_cut_while_they_are_measured_end_bench_with_a_sentence(
+    sparse_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "engine"
+    shutil.copytree(sparse_engine, folder)
+    monkeypatch.setattr(settings, "LEAST_WEIGHTS", 1)
+    side = settings.on_cpu(folder, read_manifest(folder), [Density(0.5, 0.5)], [False], 1, None)
+    assert side.weights_bandwidth is not None
+    assert side.weights_bandwidth() > 0
+    os.truncate(folder / "weights.bin", 4096)
+    with pytest.raises(VerificationError, match="it changed after it was loaded"):
+        side.weights_bandwidth()
 
 
 @pytest.mark.usefixtures("short_stream")

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
+import shadowc
 from shadowc.checkpoint.opt import HEAD, layer_names
 from shadowc.measure.against import verify_against
 from shadowc.measure.bisect import BisectReport, bisect
@@ -20,6 +22,8 @@ from shadowc.runtime.sequence import ScoreMaker
 from shadowc.spec.errors import InputError, VerificationError
 from shadowc.spec.manifest import FIXED_FILE, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE
 from shadowc.spec.ops import SELECT_THRESHOLD
+from tests.conftest import TINY, random_model, write_tokenizer
+from tests.e2e.compiled import options
 
 LAYER = 2
 NAMES = layer_names(LAYER)
@@ -365,6 +369,23 @@ def test_reference_graph_is_compared_without_kernels(
     folder = request.getfixturevalue(kind)
     assert (folder / REFERENCE_FILE).is_file()
     assert bisect(folder, str(tiny_checkpoint), reference=True).first is None
+
+
+def test_reference_graphs_of_an_int8_engine_are_sound_with_sharp_attention_and_prompts_in_two_calls(
+    tmp_path: Path,
+) -> None:
+    model = random_model(TINY)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(5**0.5)
+    checkpoint = tmp_path / "opt-sharp"
+    model.save_pretrained(checkpoint)
+    write_tokenizer(checkpoint)
+    folder = shadowc.compile(options(checkpoint, tmp_path / "sharp.engine", weights="int8", mask="sequence"))
+    report = bisect(folder, str(checkpoint), reference=True)
+    assert report.first is None
+    assert {one.graph for one in report.compared} == {REFERENCE_FILE, FIXED_FILE}
 
 
 def test_altered_query_is_found_in_the_reference_graph_of_an_int8_engine(

@@ -48,23 +48,19 @@ def walked(tiny_checkpoint: Path) -> tuple[LayerWalk, torch.Tensor, dict[str, to
 
 
 def differences(
-    walked: tuple[LayerWalk, torch.Tensor, dict[str, torch.Tensor]], *, exact_new_tokens: bool
+    walked: tuple[LayerWalk, torch.Tensor, dict[str, torch.Tensor]], call_starts: list[int] | None
 ) -> dict[str, float]:
     walk, x_BSE, seen = walked
     heads = torch.ones(1, TOKENS, walk._module.self_attn.num_heads, dtype=torch.bool)
     neurons = torch.ones(1, TOKENS, walk._module.fc1.out_features, dtype=torch.bool)
-    return walk.differences(x_BSE, heads, neurons, seen, exact_new_tokens=exact_new_tokens)
+    starts_S = None if call_starts is None else torch.tensor(call_starts)
+    return walk.differences(x_BSE, heads, neurons, seen, call_starts_S=starts_S)
 
 
-def test_attention_to_unrounded_keys_is_sound_where_new_tokens_may_be_exact_and_only_there(
-    walked: tuple[LayerWalk, torch.Tensor, dict[str, torch.Tensor]],
-) -> None:
-    assert differences(walked, exact_new_tokens=False)["context"] > LAYER_TOLERANCE
-    assert differences(walked, exact_new_tokens=True)["context"] < 1e-6
-
-
-def context_with_exact(walked: tuple[LayerWalk, torch.Tensor, dict[str, torch.Tensor]], exact: int) -> torch.Tensor:
-    """Where each token sees so many of the last keys and values as they were; token by token, head by head."""
+def context_in_calls(
+    walked: tuple[LayerWalk, torch.Tensor, dict[str, torch.Tensor]], call_starts: list[int]
+) -> torch.Tensor:
+    """Where tokens see the keys and values of their call as they were; token by token, head by head."""
     walk, x_BSE, seen = walked
     attention = walk._module.self_attn
     with torch.no_grad():
@@ -72,23 +68,36 @@ def context_with_exact(walked: tuple[LayerWalk, torch.Tensor, dict[str, torch.Te
         query, keys, values = (part(normed)[0] for part in (attention.q_proj, attention.k_proj, attention.v_proj))
         old_keys, old_values = (seen[step][0].float() for step in ("keys", "values"))
         found = torch.empty_like(query)
-        for t in range(TOKENS):
-            cut = max(t + 1 - exact, 0)
-            key = torch.cat([old_keys[:cut], keys[cut : t + 1]])
-            value = torch.cat([old_values[:cut], values[cut : t + 1]])
+        for t, start in enumerate(call_starts):
+            key = torch.cat([old_keys[:start], keys[start : t + 1]])
+            value = torch.cat([old_values[:start], values[start : t + 1]])
             for head in torch.arange(query.shape[1]).chunk(attention.num_heads):
                 shares = (key[:, head] @ query[t, head] * len(head) ** -0.5).softmax(0)
                 found[t, head] = shares @ value[:, head]
     return found[None]
 
 
-@pytest.mark.parametrize("exact", [0, 1, TOKENS], ids=["none", "own", "all"])
-def test_a_token_may_see_its_own_key_alone_as_it_was(
-    walked: tuple[LayerWalk, torch.Tensor, dict[str, torch.Tensor]], exact: int
+ONE_CALL = [0] * TOKENS
+TWO_CALLS = [0] * 5 + [5] * (TOKENS - 5)
+PROMPT_THEN_TOKENS = [0] * 5 + list(range(5, TOKENS))
+
+
+def test_attention_to_unrounded_keys_is_sound_where_they_were_new_and_only_there(
+    walked: tuple[LayerWalk, torch.Tensor, dict[str, torch.Tensor]],
+) -> None:
+    assert differences(walked, None)["context"] > LAYER_TOLERANCE
+    assert differences(walked, ONE_CALL)["context"] < 1e-6
+
+
+@pytest.mark.parametrize("calls", [ONE_CALL, TWO_CALLS, PROMPT_THEN_TOKENS], ids=["one", "two", "tokens"])
+def test_tokens_see_the_keys_of_their_call_as_they_were(
+    walked: tuple[LayerWalk, torch.Tensor, dict[str, torch.Tensor]], calls: list[int]
 ) -> None:
     walk, x_BSE, seen = walked
-    changed = (walk, x_BSE, {**seen, "context": context_with_exact(walked, exact)})
-    assert differences(changed, exact_new_tokens=True)["context"] < 1e-5
+    changed = (walk, x_BSE, {**seen, "context": context_in_calls(walked, calls)})
+    assert differences(changed, calls)["context"] < 1e-5
+    for others in (ONE_CALL, TWO_CALLS, PROMPT_THEN_TOKENS):
+        assert others is calls or differences(changed, others)["context"] > LAYER_TOLERANCE
 
 
 def test_context_of_neither_keys_is_off_even_where_new_tokens_may_be_exact(
@@ -96,4 +105,4 @@ def test_context_of_neither_keys_is_off_even_where_new_tokens_may_be_exact(
 ) -> None:
     context = walked[2]["context"]
     context.view(-1)[context.abs().argmax()] *= 1.02
-    assert differences(walked, exact_new_tokens=True)["context"] > LAYER_TOLERANCE
+    assert differences(walked, ONE_CALL)["context"] > LAYER_TOLERANCE
