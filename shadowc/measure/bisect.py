@@ -13,7 +13,7 @@ Letters: B batch, S tokens, Z masked tokens, L predicted layers, N units of a ki
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -31,7 +31,7 @@ from shadowc.measure.masks import SMALLEST_SCALE, forced_masks, relative, worse,
 from shadowc.measure.stored_weights import stored_as_they_are, stored_parameters
 from shadowc.runtime.sequence_engine import SequenceEngine
 from shadowc.runtime.stored import StoredGraph, require_exact_products
-from shadowc.spec.density import UNIT_KINDS
+from shadowc.spec.density import UNIT_KINDS, Density
 from shadowc.spec.errors import InputError, VerificationError
 from shadowc.spec.manifest import FIXED_FILE, MODEL_FILE, REFERENCE_FILE
 from shadowc.spec.progress import NullProgress, Progress
@@ -46,7 +46,6 @@ if TYPE_CHECKING:
     from shadowc.checkpoint.resolve import Checkpoint
     from shadowc.measure.parity import Probe
     from shadowc.runtime.engine import Engine
-    from shadowc.spec.density import Density
     from shadowc.spec.manifest import EngineManifest
     from shadowc.spec.program import SparsityPlan, TensorSource
 
@@ -150,6 +149,8 @@ class _Graph:
     """Masked tokens of each run."""
     call_starts: torch.Tensor
     """[S]: where the call in which each token was new begins."""
+    mask_scores: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict)
+    """Scores [B,1,L,N] of heads and of neurons that should hold in this graph; empty where none do."""
 
     def every_head_written(self, layer: int) -> bool:
         """Whether the cache gets keys and values of inactive heads too."""
@@ -178,8 +179,17 @@ def _graphs(engine: Engine, facts: OptFacts, densities: Sequence[Density], *, re
     if isinstance(engine, SequenceEngine):
         prober = partial(engine.fixed_prober, every_head=False)
         # One less: the first token that has scores in the other graph makes the mask here.
-        graphs.append(ran(FIXED_FILE, engine.fixed_graph(), prober, masked - 1))
+        held = ran(FIXED_FILE, engine.fixed_graph(), prober, masked - 1)
+        graphs.append(replace(held, mask_scores=_mask_scores(engine.prober([])(), ids_BS, prefill - masked)))
     return graphs
+
+
+def _mask_scores(probe: Probe, ids_BS: npt.NDArray[np.int64], token: int) -> Mapping[str, npt.NDArray[np.float32]]:
+    """Scores [B,1,L,N] that a token has in a call of its own, as the engine asks for them: it sees a rounded cache."""
+    if token:
+        probe.step(ids_BS[:, :token], density=Density(), sparse_tail=0)
+    shown = probe.step(ids_BS[:, token : token + 1], density=Density(), sparse_tail=1)
+    return {name: shown[name] for name in (f"scores.{kind}" for kind in UNIT_KINDS)}
 
 
 def _compare(
@@ -198,7 +208,7 @@ def _compare(
         for graph, of_graph in zip(graphs, found, strict=True):
             of_graph += _layer(walk, layer, graph, engine, checkpoint, tolerances, new_are_exact=new_are_exact)
             if layer == 0 and graph is not graphs[0]:
-                of_graph.append(_held_scores(graphs[0], graph, parity.SCORES_TOLERANCE))
+                of_graph.append(_held_scores(graph, graphs[0].file, parity.SCORES_TOLERANCE))
             if layer == 0 and sparsity is not None:
                 of_graph.append(_selection(graph, stored_plan(engine, sparsity), densities))
         progress.advance(layer + 1, facts.layers, "layers")
@@ -259,16 +269,15 @@ def _layer(
     ]  # fmt: skip
 
 
-def _held_scores(predicting: _Graph, held: _Graph, tolerance: float) -> Compared:
-    """The scores [B,Z,L,N] that hold, beside those that the token behind them has in the other graph."""
+def _held_scores(held: _Graph, predicting: str, tolerance: float) -> Compared:
+    """The scores [B,Z,L,N] that hold, beside those that should."""
     worst = 0.0
-    for own, theirs in zip(held.runs, predicting.runs, strict=True):
-        for kind in UNIT_KINDS:
-            wanted_B1LN = theirs[f"scores.{kind}"][:, :1]
-            difference_LN = np.abs(own[f"scores.{kind}"] - wanted_B1LN).max(axis=(0, 1))
+    for run in held.runs:
+        for name, wanted_B1LN in held.mask_scores.items():
+            difference_LN = np.abs(run[name] - wanted_B1LN).max(axis=(0, 1))
             for difference_N, wanted_BN in zip(difference_LN, wanted_B1LN[:, 0].swapaxes(0, 1), strict=True):
                 worst = worse(worst, relative(float(difference_N.max()), float(np.ptp(wanted_BN))))
-    made_by = f"predictor of {predicting.file}, at the prompt's last token"
+    made_by = f"predictor of {predicting}, at the prompt's last token"
     return Compared(None, "mask_scores.heads, mask_scores.neurons", made_by, worst, tolerance, (), held.file)
 
 

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -371,14 +372,19 @@ def test_reference_graph_is_compared_without_kernels(
     assert bisect(folder, str(tiny_checkpoint), reference=True).first is None
 
 
-def test_reference_graphs_of_an_int8_engine_are_sound_with_sharp_attention_and_prompts_in_two_calls(
-    tmp_path: Path,
+@pytest.mark.parametrize(
+    ("sharper", "form"),
+    [(5.0, {}), (1.0, {"word_embed_proj_dim": 32, "do_layer_norm_before": False})],
+    ids=["sharp attention", "the form of opt-350m"],
+)
+def test_reference_graphs_of_an_int8_engine_whose_prompts_come_in_two_calls_are_sound(
+    tmp_path: Path, sharper: float, form: dict[str, Any]
 ) -> None:
-    model = random_model(TINY)
+    model = random_model({**TINY, **form})
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
-                parameter.mul_(5**0.5)
+                parameter.mul_(sharper**0.5)
     checkpoint = tmp_path / "opt-sharp"
     model.save_pretrained(checkpoint)
     write_tokenizer(checkpoint)
