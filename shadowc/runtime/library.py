@@ -68,7 +68,7 @@ class OpLibrary:
             handle = ctypes.CDLL(str(path))
             version = _text(handle, "shadowc_ort_version")
             isa = _text(handle, "shadowc_ort_isa")
-            _ = handle.shadowc_stream_read, handle.shadowc_stream_over
+            _ = handle.shadowc_stream_read, handle.shadowc_stream_over  # a build of before may lack one
         except (OSError, AttributeError) as error:
             raise SetupError(f"the op library {path} cannot be loaded: {error}", hint=REINSTALL) from error
         if version != __version__:

