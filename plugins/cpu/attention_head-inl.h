@@ -154,6 +154,17 @@ inline void CopyPrefix(const AttentionArgs& a, size_t batch, size_t head) {
   copy(a.present_value, a.past_value);
 }
 
+// What the row of the only token of batch entry 0 will read of the cache first.
+inline void PrefetchCache(const AttentionArgs& a, size_t head) {
+  const size_t start = static_cast<size_t>(a.start[0]), end = static_cast<size_t>(a.past[0]) + 1;
+  if (start >= end) return;
+  const size_t offset = SlotOffset(a, 0, head, start);
+  DispatchCache(a, [&](const auto* type) HWY_ATTR {
+    PrefetchCache(static_cast<decltype(type)>(a.present_key) + offset,
+                  static_cast<decltype(type)>(a.present_value) + offset, end - start, a.head_size);
+  });
+}
+
 // Attention of the rows `token[0 ... count)` (ascending, at most kTileRows) of one (batch, head). query and
 // context point to the values of token 0 with row stride `query_stride` and E.
 inline void Attend(const AttentionArgs& a, size_t batch, size_t head, const uint32_t* token, size_t count,

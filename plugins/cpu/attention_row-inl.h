@@ -36,6 +36,7 @@ void OneHead(const AttentionArgs& a, const OneRowOfX<W>& row, size_t h, bool act
   head.after = after;
   PrefetchStep(head.scales, 4 * a.head_size);
   PrefetchStep(head.bias, 3 * a.head_size);
+  if (active) PrefetchCache(a, h);
   float* context = a.context + h * a.head_size;
   CopyPrefix(a, 0, h);
   if (!active) std::fill(context, context + a.head_size, 0.0f);
