@@ -60,6 +60,21 @@ void OneHead(const AttentionArgs& a, const OneRowOfX<W>& row, size_t h, bool act
   ProjectOut(a, head, &context_row, 1, 0, a.width, &y, arena->Take<float>(a.head_size));
 }
 
+// Of the heads in front of each of them, and of all.
+struct HeadsBefore {
+  uint32_t *active, *work;  // [H + 1]; work: parts of records that are read
+
+  HeadsBefore(const AttentionArgs& a, const uint32_t* masks, CallArena* arena)
+      : active(arena->Take<uint32_t>(a.heads + 1)), work(arena->Take<uint32_t>(a.heads + 1)) {
+    active[0] = work[0] = 0;
+    for (size_t h = 0; h < a.heads; ++h) {
+      const bool is_active = masks[h] != 0;
+      active[h + 1] = active[h] + (is_active ? 1 : 0);
+      work[h + 1] = work[h] + (is_active ? 4 : a.kv_active_only ? 0 : 2);
+    }
+  }
+};
+
 template <class W>
 ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& parallel) {
   const OneRowOfX<W> x(a.x, a.norm, a.width);
@@ -67,28 +82,33 @@ ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& paral
   TileMasks(a.selection, a.tokens, 0, 1, masks);
   ReadCount read;
   for (size_t h = 0; h < a.heads; ++h) read += CountHead<W>(a, masks[h] != 0, !a.kv_active_only);
+  const HeadsBefore before(a, masks, arena);
+  const auto any = [=](size_t first, size_t last) { return before.active[first] != before.active[last]; };
+  const auto is_read = [&](size_t h) { return before.work[h] != before.work[h + 1]; };
   float* partial = arena->Take<float>(a.heads * a.width);
   SumTree sums(partial, a.heads, a.width, arena);
-  const SumRuns runs(a.heads, Parallel::LikelyThreads(), arena);
-  const auto is_read = [&](size_t h) { return masks[h] != 0 || !a.kv_active_only; };
+  const SumRuns runs(a.heads, Parallel::LikelyThreads(), before.work, arena);
   parallel.For(runs.Count(), [&](size_t r) {
-    const auto [first, leaves] = runs[r];
-    const size_t after = r + 1 < runs.Count() ? runs[r + 1].first : a.heads;
+    const auto [first, leaves, after] = runs[r];
+    if (leaves == 0) return;
     Arena& memory = ThreadArena();
     float* sum = memory.Take<float>(SumDepth(leaves) * a.width);
-    SumInOrder(first, leaves, a.heads, a.width, sum, [&](size_t h, float* y) {
-      const size_t next = h + 1 < first + leaves ? h + 1 : after;
+    SumInOrder(first, leaves, a.heads, a.width, sum, any, [&](size_t h, float* y) {
+      size_t next = h + 1;
+      while (next < first + leaves && !is_read(next)) ++next;
+      if (next == first + leaves) next = after;
       Pointer<W> start{};
       if (next < a.heads && is_read(next)) {
         const Head<W> head(a, next);
         start = head.w + (masks[next] != 0 ? kQuery : kKey) * head.part_size;
       }
-      std::fill(y, y + a.width, 0.0f);
+      if (masks[h] != 0) std::fill(y, y + a.width, 0.0f);
       OneHead<W>(a, x, h, masks[h] != 0, start, y, &memory);
     });
-    std::copy(sum, sum + a.width, partial + first * a.width);
-    sums.Finish(first, leaves);
+    if (any(first, first + leaves)) std::copy(sum, sum + a.width, partial + first * a.width);
+    sums.Finish(first, leaves, any);
   });
+  if (!any(0, a.heads)) std::fill(partial, partial + a.width, 0.0f);
   WithBias(a.bo, a.residual, partial, 1, a.width, a.y);
   return read;
 }

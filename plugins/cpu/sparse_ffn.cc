@@ -104,24 +104,24 @@ ReadCount OneRow(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
   const auto row = a.skip_zeros ? &RowSkippingZeros<W> : &RowWholeRecords<W>;
   float* partial = arena->Take<float>(pieces * a.width);
   SumTree sums(partial, pieces, a.width, arena);
-  const SumRuns runs(pieces, Parallel::LikelyThreads(), arena);
+  const SumRuns runs(pieces, Parallel::LikelyThreads(), nullptr, arena);
   ReadCount read[kMostPieces];
   parallel.For(runs.Count(), [&](size_t r) {
-    const auto [first, leaves] = runs[r];
-    const size_t after = r + 1 < runs.Count() ? runs[r + 1].first : pieces;
+    const auto [first, leaves, after] = runs[r];
+    if (leaves == 0) return;
     Arena& memory = ThreadArena();
     uint32_t* list = memory.Take<uint32_t>(2 * MostListed(a, pieces));
     // Not straight into `partial`: the next run's sums lie behind it, and the prefetchers of one core would
     // keep taking their first lines away from the other (measured: a fifth of the bandwidth).
     float* sum = memory.Take<float>(SumDepth(leaves) * a.width);
-    SumInOrder(first, leaves, pieces, a.width, sum, [&](size_t p, float* y) {
+    SumInOrder(first, leaves, pieces, a.width, sum, AllLeaves(), [&](size_t p, float* y) {
       const Neurons neurons =
           NeuronsOf(a, selection, pieces, p, p + 1 < first + leaves ? p + 1 : after, list);
       std::fill(y, y + a.width, 0.0f);
       if (neurons.count != 0) read[p] = row(a, x, neurons, y);
     });
     std::copy(sum, sum + a.width, partial + first * a.width);
-    sums.Finish(first, leaves);
+    sums.Finish(first, leaves, AllLeaves());
   });
   WithBias(a.b2, a.residual, partial, 1, a.width, a.y);
   ReadCount total;
@@ -206,7 +206,7 @@ class ManyRows {
     const size_t size = Count(t) * a_.width;
     float* sum = ThreadArena().Take<float>(SumDepth(pieces_) * size);
     ReadCount read;
-    SumInOrder(0, TreeWidth(pieces_), pieces_, size, sum,
+    SumInOrder(0, TreeWidth(pieces_), pieces_, size, sum, AllLeaves(),
                [&](size_t p, float* y) { read += Piece(t, p, y); });
     Finish(t, sum);
     return read;

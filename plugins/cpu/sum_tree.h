@@ -5,8 +5,12 @@
 // thread that finishes the second of two neighbours adds the second to the first, while both are still in a
 // cache. So there is no second pass over cold sums by a single thread, and the result depends neither on
 // timing nor on the number of threads.
+//
+// Leaves may have nothing to add: any(first, last) tells whether one of leaves first ... last - 1 has, and
+// only such sums are ever written or read.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -16,6 +20,10 @@ namespace shadowc {
 
 // to[i] += add[i] for i < n.
 void AddTo(float* to, const float* add, size_t n);
+
+struct AllLeaves {
+  bool operator()(size_t, size_t) const { return true; }
+};
 
 class SumTree {
  public:
@@ -30,20 +38,33 @@ class SumTree {
 
   // Once for every leaf, or for every run of leaves (SumRuns below) whose sum is in the first of them. When
   // all have been called, leaf 0 holds the sum.
-  void Finish(size_t leaf, size_t leaves = 1) {
+  template <class Any>
+  void Finish(size_t leaf, size_t leaves, const Any& any) {
     std::atomic<uint8_t>* level = arrived_;
     size_t node = leaf, width = 1;
     for (size_t nodes = count_; nodes > 1; nodes = (nodes + 1) / 2, node /= 2, width *= 2) {
       const size_t left = node & ~size_t{1};
       if (width >= leaves && left + 1 < nodes) {
         if (level[left / 2].fetch_add(1, std::memory_order_acq_rel) == 0) return;  // the neighbour adds
-        AddTo(leaves_ + left * width * size_, leaves_ + (left + 1) * width * size_, size_);
+        Join(left * width, (left + 1) * width, std::min(count_, (left + 2) * width), any);
       }
       level += (nodes + 1) / 2;
     }
   }
+  void Finish(size_t leaf) { Finish(leaf, 1, AllLeaves()); }
 
  private:
+  template <class Any>
+  void Join(size_t left, size_t right, size_t end, const Any& any) {
+    if (!any(right, end)) return;
+    float *to = leaves_ + left * size_, *from = leaves_ + right * size_;
+    if (any(left, right)) {
+      AddTo(to, from, size_);
+    } else {
+      std::copy(from, from + size_, to);
+    }
+  }
+
   float* leaves_;
   size_t count_, size_;
   std::atomic<uint8_t>* arrived_;  // of two neighbours, per pair, level after level
@@ -57,18 +78,19 @@ inline size_t SumDepth(size_t count) {
   return depth;
 }
 
-template <class Produce>
-void SumInOrder(size_t first, size_t width, size_t count, size_t size, float* memory,
+template <class Any, class Produce>
+void SumInOrder(size_t first, size_t width, size_t count, size_t size, float* memory, const Any& any,
                 const Produce& produce) {
   if (width == 1) {
     produce(first, memory);
     return;
   }
-  const size_t half = width / 2;
-  SumInOrder(first, half, count, size, memory, produce);
-  if (first + half >= count) return;
-  SumInOrder(first + half, half, count, size, memory + size, produce);
-  AddTo(memory, memory + size, size);
+  const size_t middle = first + width / 2, end = std::min(first + width, count);
+  SumInOrder(first, width / 2, count, size, memory, any, produce);
+  if (middle >= end) return;
+  const bool left = any(first, middle);
+  SumInOrder(middle, width / 2, count, size, left ? memory + size : memory, any, produce);
+  if (left && any(middle, end)) AddTo(memory, memory + size, size);
 }
 
 // The smallest power of two that is at least `count`: the width of the whole tree.
@@ -79,26 +101,32 @@ inline size_t TreeWidth(size_t count) {
 }
 
 // Leaves in runs that one thread adds up by itself, in its own cache. A run is a whole subtree, so the sum is
-// the same, bit for bit, however leaves are cut into runs. The host's pool cuts the runs into a range for
-// each thread, and a thread that is done takes from the others' ranges: so there is a share of the leaves for
-// each thread, in which long runs come first and single leaves last. A leaf of its own costs some 2 us, most
-// of them for lines that the other core holds, and a long run at the end would leave the other threads idle.
+// the same, bit for bit, however leaves are cut into runs. The host's pool cuts the runs into a range of as
+// many for each thread, and a thread that is done takes from the others' ranges: so there is a share of the
+// work for each thread, in which long runs come first and single leaves last. A leaf of its own costs some
+// 2 us, most of them for lines that the other core holds, and a long run at the end would leave the other
+// threads idle.
 class SumRuns {
  public:
   struct Run {
     size_t first, leaves;
+    size_t next;  // the leaf that the thread will probably go on with; the number of all: there is none
   };
 
+  // before [leaves + 1]: the work of all leaves in front of each; null: all are the same. Shares of fewer
+  // runs than others end in runs of no leaves.
   template <class SomeArena>
-  SumRuns(size_t leaves, size_t threads, SomeArena* arena) : runs_(arena->template Take<Run>(leaves)) {
+  SumRuns(size_t leaves, size_t threads, const uint32_t* before, SomeArena* arena)
+      : leaves_(leaves), before_(before) {
+    size_t most = 0;
+    for (size_t t = 0; t < threads; ++t) most = std::max(most, Cut(t, threads, nullptr));
+    count_ = threads * most;
+    runs_ = arena->template Take<Run>(count_);
     for (size_t t = 0; t < threads; ++t) {
-      const size_t end = leaves * (t + 1) / threads;
-      for (size_t first = leaves * t / threads; first < end;) {
-        size_t length = 1;
-        while (first % (2 * length) == 0 && 4 * length <= end - first) length *= 2;
-        runs_[count_++] = {first, length};
-        first += length;
-      }
+      Run* share = runs_ + t * most;
+      const size_t cut = Cut(t, threads, share);
+      for (size_t r = 0; r + 1 < cut; ++r) share[r].next = share[r + 1].first;
+      std::fill(share + cut, share + most, Run{0, 0, leaves});
     }
   }
 
@@ -106,7 +134,36 @@ class SumRuns {
   const Run& operator[](size_t i) const { return runs_[i]; }
 
  private:
-  Run* runs_;
+  size_t Before(size_t leaf) const { return before_ == nullptr ? leaf : before_[leaf]; }
+  size_t Work(size_t first, size_t last) const { return Before(last) - Before(first); }
+
+  // The first leaf of a share.
+  size_t Begin(size_t share, size_t threads) const {
+    if (share == threads) return leaves_;
+    if (before_ == nullptr) return leaves_ * share / threads;
+    const size_t work = before_[leaves_] * share / threads;
+    return static_cast<size_t>(std::lower_bound(before_, before_ + leaves_, work) - before_);
+  }
+
+  // The number of runs of a share, which are written to `to` if it is not null.
+  size_t Cut(size_t share, size_t threads, Run* to) const {
+    size_t count = 0;
+    const size_t end = Begin(share + 1, threads);
+    for (size_t first = Begin(share, threads); first < end; ++count) {
+      size_t length = 1;
+      while (first % (2 * length) == 0 && 2 * length <= end - first &&
+             2 * Work(first, first + 2 * length) <= Work(first, end)) {
+        length *= 2;
+      }
+      if (to != nullptr) to[count] = {first, length, leaves_};
+      first += length;
+    }
+    return count;
+  }
+
+  size_t leaves_;
+  const uint32_t* before_;
+  Run* runs_ = nullptr;
   size_t count_ = 0;
 };
 

@@ -286,6 +286,23 @@ def test_attention_repeats_its_bits_at_any_number_of_threads(B, S):
         assert again == read
 
 
+@pytest.mark.parametrize("kv", ["all", "active"])
+@pytest.mark.parametrize("active", [range(3), range(9, 11), [7], [0, 10], range(0, 11, 2), range(11), []], ids=str)
+def test_attention_repeats_its_bits_wherever_the_active_heads_lie_whoever_shares_the_call(active, kv):
+    H = 11
+    one = operands(np.random.default_rng(31), H=H, D=32, T=90, L=1, dtype="int8")
+    one["threshold"][:] = 0
+    one["scores"][..., :] = np.isin(range(H), list(active)) - 0.5
+    per_row = {"x", "scores", "threshold", "past_key", "past_value", "start", "past"}
+    two = {name: np.concatenate([a, a]) if name in per_row else a for name, a in one.items()}
+    assert_as_defined(one, layer=0, kv=kv)
+    expected = attend(two, layer=0, kv=kv)[0]["y"]
+    for threads in (1, 2, 3):
+        found, _ = attend(one, layer=0, kv=kv, threads=threads)
+        np.testing.assert_array_equal(found["y"][0], expected[0])
+        np.testing.assert_array_equal(found["y"][0], expected[1])
+
+
 def test_attention_keeps_concurrent_calls_of_one_session_apart():
     many = [operands(np.random.default_rng(seed), S=1 + seed % 2 * 6, Z=1, H=6, D=32, T=40) for seed in range(6)]
     expected = [attend(arrays)[0]["y"] for arrays in many]
