@@ -87,18 +87,17 @@ ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& paral
   const auto is_read = [&](size_t h) { return before.work[h] != before.work[h + 1]; };
   float* partial = arena->Take<float>(a.heads * a.width);
   SumTree sums(partial, a.heads, a.width, arena);
-  const SumRuns runs(a.heads, Parallel::LikelyThreads(), before.work, arena);
+  const SumRuns runs(a.heads, parallel.LikelyThreads(), before.work, arena);
   parallel.For(runs.Count(), [&](size_t r) {
     const auto [first, leaves, after] = runs[r];
     if (leaves == 0) return;
     Arena& memory = ThreadArena();
     float* sum = memory.Take<float>(SumDepth(leaves) * a.width);
     SumInOrder(first, leaves, a.heads, a.width, sum, any, [&](size_t h, float* y) {
-      size_t next = h + 1;
-      while (next < first + leaves && !is_read(next)) ++next;
-      if (next == first + leaves) next = after;
+      size_t next = h + 1 < first + leaves ? h + 1 : after;
+      while (next < a.heads && !is_read(next)) ++next;
       Pointer<W> start{};
-      if (next < a.heads && is_read(next)) {
+      if (next < a.heads) {
         const Head<W> head(a, next);
         start = head.w + (masks[next] != 0 ? kQuery : kKey) * head.part_size;
       }

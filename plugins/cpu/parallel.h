@@ -30,13 +30,12 @@ class Parallel {
   using Body = void (*)(void* closure, size_t index);
   using Run = void (*)(void* pool, size_t total, Body body, void* closure);
 
-  Parallel(Run run, void* pool) : run_(run), pool_(pool) {}
+  Parallel(Run run, void* pool, size_t likely_threads = Cores())
+      : run_(run), pool_(pool), likely_threads_(likely_threads) {}
 
-  // How many threads there may be: the cores that this process may use. A guess; only speed may depend on it.
-  static size_t LikelyThreads() {
-    static const size_t threads = std::max(1u, UsableCores());
-    return threads;
-  }
+  // How many threads there may be. A guess where the host does not tell: the cores that this process may use.
+  // Only speed may depend on it.
+  size_t LikelyThreads() const { return likely_threads_; }
 
   // Runs everything on the calling thread, in order.
   static Parallel Serial() {
@@ -44,7 +43,7 @@ class Parallel {
         [](void*, size_t total, Body body, void* closure) {
           for (size_t i = 0; i < total; ++i) body(closure, i);
         },
-        nullptr);
+        nullptr, 1);
   }
 
   template <class F>
@@ -59,8 +58,14 @@ class Parallel {
   }
 
  private:
+  static size_t Cores() {
+    static const size_t cores = std::max(1u, UsableCores());
+    return cores;
+  }
+
   Run run_;
   void* pool_;
+  size_t likely_threads_;
 };
 
 }  // namespace shadowc

@@ -104,7 +104,7 @@ ReadCount OneRow(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
   const auto row = a.skip_zeros ? &RowSkippingZeros<W> : &RowWholeRecords<W>;
   float* partial = arena->Take<float>(pieces * a.width);
   SumTree sums(partial, pieces, a.width, arena);
-  const SumRuns runs(pieces, Parallel::LikelyThreads(), nullptr, arena);
+  const SumRuns runs(pieces, parallel.LikelyThreads(), nullptr, arena);
   ReadCount read[kMostPieces];
   parallel.For(runs.Count(), [&](size_t r) {
     const auto [first, leaves, after] = runs[r];

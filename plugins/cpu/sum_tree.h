@@ -7,7 +7,7 @@
 // timing nor on the number of threads.
 //
 // Leaves may have nothing to add: any(first, last) tells whether one of leaves first ... last - 1 has, and
-// only such sums are ever written or read.
+// only such sums are ever written or read. It is the sum with zeros in their place, but for the sign of zero.
 #pragma once
 
 #include <algorithm>
@@ -27,7 +27,8 @@ struct AllLeaves {
 
 class SumTree {
  public:
-  // leaves [count, size], written by the caller; leaf k has to be whole when Finish(k) is called.
+  // leaves [count, size], written by the caller; leaf k, if it has something to add, has to be whole when
+  // Finish(k) is called.
   template <class SomeArena>
   SumTree(float* leaves, size_t count, size_t size, SomeArena* arena)
       : leaves_(leaves),
@@ -37,7 +38,7 @@ class SumTree {
                      std::atomic<uint8_t>[2 * count]{}) {}
 
   // Once for every leaf, or for every run of leaves (SumRuns below) whose sum is in the first of them. When
-  // all have been called, leaf 0 holds the sum.
+  // all have been called, leaf 0 holds the sum, if there is any.
   template <class Any>
   void Finish(size_t leaf, size_t leaves, const Any& any) {
     std::atomic<uint8_t>* level = arrived_;
@@ -70,8 +71,8 @@ class SumTree {
   std::atomic<uint8_t>* arrived_;  // of two neighbours, per pair, level after level
 };
 
-// The same sum by one thread, leaf after leaf: produce(k, to) sets to [size] to leaf k. `memory` holds
-// SumDepth(count) * size floats; the sum ends in its first `size`.
+// The same sum by one thread, leaf after leaf: produce(k, to) sets to [size] to leaf k, if it has something
+// to add. `memory` holds SumDepth(count) * size floats; the sum ends in its first `size`.
 inline size_t SumDepth(size_t count) {
   size_t depth = 1;
   for (size_t nodes = count; nodes > 1; nodes = (nodes + 1) / 2) ++depth;

@@ -297,7 +297,7 @@ def test_attention_repeats_its_bits_wherever_the_active_heads_lie_whoever_shares
     two = {name: np.concatenate([a, a]) if name in per_row else a for name, a in one.items()}
     assert_as_defined(one, layer=0, kv=kv)
     expected = attend(two, layer=0, kv=kv)[0]["y"]
-    for threads in (1, 2, 3):
+    for threads in (1, 2, 3, 16):
         found, _ = attend(one, layer=0, kv=kv, threads=threads)
         np.testing.assert_array_equal(found["y"][0], expected[0])
         np.testing.assert_array_equal(found["y"][0], expected[1])

@@ -32,7 +32,7 @@ class Pool {
   shadowc::Parallel Handle() {
     return shadowc::Parallel([](void* pool, size_t total, shadowc::Parallel::Body body,
                                 void* closure) { static_cast<Pool*>(pool)->Run(total, body, closure); },
-                             this);
+                             this, threads_);
   }
 
  private:
