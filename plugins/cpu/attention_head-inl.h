@@ -86,7 +86,7 @@ HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, 
 template <class W>
 HWY_INLINE void ProjectOut(const AttentionArgs& a, const Head<W>& head, const float* const* context,
                            size_t count, size_t begin, size_t end, float* const* y, float* h) {
-  constexpr size_t kRowsAtOnce = 8;
+  constexpr size_t kRowsAtOnce = kIsInt4<W> ? kInt4Rows : 8;
   const Pointer<W> w = head.w + kOut * head.part_size + begin;
   const float* scales = head.scales + kOut * a.head_size;
   for (size_t r = 0; r < count; ++r) {

@@ -208,20 +208,22 @@ HWY_INLINE void DotDigitsTile(const Activations<int8_t>* const* rows, const int8
   const int8_t *HWY_RESTRICT x0 = rows[0]->digits, *HWY_RESTRICT x1 = rows[kRows - 1]->digits;
   const int8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
   DigitSums s00, s01, s02, s03, s10, s11, s12, s13;
-  const auto step = [&](size_t i, auto load) HWY_ATTR {
-    const auto column = [&](const int8_t* weights, DigitSums& s0, DigitSums& s1) HWY_ATTR {
+  const auto step = [&](size_t i, const int8_t* const* ahead, auto load) HWY_ATTR {
+    const auto column = [&](const int8_t* weights, size_t c, DigitSums& s0, DigitSums& s1) HWY_ATTR {
+      if (ahead != nullptr) PrefetchL2(ahead[c] + i);
       const auto shifted = load(weights + i);
       s0.Add(shifted, x0 + i, stride);
       if constexpr (kRows == 2) s1.Add(shifted, x1 + i, stride);
     };
-    column(w0, s00, s10), column(w1, s01, s11), column(w2, s02, s12), column(w3, s03, s13);
+    column(w0, 0, s00, s10), column(w1, 1, s01, s11), column(w2, 2, s02, s12), column(w3, 3, s03, s13);
   };
   size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
-    if (later != nullptr) PrefetchRows([=](size_t c) HWY_ATTR { return later[c]; }, 4, i, lanes, n);
-    step(i, [](const int8_t* p) HWY_ATTR { return LoadShifted(p); });
+    if (!kPrefetchOneByOne && later != nullptr)
+      PrefetchRows([=](size_t c) HWY_ATTR { return later[c]; }, 4, i, lanes, n);
+    step(i, kPrefetchOneByOne ? later : nullptr, [](const int8_t* p) HWY_ATTR { return LoadShifted(p); });
   }
-  if (i < n) step(i, [&](const int8_t* p) HWY_ATTR { return Shifted(hn::LoadN(d8, p, n - i)); });
+  if (i < n) step(i, nullptr, [&](const int8_t* p) HWY_ATTR { return Shifted(hn::LoadN(d8, p, n - i)); });
   StoreProducts4(*rows[0], s00, s01, s02, s03, out);
   if constexpr (kRows == 2) StoreProducts4(*rows[1], s10, s11, s12, s13, out + out_stride);
 }

@@ -31,11 +31,11 @@ HWY_INLINE ReadCount CountRead(size_t records, size_t second_halves, size_t widt
 }
 
 // How many list entries ahead to prefetch: 16 KiB of what is certain to be read, which covers the latency of
-// memory at a core's full bandwidth (measured flat from 12 to 24 KiB), but at least 2 and at most kMostAhead
-// entries.
-inline constexpr size_t kMostAhead = 8;
+// memory at a core's full bandwidth (measured flat from 12 to 24 KiB), but 2 to 8 entries. Those that are
+// computed together are also fetched together, so it may be kMostAhead.
+inline constexpr size_t kMostAhead = std::max<size_t>(8, kInt4Rows);
 HWY_INLINE size_t Ahead(size_t bytes_per_entry) {
-  return std::clamp<size_t>((size_t{16} << 10) / bytes_per_entry, 2, kMostAhead);
+  return std::clamp<size_t>((size_t{16} << 10) / bytes_per_entry, 2, 8);
 }
 
 // The active neurons of one row within one piece, and after them the first ones of the piece that this thread
@@ -56,9 +56,11 @@ HWY_INLINE void Activate(const FfnArgs& a, const Neurons& neurons, size_t k, flo
   }
 }
 
-// A miss of these few bytes would hold up as much as one of the weights.
+// A miss of these few bytes would hold up as much as one of the weights. Scales of int4 are fetched with
+// them.
+template <class W>
 HWY_INLINE void PrefetchFactors(const FfnArgs& a, size_t neuron) {
-  __builtin_prefetch(a.scales + 2 * neuron);
+  if constexpr (!kIsInt4<W>) __builtin_prefetch(a.scales + 2 * neuron);
   __builtin_prefetch(a.b1 + neuron);
 }
 
@@ -90,11 +92,13 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
       later[in_order ? 2 * c + 1 : kCount + c] = record + width;
     }
     const bool more = k + ahead < neurons.with_next;
-    for (size_t c = 0; c < kCount; ++c) PrefetchFactors(a, neurons[k + ahead + c]);
+    for (size_t c = 0; c < kCount; ++c) PrefetchFactors<W>(a, neurons[k + ahead + c]);
     const size_t here = std::min(kCount, neurons.count - k);
     float h[kCount] = {};
     for (size_t c = 0; c < here; c += 4)
       DotRows<1>(&row, first + c, width, more ? later + c : nullptr, h + c, 4);
+    // Fewer than kCount fetch fewer: the last of a piece, behind which another one begins.
+    for (size_t c = (here + 3) / 4 * 4; more && c < kCount; ++c) PrefetchStep(later[c], width);
     Activate<kCount, W>(a, neurons, k, h);
     for (size_t c = 0; c < here; ++c) h[c] *= RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
     AxpyRows<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later + kCount});
@@ -166,7 +170,7 @@ ReadCount RowSkippingZeros(const FfnArgs& a, const OneRowOfX<W>& x, const Neuron
     for (size_t c = 0; c < kCount; ++c) {
       first[c] = w + size_t{neurons.Own(k + c)} * 2 * width;
       later_first[c] = w + size_t{neurons[k + ahead + c]} * 2 * width;
-      PrefetchFactors(a, neurons[k + ahead + c]);
+      PrefetchFactors<W>(a, neurons[k + ahead + c]);
     }
     float h[kCount] = {};
     const size_t here = std::min(kCount, neurons.count - k);

@@ -22,14 +22,16 @@ HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
 
-inline constexpr size_t kGroup = 8;  // neurons handled together
+// Neurons handled together; of int4 as many as for a row alone, which has the same bits then.
+template <class W>
+inline constexpr size_t kGroup = kIsInt4<W> ? kInt4Rows : 8;
 
 template <class W>
 struct Group {
   size_t count = 0;
-  uint32_t neuron[kGroup];
-  uint32_t rows[kGroup];       // bit r: row r of the tile computes the neuron
-  Pointer<W> half[2][kGroup];  // fc1 and fc2 halves; padded to a multiple of 4 with the last one
+  uint32_t neuron[kGroup<W>];
+  uint32_t rows[kGroup<W>];       // bit r: row r of the tile computes the neuron
+  Pointer<W> half[2][kGroup<W>];  // fc1 and fc2 halves; padded to a multiple of 4 with the last one
 };
 
 // Walks the neurons of the active units, a group at a time.
@@ -42,7 +44,7 @@ class Groups {
   void Next(Group<W>* g) {
     const Pointer<W> w = PointerOf<W>(a_.w, a_.scales);
     g->count = 0;
-    while (g->count < kGroup && unit_ < count_) {
+    while (g->count < kGroup<W> && unit_ < count_) {
       const size_t u = units_[unit_], f = u * a_.block + offset_;
       g->neuron[g->count] = static_cast<uint32_t>(f);
       g->rows[g->count] = masks_[u];
@@ -74,7 +76,7 @@ struct TileRows {
   uint32_t row[kTileRows];
   const Activations<W>* x[kTileRows];
   float* y[kTileRows];
-  float h[kTileRows * kGroup];
+  float h[kTileRows * kGroup<W>];
 };
 
 template <class W>
@@ -94,12 +96,12 @@ HWY_INLINE void FirstLayer(const FfnArgs& a, const Group<W>& g, const Group<W>& 
   for (size_t c = 0; c < g.count; c += 4) {
     const Pointer<W>* later = c < next.count ? next.half[0] + c : nullptr;
     ForRowGroups(t->count, [&](auto rows, size_t r) HWY_ATTR {
-      DotRows<rows()>(t->x + r, g.half[0] + c, a.width, later, t->h + r * kGroup + c, kGroup);
+      DotRows<rows()>(t->x + r, g.half[0] + c, a.width, later, t->h + r * kGroup<W> + c, kGroup<W>);
       later = nullptr;
     });
   }
   for (size_t r = 0; r < t->count; ++r) {
-    float* h = t->h + r * kGroup;
+    float* h = t->h + r * kGroup<W>;
     for (size_t c = 0; c < g.count; ++c) {
       const size_t f = g.neuron[c];
       const bool active = (g.rows[c] >> t->row[r] & 1) != 0;
@@ -114,21 +116,21 @@ HWY_INLINE void DropZeros(Group<W>* g, TileRows<W>* t) {
   size_t kept = 0;
   for (size_t c = 0; c < g->count; ++c) {
     bool any = false;
-    for (size_t r = 0; r < t->count; ++r) any |= !(t->h[r * kGroup + c] == 0.0f);
+    for (size_t r = 0; r < t->count; ++r) any |= !(t->h[r * kGroup<W> + c] == 0.0f);
     if (!any) continue;
     g->neuron[kept] = g->neuron[c];
     g->half[1][kept] = g->half[1][c];
-    for (size_t r = 0; r < t->count; ++r) t->h[r * kGroup + kept] = t->h[r * kGroup + c];
+    for (size_t r = 0; r < t->count; ++r) t->h[r * kGroup<W> + kept] = t->h[r * kGroup<W> + c];
     ++kept;
   }
   g->count = kept;
   size_t rows = 0;
   for (size_t r = 0; r < t->count; ++r) {
     bool any = false;
-    for (size_t c = 0; c < kept; ++c) any |= !(t->h[r * kGroup + c] == 0.0f);
+    for (size_t c = 0; c < kept; ++c) any |= !(t->h[r * kGroup<W> + c] == 0.0f);
     if (!any) continue;
     t->y[rows] = t->y[r];
-    std::copy(t->h + r * kGroup, t->h + r * kGroup + kept, t->h + rows * kGroup);
+    std::copy(t->h + r * kGroup<W>, t->h + r * kGroup<W> + kept, t->h + rows * kGroup<W>);
     ++rows;
   }
   t->count = rows;
@@ -137,11 +139,12 @@ HWY_INLINE void DropZeros(Group<W>* g, TileRows<W>* t) {
 template <class W>
 HWY_INLINE void SecondLayer(const FfnArgs& a, const Group<W>& g, const Group<W>& next, TileRows<W>* t) {
   for (size_t r = 0; r < t->count; ++r) {
-    for (size_t c = 0; c < g.count; ++c) t->h[r * kGroup + c] *= RowScale<W>(a.scales, 2 * g.neuron[c] + 1);
+    for (size_t c = 0; c < g.count; ++c)
+      t->h[r * kGroup<W> + c] *= RowScale<W>(a.scales, 2 * g.neuron[c] + 1);
   }
   size_t later = a.skip_zeros ? 0 : next.count;
   ForRowGroups(t->count, [&](auto rows, size_t r) HWY_ATTR {
-    AxpyRows<rows()>(t->y + r, Listed<W>{g.half[1]}, g.count, t->h + r * kGroup, kGroup, a.width, later,
+    AxpyRows<rows()>(t->y + r, Listed<W>{g.half[1]}, g.count, t->h + r * kGroup<W>, kGroup<W>, a.width, later,
                      Listed<W>{next.half[1]});
     later = 0;
   });

@@ -2,9 +2,10 @@
 // Products with int4 weight rows, once per SIMD target.
 //
 // Unpacking to floats costs seven instructions for every vector of weights, several times what their bytes
-// cost. With AVX-512 two groups of 64 weights are two registers of bytes instead, one of the low and one of
-// the high halves: products are taken with the digits of x (see digits-inl.h), and the second kind with the
-// digits of the factors (int4_sum-inl.h). With AVX2 one group is two registers, and products of two bytes
+// cost. With AVX-512 two groups of 64 weights are one register of bytes instead: products are taken with the
+// digits of x (see digits-inl.h), and the second kind with the digits of the factors (int4_sum-inl.h). The
+// high halves are not cut out: a byte is low + 16 * high, and what low adds to a product with it is taken
+// back in the product with low alone. With AVX2 one group is two registers, and products of two bytes
 // are added up in 16 bits before they are widened: 2.5 instructions for eight weights in place of seven.
 
 #if defined(SHADOWC_CPU_INT4_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -37,106 +38,121 @@ HWY_INLINE void PrefetchGroups(Row later, size_t count, size_t g, size_t groups)
   }
 }
 
+// The same of row c alone, where kPrefetchOneByOne. Eight rows fetch their scales in eight different steps.
+HWY_INLINE void PrefetchGroupsOf(Int4Pointer row, size_t c, size_t g, size_t groups) {
+  const size_t step = g / 2, steps = (groups + 1) / 2;
+  PrefetchL2(row.pairs + g * (kInt4Group / 2));
+  if (step == std::min(step / 8 * 8 + c % 8, steps - 1)) PrefetchL2(row.scales + step / 8 * 16);
+}
+
 #if SHADOWC_DIGITS || SHADOWC_PAIRS
 
 #if SHADOWC_DIGITS
-using GroupBytes = hn::ScalableTag<uint8_t>;  // 64
-#else
-using GroupBytes = hn::FixedTag<uint8_t, kInt4Group / 2>;
-#endif
+
+using GroupBytes = hn::ScalableTag<uint8_t>;  // 64, of two groups
 using GroupInts = hn::Repartition<int32_t, GroupBytes>;
+using PairBytes = hn::Vec<GroupBytes>;
 
-// Sums of one group's weights * X, in some order spread over the lanes. At most 8 * 15 * 2^23 in a lane,
-// which int32 holds.
-#if SHADOWC_DIGITS
-HWY_INLINE hn::Vec<GroupInts> GroupSums(hn::Vec<GroupBytes> weights, const int8_t* digits, size_t stride) {
-  const hn::Repartition<int8_t, GroupBytes> d8;
-  const GroupInts d32;
-  auto sums = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits), hn::Zero(d32));
-  sums = hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + stride), hn::ShiftLeft<8>(sums));
-  return hn::SumOfMulQuadAccumulate(d32, weights, hn::LoadU(d8, digits + 2 * stride), hn::ShiftLeft<8>(sums));
-}
-#else
-// `low` and `high`: the group's first and second half.
-HWY_INLINE hn::Vec<GroupInts> GroupSums(hn::Vec<GroupBytes> low, hn::Vec<GroupBytes> high,
-                                        const int8_t* digits, size_t stride) {
-  const hn::Repartition<int8_t, GroupBytes> d8;
-  const hn::Repartition<int16_t, GroupBytes> d16;
-  const GroupInts d32;
-  // Four products of at most 15 * 128: nothing saturates.
-  const auto fours = [=](size_t digit) HWY_ATTR {
-    const int8_t* x = digits + digit * stride;
-    return hn::Add(hn::SatWidenMulPairwiseAdd(d16, low, hn::LoadU(d8, x)),
-                   hn::SatWidenMulPairwiseAdd(d16, high, hn::LoadU(d8, x + kInt4Group / 2)));
-  };
-  const auto one = hn::Set(d16, 1);
-  const auto upper = hn::Add(hn::WidenMulPairwiseAdd(d32, fours(0), hn::Set(d16, 256)),
-                             hn::WidenMulPairwiseAdd(d32, fours(1), one));
-  return hn::Add(hn::ShiftLeft<8>(upper), hn::WidenMulPairwiseAdd(d32, fours(2), one));
-}
-#endif
-
+// A row for products with pairs: where the low half of a pair meets x and the high half z, (low + 16 high) P
+// + low Q with P = z / (16 step) and Q = x / step - P, both in three digits. So z has 20 bits, x has 24.
 template <>
-struct Activations<Int4Pair> : DigitRow {
-  const float* offsets = nullptr;  // [groups], 8 * sum of X in the group: weights are stored plus 8
+struct Activations<Int4Pair> {
+  const float* x = nullptr;
+  const int8_t* digits = nullptr;  // [P and Q, 3, stride], most significant first, zeros behind the last pair
+  size_t stride = 0;
+  const float* offsets = nullptr;  // [groups], 8 * sum of x / step: weights are stored plus 8
+  double step = 0.0;
 
-  static size_t Bytes(size_t n) { return DigitRow::Bytes(n) + n / kInt4Group * sizeof(float); }
+  static size_t Stride(size_t n) { return hwy::RoundUpTo(n / 2, hn::Lanes(GroupBytes())); }
+  static size_t Bytes(size_t n) { return 6 * Stride(n) + n / kInt4Group * sizeof(float); }
+  // `memory` holds Bytes(n).
   void Prepare(const float* row, size_t n, int8_t* memory) {
-    DigitRow::Prepare(row, n, memory);
-    float* to = reinterpret_cast<float*>(memory + DigitRow::Bytes(n));
+    x = row;
+    digits = memory;
+    stride = Stride(n);
+    float* to = reinterpret_cast<float*>(memory + 6 * stride);
     offsets = to;
-    for (size_t g = 0; Exact() && g < n / kInt4Group; ++g) to[g] = OffsetOf(g);
-#if SHADOWC_DIGITS
-    if (Exact()) PairHalves(n, memory);
-#endif
+    const float largest = LargestOf(row, n);
+    exact_ = n <= kMostInDigits && HasDigits(largest);
+    if (!exact_) return;
+    step = largest / kMost;
+    for (size_t i = n / 2; i < stride; ++i) {
+      for (size_t plane = 0; plane < 6; ++plane) memory[plane * stride + i] = 0;
+    }
+    for (size_t g = 0; g < n / kInt4Group; ++g) SplitGroup(g, kMost / largest, memory);
+    for (size_t g = 0; g < n / kInt4Group; ++g) to[g] = OffsetOf(g);
   }
+  bool Exact() const { return exact_; }  // as DigitRow
 
-  float OffsetOf(size_t g) const {
-    const auto eights = hn::Set(GroupBytes(), 8);
-    const int8_t* group = digits + g * kInt4Group;
-#if SHADOWC_DIGITS
-    const auto sums = GroupSums(eights, group, stride);
-#else
-    const auto sums = GroupSums(eights, eights, group, stride);
-#endif
-    const hn::RebindToFloat<GroupInts> df;
-    return hn::ReduceSum(df, hn::ConvertTo(df, sums));
-  }
+ private:
+  // The largest Q is 17 / 16 of it.
+  static constexpr float kMost = kMostDigits * 16 / 17;
+  bool exact_ = false;
 
-  // Of every two groups the first halves, then the second halves, as LowAndHigh has the weights.
-  void PairHalves(size_t n, int8_t* memory) {
-    constexpr size_t kHalf = kInt4Group / 2;
+  void SplitGroup(size_t g, float scale, int8_t* to) const;
+  float OffsetOf(size_t g) const;
+};
+
+// The digits that 64 pairs meet.
+struct PairDigits {
+  hn::Vec<hn::ScalableTag<int8_t>> p[3], q[3];
+
+  HWY_INLINE PairDigits(const Activations<Int4Pair>& row, size_t g) {
+    const hn::ScalableTag<int8_t> d8;
+    const int8_t* from = row.digits + g * (kInt4Group / 2);
+    HWY_UNROLL(3)
     for (size_t digit = 0; digit < 3; ++digit) {
-      for (size_t i = 0; i + 2 * kInt4Group <= n; i += 2 * kInt4Group) {
-        int8_t* pair = memory + digit * stride + i;
-        std::swap_ranges(pair + kHalf, pair + 2 * kHalf, pair + 2 * kHalf);
-      }
+      p[digit] = hn::LoadU(d8, from + digit * row.stride);
+      q[digit] = hn::LoadU(d8, from + (3 + digit) * row.stride);
     }
   }
 };
 
-#if SHADOWC_DIGITS
+HWY_INLINE PairBytes LowHalves(PairBytes pairs) { return hn::And(pairs, hn::Set(GroupBytes(), 15)); }
 
-// The 64 values of a group as bytes, in order: the low halves of 32 pairs, then the high halves.
-HWY_INLINE hn::Vec<hn::ScalableTag<uint8_t>> LoadGroup(const Int4Pair* pairs) {
-  static_assert(HWY_MAX_BYTES == kInt4Group);
-  const hn::ScalableTag<uint8_t> d8;
-  const hn::Half<decltype(d8)> half;
-  const auto both = hn::LoadU(half, &pairs->both);
-  const auto whole = hn::Combine(d8, hn::ShiftRight<4>(both), both);
-  return hn::And(whole, hn::Set(d8, 15));
+// Sums of products, of four pairs in each lane: at most 8 * 15 * 2^23, which int32 holds.
+HWY_INLINE hn::Vec<GroupInts> PairSums(PairBytes pairs, const PairDigits& x) {
+  const GroupInts d32;
+  const auto low = LowHalves(pairs);
+  auto sums = hn::Zero(d32);
+  HWY_UNROLL(3)
+  for (size_t digit = 0; digit < 3; ++digit) {
+    if (digit != 0) sums = hn::ShiftLeft<8>(sums);
+    sums = hn::SumOfMulQuadAccumulate(d32, pairs, x.p[digit], sums);
+    sums = hn::SumOfMulQuadAccumulate(d32, low, x.q[digit], sums);
+  }
+  return sums;
 }
 
-// Two groups: all that lies in the low halves of their bytes, and in the high halves.
-struct GroupPair {
-  hn::Vec<hn::ScalableTag<uint8_t>> low, high;
-};
-HWY_INLINE GroupPair LowAndHigh(hn::Vec<hn::ScalableTag<uint8_t>> pairs) {
-  const hn::ScalableTag<uint8_t> d8;
-  const hn::Repartition<uint16_t, decltype(d8)> d16;
-  const auto mask = hn::Set(d8, 15);
-  const auto high = hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, pairs)));
-  return {hn::And(pairs, mask), hn::And(high, mask)};
+inline void Activations<Int4Pair>::SplitGroup(size_t g, float scale, int8_t* to) const {
+  const DF df;
+  const hn::RebindToSigned<DF> di;
+  const hn::RebindToUnsigned<DF> du;
+  const hn::Rebind<uint8_t, DF> d8;
+  const auto half = hn::Set(di, 128);
+  const auto store = [=](auto all, int8_t* planes) HWY_ATTR {
+    const auto upper = hn::ShiftRight<8>(hn::Add(all, half)), top = hn::ShiftRight<8>(hn::Add(upper, half));
+    const auto plane = [=](auto digit, size_t place) HWY_ATTR {
+      hn::StoreU(hn::TruncateTo(d8, hn::BitCast(du, digit)), d8,
+                 reinterpret_cast<uint8_t*>(planes) + place * stride);
+    };
+    plane(top, 0), plane(upper, 1), plane(all, 2);
+  };
+  for (size_t i = 0; i < kInt4Group / 2; i += hn::Lanes(df)) {
+    const float *low = x + g * kInt4Group + i, *high = low + kInt4Group / 2;
+    const auto p = hn::NearestInt(hn::Mul(hn::LoadU(df, high), hn::Set(df, scale / 16)));
+    const auto q = hn::Sub(hn::NearestInt(hn::Mul(hn::LoadU(df, low), hn::Set(df, scale))), p);
+    int8_t* planes = to + g * (kInt4Group / 2) + i;
+    store(p, planes), store(q, planes + 3 * stride);
+  }
+}
+
+inline float Activations<Int4Pair>::OffsetOf(size_t g) const {
+  const GroupBytes d8;
+  const auto first = hn::FirstN(d8, kInt4Group / 2), mine = g % 2 == 0 ? first : hn::Not(first);
+  const auto eights = hn::IfThenElseZero(mine, hn::Set(d8, 0x88));
+  const hn::RebindToFloat<GroupInts> df;
+  return hn::ReduceSum(df, hn::ConvertTo(df, PairSums(eights, PairDigits(*this, g / 2 * 2))));
 }
 
 // Two neighbouring values, each in the half of the lanes that belongs to its group.
@@ -152,38 +168,28 @@ HWY_INLINE VF SpreadPair(const float* two) {
 HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w, size_t n,
                           const Int4Pointer* later, float* out) {
   const DF df;
-  const hn::ScalableTag<int8_t> d8;
-  const hn::ScalableTag<int32_t> d32;
-  const size_t groups = n / kInt4Group, stride = row.stride, lanes = hn::Lanes(df);
-  const int8_t* HWY_RESTRICT digits = row.digits;
+  const GroupBytes d8;
+  const size_t groups = n / kInt4Group, lanes = hn::Lanes(df);
   const Int4Pointer w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
   VF a0 = hn::Zero(df), a1 = a0, a2 = a0, a3 = a0;
+  const auto at = [](const Int4Pointer& weights, size_t g)
+                      HWY_ATTR { return &weights.pairs[g * (kInt4Group / 2)].both; };
   size_t g = 0;
   for (; g + 2 <= groups; g += 2) {
-    if (later != nullptr) PrefetchGroups([=](size_t c) HWY_ATTR { return later[c]; }, 4, g, groups);
-    const int8_t* x = digits + g * kInt4Group;
-    const auto load = [=](size_t digit, size_t half)
-                          HWY_ATTR { return hn::LoadU(d8, x + digit * stride + half * kInt4Group); };
-    const auto top0 = load(0, 0), top1 = load(0, 1), upper0 = load(1, 0), upper1 = load(1, 1);
-    const auto all0 = load(2, 0), all1 = load(2, 1);
-    const auto add = [=](const Int4Pointer& weights, VF sum) HWY_ATTR {
-      const uint8_t* pairs = &weights.pairs[g * (kInt4Group / 2)].both;
-      const auto [low, high] = LowAndHigh(hn::LoadU(hn::ScalableTag<uint8_t>(), pairs));
-      // Eight elements in each lane: at most 8 * 15 * 2^23, which int32 holds.
-      auto s = hn::SumOfMulQuadAccumulate(d32, low, top0, hn::Zero(d32));
-      s = hn::ShiftLeft<8>(hn::SumOfMulQuadAccumulate(d32, high, top1, s));
-      s = hn::SumOfMulQuadAccumulate(d32, low, upper0, s);
-      s = hn::ShiftLeft<8>(hn::SumOfMulQuadAccumulate(d32, high, upper1, s));
-      s = hn::SumOfMulQuadAccumulate(d32, low, all0, s);
-      s = hn::SumOfMulQuadAccumulate(d32, high, all1, s);
-      return hn::MulAdd(hn::ConvertTo(df, s), SpreadPair(weights.scales + g), sum);
+    if (!kPrefetchOneByOne && later != nullptr)
+      PrefetchGroups([=](size_t c) HWY_ATTR { return later[c]; }, 4, g, groups);
+    const PairDigits x(row, g);
+    const auto add = [&](const Int4Pointer& weights, size_t c, VF sum) HWY_ATTR {
+      if (kPrefetchOneByOne && later != nullptr) PrefetchGroupsOf(later[c], c, g, groups);
+      const auto sums = PairSums(hn::LoadU(d8, at(weights, g)), x);
+      return hn::MulAdd(hn::ConvertTo(df, sums), SpreadPair(weights.scales + g), sum);
     };
-    a0 = add(w0, a0), a1 = add(w1, a1), a2 = add(w2, a2), a3 = add(w3, a3);
+    a0 = add(w0, 0, a0), a1 = add(w1, 1, a1), a2 = add(w2, 2, a2), a3 = add(w3, 3, a3);
   }
   if (g < groups) {
+    const PairDigits x(row, g);
     const auto add = [&](const Int4Pointer& weights, VF sum) HWY_ATTR {
-      const auto bytes = LoadGroup(weights.pairs + g * (kInt4Group / 2));
-      const auto sums = GroupSums(bytes, digits + g * kInt4Group, stride);
+      const auto sums = PairSums(hn::LoadN(d8, at(weights, g), kInt4Group / 2), x);
       return hn::MulAdd(hn::ConvertTo(df, sums), hn::Set(df, weights.scales[g]), sum);
     };
     a0 = add(w0, a0), a1 = add(w1, a1), a2 = add(w2, a2), a3 = add(w3, a3);
@@ -201,6 +207,49 @@ HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w
 }
 
 #else
+
+using GroupBytes = hn::FixedTag<uint8_t, kInt4Group / 2>;
+using GroupInts = hn::Repartition<int32_t, GroupBytes>;
+
+// Sums of one group's weights * X, in some order spread over the lanes. At most 8 * 15 * 2^23 in a lane,
+// which int32 holds. `low` and `high`: the group's first and second half.
+HWY_INLINE hn::Vec<GroupInts> GroupSums(hn::Vec<GroupBytes> low, hn::Vec<GroupBytes> high,
+                                        const int8_t* digits, size_t stride) {
+  const hn::Repartition<int8_t, GroupBytes> d8;
+  const hn::Repartition<int16_t, GroupBytes> d16;
+  const GroupInts d32;
+  // Four products of at most 15 * 128: nothing saturates.
+  const auto fours = [=](size_t digit) HWY_ATTR {
+    const int8_t* x = digits + digit * stride;
+    return hn::Add(hn::SatWidenMulPairwiseAdd(d16, low, hn::LoadU(d8, x)),
+                   hn::SatWidenMulPairwiseAdd(d16, high, hn::LoadU(d8, x + kInt4Group / 2)));
+  };
+  const auto one = hn::Set(d16, 1);
+  const auto upper = hn::Add(hn::WidenMulPairwiseAdd(d32, fours(0), hn::Set(d16, 256)),
+                             hn::WidenMulPairwiseAdd(d32, fours(1), one));
+  return hn::Add(hn::ShiftLeft<8>(upper), hn::WidenMulPairwiseAdd(d32, fours(2), one));
+}
+
+template <>
+struct Activations<Int4Pair> : DigitRow {
+  const float* offsets = nullptr;  // [groups], 8 * sum of X in the group: weights are stored plus 8
+
+  static size_t Bytes(size_t n) { return DigitRow::Bytes(n) + n / kInt4Group * sizeof(float); }
+  void Prepare(const float* row, size_t n, int8_t* memory) {
+    DigitRow::Prepare(row, n, memory);
+    float* to = reinterpret_cast<float*>(memory + DigitRow::Bytes(n));
+    offsets = to;
+    for (size_t g = 0; Exact() && g < n / kInt4Group; ++g) to[g] = OffsetOf(g);
+  }
+
+  float OffsetOf(size_t g) const {
+    const auto eights = hn::Set(GroupBytes(), 8);
+    const int8_t* group = digits + g * kInt4Group;
+    const auto sums = GroupSums(eights, eights, group, stride);
+    const hn::RebindToFloat<GroupInts> df;
+    return hn::ReduceSum(df, hn::ConvertTo(df, sums));
+  }
+};
 
 HWY_INLINE hn::Vec<GroupInts> PairSums(const Int4Pointer& w, size_t g, const int8_t* digits, size_t stride) {
   const GroupBytes d8;

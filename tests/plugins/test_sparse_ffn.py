@@ -271,9 +271,9 @@ def test_ffn_names_the_types_it_takes_when_the_session_is_made():
 
 
 @pytest.mark.parametrize("E", [64, 128, 192, 1088])
-@pytest.mark.parametrize("F", [1, 4, 5, 8, 19])
+@pytest.mark.parametrize("F", [1, 4, 5, 8, 19, 33])
 def test_int4_columns_are_summed_exactly_whatever_the_number_of_rows_and_groups(E, F):
-    """Rows are added by eights and fours, columns by pairs of groups, with a rest of each; a digit less would show."""
+    """Rows are added by up to sixteen, columns by pairs of groups, with a rest of each; a digit less would show."""
     arrays = operands(np.random.default_rng(E + F), F=F, E=E, Z=0, dtype="int4")
     arrays["b1"] += 3  # all fire
     kernels.assert_close(ffn(arrays)[0], numpy_reference.sparse_ffn(**arrays)[0], kernels.TOLERANCE / 10)
