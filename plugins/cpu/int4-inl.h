@@ -130,9 +130,9 @@ inline void Activations<Int4Pair>::SplitGroup(size_t g, float scale, int8_t* to)
   const hn::RebindToUnsigned<DF> du;
   const hn::Rebind<uint8_t, DF> d8;
   const auto half = hn::Set(di, 128);
-  const auto store = [=](auto all, int8_t* planes) HWY_ATTR {
+  const auto store = [&](auto all, int8_t* planes) HWY_ATTR {
     const auto upper = hn::ShiftRight<8>(hn::Add(all, half)), top = hn::ShiftRight<8>(hn::Add(upper, half));
-    const auto plane = [=](auto digit, size_t place) HWY_ATTR {
+    const auto plane = [&](auto digit, size_t place) HWY_ATTR {
       hn::StoreU(hn::TruncateTo(d8, hn::BitCast(du, digit)), d8,
                  reinterpret_cast<uint8_t*>(planes) + place * stride);
     };
