@@ -76,7 +76,8 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
   const Pointer<W> w = PointerOf<W>(a.w, a.scales);
   const size_t width = a.width, ahead = std::max(kCount, Ahead(2 * RowElements<W>(width) * sizeof(W)));
   x.Prefetch();
-  for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
+  // Of the next piece what the loop does not come to.
+  for (size_t k = 0; k < std::min(ahead, neurons.with_next); ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, 2 * width);
   const Activations<W>* row = x.Get();
   for (size_t k = 0; k < neurons.count; k += kCount) {
@@ -97,8 +98,6 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
     float h[kCount] = {};
     for (size_t c = 0; c < here; c += 4)
       DotRows<1>(&row, first + c, width, more ? later + c : nullptr, h + c, 4);
-    // Fewer than kCount fetch fewer: the last of a piece, behind which another one begins.
-    for (size_t c = (here + 3) / 4 * 4; more && c < kCount; ++c) PrefetchStep(later[c], width);
     Activate<kCount, W>(a, neurons, k, h);
     for (size_t c = 0; c < here; ++c) h[c] *= RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
     AxpyRows<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later + kCount});
@@ -111,7 +110,8 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
 template <class W>
 class Nonzero {
  public:
-  static constexpr size_t kHold = 8;  // as many wait for their lines to arrive
+  // As many wait for their lines to arrive.
+  static constexpr size_t kHold = std::max<size_t>(8, kTogether<W>);
 
   Nonzero(size_t width, float* y) : width_(width), y_(y) {}
   size_t Added() const { return added_; }

@@ -22,7 +22,7 @@ HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
 
-// Neurons handled together; of int4 as many as for a row alone, which has the same bits then.
+// Neurons handled together; of int4 as many as for a row alone: where rows share a mask, the same bits.
 template <class W>
 inline constexpr size_t kGroup = kIsInt4<W> ? kInt4Rows : 8;
 

@@ -188,11 +188,12 @@ HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w
   }
   if (g < groups) {
     const PairDigits x(row, g);
-    const auto add = [&](const Int4Pointer& weights, VF sum) HWY_ATTR {
+    const auto add = [&](const Int4Pointer& weights, size_t c, VF sum) HWY_ATTR {
+      if (kPrefetchOneByOne && later != nullptr) PrefetchGroupsOf(later[c], c, g, groups);
       const auto sums = PairSums(hn::LoadN(d8, at(weights, g), kInt4Group / 2), x);
       return hn::MulAdd(hn::ConvertTo(df, sums), hn::Set(df, weights.scales[g]), sum);
     };
-    a0 = add(w0, a0), a1 = add(w1, a1), a2 = add(w2, a2), a3 = add(w3, a3);
+    a0 = add(w0, 0, a0), a1 = add(w1, 1, a1), a2 = add(w2, 2, a2), a3 = add(w3, 3, a3);
   }
   for (g = 0; g < groups; g += lanes) {
     const size_t m = HWY_MIN(lanes, groups - g);

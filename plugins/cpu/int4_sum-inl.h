@@ -2,9 +2,9 @@
 // Int4 weight rows added to rows of y, once per SIMD target.
 //
 // With AVX-512, up to kInt4Rows rows are added together. The factors h * scale of one group of columns become
-// integers X of 21 bits, relative to the largest of them, in three digits (see digits-inl.h). The bytes of
-// four rows are woven into lanes of four pairs, one of each row, and multiplied with four digits at once: as
-// they are, low + 16 * high, and their low halves alone; 16 times the sum of the high halves is the
+// integers X of some 21 bits, relative to the largest of them, in three digits (see digits-inl.h). The bytes
+// of four rows are woven into lanes of four pairs, one of each row, and multiplied with four digits at once:
+// as they are, low + 16 * high, and their low halves alone; 16 times the sum of the high halves is the
 // difference. All are exact integers: the result depends on which rows with factors other than zero share a
 // call, not on where they stand in it. With AVX2 it is two rows and two digits of X of 24 bits.
 
@@ -363,7 +363,10 @@ HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const f
         const bool add = split && i + kGroupsAtOnce <= end;
         float* to = y + (first + i) * kInt4Group;
         if (add) AddGroups(factors, i, row, count, first + i, to, fetch);
-        if (!add) LookUpGroup(row, count, h, first + i, to);
+        if (!add) {
+          for (size_t c = 0; c < kInt4Rows; ++c) fetch(c);
+          LookUpGroup(row, count, h, first + i, to);
+        }
         i += add ? kGroupsAtOnce : 1;
       }
     }

@@ -168,7 +168,8 @@ HWY_INLINE VF LoadWide(DF df, Int4Pointer p) {
 HWY_INLINE VF LoadWideN(DF df, Int4Pointer p, size_t) { return LoadWide(df, p); }
 HWY_INLINE void PrefetchStep(Int4Pointer later, size_t elements) {
   for (size_t e = 0; e < elements; e += 2 * kLine) PrefetchL2((later + e).pairs);
-  PrefetchL2(later.scales);
+  const size_t groups = elements / kInt4Group;
+  for (size_t g = 0; g < groups; g += kLine / sizeof(float)) PrefetchL2(later.scales + g);
 }
 
 // How weights of type W are pointed to, and how many of them lie in a line.
