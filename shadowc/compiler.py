@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shadowc.compile_checks import check_options
 from shadowc.measure.resources import StageCost
 from shadowc.output import clear_leftovers
 from shadowc.sparsity.kept import kept_by
-from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
+from shadowc.spec.errors import ShadowcError
 from shadowc.spec.manifest import MANIFEST_FILE, WEIGHTS_FILE, EngineManifest, PassPart, SparsityPart
 from shadowc.spec.progress import NullProgress, Progress
 from shadowc.stages import Stages, content_hash, data_hash, source_hash, tool_versions
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     import numpy.typing as npt
 
@@ -107,7 +107,7 @@ class _Compile:
     def run(self) -> CompileSummary:
         from shadowc.emit.target import target
 
-        self._check_options()
+        check_options(self.options, self.out)
         with self.stages.measured("checkpoint"):
             checkpoint = self.stages.checkpoint()
             kept_by(self.options).check(checkpoint.facts)
@@ -159,89 +159,6 @@ class _Compile:
     def _tell_waiting(self) -> None:
         self._waited = True
         self.stages.progress.note(f"waits for another process that writes {self.out}")
-
-    def _check_options(self) -> None:
-        """Everything that can be refused before any work, all at once."""
-        from shadowc.emit.folder import check_replaceable
-        from shadowc.emit.target import TARGETS
-        from shadowc.pipeline import check_choice
-        from shadowc.runtime.session import check_ort
-        from shadowc.sparsity.calibration import check_data
-        from shadowc.sparsity.criteria import find_criterion, require_trainable
-
-        options = self.options
-        checks: list[Callable[[], object]] = [
-            lambda: options.density,
-            lambda: check_choice(options.target, options.weights),
-            lambda: find_criterion(options.collect.criterion),
-            lambda: check_replaceable(self.out),
-            self._check_writable,
-            self._check_dump,
-            self._check_mask,
-            self._check_style,
-            check_ort,
-            *(TARGETS[options.target].checks(options) if options.target in TARGETS else ()),
-        ]
-        if options.predictor == "train":
-            checks.append(lambda: require_trainable(name := options.collect.criterion, find_criterion(name).per))
-        if options.predictor == "train" and options.load_format == "auto":
-            checks.append(lambda: check_data(options.collect.data))
-        problems: list[ShadowcError] = []
-        for check in checks:
-            try:
-                check()
-            except ShadowcError as error:
-                problems.append(error)
-        if len(problems) == 1:
-            raise problems[0]
-        if problems:
-            texts = [problem.message for problem in problems]
-            raise InputError("the options cannot be used: " + "; ".join(texts), hint=problems[0].hint, problems=texts)
-
-    def _check_writable(self) -> None:
-        """The first folder that exists above the output must take new entries."""
-        above = next(path for path in self.out.absolute().parents if path.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-            raise InputError(f"cannot write to {above}; nothing was written", hint="choose another folder with --out")
-
-    def _check_mask(self) -> None:
-        options = self.options
-        if options.refresh and options.mask == "token":
-            raise InputError(
-                f"--refresh {options.refresh} has no effect with --mask token: every token makes its own mask",
-                hint="--mask sequence, or leave --refresh out",
-            )
-        if options.mask == "sequence" and options.target != "cpu":
-            raise UnsupportedError(
-                f"target {options.target} makes a mask for every token, a mask per sequence is for target cpu",
-                hint="--mask token, or --target cpu",
-            )
-
-    def _check_style(self) -> None:
-        """What a predictor for each layer cannot do; a predictor's folder says of which style it is."""
-        from shadowc.sparsity.predictor import style_in
-        from shadowc.sparsity.styles import check_select, check_style, scope_of
-
-        options = self.options
-        if options.predictor == "none":
-            return
-        folder = self._predictor_folder()
-        style = style_in(options.predictor) if folder else options.train.style
-        check_style(style, options)
-        check_select(options)
-        scope_of(style, options.scope, options.select)
-
-    def _check_dump(self) -> None:
-        dump = self.options.dump_passes
-        if dump is None:
-            return
-        if dump.exists() and not dump.is_dir():
-            raise InputError(f"--dump-passes {dump} is a file, expected a folder", hint="name another folder")
-        out, inside = self.out.absolute(), dump.absolute()
-        if inside == out or out in inside.parents:
-            raise InputError(
-                f"--dump-passes {dump} lies inside the engine folder {self.out}", hint="name another folder"
-            )
 
     def _build_key(self, checkpoint: Checkpoint) -> str:
         """Hash of everything that decides the bytes of the engine."""

@@ -18,4 +18,4 @@ show shadowc run "$engine" "$prompt" --density 1 --max-new-tokens 48
 show shadowc run "$engine" "$prompt" --density 0.5 --max-new-tokens 48
 show shadowc run "$engine" "$prompt" --head-density 0.5 --neuron-density 0.2 --max-new-tokens 48
 show shadowc inspect "$engine"
-printf '\nThe engine is %s. Next: shadowc --help, README.md\n' "$engine"
+printf '\nThe engine is %s. Next: . .venv/bin/activate, shadowc --help, README.md\n' "$engine"
