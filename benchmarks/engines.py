@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/engines"), help="engines, tables (%(default)s)")
     given = parser.parse_args(arguments)
     try:
-        densities = [Density(*map(float, item.split("/"))) for item in given.densities.split(",")]
+        densities = [Density.parse(item) for item in given.densities.split(",")]
         found = measure(given, densities)
     except (ShadowcError, ValueError, TypeError) as error:
         parser.error(str(error))

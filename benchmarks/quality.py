@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     text = heldout() if given.text is None else given.text.read_bytes().decode()
     reports = {}
     try:
-        densities = [Density(*map(float, item.split("/"))) for item in given.densities.split(",")]
+        densities = [Density.parse(item) for item in given.densities.split(",")]
         for weights in given.weights.split(","):
             sys.stderr.write(f"{given.model} in {weights}\n")
             folder = given.out / f"{given.model}-{weights}.engine"

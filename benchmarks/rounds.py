@@ -8,6 +8,7 @@ its rounds. A round is a process of its own, which a launcher such as `chrt -f 5
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
@@ -24,6 +25,7 @@ from benchmarks.decoding import Round, Sample
 from benchmarks.peers import machine
 from shadowc.measure.bench import FLOOR_SHARE
 from shadowc.runtime.cores import usable_cores
+from shadowc.runtime.library import OpLibrary
 
 ROOT = Path(__file__).resolve().parents[1]
 STREAM_SHARE = FLOOR_SHARE
@@ -93,6 +95,24 @@ class Ledger:
                 raise LedgerError(f"{path} was measured with {found}, asked is {asdict(asked)}: name another --out")
         else:
             self.content = {"asked": asdict(asked), "machine": asdict(machine.here()), "engines": {}}
+
+    def require_same(self, launcher: str) -> None:
+        """Refuse to add rounds to those of another machine, launcher or op library: their medians would be of neither.
+
+        Raises:
+            LedgerError: they differ; of what an older file does not say nothing is known.
+        """
+        library = hashlib.sha256(OpLibrary.installed().path.read_bytes()).hexdigest()[:16]
+        now = {"machine": asdict(machine.here()), "launcher": launcher, "library": library}
+        if any(one.get("rounds") for one in self.content["engines"].values()):
+            differing = [
+                f"{name} {self.content[name]}" for name in now if self.content.get(name, now[name]) != now[name]
+            ]
+            if differing:
+                raise LedgerError(
+                    f"{self.path} has rounds of {', '.join(differing)}; here it is {now}: name another --out"
+                )
+        self.content.update(now)
 
     def rounds(self, name: str) -> list[Round]:
         """The rounds of one engine."""

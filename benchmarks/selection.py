@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from shadowc.eval.torch_model import TorchModel
 from shadowc.sparsity.importance import Origin
 from shadowc.sparsity.predictor import style_in
 from shadowc.spec.density import Density
+from shadowc.spec.errors import ShadowcError
 from shadowc.spec.options import Style
 from shadowc.spec.progress import NullProgress
 
@@ -71,8 +73,8 @@ def _line(budget: str, one: Row, other: Row) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main(arguments: list[str]) -> None:
-    """Print the table."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print the table; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.selection", description=__doc__)
     parser.add_argument("--model", required=True)
     parser.add_argument("--predictor", type=Path, required=True)
@@ -81,6 +83,14 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--densities", type=float, nargs="+", default=[0.5, 0.25, 0.125])
     parser.add_argument("--limit", type=int, help="first windows only")
     given = parser.parse_args(arguments)
+    try:
+        _print(given)
+    except ShadowcError as error:
+        parser.error(f"{error}: {error.hint}" if error.hint else str(error))
+    return 0
+
+
+def _print(given: argparse.Namespace) -> None:
     model = torch_model(Origin(given.model, "auto", 0), given.predictor, progress=NullProgress())
     style = style_in(given.predictor)
     corpus, store = text_corpus(model, given.text, limit=given.limit), Store()
@@ -95,4 +105,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main())

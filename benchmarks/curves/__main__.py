@@ -70,6 +70,7 @@ def _measure(model: str, ledger: Ledger, given: argparse.Namespace) -> None:
     if done >= given.rounds:
         return
     try:
+        ledger.require_same(given.launcher)
         with _engine(model, given) as folder:
             for turn in range(done, given.rounds):
                 say(f"{model}: round {turn + 1} of {given.rounds}")

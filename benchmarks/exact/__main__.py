@@ -39,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         asked = Asked(given.weights, "token", settings, given.tokens, threads_of(given.threads))
         out = given.out or given.cache / f"{given.model}.md"
         ledger = Ledger(out.with_suffix(".json"), asked)
+        ledger.require_same(given.launcher)
         for turn in range(given.rounds):
             for name, folder in engines.items():
                 if len(ledger.rounds(name)) <= turn:

@@ -30,7 +30,7 @@ TITLES: Mapping[str, str] = MappingProxyType(
 
 WEIGHTS: Mapping[str, tuple[str, ...]] = MappingProxyType(
     {
-        OURS: ("int8", "int4", "bf16", "fp16", "fp32"),
+        OURS: ("int8", "int4", "bf16", "fp32"),
         "openvino": ("int8", "int8-sym", "int4"),
         "ctranslate2": ("int8", "bf16", "fp32"),
         "transformers": ("bf16", "fp32"),
@@ -96,10 +96,12 @@ def prepare(entrant: Entrant, checkpoint: Path, cache: Path, threads: int) -> La
     module = f"benchmarks.peers.contestants.{entrant.runtime}"
     start = [str(python), "-m", module]
     model = entrant.engine or models / name
-    if not model.is_dir():
-        unfinished = models / f"{name}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir()
+    compiled = entrant.runtime == OURS and entrant.engine is None  # which does nothing where it is up to date
+    if compiled or not model.is_dir():
+        unfinished = model if compiled else models / f"{name}.unfinished"
+        if not compiled:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir()
         options = ["--checkpoint", str(checkpoint), "--model", str(unfinished), "--weights", entrant.weights]
         logged([*start, "prepare", *options], models / f"{name}.prepare.log", f"preparing {entrant.label}", environment)
         if not unfinished.is_dir():

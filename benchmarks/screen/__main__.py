@@ -236,7 +236,10 @@ def _alone_in(folder: Path, about: Mapping[str, Any]) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with filelock.FileLock(folder / LOCK_FILE, timeout=0):
-            path.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+            if not path.is_file():
+                unfinished = path.with_suffix(".unfinished")
+                unfinished.write_text(json.dumps(about, indent=1) + "\n", "utf-8")
+                unfinished.replace(path)
             yield
     except filelock.Timeout:
         raise InputError(f"another process writes to {folder}", hint="wait for it, or --out OTHER") from None

@@ -34,7 +34,7 @@ def bits_against_bytes(found: Found, path: Path) -> None:
     drawn, panels = figure(-(-len(names) // columns), columns, scale=1.3)
     for name, panel in zip(names, panels, strict=False):
         panel.axhline(found.dense.row.metrics[0].value, color=FLOOR, linestyle=":", linewidth=1, label="dense")
-        _curves(panel, [line for line in lines if line.criterion == name] + common)
+        _curves(panel, [line for line in lines if line.criterion == name] + common, found.about["seed"])
         panel.set(title=name, xlabel="layer bytes read, of a dense token's", ylabel="bits per byte")
     for panel in panels[len(names) :]:
         panel.set_visible(False)
@@ -43,14 +43,14 @@ def bits_against_bytes(found: Found, path: Path) -> None:
     save(drawn, note, path)
 
 
-def _curves(panel: Any, lines: Sequence[Line]) -> None:
-    """Draw a curve for every style, scope and seed, in the order of the bytes."""
+def _curves(panel: Any, lines: Sequence[Line], base: int) -> None:
+    """Draw a curve for every style, scope and seed, in the order of the bytes; thin for other seeds than `base`."""
     curves: dict[tuple[str, str, int | None], list[Line]] = {}
     for line in lines:
         curves.setdefault((line.style, line.row.setting.scope, line.seed), []).append(line)
     for (style, scope, seed), some in curves.items():
         points = sorted((1 - line.row.sparsity, line.row.metrics[0].value) for line in some)
-        again = bool(seed)
+        again = seed not in (None, base)
         panel.plot(
             *zip(*points, strict=True),
             LINES.get(scope, "-"),

@@ -39,6 +39,18 @@ class Plan:
     """Neurons of a unit, the same for all styles: so references are those of the criterion alone."""
     seed: int
 
+    def __post_init__(self) -> None:
+        """Refuse styles none of which has a scope.
+
+        Raises:
+            InputError: layers that know themselves alone are to be ranked together, and nothing else.
+        """
+        if "shadow" not in self.styles and "local" not in self.scopes:
+            raise InputError(
+                f"styles {', '.join(self.styles)} rank each layer by itself: they have scope local only",
+                hint="--scopes local, or --styles with shadow",
+            )
+
     @property
     def learnable(self) -> tuple[str, ...]:
         """Criteria that a predictor can learn."""

@@ -57,6 +57,7 @@ def _speed(given: argparse.Namespace) -> str:
         given.out / f"{given.model}.json",
         Asked(given.weights, "token", settings, given.tokens, threads_of(given.threads)),
     )
+    ledger.require_same(given.launcher)
     folders = {one.name: given.out / f"{given.model}-{given.weights}-{one.name}.engine" for one in found}
     try:
         for one in found:

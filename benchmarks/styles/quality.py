@@ -89,11 +89,13 @@ def measure(
         folder = shadowc.compile(options_of(taught, model, out / f"{taught.name}.engine"))
         first = taught.name.startswith("shadow") and taught.labels == "scores"  # controls do not ask the predictor
         methods = METHODS if first else METHODS[:1]
-        shares = [Density(*map(float, item.split("/"))) for item in densities]
+        shares = [Density.parse(item) for item in densities]
         report = evaluate(shadowc.load(folder), text, densities=shares, methods=methods)
         content["rows"][taught.name] = _entry(taught, folder, asdict(report))
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        unfinished = path.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        unfinished.replace(path)
     return content
 
 

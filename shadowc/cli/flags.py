@@ -170,11 +170,8 @@ def densities_of(text: str) -> tuple[Density, ...]:
 
     found, hint = [], "for example --densities 1,0.5,0.5/0.2"
     for entry in text.split(","):
-        heads, _, neurons = entry.strip().partition("/")
         try:
-            found.append(Density(float(heads), float(neurons or heads)))
-        except ValueError:
-            raise InputError(f"a list of densities was expected, found {entry.strip()!r} in it", hint=hint) from None
+            found.append(Density.parse(entry))
         except InputError as error:
             raise InputError(error.message, hint=hint) from None
     return tuple(found)
@@ -247,4 +244,5 @@ def checked(options: Callable[..., Any], values: Mapping[str, object], command: 
 def _finding(place: tuple[int | str, ...], message: str) -> str:
     """What pydantic found, as of a flag; without a place it is of several together."""
     message = message.removeprefix("Value error, ")
-    return f"--{'-'.join(map(str, place)).replace('_', '-')}: {message}" if place else message
+    names = [part for part in place if isinstance(part, str)]  # numbers are places in a list, no part of the flag
+    return f"--{'-'.join(names).replace('_', '-')}: {message}" if names else message

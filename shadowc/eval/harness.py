@@ -77,8 +77,7 @@ class ShadowcLM(TemplateLM):  # type: ignore[misc]  # lm_eval has no types
             self.evaluated: EvaluatedModel = torch_model(Origin(model, "auto", seed), folder)
         else:
             self.evaluated = engine_model(Path(str(engine)), threads=threads, seed=seed)
-        heads, _, neurons = str(density).partition("/")
-        kept = Density(float(heads), float(neurons or heads))
+        kept = Density.parse(str(density))
         named = protocol_named(protocol) if protocol else self.evaluated.protocols[0]
         self.setting = Setting(method, kept, named, scope, prompt_tokens)
         if self.setting.unmasked:

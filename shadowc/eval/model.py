@@ -117,6 +117,11 @@ class EvaluatedModel(ABC):
             if protocol not in self.protocols:
                 raise self._cannot(protocol)
         for setting in settings:
+            if setting.prompt_tokens is not None and setting.protocol == "paper":
+                raise InputError(
+                    "protocol paper masks a sequence from its first token on: none is dense at the start",
+                    hint="leave --prompt-tokens out, or --protocol decode,prompt",
+                )
             least = 1 if setting.protocol == "prompt" else 0
             if setting.prompt_tokens is not None and setting.prompt_tokens < least:
                 raise InputError(

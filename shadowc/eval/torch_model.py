@@ -145,8 +145,8 @@ class TorchModel(EvaluatedModel):
         for setting in settings:
             if setting.method in LEARNED and setting.protocol != "decode" and predictor.style != "shadow":
                 raise self._knows_one_layer(setting, predictor.style)
-            if setting.method == "predictor":
-                predictor.scope(cast("Scope | None", setting.scope or self._scope or None))
+            if setting.method in LEARNED:
+                predictor.scope(cast("Scope | None", setting.scope or self._scope or None), _select(setting))
 
     def _knows_one_layer(self, setting: Setting, style: Style) -> UnsupportedError:
         """Return the refusal of one mask for many tokens where none knows the masks of all layers ahead."""
@@ -355,7 +355,7 @@ class TorchModel(EvaluatedModel):
         """
         named = self._scope if setting is None else setting.scope or self._scope
         control = setting is not None and setting.method not in LEARNED and bool(named)
-        select = next((one for one in SELECTS if setting is not None and one == setting.method), SELECTS[0])
+        select = SELECTS[0] if setting is None else _select(setting)
         key = named or "", control, select
         if key not in self._masked:
             predictor, scope = self._predictor, cast("Scope | None", named or None)
@@ -367,6 +367,11 @@ class TorchModel(EvaluatedModel):
                 plan = predictor.plan(scope, exempt, select=select, min_active_heads=heads, min_active_neurons=neurons)
             self._masked[key] = MaskedModel(self._model, plan, predictor)
         return self._masked[key]
+
+
+def _select(setting: Setting) -> Select:
+    """How a method chooses units; all but those by thresholds rank."""
+    return next((one for one in SELECTS if one == setting.method), SELECTS[0])
 
 
 def ledger_of(model: Any, predictor_bytes: float) -> Ledger:
@@ -392,9 +397,12 @@ def ledger_of(model: Any, predictor_bytes: float) -> Ledger:
 
 
 def _hash(predictor: Predictor) -> str:
-    """Return what tells predictors of one checkpoint apart."""
+    """Return what tells predictors of one checkpoint apart, the rankings that they carry included."""
     state = hashlib.sha256()
-    for name, value in sorted(predictor.tensors().items()):
+    controls = {
+        f"{name}.{index}": value for name, pair in predictor.controls.items() for index, value in enumerate(pair)
+    }
+    for name, value in sorted({**predictor.tensors(), **controls}.items()):
         state.update(f"{name} {value.shape}".encode() + np.ascontiguousarray(value).tobytes())
     return f" predictor {state.hexdigest()[:16]}"
 

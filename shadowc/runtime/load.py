@@ -102,7 +102,7 @@ def load(
         VerificationError: a file is missing or has changed.
         SetupError: what runs it is missing here or too old: ONNX Runtime, the op library, TensorRT, a GPU.
     """
-    path = Path(folder)
+    path = _folder(folder)
     manifest = read_manifest(path)
     if manifest.tensorrt is None:
         return load_cpu(
@@ -147,7 +147,7 @@ def load_cpu(
     Raises:
         UnsupportedError: the engine is of another target.
     """
-    path = Path(folder)
+    path = _folder(folder)
     require_utf8(path.resolve(), "rename the folder, or move it")
     require_whole(**{name: value for name, value in (("threads", threads), ("refresh", refresh)) if value is not None})
     if threads is not None and not 1 <= threads <= MOST_THREADS:
@@ -251,12 +251,22 @@ def verify(folder: str | PathLike[str], *, deep: bool = True) -> VerifyReport:
         InputError: no engine is there.
         IncompatibleEngineError, VerificationError: engine.json itself cannot be used.
     """
-    path = Path(folder)
+    path = _folder(folder)
     manifest = read_manifest(path)
     problems = file_problems(path, manifest, hashes=deep, remember=False)
     problems += _cpu_problems() if manifest.tensorrt is None else _tensorrt_problems(path, manifest)
     size = sum(entry.size for entry in manifest.files.values())
     return VerifyReport(path, len(manifest.files), size, tuple(problems))
+
+
+def _folder(given: str | PathLike[str]) -> Path:
+    """An engine folder as a path; anything else, such as the None of a variable that was not set, is refused."""
+    try:
+        return Path(given)
+    except TypeError:
+        raise InputError(
+            f"an engine folder was expected, found {given!r}", hint="the folder that shadowc compile wrote"
+        ) from None
 
 
 def _require_files(path: Path, manifest: EngineManifest, verify: bool) -> None:

@@ -259,11 +259,13 @@ class TraceWriter:
 
     @property
     def started(self) -> bool:
-        """True: the tensors exist already (`begin` was called, now or in an interrupted run)."""
+        """True: the tensors exist already (`begin` was called, or `commit` in an interrupted run)."""
         return bool(self._maps)
 
     def begin(self, layout: Layout, meta: dict[str, Any]) -> None:
         """Lay the file out at its full size, with zeros, and remember `meta`.
+
+        An interrupted run goes on behind the last `commit`; without one it begins anew.
 
         Raises:
             SetupError: the disk has no room for the whole trace.
@@ -281,7 +283,6 @@ class TraceWriter:
                 self._map(layout)
                 self.meta = meta
                 self._layout = layout
-                self._save_state()
         except BaseException:
             self.discard()
             raise

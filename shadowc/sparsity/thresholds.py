@@ -203,5 +203,5 @@ def refuse_least(least: int) -> None:
     if least > 0:
         raise InputError(
             f"thresholds keep the units that reach them; to keep {least} at least, those of every token must be ranked",
-            hint="--select exact",
+            hint="compile --select exact, eval --methods predictor",
         )

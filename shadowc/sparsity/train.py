@@ -92,8 +92,8 @@ def train(
 
     Raises:
         InputError: the trace is of another model, of a criterion that no predictor can learn, too small to hold
-            sequences out, or its scores do not vary; a ranking is of another model; or `out` holds something else than
-            a predictor.
+            sequences out, or its scores do not vary; a ranking is of another model, or two are of one criterion; or
+            `out` holds something else than a predictor.
     """
     progress = progress or NullProgress()
     if out is not None:
@@ -101,6 +101,7 @@ def train(
     require_trainable(trace.meta["criterion"], trace.meta.get("per", "token"))
     options = chosen_labels(options, trace.meta["criterion"])
     _require_fit(trace, facts, options)
+    _require_one_each(rankings)
     _require_same_model(trace, rankings)
     held_M: npt.NDArray[np.bool_] = held_out(trace.sequence_M, options.validation, options.seed)
     taught, held = np.flatnonzero(~held_M), np.flatnonzero(held_M)
@@ -320,6 +321,19 @@ def _means(trace: ImportanceTrace) -> Floats | None:
     """Return what skipped heads will leave in their place, [Lp, H, D]; None: zero."""
     means = trace.means()
     return np.stack([means[layer] for layer in range(1, trace.layers)]) if means else None
+
+
+def _require_one_each(rankings: Sequence[ImportanceTrace]) -> None:
+    """Refuse two rankings of one name: the second would take the place of the first."""
+    folders: dict[str, list[str]] = {}
+    for other in rankings:
+        folders.setdefault(str(other.meta["criterion"]), []).append(str(other.folder))
+    twice = [f"{name} in {' and '.join(some)}" for name, some in folders.items() if len(some) > 1]
+    if twice:
+        raise InputError(
+            f"a criterion has one ranking, static-CRITERION; found {'; '.join(twice)}",
+            hint="--ranking once a criterion",
+        )
 
 
 def _require_same_model(trace: ImportanceTrace, rankings: Sequence[ImportanceTrace]) -> None:

@@ -43,6 +43,22 @@ class Density:
         """One number means the same share for both kinds."""
         return value if isinstance(value, Density) else Density(value, value)
 
+    @staticmethod
+    def parse(text: str) -> Density:
+        """`0.5`, the same share for both kinds, or `0.5/0.2`, of heads and of neurons.
+
+        Raises:
+            InputError: it is neither, or outside 0..1.
+        """
+        heads, _, neurons = text.strip().partition("/")
+        try:
+            shares = float(heads), float(neurons or heads)
+        except ValueError:
+            raise InputError(
+                f"a density was expected, found {text.strip()!r}", hint="0.5, or 0.5/0.2: heads/neurons"
+            ) from None
+        return Density(*shares)
+
 
 def _number(value: object) -> float:
     """NaN where it is none; text is none."""

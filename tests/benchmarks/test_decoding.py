@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,6 +100,22 @@ def test_rounds_of_other_options_are_not_mixed(tmp_path: Path, changed: dict[str
     Ledger(tmp_path / "x.json", ASKED).add("opt-x", a_round(10e9, dense=(4.0, 2e6)))
     with pytest.raises(LedgerError, match="name another --out"):
         Ledger(tmp_path / "x.json", replace(ASKED, **changed))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("what", ["machine", "launcher", "library"])
+def test_rounds_of_another_machine_launcher_or_library_are_not_mixed(tmp_path: Path, what: str) -> None:
+    path = tmp_path / "x.json"
+    ledger = Ledger(path, ASKED)
+    ledger.require_same("chrt -f 50")
+    ledger.add("opt-x", a_round(10e9, dense=(4.0, 2e6)))
+    Ledger(path, ASKED).require_same("chrt -f 50")
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, what: "another"}))
+    with pytest.raises(LedgerError, match=f"has rounds of {what} another; here it is"):
+        Ledger(path, ASKED).require_same("chrt -f 50")
+    del content[what]  # as files of before have none
+    path.write_text(json.dumps(content))
+    Ledger(path, ASKED).require_same("chrt -f 50")
 
 
 def test_ratios_and_floors_are_taken_within_each_round() -> None:

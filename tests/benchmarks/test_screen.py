@@ -179,6 +179,12 @@ def test_a_llama_type_model_is_screened_with_all_styles(
     assert all(0 < float(lines[key]["active_heads"]) < 1 > float(lines[key]["active_neurons"]) > 0 for key in wanted)
 
 
+def test_styles_without_a_scope_are_refused(run: Screen, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = refused(capsys, run, tmp_path, "--styles", "dejavu,shadow+", "--scopes", "global")
+    assert "styles dejavu, shadow+ rank each layer by itself" in said
+    assert not (tmp_path / "screen.json").exists()
+
+
 class Killed(BaseException):
     """As if the process had ended here."""
 

@@ -153,7 +153,7 @@ def test_list_of_densities_takes_pairs() -> None:
 
 @pytest.mark.parametrize("text", ["", "half", "0.5,,1", "0.5/x"])
 def test_list_of_densities_refuses_what_is_no_number(text: str) -> None:
-    with pytest.raises(InputError, match="a list of densities was expected"):
+    with pytest.raises(InputError, match="a density was expected"):
         flags.densities_of(text)
 
 
@@ -169,6 +169,12 @@ def test_option_values_out_of_range_are_all_listed() -> None:
         flags.checked(TrainOptions, {"neuron_block": 0, "epochs": 0}, "train")
     assert len(caught.value.problems) == 2
     assert "--neuron-block" in caught.value.problems[0]
+
+
+def test_a_value_of_a_list_is_refused_by_the_flag_that_takes_the_list() -> None:
+    with pytest.raises(InputError) as caught:
+        flags.checked(CompileOptions, {"model": "opt-mini", "exempt": (0,)}, "compile")
+    assert caught.value.problems[0].startswith("--exempt: ")
 
 
 @pytest.mark.parametrize("command", ["train", "compile"])

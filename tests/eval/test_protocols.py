@@ -133,7 +133,7 @@ def test_batches_padding_and_neighbours_change_nothing(in_torch: TorchModel, mon
     requests = [request(seed, tokens, tokens - 1) for seed, tokens in enumerate((24, 9, 17, 24, 3))]
     for protocol in in_torch.protocols:
         for method in in_torch.methods:
-            setting = Setting(method, HALF, protocol, prompt_tokens=2)
+            setting = Setting(method, HALF, protocol, prompt_tokens=None if protocol == "paper" else 2)
             together = in_torch.score(requests, setting)
             monkeypatch.setattr(torch_model, "BATCH_BYTES", 1)
             alone = [in_torch.score([one], setting)[0] for one in requests]
@@ -304,6 +304,26 @@ def test_a_mask_of_a_prompt_needs_a_prompt(in_torch: TorchModel) -> None:
         in_torch.check(Setting("predictor", HALF, "prompt", prompt_tokens=0))
     with pytest.raises(InputError, match="at least 0 dense tokens"):
         in_torch.check(Setting("predictor", HALF, prompt_tokens=-1))
+
+
+def test_dense_tokens_under_protocol_paper_are_refused_as_it_has_none(in_torch: TorchModel) -> None:
+    in_torch.check(Setting("predictor", HALF, "paper"))
+    with pytest.raises(InputError, match="masks a sequence from its first token on"):
+        in_torch.check(Setting("predictor", HALF, "paper", prompt_tokens=5))
+
+
+@pytest.mark.parametrize("style", ["shadow", "shadow+"])
+def test_one_threshold_for_all_layers_by_their_sensitivity_is_refused_before_anything_runs(
+    in_torch: TorchModel, style: Style
+) -> None:
+    predictor = in_torch._predictor
+    assert predictor is not None
+    meta, table = {**predictor.meta, "style": style}, np.zeros((1, 1), np.float32)
+    with_thresholds = replace(predictor, meta=meta, thresholds={"local": (table, table)})
+    model = TorchModel(in_torch._model, in_torch._checkpoint, with_thresholds)
+    model.check(Setting("sensitivity", HALF), Setting("calibrated", HALF, scope="global"))
+    with pytest.raises(InputError, match="thresholds by sensitivity give every layer its own share"):
+        model.check(Setting("sensitivity", HALF, scope="global"))
 
 
 def test_without_a_predictor_there_are_random_masks_and_those_of_a_prompt(tiny_checkpoint: Path) -> None:

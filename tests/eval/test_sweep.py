@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +160,12 @@ def test_a_sweep_of_something_else_is_refused_with_what_differs(
     with pytest.raises(InputError, match=r"a sweep of something else: identity is .* predictor .*, now") as caught:
         run(tmp_path / "out", other, [Setting("random", HALF)])
     assert caught.value.hint == "--sweep with another folder"
+    predictor = in_torch._predictor
+    assert predictor is not None
+    ranked = {**predictor.controls, "static-magnitude": predictor.controls["normalised"]}
+    retaught = TorchModel(in_torch._model, in_torch._checkpoint, replace(predictor, controls=ranked))
+    with pytest.raises(InputError, match="a sweep of something else: identity is"):
+        run(tmp_path / "out", retaught)
     with pytest.raises(InputError, match="holds something else than a sweep"):
         sweep.check(Path(__file__).parent)
     with pytest.raises(InputError, match="is a file"):

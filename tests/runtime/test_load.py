@@ -15,7 +15,7 @@ import onnxruntime
 import pytest
 
 from shadowc.runtime import library, verification
-from shadowc.runtime.load import load, read_manifest, verify
+from shadowc.runtime.load import load, load_cpu, read_manifest, verify
 from shadowc.spec.errors import IncompatibleEngineError, InputError, SetupError, VerificationError
 from shadowc.spec.manifest import FIXED_FILE, MANIFEST_FILE, SCHEMA, WEIGHTS_FILE
 
@@ -53,6 +53,12 @@ def test_a_missing_folder_is_an_input_error_that_says_what_to_type(tmp_path: Pat
     with pytest.raises(InputError, match="no engine folder") as caught:
         load(tmp_path / "none")
     assert caught.value.hint.startswith("shadowc compile")
+
+
+@pytest.mark.parametrize("call", [load, load_cpu, verify])
+def test_a_folder_that_was_never_named_is_an_input_error(call: Callable[[Any], object]) -> None:
+    with pytest.raises(InputError, match="an engine folder was expected, found None"):
+        call(None)
 
 
 def test_a_folder_without_manifest_is_not_an_engine(tmp_path: Path) -> None:

@@ -165,6 +165,13 @@ def test_a_ranking_of_another_checkpoint_is_refused(collected: Collected) -> Non
         train(trace, trace.facts, TrainOptions(epochs=1), rankings=[other])
 
 
+def test_two_rankings_of_one_criterion_are_refused(collected: Collected) -> None:
+    trace, other = collected("plainact"), collected("magnitude")
+    with pytest.raises(InputError, match=r"found magnitude in .* and ") as caught:
+        train(trace, trace.facts, TrainOptions(epochs=1), rankings=[other, collected("fisher"), other])
+    assert "fisher" not in caught.value.message
+
+
 @pytest.mark.parametrize("fill", ["mean", "zero"])
 def test_a_ranking_measured_from_something_else_than_skipped_heads_leave_is_refused(
     collected: Collected, fill: str

@@ -89,6 +89,20 @@ def test_importance_of_heads_is_measured_from_their_means_and_that_of_layer_0_fr
         np.testing.assert_allclose(trace.heads_MLH[:, layer], wanted_MH, atol=10 * FLOAT32)
 
 
+def test_a_run_that_ended_while_means_were_taken_begins_anew(
+    trace: ImportanceTrace, source: ModelCheckpoint, model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def end(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module, "head_means", end)
+        with pytest.raises(KeyboardInterrupt):
+            collect(source, OPTIONS, tmp_path / "t", model=model)
+    again = collect(source, OPTIONS, tmp_path / "t", model=model)
+    assert (again.folder / TENSORS_FILE).read_bytes() == (trace.folder / TENSORS_FILE).read_bytes()
+
+
 def test_fill_zero_collects_no_means_and_the_published_scores(
     source: ModelCheckpoint, model: Any, trace: ImportanceTrace, tmp_path: Path
 ) -> None:

@@ -30,8 +30,7 @@ class Shadowc(Contestant):
 
     @staticmethod
     def prepare(checkpoint: Path, out: Path, weights: str) -> None:
-        """Compile; the checkpoint holds the numbers that `dummy` makes, rounded to fp16."""
-        out.rmdir()
+        """Compile if `out` is not up to date; the checkpoint holds the numbers that `dummy` makes, rounded to fp16."""
         options = {"model": str(checkpoint), "load_format": "dummy", "weights": weights, "out": out, "offline": True}
         shadowc.compile(shadowc.CompileOptions.model_validate(options))
 
