@@ -46,6 +46,10 @@ def bench(
     json: flags.AsJson = False,
 ) -> None:
     """Measure batch-1 decoding beside the dense twin: time, its parts, bytes read, bandwidth, first token."""
+    from shadowc.runtime.load import read_manifest
+
+    if read_manifest(engine).sparsity is None:
+        flags.refuse_unused(context, ["densities", "sweep"], "on an engine without a predictor: it is dense")
     wanted = _densities(context, densities, sweep)
     from shadowc.measure.bench import bench as run_bench
 

@@ -30,7 +30,12 @@ COLUMNS = {
 """Heading -> one of the correlations of `Agreed`."""
 
 
+MEASURING = ("units", "sequences", "length", "tokens", "load_format", "offline", "seed")
+"""Parameters of a measurement; the list has none of them."""
+
+
 def criteria(
+    context: typer.Context,
     model: Annotated[
         str | None,
         typer.Option("--model", "-m", help="Measure on this model; without it, the list.", show_default=False),
@@ -62,6 +67,7 @@ def criteria(
             raise InputError(
                 "--data needs a model to measure on", hint=f"shadowc criteria --model opt-mini --data {data}"
             )
+        flags.refuse_unused(context, MEASURING, "without --model")
         _list(names, json)
         return
     if data is None:

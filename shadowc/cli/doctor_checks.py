@@ -30,14 +30,6 @@ LOWEST = {
     "huggingface-hub": (1, 3),
     "numpy": (2,),
 }
-ORT_DISTRIBUTIONS = (
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "onnxruntime-directml",
-    "onnxruntime-openvino",
-    "onnxruntime-training",
-)
-"""All of them install the module `onnxruntime`, over each other."""
 OPTIONAL = {
     "matplotlib": ("plot", "shadowc bench --plot"),
     "gguf": ("gguf", "--model FILE.gguf of shadowc collect and train"),
@@ -86,14 +78,14 @@ def packages() -> list[Finding]:
 
 def onnx_runtime() -> Finding:
     """ONNX Runtime: exactly one distribution, new enough, and the files are its own."""
+    from shadowc.runtime.ort_package import installed, to_install
     from shadowc.runtime.session import LOWEST_ORT
 
-    found = {name: version for name in ORT_DISTRIBUTIONS if (version := _version(name)) is not None}
+    found, keep = installed(), to_install()
     text = ", ".join(f"{name} {version}" for name, version in found.items())
     if not found:
-        return Finding("ONNX Runtime", "fails", "not installed", "pip install onnxruntime-gpu")
+        return Finding("ONNX Runtime", "fails", "not installed", f"pip install {keep}")
     module = _module_version()
-    keep = "onnxruntime-gpu" if "onnxruntime-gpu" in found else next(iter(found))
     repair = f"pip uninstall -y {' '.join(found)} && pip install {keep}"
     if len(found) > 1:
         files = f"; the module says {module}" if module else "; the module cannot be imported"
@@ -112,6 +104,7 @@ def onnx_runtime() -> Finding:
 def op_library() -> tuple[Finding, OpLibrary | None]:
     """The compiled operators: there, loadable, of this version, and taken by this ONNX Runtime."""
     from shadowc.runtime.library import REINSTALL, VARIABLE, OpLibrary
+    from shadowc.runtime.ort_package import to_install
     from shadowc.spec.errors import ShadowcError
 
     try:
@@ -125,7 +118,7 @@ def op_library() -> tuple[Finding, OpLibrary | None]:
     if offered is not None and api > _numbers(offered)[1]:
         wrong = f"built for API {api} of ONNX Runtime, version {offered} offers {_numbers(offered)[1]}"
         return Finding(
-            "op library", "fails", f"{library.path}: {wrong}", f"pip install 'onnxruntime>=1.{api}'"
+            "op library", "fails", f"{library.path}: {wrong}", f"pip install '{to_install()}>=1.{api}'"
         ), library
     if refusal:
         return Finding("op library", "fails", f"ONNX Runtime does not take it: {refusal}", REINSTALL), library
@@ -180,9 +173,14 @@ def processor(machine: Hardware, library: OpLibrary | None) -> Finding:
 
 def stream(machine: Hardware, library: OpLibrary | None) -> tuple[Finding, float | None]:
     """How fast memory is read, which bounds a token's time; bytes per second."""
+    from shadowc.spec.errors import SetupError
+
     if library is None:
         return Finding("bandwidth", "note", "not measured: that takes the op library"), None
-    speed = library.stream_read(STREAM_BYTES, machine.cores, 3)
+    try:
+        speed = library.stream_read(STREAM_BYTES, machine.cores, 3)
+    except SetupError as error:
+        return Finding("bandwidth", "note", error.message, error.hint), None
     threads = "one thread" if machine.cores == 1 else f"{machine.cores} threads"
     found = f"{speed / 1e9:.1f} GB/s read by {threads}: {1e12 / speed:.0f} ms for every GB that a token reads"
     if speed < SLOW_STREAM:

@@ -23,6 +23,7 @@ DENSITIES = "1,0.5,0.2,0.1,0.5/0.2"
 
 
 def inspect(
+    context: typer.Context,
     engine: flags.Engine,
     densities: Annotated[
         str, typer.Option("--densities", help="Expected bytes per token are told for these, heads/neurons.")
@@ -42,6 +43,8 @@ def inspect(
     if graph is not None:
         drawings.require_place(graph)
     manifest = read_manifest(engine)
+    if manifest.sparsity is None:
+        flags.refuse_unused(context, ["densities"], "on an engine without a predictor: it is dense")
     listed, parts = flags.densities_of(densities), part_sizes(engine, manifest)
     drawn = flags.density_of(density, head_density, neuron_density, manifest.sparsity)
     if graph is not None:
@@ -219,7 +222,7 @@ def sparsity_facts(manifest: EngineManifest) -> dict[str, str]:
         **floor,
         **_density_met(plan),
         "predictor": f"style {plan.style}, {predictor_text(plan.predictor)}, "
-        f"{render.size(manifest.bytes_per_token.predictor)} read per token",
+        f"{render.size(manifest.bytes_per_token.predictor)} read per {'mask' if plan.mask == 'sequence' else 'token'}",
     }
 
 

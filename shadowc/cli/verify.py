@@ -14,7 +14,12 @@ if TYPE_CHECKING:
     from shadowc.measure.against import AgainstReport
 
 
+AGAINST = ("prompts", "tokens", "load_format", "offline", "seed")
+"""Parameters of the comparison with a checkpoint."""
+
+
 def verify(
+    context: typer.Context,
     engine: flags.Engine,
     deep: Annotated[bool, typer.Option("--deep/--quick", help="Hash every file, or compare sizes only.")] = True,
     against: Annotated[
@@ -33,6 +38,8 @@ def verify(
     json: flags.AsJson = False,
 ) -> None:
     """Check every file of an engine folder against its manifest, and on request its numbers against the checkpoint."""
+    if against is None:
+        flags.refuse_unused(context, AGAINST, "without --against")
     from shadowc.runtime.load import verify as run_verify
 
     compared: AgainstReport | None = None

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 Advance = Callable[[int, int], None]
 
+NOTHING_WRITTEN = "; no engine was written"
+DUMP = "shadowc compile --dump-passes DIR writes the graphs after every pass"
 PREFILL_TOLERANCE = 1e-4
 """Largest |difference| between the prefill graph and the decode graph at density 1, over the largest value: both
 compute in float32 with the same weights."""
@@ -79,7 +81,7 @@ def check_engine(subject: Subject, manifest: EngineManifest, folder: Path, advan
     new_probe = Engine(folder, manifest, session).prober()
     with weights.passing():
         report = _parity(subject, "model", manifest, new_probe, advance, new_held_probe)
-    report.require()
+    report.require(NOTHING_WRITTEN, DUMP)
     return report.as_dict()
 
 
@@ -101,15 +103,17 @@ def check_graphs(subject: Subject, manifest: EngineManifest, folder: Path, advan
         subject, "decode", manifest, lambda: DecodeProbe(decode, manifest.model, capacity=capacity), advance
     )
     largest = require_range(graph, decode.largest, part.activations)
-    report.require()  # after the range: numbers that large may miss the tolerance too, and are the cause
+    report.require(
+        NOTHING_WRITTEN, DUMP
+    )  # after the range: numbers that large may miss the tolerance too, and are the cause
     graph, prefill = _twin(folder, part, "prefill", weights)
     difference, where = prefill_difference(prefill, decode, manifest, subject.seed)
     largest = max(largest, require_range(graph, prefill.largest, part.activations))
     if not difference <= PREFILL_TOLERANCE:
         raise VerificationError(
             f"the prefill graph does not compute what the decode graph computes: {where} differs by {difference:.2e} "
-            f"(tolerance {PREFILL_TOLERANCE:.0e}); no engine was written",
-            hint="shadowc compile --dump-passes DIR writes the graphs after every pass",
+            f"(tolerance {PREFILL_TOLERANCE:.0e}){NOTHING_WRITTEN}",
+            hint=DUMP,
         )
     return {
         **report.as_dict(), "on_device": False, "checked": CHECKED,

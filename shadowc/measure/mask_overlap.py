@@ -197,12 +197,16 @@ def _both(
     """Run a window through both, count its masks, and return what each says of the text: engine, torch."""
     first = Setting("predictor", density).dense_tokens(request)
     ids_1S = request.inputs[None]
-    trace = engine.trace(ids_1S, density, prompt_tokens=first)
     with torch.inference_mode():
         result = masked.logits(ids_1S, density=density, masked_from=first)
-    for kind, mask in zip(UNIT_KINDS, (result.mask_heads, result.mask_neurons), strict=True):
-        counts[kind].add(trace.mask(kind)[0], mask[0].numpy())
-    logits = trace.logits[0], result.logits[0].numpy()
+    if first < ids_1S.shape[1]:
+        trace = engine.trace(ids_1S, density, prompt_tokens=first)
+        for kind, mask in zip(UNIT_KINDS, (result.mask_heads, result.mask_neurons), strict=True):
+            counts[kind].add(trace.mask(kind)[0], mask[0].numpy())
+        mine_1SV = trace.logits
+    else:  # a last piece of one token, which is dense
+        mine_1SV = engine.logits(ids_1S, density, prompt_tokens=first)
+    logits = mine_1SV[0], result.logits[0].numpy()
     mine, other = (Outcome(*log_likelihood(one[-request.scored :], request.targets)) for one in logits)
     return mine, other
 

@@ -66,6 +66,9 @@ class Probe(Protocol):
         """
 
 
+BISECT = "shadowc bisect ENGINE --against MODEL names the first layer and tensor that differ"
+
+
 @dataclass(frozen=True, slots=True)
 class ParityReport:
     """Worst relative difference per part of the model, with the tolerance that it was held to."""
@@ -106,14 +109,22 @@ class ParityReport:
         """For engine.json."""
         return {**asdict(self), "layers": list(self.layers)}
 
-    def require(self) -> None:
-        """Raises VerificationError naming every part that is out of tolerance."""
+    def require(self, ending: str = "", hint: str = BISECT) -> None:
+        """Refuse an engine that is out of tolerance.
+
+        Args:
+            ending: of the sentence, what became of the engine.
+            hint: what to type next.
+
+        Raises:
+            VerificationError: naming every part that is out of tolerance.
+        """
         problems = self.problems()
         if problems:
             raise VerificationError(
                 f"the engine does not compute what torch computes ({self.weights}; tolerance "
-                f"{self.layer_tolerance:.0e} per layer, {self.logits_tolerance:.0e} for logits); no engine was written",
-                hint="shadowc compile --dump-passes DIR writes the graph after every pass",
+                f"{self.layer_tolerance:.0e} per layer, {self.logits_tolerance:.0e} for logits){ending}",
+                hint=hint,
                 problems=problems,
             )
 

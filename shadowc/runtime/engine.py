@@ -24,7 +24,7 @@ from shadowc.runtime.prompts import Batch
 from shadowc.runtime.session import Session
 from shadowc.runtime.stored import Ranking
 from shadowc.spec.density import Density
-from shadowc.spec.errors import UnsupportedError
+from shadowc.spec.errors import InputError, UnsupportedError
 
 if TYPE_CHECKING:
     import onnx
@@ -107,13 +107,18 @@ class Engine(CausalEngine):
         """As `logits` under "decode", together with the scores and masks of every masked token.
 
         Raises:
-            InputError: as `logits`, or the engine is dense.
+            InputError: as `logits`, the engine is dense, or no token is behind the dense ones.
         """
         self._require_sparse()
         logits, seen = self._forced(
             self._session, ("logits", "read", *SEEN), ids, self._density(density), "decode",
             prompt_tokens, attention_mask, None,
         )  # fmt: skip
+        if not seen:
+            raise InputError(
+                f"none of the {logits.shape[1]} tokens is under a mask, so there is nothing to trace",
+                hint="give more tokens than prompt_tokens (1, unless said otherwise)",
+            )
         return MaskTrace.joined(logits, seen)
 
     def prober(self, outputs: Sequence[str] = ()) -> Callable[[], Probe]:

@@ -82,11 +82,21 @@ class OpLibrary:
         return OpLibrary(path, version, isa, handle)
 
     def stream_read(self, size: int, threads: int, repeats: int) -> float:
-        """Best bytes per second of `repeats` sequential reads of `size` bytes of memory."""
+        """Best bytes per second of `repeats` sequential reads of `size` bytes of memory.
+
+        Raises:
+            SetupError: there is no memory for them, or the machine grants fewer threads.
+        """
         function = self._handle.shadowc_stream_read
         function.argtypes = (ctypes.c_size_t, ctypes.c_int, ctypes.c_int)
         function.restype = ctypes.c_double
-        return float(function(size, threads, repeats))
+        speed = float(function(size, threads, repeats))
+        if speed == 0:
+            raise SetupError(
+                f"how fast memory is read could not be measured: that takes {size / 1e6:,.0f} MB and {threads} threads",
+                hint="free some, or raise the limits of the process (ulimit -v, ulimit -u)",
+            )
+        return speed
 
     def stream_over(self, memory: npt.NDArray[np.uint8], threads: int, repeats: int) -> float:
         """The same of memory that is there already.

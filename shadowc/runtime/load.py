@@ -156,6 +156,11 @@ def load_cpu(
         raise InputError(f"mask is {mask!r}, expected token or sequence", hint="leave mask out: as it was compiled")
     if not isinstance(memory, WeightsMemory) and memory not in (None, *KINDS):
         raise InputError(f"memory is {memory!r}, expected {' or '.join(KINDS)}", hint="leave memory out: shared")
+    if reference and skip_zeros is not None:
+        raise InputError(
+            "skip_zeros has no effect with reference: stock ONNX Runtime computes every neuron",
+            hint="leave one of them out",
+        )
     manifest = read_manifest(path)
     if manifest.tensorrt is not None:
         raise UnsupportedError(
@@ -176,7 +181,7 @@ def load_cpu(
     engine = Engine(path, manifest, session, in_place=not reference)
     if per_sequence:
         engine = _with_fixed_masks(engine, session, refresh, exact_prompts)
-    if skip_zeros is not None and not reference:
+    if skip_zeros is not None:
         engine = engine.with_skip_zeros(skip_zeros)
     engine.prepare()
     return engine

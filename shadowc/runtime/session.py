@@ -13,6 +13,7 @@ import numpy as np
 
 from shadowc.runtime.graph_file import read_graph
 from shadowc.runtime.library import REINSTALL
+from shadowc.runtime.ort_package import to_install
 from shadowc.runtime.recording import Run, read_recording
 from shadowc.spec.errors import IncompatibleEngineError, InternalError, SetupError
 
@@ -43,13 +44,13 @@ def check_ort() -> None:
         import onnxruntime
     except ImportError as error:
         raise SetupError(
-            f"ONNX Runtime is not installed, shadowc needs {lowest} or newer", hint="pip install onnxruntime"
+            f"ONNX Runtime is not installed, shadowc needs {lowest} or newer", hint=f"pip install {to_install()}"
         ) from error
     version = onnxruntime.__version__
     if tuple(int(part) for part in version.split(".")[:2]) < LOWEST_ORT:
         raise SetupError(
             f"ONNX Runtime {version} is installed, shadowc needs {lowest} or newer",
-            hint="pip install --upgrade onnxruntime",
+            hint=f"pip install --upgrade {to_install()}",
         )
 
 

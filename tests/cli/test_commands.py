@@ -14,6 +14,8 @@ from unittest.mock import ANY
 import pytest
 from typer.testing import Result
 
+from shadowc.cli.inspect import sparsity_facts
+from shadowc.runtime.load import read_manifest
 from shadowc.spec.manifest import MANIFEST_FILE
 from tests.cli.conftest import Shadowc
 
@@ -136,6 +138,27 @@ def test_inspect_refuses_a_density_that_nothing_is_drawn_at(shadowc: Shadowc, en
     assert "--densities" in result.stderr
 
 
+def test_flags_that_would_do_nothing_are_refused(
+    shadowc: Shadowc, engine: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    said = shadowc("verify", engine, "--prompts", "200").stderr
+    assert "--prompts has no effect without --against" in said
+    dense = tmp_path / "dense.engine"
+    assert shadowc("compile", "--model", tiny_checkpoint, "--predictor", "none", "--out", dense).exit_code == 0
+    for command, flag in (("bench", "--densities"), ("inspect", "--densities")):
+        result = shadowc(command, dense, flag, "0.5")
+        assert result.exit_code == 2
+        assert f"{flag} has no effect on an engine without a predictor" in result.stderr
+
+
+def test_the_bytes_of_a_predictor_are_read_per_mask(engine: Path) -> None:
+    manifest = read_manifest(engine)
+    assert manifest.sparsity is not None
+    held = manifest.model_copy(update={"sparsity": manifest.sparsity.model_copy(update={"mask": "sequence"})})
+    assert sparsity_facts(manifest)["predictor"].endswith("read per token")
+    assert sparsity_facts(held)["predictor"].endswith("read per mask")
+
+
 def test_verify_passes_on_a_fresh_engine(shadowc: Shadowc, engine: Path) -> None:
     result = shadowc("verify", engine)
     assert (result.exit_code, result.stderr) == (0, "")
@@ -211,11 +234,10 @@ def test_doctor_passes_here_and_names_the_library(shadowc: Shadowc) -> None:
 
 
 def test_doctor_fails_when_two_runtimes_overwrite_each_other(shadowc: Shadowc, monkeypatch: pytest.MonkeyPatch) -> None:
-    from shadowc.cli import doctor_checks as doctor
+    from shadowc.runtime import ort_package
 
-    real = doctor._version
     versions = {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}
-    monkeypatch.setattr(doctor, "_version", lambda name: versions.get(name) or real(name))
+    monkeypatch.setattr(ort_package, "installed", lambda: versions)
     result = shadowc("doctor")
     assert result.exit_code == 6
     assert "overwrite each other" in result.stderr

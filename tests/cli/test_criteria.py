@@ -34,6 +34,12 @@ def test_without_a_model_all_criteria_are_listed_with_kind_needs_and_formula(sha
     assert "Source: SNIP" in found["snip"]["formula"]
 
 
+def test_flags_of_a_measurement_are_refused_without_a_model(shadowc: Shadowc) -> None:
+    result = shadowc("criteria", "--units", "8", "--offline")
+    assert result.exit_code == INPUT
+    assert "--units, --offline have no effect without --model" in result.stderr
+
+
 def test_correlations_are_told_by_kind_with_intervals(shadowc: Shadowc, tiny_checkpoint: Path, text: Path) -> None:
     result = shadowc(
         "criteria", "--model", tiny_checkpoint, "--data", text, "--criterion", "plainact, random,jacov", *SMALL

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from shadowc.cli import doctor_checks as checks
-from shadowc.runtime import hardware
+from shadowc.runtime import hardware, ort_package
 from shadowc.runtime.hardware import Hardware
 from shadowc.runtime.library import VARIABLE, OpLibrary
+from shadowc.spec.errors import SetupError
 from tests.cli.conftest import Shadowc
 
 MACHINE = Hardware("A CPU", ("AVX2",), 2, 4, 1.5, 8_000_000_000, 6_000_000_000, "madvise")
@@ -22,12 +23,15 @@ def versions(monkeypatch: pytest.MonkeyPatch) -> dict[str, str | None]:
     """Distributions that are said to be installed, whatever is; "module" is what the module says of itself."""
     real, given = checks._version, {}
     monkeypatch.setattr(checks, "_version", lambda name: given[name] if name in given else real(name))
+    monkeypatch.setattr(
+        ort_package, "installed", lambda: {name: given[name] for name in ort_package.ORT_PACKAGES if given.get(name)}
+    )
     monkeypatch.setattr(checks, "_module_version", lambda: given.get("module"))
     return given
 
 
 def said(versions: dict[str, str | None], module: str | None, **found: str) -> checks.Finding:
-    versions.update(dict.fromkeys(checks.ORT_DISTRIBUTIONS))
+    versions.update(dict.fromkeys(ort_package.ORT_PACKAGES))
     versions.update({"module": module, **{name.replace("_", "-"): version for name, version in found.items()}})
     return checks.onnx_runtime()
 
@@ -58,6 +62,29 @@ def test_runtime_that_is_too_old_is_named(versions: dict[str, str | None]) -> No
     assert (found.state, found.hint) == ("fails", "pip install 'onnxruntime>=1.23'")
 
 
+def test_the_package_to_upgrade_is_the_one_that_is_there(
+    versions: dict[str, str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnxruntime
+
+    from shadowc.runtime.session import check_ort
+
+    monkeypatch.setattr(onnxruntime, "__version__", "1.22.0")
+    for name in ("onnxruntime", "onnxruntime-gpu", "onnxruntime-openvino"):
+        versions.update({**dict.fromkeys(ort_package.ORT_PACKAGES), name: "1.22.0"})
+        with pytest.raises(SetupError, match=r"1\.22\.0 is installed") as caught:
+            check_ort()
+        assert caught.value.hint == f"pip install --upgrade {name}"
+
+
+def test_no_memory_to_measure_with_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    library = OpLibrary.installed()
+    monkeypatch.setattr(checks, "STREAM_BYTES", 1 << 60)
+    finding, speed = checks.stream(MACHINE, library)
+    assert (finding.state, speed) == ("note", None)
+    assert "how fast memory is read could not be measured: that takes" in finding.found
+
+
 def test_op_library_of_another_version_is_named_with_both_versions(
     shadowc: Shadowc, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,7 +104,7 @@ def test_op_library_for_a_newer_runtime_is_named(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(checks, "_api_of", lambda _: 99)
     monkeypatch.setattr(checks, "_module_version", lambda: "1.31.1")
     found, _ = checks.op_library()
-    assert (found.state, found.hint) == ("fails", "pip install 'onnxruntime>=1.99'")
+    assert (found.state, found.hint) == ("fails", f"pip install '{ort_package.to_install()}>=1.99'")
     assert "built for API 99 of ONNX Runtime, version 1.31.1 offers 31" in found.found
 
 

@@ -59,6 +59,17 @@ def test_engine_and_torch_choose_the_same_units_and_lose_the_same_bits(engine: E
     assert half.masked == report.tokens - 4 * len(_windows(report))  # the start token of a window is dense
 
 
+def test_a_last_piece_of_one_token_is_dense_in_both(engine: Engine, in_torch: TorchModel) -> None:
+    model, predictor = EngineModel(engine), predictor_of(in_torch)
+    tokens = corpus_of(model, "prose", [PROSE], "0", 24).tokens
+    window = next(size + 1 for size in range(8, tokens) if tokens % size == 1)
+    corpus = corpus_of(model, "prose", [PROSE], "0", window)
+    assert min(len(item.requests[0].inputs) for item in corpus.items) == 1
+    (row,) = overlap(engine, MaskedModel(in_torch._model, predictor.plan(None), predictor), corpus, [HALF]).rows
+    assert row.engine == pytest.approx(row.torch, rel=1e-5)
+    assert row.masked == tokens - len(corpus.items)
+
+
 def _windows(report: OverlapReport) -> range:
     """Windows of one of the four documents: each has a start token that is fed and not scored."""
     return range(-(-(report.tokens // 4) // (report.window - 1)))

@@ -115,6 +115,8 @@ def test_parity_fails_when_the_engine_ignores_its_density(sparse_engine: Path, t
     with pytest.raises(VerificationError) as caught:
         report.require()
     assert [problem.split(":")[0] for problem in caught.value.problems] == ["selection"]
+    assert "no engine was written" not in caught.value.message  # it is there; the gate of compile says so
+    assert caught.value.hint.startswith("shadowc bisect ENGINE --against MODEL")
 
 
 @pytest.mark.parametrize("kind", ["heads", "neurons"])

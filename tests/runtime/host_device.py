@@ -159,12 +159,16 @@ class HostPlan:
         self.uncounted = 0
         self.kept: list[str] = []
         """Who asked for compiled kernels to be kept, in order."""
+        self.closed = False
 
     def execution(self, *, steady: bool) -> HostExecution:
         return HostExecution(self)
 
     def keep(self) -> None:
         self.kept.append("plan")
+
+    def close(self) -> None:
+        self.closed = True
 
 
 class HostExecution:

@@ -61,6 +61,11 @@ def test_a_folder_that_was_never_named_is_an_input_error(call: Callable[[Any], o
         call(None)
 
 
+def test_zeros_cannot_be_skipped_by_the_reference(folders: dict[str, Path]) -> None:
+    with pytest.raises(InputError, match="skip_zeros has no effect with reference"):
+        load(folders["fp32"], reference=True, skip_zeros=False)
+
+
 def test_a_folder_without_manifest_is_not_an_engine(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not an engine folder"):
         load(tmp_path)

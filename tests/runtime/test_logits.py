@@ -118,6 +118,14 @@ def test_trace_shows_the_masks_that_were_counted(engine: Engine) -> None:
     np.testing.assert_array_equal(trace.logits, engine.logits(ids, Density(0.5, 0.25), prompt_tokens=3))
 
 
+def test_a_trace_of_dense_tokens_alone_is_refused(engine: Engine) -> None:
+    ids = random_ids(1, 5)
+    with pytest.raises(InputError, match="none of the 1 tokens is under a mask"):
+        engine.trace(ids[:, :1], 0.5)
+    with pytest.raises(InputError, match="none of the 5 tokens is under a mask"):
+        engine.trace(ids, 0.5, prompt_tokens=5)
+
+
 def test_the_predictors_own_scores_as_inputs_change_nothing(engine: Engine) -> None:
     ids = random_ids(1, 25)
     trace = engine.trace(ids, 0.5)

@@ -9,9 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from shadowc.runtime.tensorrt import workspace
 from shadowc.runtime.tensorrt.engine import KEPT_SIZES, TensorRtEngine
+from shadowc.runtime.tensorrt.plans import Scratch
+from shadowc.runtime.transformers_model import OPTForCausalLM
 from shadowc.spec.errors import InputError, InternalError, SetupError
 from tests.runtime.host_device import HostDevice, HostExecution
 from tests.runtime.host_engine import on_host, prompts
@@ -129,6 +132,33 @@ def test_closing_gives_all_memory_back(trt_folders: dict[str, Path]) -> None:
     assert not device.device
     assert not device.pinned
     assert not device.graphs
+    assert [plan.closed for plan in host.plans.values()] == [True, True]
+
+
+def test_scratch_memory_of_all_plans_is_given_back() -> None:
+    device = HostDevice()
+    scratch = Scratch(device)
+    scratch.want(1 << 12)
+    scratch.take()
+    assert device.device
+    scratch.close()
+    scratch.close()
+    assert not device.device
+
+
+@pytest.mark.parametrize("others", [(2,), (1, 3, 4)], ids=["same size", "other sizes"])
+def test_a_sequence_whose_place_another_one_took_is_refused(
+    trt_folders: dict[str, Path], others: tuple[int, ...]
+) -> None:
+    model = OPTForCausalLM(on_host(trt_folders["fp32"]), 0.5)
+    ids = torch.from_numpy(prompts(2, 5))
+    first = model(ids)
+    model(ids[:, :1], cache=first.past_key_values)
+    for rows in others:
+        last = model(torch.from_numpy(prompts(rows, 5)))
+    with pytest.raises(InputError, match="another sequence was begun on this engine"):
+        model(ids[:, :1], cache=first.past_key_values)
+    model(torch.from_numpy(prompts(others[-1], 1)), cache=last.past_key_values)
 
 
 @pytest.mark.parametrize(

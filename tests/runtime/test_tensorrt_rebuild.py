@@ -125,6 +125,7 @@ def test_everything_else_that_engine_json_tells_is_carried(manifest: EngineManif
     model = manifest.model.model_copy(update={"source": "dummy-7-abcd"})
     assert manifest.sparsity is not None
     dials = {"head_density": 0.25, "neuron_density": 0.75, "scope": "local", "neuron_block": 8}
+    dials |= {"exempt": (0, 2), "min_active_heads": 1, "min_active_neurons": 3}
     engine = changed(
         manifest,
         weights="bf16",
@@ -134,6 +135,8 @@ def test_everything_else_that_engine_json_tells_is_carried(manifest: EngineManif
     )
     command = rebuild.command(engine, "rtx1", "8.6")
     assert "--neuron-block 8 " in command
+    assert "--min-active-heads 1 --min-active-neurons 24 --exempt 1,3 " in command  # 3 blocks of 8; layers 1 and 3
+    command = command.replace("--exempt 1,3 ", "")  # a list, which the command itself takes apart
     options = parsed(command)
     assert (options.weights, options.max_batch, options.max_context) == ("bf16", 9, 20)
     assert (options.head_density, options.neuron_density, options.scope) == (0.25, 0.75, "local")

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shadowc.runtime.tensorrt.device import with_room
-from shadowc.spec.errors import InternalError
+from shadowc.spec.errors import InputError, InternalError
 
 if TYPE_CHECKING:
     from shadowc.runtime.decoder import Floats, Outputs
@@ -30,7 +30,7 @@ class DeviceDecoder:
     """Feeds tokens of one batch, in order; see generation.TokenDecoder.
 
     Args:
-        space: cache and buffers of this batch size; used by one decoder at a time.
+        space: cache and buffers of this batch size; they belong to the decoder that was made last.
         prefill: the dense pass.
         batch: where each row starts.
         chunk: most tokens that the decode plan takes at once.
@@ -44,6 +44,7 @@ class DeviceDecoder:
         self, space: Workspace, prefill: Prefill, batch: Batch, chunk: int, make_room: Callable[[], bool]
     ) -> None:
         self._space = space
+        self._turn = space.begin()
         self._prefill = prefill
         self._batch = batch
         self._chunk = chunk
@@ -69,6 +70,7 @@ class DeviceDecoder:
     def prefill(self, ids_BS: Ids) -> Floats:
         """Run a prompt without masks; returns the logits [B,V] after its last token."""
         S = ids_BS.shape[1]
+        self._require_turn()
         if self._filled:
             raise InternalError(f"a prompt must come first, {self._filled} slots are filled")
         self._require_room(S)
@@ -105,6 +107,7 @@ class DeviceDecoder:
 
     def _run(self, ids_BS: Ids, *, dense: bool) -> Arrays:
         S = ids_BS.shape[1]
+        self._require_turn()
         self._require_room(S)
         density = {name: np.ones_like(values) if dense else values for name, values in self._density.items()}
         past_B = np.full(self._batch.rows, self._filled, np.int64)
@@ -118,6 +121,13 @@ class DeviceDecoder:
             raise InternalError(f"a kernel dropped keys: {self._filled} + {S} slots of {self._space.capacity}")
         self._filled += S
         return outputs
+
+    def _require_turn(self) -> None:
+        if self._space.turn != self._turn:
+            raise InputError(
+                "another sequence was begun on this engine, and its keys and values took the place of this one's",
+                hint="end one sequence before the next, or load the engine once for each",
+            )
 
     def _require_room(self, tokens: int) -> None:
         if self._filled + tokens > self._space.capacity:

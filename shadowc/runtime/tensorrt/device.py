@@ -76,6 +76,9 @@ class Plan(Protocol):
     def keep(self) -> None:
         """Keep what was compiled until now for the next start."""
 
+    def close(self) -> None:
+        """Give back what the plan has on the device; it makes no executions any more."""
+
 
 class Arena:
     """Memory that is given back together: by `close`, or when the arena is forgotten."""

@@ -44,7 +44,7 @@ _COPIES = 8
 
 
 class TensorRtEngine(CausalEngine):
-    """A loaded engine; `shadowc.load` makes it. One call at a time: all of them share a stream and buffers.
+    """A loaded engine; `shadowc.load` makes it. One sequence at a time: all of them share a stream and buffers.
 
     Args:
         folder: the engine folder, already checked.
@@ -134,7 +134,9 @@ class TensorRtEngine(CausalEngine):
     def close(self) -> None:
         """Give all device memory back; the engine cannot run any more. A second call does nothing."""
         self._closed = True
-        with ExitStack() as stack:  # each is called whatever becomes of the others
+        with ExitStack() as stack:  # each is called whatever becomes of the others, the last one first
+            for plan in self.plans.values():
+                stack.callback(plan.close)
             stack.callback(self._arena.close)
             stack.callback(self._prefill.close)
             while self._spaces:

@@ -100,6 +100,11 @@ class Scratch:
             self._address = self._arena.allocate(self._size)
         return self._address, self._size
 
+    def close(self) -> None:
+        """Give the memory back."""
+        self._address = None
+        self._arena.close()
+
 
 class TrtPlan:
     """A deserialised plan; `open_plan` makes it."""
@@ -136,6 +141,11 @@ class TrtPlan:
         """Write down what was compiled until now, the kernels that came in the background included."""
         if self._compiled is not None:
             self._compiled.save()
+
+    def close(self) -> None:
+        """Forget the plan, which TensorRT frees with its last execution, and give the scratch memory back."""
+        self._compiled = self._engine = self._runtime = None
+        self._scratch.close()
 
 
 class TrtExecution:

@@ -127,11 +127,15 @@ def _sparsity(part: SparsityPart | None) -> dict[str, str]:
         "neuron_block": TrainOptions().neuron_block,
         "fill": CollectOptions().fill,
     }
-    return {
+    flags = {
         f"--{name.replace('_', '-')}": str(getattr(part, name))
         for name, value in usual.items()
         if getattr(part, name) != value
     }
+    least = {"heads": part.min_active_heads, "neurons": part.min_active_neurons * part.neuron_block}
+    flags |= {f"--min-active-{kind}": str(number) for kind, number in least.items() if number}
+    exempt = {"--exempt": ",".join(str(layer + 1) for layer in part.exempt)} if part.exempt else {}
+    return {**flags, **exempt}
 
 
 def _default(name: str) -> object:

@@ -129,6 +129,8 @@ class Workspace:
         rows: int, capacity: int, graphs: bool = True,
     ) -> None:  # fmt: skip
         self.rows, self.capacity = rows, capacity
+        self.turn = 0
+        """Changes when another sequence begins here, and when the memory is given back."""
         self._device, self._plan, self._part, self._weights, self._graphs = device, plan, part, weights, graphs
         self._arena, self._chunk_arena = Arena(device), Arena(device)
         self._chunk: Exchange | None = None
@@ -147,6 +149,11 @@ class Workspace:
     def captured(self) -> bool:
         """Whether steps are replayed from a graph."""
         return self._graph is not None
+
+    def begin(self) -> int:
+        """Let a new sequence take the place of the one before; its turn."""
+        self.turn += 1
+        return self.turn
 
     def step(self, values: Mapping[str, npt.NDArray[Any]]) -> Arrays:
         """Run one token per row; the first step runs plainly and is recorded behind it, all later ones are replays."""
@@ -182,6 +189,7 @@ class Workspace:
 
     def close(self) -> None:
         """Give the memory back."""
+        self.turn += 1
         with closing(self._arena):
             self._chunk_arena.close()
 
@@ -250,7 +258,11 @@ class Prefill:
         return np.array(exchange.outputs["logits"][:, -1], np.float32)
 
     def close(self) -> None:
-        """Give the memory back."""
+        """Give the memory and the execution back."""
+        self._execution = None
+        self._release()
+
+    def _release(self) -> None:
         self._exchange = None
         self._arena.close()
 
@@ -258,7 +270,7 @@ class Prefill:
         run = Run(rows, tokens, tokens)
         if self._exchange is not None and self._exchange.run == run:
             return self._exchange
-        self.close()
+        self._release()
         self._arena = Arena(self._device)
         self._execution = self._execution or self._plan.execution(steady=False)
         try:
