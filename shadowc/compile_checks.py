@@ -65,11 +65,14 @@ def _checks(options: CompileOptions, out: Path) -> list[Callable[[], object]]:
     return checks
 
 
-def _check_writable(out: Path) -> None:
+def _check_writable(out: Path, flag: str = "--out") -> None:
     """The first folder that exists above the output must take new entries."""
-    above = next(path for path in out.absolute().parents if path.exists())
+    try:
+        above = next(path for path in out.absolute().parents if path.exists())
+    except OSError:  # check_replaceable has said it
+        return
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        raise InputError(f"cannot write to {above}; nothing was written", hint="choose another folder with --out")
+        raise InputError(f"cannot write to {above}; nothing was written", hint=f"choose another folder with {flag}")
 
 
 def _check_mask(options: CompileOptions) -> None:
@@ -99,6 +102,8 @@ def _check_style(options: CompileOptions) -> None:
 
 
 def _check_dump(options: CompileOptions, out: Path) -> None:
+    from shadowc.pipeline import REPORT_FILE, foreign_to_a_dump
+
     dump = options.dump_passes
     if dump is None:
         return
@@ -107,3 +112,9 @@ def _check_dump(options: CompileOptions, out: Path) -> None:
     above, inside = out.absolute(), dump.absolute()
     if inside == above or above in inside.parents:
         raise InputError(f"--dump-passes {dump} lies inside the engine folder {out}", hint="name another folder")
+    foreign = foreign_to_a_dump(dump)
+    if foreign:
+        raise InputError(
+            f"--dump-passes {dump} holds files that are no dump: {', '.join(foreign[:3])}", hint="name another folder"
+        )
+    _check_writable(dump / REPORT_FILE, "--dump-passes")

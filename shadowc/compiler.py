@@ -22,7 +22,7 @@ from shadowc.sparsity.kept import kept_by
 from shadowc.spec.errors import ShadowcError
 from shadowc.spec.manifest import MANIFEST_FILE, WEIGHTS_FILE, EngineManifest, PassPart, SparsityPart
 from shadowc.spec.progress import NullProgress, Progress
-from shadowc.stages import Stages, content_hash, data_hash, source_hash, tool_versions
+from shadowc.stages import Stages, content_hash, data_hash, source_hash, tokenizer_hash, tool_versions
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -141,6 +141,7 @@ class _Compile:
             with self.stages.measured("parity"):
                 parity = self._parity(checkpoint, programs, predictor, manifest, folder)
             manifest = manifest.model_copy(update={"parity": parity})
+            checkpoint.require_unchanged()
             write_manifest(folder, manifest)
             sample = None
             if manifest.tensorrt is None:  # a plan needs a GPU
@@ -174,6 +175,7 @@ class _Compile:
         decided = {
             "checkpoint": checkpoint.identity,
             "name": checkpoint.facts.name,
+            "tokenizer": tokenizer_hash(checkpoint),  # dummy weights have an identity without it
             "options": options.model_dump(mode="json", exclude={**unused, **where}),
             "fill": None if "train" in unused else options.collect.fill,  # random predictors have one too
             "data": None if "collect" in unused else data_hash(options),

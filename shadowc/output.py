@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import hashlib
 import json
 import math
@@ -101,6 +102,7 @@ def staged(out: Path, check: Callable[[Path], None], what: str, needed: int = 0)
         staging = _sibling(out, "tmp")
         _being_written.add(staging)
         staging.mkdir()
+        held = _lock(staging)
     try:
         yield staging
         replace_folder(staging, out, check)
@@ -115,6 +117,8 @@ def staged(out: Path, check: Callable[[Path], None], what: str, needed: int = 0)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
         _being_written.discard(staging)
+        if held is not None:
+            os.close(held)
 
 
 def clear_leftovers(out: Path) -> None:
@@ -124,12 +128,13 @@ def clear_leftovers(out: Path) -> None:
 
 
 @contextmanager
-def writing(folder: Path, needed: int = 0) -> Iterator[None]:
+def writing(folder: Path, needed: int = 0, hint: str = _ELSEWHERE) -> Iterator[None]:
     """Turn the operating system's refusal to write into one sentence.
 
     Args:
         folder: where is written, for messages.
         needed: bytes that are written; 0: unknown.
+        hint: what to type where the folder cannot be written to.
 
     Raises:
         SetupError: the disk is full.
@@ -140,7 +145,7 @@ def writing(folder: Path, needed: int = 0) -> Iterator[None]:
     except OSError as error:
         if error.errno in NO_SPACE:
             raise no_space(folder, error, needed=needed) from error
-        raise InputError(f"cannot write to {_shown(folder)}: {_reason(error)}", hint=_ELSEWHERE) from error
+        raise InputError(f"cannot write to {_shown(folder)}: {_reason(error)}", hint=hint) from error
 
 
 def free_space(folder: Path) -> float:
@@ -332,7 +337,7 @@ def _recover(out: Path) -> None:
     pattern = re.compile(rf"\.{re.escape(label(out))}\.(\d+)\.[0-9a-f]+\.(tmp|old)")
     for path in sorted(out.parent.iterdir()):
         match = pattern.fullmatch(path.name)
-        if match is None or path in _being_written or _alive(int(match[1])):
+        if match is None or path in _being_written or _alive(int(match[1])) or _locked(path):
             continue
         if match[2] == "old" and not out.exists():
             path.rename(out)
@@ -351,6 +356,37 @@ def _alive(process: int) -> bool:
     except PermissionError:
         return True
     return True
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold a folder for as long as this process lives, or the number that is returned is open; None: not here.
+
+    Numbers of processes say nothing about those of another container, or another machine, that write to the same disk.
+    """
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    with suppress(OSError):  # some network file systems lock no folders
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return held
+
+
+def _locked(folder: Path) -> bool:
+    """Whether another process holds it, wherever that runs."""
+    try:
+        held = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(held)
+    return False
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Literal
 
+from shadowc.output import writing
 from shadowc.spec.errors import InternalError, UnsupportedError
 from shadowc.spec.options import WEIGHTS
 from shadowc.spec.program import PassReport, Program
@@ -21,6 +22,8 @@ ACTIVATIONS: Mapping[str, Activations] = MappingProxyType(
 )
 """Weights of a TensorRT target -> its type of activations."""
 REPORT_FILE = "passes.json"
+_GRAPHS = "[0-9][0-9]-*.onnx"
+_ELSEWHERE = "choose another folder with --dump-passes"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +140,30 @@ def run_passes(program: Program, passes: Sequence[Pass], dump: Path | None = Non
     if program.plan is not None and all(step.name != "insert_predictor" for step in passes):
         raise InternalError("the program has a sparsity plan, the schedule has no predictor")
     if dump is not None:
-        dump.mkdir(parents=True, exist_ok=True)
-        _write(program, dump, 0, "trace")
+        with writing(dump, hint=_ELSEWHERE):
+            dump.mkdir(parents=True, exist_ok=True)
+            for older in dump.glob(_GRAPHS):
+                older.unlink()
+            _write(program, dump, 0, "trace")
     reports: list[PassReport] = []
     for number, step in enumerate(passes, start=1):
         reports.append(step.apply(program))
         if dump is not None:
-            _write(program, dump, number, step.name)
+            with writing(dump, hint=_ELSEWHERE):
+                _write(program, dump, number, step.name)
     if dump is not None:
         text = json.dumps([asdict(report) for report in reports], indent=2, sort_keys=True)
-        (dump / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
+        with writing(dump, hint=_ELSEWHERE):
+            (dump / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
     return reports
+
+
+def foreign_to_a_dump(folder: Path) -> list[str]:
+    """Names of what lies in a folder, or one level below, and was not written there by `run_passes`."""
+    files = sorted(entry for pattern in ("*", "*/*") for entry in folder.glob(pattern) if not entry.is_dir())
+    return [
+        file.relative_to(folder).as_posix() for file in files if file.name != REPORT_FILE and not file.match(_GRAPHS)
+    ]
 
 
 def _write(program: Program, folder: Path, number: int, name: str) -> None:

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from shadowc._version import __version__
+from shadowc.checkpoint.tokenizer import tokenizer_files
 from shadowc.emit.target import FIXED
 from shadowc.measure.resources import StageMeter
+from shadowc.sparsity.calibration import SELF
 from shadowc.sparsity.kept import kept_by
+from shadowc.spec.errors import InputError
 from shadowc.spec.manifest import MODEL_FILE
 from shadowc.spec.progress import Progress
 from shadowc.stage_cache import StageCache
@@ -52,6 +55,7 @@ class Stages:
         self.progress = progress
         self.cache = StageCache()
         self.meter = StageMeter()
+        self._found: Checkpoint | None = None
         self.reports: dict[str, list[PassReport]] = {}
         """Graph -> what its passes did, once `programs` has run."""
 
@@ -72,6 +76,7 @@ class Stages:
             seed=options.seed,
             advance=lambda done, total: self.progress.advance(done >> 20, total >> 20, "MiB"),
         )
+        self._found = checkpoint
         self._cached(
             "finite",
             {"checkpoint": checkpoint.identity},
@@ -81,8 +86,17 @@ class Stages:
 
     def _cached(self, stage: str, key: Mapping[str, object], make: Callable[[Path], None]) -> tuple[Path, bool]:
         """A stage's result from the cache, or made now; tells if another process is just making it."""
+
+        def unchanged(folder: Path) -> None:
+            make(folder)
+            if self._found is not None:
+                self._found.require_unchanged()
+
         return self.cache.get_or_make(
-            stage, key, make, on_wait=lambda: self.progress.note(f"waits for another process that makes stage {stage}")
+            stage,
+            key,
+            unchanged,
+            on_wait=lambda: self.progress.note(f"waits for another process that makes stage {stage}"),
         )
 
     def predictor(self, checkpoint: Checkpoint) -> Predictor | None:
@@ -117,13 +131,20 @@ class Stages:
         with self.measured("train") as mark:
             folder, mark.reused = self._cached("train", learned, lambda to: self._train(checkpoint, trace_folder, to))
         found = Predictor.load(folder / "predictor", checkpoint.facts)
-        # The cache may hold what was learned from the same weights under another name.
-        return replace(found, meta={**found.meta, "model": {**found.meta["model"], "name": checkpoint.facts.name}})
+        # The cache may hold what was learned from the same weights, and the same text, under other names.
+        model = {**found.meta["model"], "name": checkpoint.facts.name}
+        source = options.collect.data if options.collect.data == SELF else Path(options.collect.data).name
+        return replace(found, meta={**found.meta, "model": model, "source": source})
 
     def _collect(self, checkpoint: Checkpoint, to: Path) -> None:
         from shadowc.sparsity.collect import collect
 
+        before = data_hash(self.options)
         collect(checkpoint, self.options.collect, to / "trace", self.progress)
+        if data_hash(self.options) != before:  # or its trace would be kept under the hash of the other text
+            raise InputError(
+                f"{self.options.collect.data}: changed while it was read", hint="run the same command again"
+            )
 
     def _train(self, checkpoint: Checkpoint, trace_folder: Path, to: Path) -> None:
         from shadowc.sparsity.importance import ImportanceTrace
@@ -206,8 +227,18 @@ def tool_versions() -> dict[str, str]:
 
 
 def data_hash(options: CompileOptions) -> str:
-    """Hash of the calibration text, wherever it lies; "self" for text that the model writes."""
-    return options.collect.data if options.collect.data == "self" else content_hash(Path(options.collect.data))
+    """Hash of the calibration text, wherever it lies, and how it is read; "self" for text that the model writes."""
+    if options.collect.data == SELF:
+        return SELF
+    path = Path(options.collect.data)
+    return f"{path.suffix} {content_hash(path)}"
+
+
+def tokenizer_hash(checkpoint: Checkpoint) -> str:
+    """Hash of the tokenizer's files; empty without them."""
+    if checkpoint.tokenizer is None:
+        return ""
+    return json.dumps({path.name: content_hash(path) for path in tokenizer_files(checkpoint.tokenizer)}, sort_keys=True)
 
 
 def source_hash(*parts: str) -> str:
@@ -222,10 +253,17 @@ def source_hash(*parts: str) -> str:
 
 
 def content_hash(path: Path) -> str:
-    """Hash of a file, or of every file of a folder; of the bare name if there is neither (reported later)."""
+    """Hash of a file, or of every file of a folder; of the bare name if there is neither (reported later).
+
+    Raises:
+        InputError: it may not be read.
+    """
     from shadowc.emit.folder import file_entries, hash_file
 
-    if path.is_file():
-        return hash_file(path).sha256
-    entries = file_entries(path) if path.is_dir() else {}
+    try:
+        if path.is_file():
+            return hash_file(path).sha256
+        entries = file_entries(path) if path.is_dir() else {}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror or error}", hint="check its permissions") from error
     return json.dumps({name: entry.sha256 for name, entry in entries.items()} or str(path), sort_keys=True)

@@ -181,8 +181,8 @@ const PanelKernels* FloatPanelKernels(WeightType type, bool bf16_products) {
   static constexpr PanelKernels kFloat32 = Kernels<Floats, 4>(128);
   static constexpr PanelKernels kBf16 = Kernels<Bf16Pairs, 2>(24);
   if (type == WeightType::kFloat32) return &kFloat32;
-  if (HasAmx()) return &kBf16Tiles;
-  return bf16_products ? &kBf16 : nullptr;
+  if (!bf16_products) return nullptr;
+  return HasAmx() ? &kBf16Tiles : &kBf16;
 }
 
 }  // namespace shadowc

@@ -75,7 +75,12 @@ double BestOf(const std::byte* memory, size_t part, int threads, int repeats, To
   struct Span {
     Clock::time_point begin, end;
   };
-  std::vector<Span> spans(count * static_cast<size_t>(repeats));
+  std::vector<Span> spans;
+  try {
+    spans.resize(count * static_cast<size_t>(repeats));
+  } catch (const std::exception&) {
+    return 0.0;
+  }
   std::atomic<uint64_t> sink{0};
   std::barrier gate(threads);
   std::vector<std::thread> pool;

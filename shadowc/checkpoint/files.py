@@ -67,10 +67,15 @@ def find_weight_files(folder: Path, *, convert: bool = True, advance: Advance | 
 
     Raises:
         UnsupportedError: weights in another format only, or pickles that need more than weights_only.
-        InputError: it holds no weights at all, or an index that cannot be read.
+        InputError: it holds no weights at all, an index that cannot be read, or a link that leads nowhere.
         SetupError: pickled files cannot be converted on this machine.
     """
     for single, index in ((SINGLE_FILE, INDEX_FILE), (PICKLED_FILE, PICKLED_INDEX_FILE)):
+        for path in (folder / single, folder / index):
+            if path.is_symlink() and not path.exists():
+                raise InputError(
+                    f"{path} is a link to {path.readlink()}, which is not there", hint="download the checkpoint again"
+                )
         if (folder / single).exists():
             shards = _Shards({single: None})
         elif (folder / index).exists():

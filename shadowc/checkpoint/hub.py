@@ -8,6 +8,7 @@ HF_HUB_OFFLINE, only that cache is looked at.
 from __future__ import annotations
 
 import difflib
+import errno
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -16,8 +17,10 @@ from typing import TypeVar
 
 from shadowc.checkpoint.files import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, no_weights
 from shadowc.checkpoint.opt import PUBLISHED_NAMES
+from shadowc.output import NO_SPACE, no_space
 from shadowc.spec.errors import InputError, SetupError
 
+_FORBIDDEN = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 FACT_FILES = (
     "config.json",
     "tokenizer.json",
@@ -125,10 +128,7 @@ def _list_files(repository: str) -> frozenset[str]:
     try:
         answer = _within(ANSWER_SECONDS, lambda: api.model_info(repository, timeout=_REQUEST_SECONDS))
     except GatedRepoError as error:
-        raise SetupError(
-            f"access to {repository} must be asked for on the hub",
-            hint="run hf auth login with an account that has access",
-        ) from error
+        raise _gated(repository) from error
     except RepositoryNotFoundError as error:
         raise InputError(
             f"there is neither a folder {repository} here nor a public model of that name on the hub",
@@ -140,12 +140,30 @@ def _list_files(repository: str) -> frozenset[str]:
 
 
 def _fetch(repository: str, patterns: list[str]) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
+    from huggingface_hub.errors import GatedRepoError
 
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns, endpoint=_endpoint()))
+    except GatedRepoError as error:
+        raise _gated(repository) from error
     except _transport_errors() as error:
+        place = Path(constants.HF_HUB_CACHE)
+        number = error.errno if isinstance(error, OSError) else None
+        if number in NO_SPACE:
+            raise no_space(place, error if isinstance(error, OSError) else None) from error
+        if number in _FORBIDDEN:
+            raise SetupError(
+                f"{repository} cannot be kept in {place}: {os.strerror(number or 0)}",
+                hint="set HF_HOME to a folder that you may write to",
+            ) from error
         raise _unreachable(repository, "the download from the hub failed", error) from error
+
+
+def _gated(repository: str) -> SetupError:
+    return SetupError(
+        f"access to {repository} must be asked for on the hub", hint="run hf auth login with an account that has access"
+    )
 
 
 def _suggestion(repository: str) -> str:

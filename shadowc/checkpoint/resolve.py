@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
-from shadowc.checkpoint.digest import digests, facts_key, fingerprint, identity, parts_of
+from shadowc.checkpoint.digest import Stamp, digests, facts_key, fingerprint, identity, parts_of, stamp
 from shadowc.checkpoint.dummy import SCHEME, DummyWeights
 from shadowc.checkpoint.facts import ModelFacts, layout_of
 from shadowc.checkpoint.files import INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE, SINGLE_FILE, find_weight_files
@@ -59,6 +59,19 @@ class ModelCheckpoint:
     parts: Mapping[str, str] = field(default_factory=dict)
     """Hashes of the parts of the identity, see `digest.PARTS`; empty where it has none."""
 
+    stamps: Mapping[Path, Stamp] = field(default_factory=dict)
+    """Of the files that the identity was made of, as they were then."""
+
+    def require_unchanged(self) -> None:
+        """Refuse files that are others now: what was made of them would be kept under the identity of the old ones.
+
+        Raises:
+            InputError: naming them.
+        """
+        changed = [str(path) for path, before in self.stamps.items() if not path.exists() or stamp(path) != before]
+        if changed:
+            raise InputError(f"changed while they were read: {join(changed)}", hint="run the same command again")
+
     @property
     def described(self) -> dict[str, str]:
         """What traces and predictors keep of it."""
@@ -100,6 +113,7 @@ def resolve(
     dummy = load_format == "dummy"
     short = model.removeprefix(_OWNER)
     if is_short_name(model) and model != OPT_MINI:
+        refuse_two_meanings(model)
         facts = OptFacts.from_config(published_config(short), short)
         if dummy:
             return dummy_checkpoint(Checkpoint, facts, None, seed)
@@ -118,18 +132,34 @@ def is_short_name(model: str) -> bool:
     return model == OPT_MINI or (short in PUBLISHED_NAMES and (short == model or not _is_folder(Path(model))))
 
 
+def refuse_two_meanings(short: str) -> None:
+    """Refuse the short name of a published model where a checkpoint lies in a folder of that name.
+
+    Raises:
+        InputError: says how to name the one and the other.
+    """
+    if short in PUBLISHED_NAMES and _is_file(Path(short) / CONFIG_FILE):
+        raise InputError(
+            f"{short} is the name of a published model, and of a folder here that holds a checkpoint",
+            hint=f"--model ./{short} for the folder, --model {_OWNER}{short} for the published one",
+        )
+
+
 def gguf_file(model: str) -> Path | None:
     """The GGUF file that is named, or the one in a folder that holds no weights of another form.
 
     Raises:
-        InputError: the folder holds several.
+        InputError: the folder holds several, or may not be read.
     """
     path = _expanded(model)
     if _is_file(path):
         return path if path.suffix == GGUF_SUFFIX else None
     if not model or not _is_folder(path):
         return None
-    found = sorted(file for file in path.iterdir() if file.suffix == GGUF_SUFFIX)
+    try:
+        found = sorted(file for file in path.iterdir() if file.suffix == GGUF_SUFFIX)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", hint="check its permissions") from error
     if not found or any((path / form).exists() for form in (SINGLE_FILE, INDEX_FILE, PICKLED_FILE, PICKLED_INDEX_FILE)):
         return None
     if len(found) > 1:
@@ -271,7 +301,9 @@ def checkpoint_of(
     tokenizer = _checked_tokenizer(facts, folder)
     opened = open_weights(folder, facts, advance)
     tokens = tokenizer_files(folder) if tokenizer else ()
-    hashed = digests(files or (*opened.files, *tokens), StageCache(), advance)
+    decisive = files or (*opened.files, *tokens)
+    stamps = {path: stamp(path) for path in decisive}
+    hashed = digests(decisive, StageCache(), advance)
     return kind(
         facts=facts,
         weights=opened.source,
@@ -282,6 +314,7 @@ def checkpoint_of(
         total_bytes=total_bytes(facts),
         unused=opened.unused,
         parts={} if files else parts_of(hashed, tokens),
+        stamps=stamps,
     )
 
 

@@ -231,6 +231,8 @@ def _read_vocab(folder: Path) -> dict[str, int]:
 def _read_json(path: Path) -> dict[str, object]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}", hint="check its permissions") from error
     except ValueError as error:
         raise InputError(f"{path}: is not valid JSON: {error}", hint=_HINT) from error
     if not isinstance(content, dict):

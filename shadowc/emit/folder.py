@@ -121,12 +121,18 @@ def add_tokenizer(folder: Path, tokenizer: Path | None) -> None:
 
 def copy_op_library(folder: Path) -> Path:
     """Put the op library, and what it needs beside it, into the folder for hosts other than Python."""
+    files = op_library_files()
+    for path in files:
+        shutil.copyfile(path, folder / path.name)
+    return folder / files[0].name
+
+
+def op_library_files() -> tuple[Path, ...]:
+    """The op library, and behind it what it needs."""
     from shadowc.runtime.library import library_path
 
     library = library_path()
-    for path in (library, *sorted(library.parent.glob("libhwy*.so*"))):
-        shutil.copyfile(path, folder / path.name)
-    return folder / library.name
+    return (library, *sorted(library.parent.glob("libhwy*.so*")))
 
 
 def write_controls(

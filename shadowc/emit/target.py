@@ -120,11 +120,10 @@ class CpuTarget:
             )
 
     def libraries(self, options: CompileOptions) -> Mapping[str, str]:
-        """See Target.libraries: the op library."""
-        from shadowc.emit.folder import hash_file
-        from shadowc.runtime.library import library_path
+        """See Target.libraries: the op library, and what it needs beside it."""
+        from shadowc.emit.folder import hash_file, op_library_files
 
-        return {"library": hash_file(library_path()).sha256}
+        return {f"library {path.name}": hash_file(path).sha256 for path in op_library_files()}
 
     def emit(
         self,
@@ -170,11 +169,12 @@ class TensorRtTarget:
         """See Target.libraries: builder and plugin."""
         from shadowc.emit.folder import hash_file
         from shadowc.emit.tensorrt.checks import tools_of
+        from shadowc.emit.tensorrt.emit import plugin_files
 
         tools = tools_of(options)
         return {
             "builder": tools.bindings.title,
-            "plugin": hash_file(tools.plugin).sha256,
+            **{f"plugin {path.name}": hash_file(path).sha256 for path in plugin_files(tools.plugin)},
             "built_for": " ".join(tools.built_for),
         }
 

@@ -68,7 +68,8 @@ def collect(
     where it was. A criterion that ranks the units once for a whole text gives a trace with a single row.
 
     Raises:
-        InputError: unknown criterion, unusable text, no sequence with finite numbers, or `out` is something else.
+        InputError: unknown criterion, unusable text, no sequence with finite numbers, a checkpoint that
+            changed meanwhile, or `out` is something else.
         SetupError: the disk has no room for the trace.
     """
     progress = progress or NullProgress()
@@ -87,6 +88,7 @@ def collect(
     batch = texts_at_once(checkpoint.facts, length, gradients=criterion.gradients, curvature=criterion.curvature)
     if criterion.per == "text":
         ranking = rank_text(model, criterion, ids_NT, positions, batch, options.seed, progress.advance)
+        checkpoint.require_unchanged()
         return _put_ranking(writer, ranking).finish(origin)
     done = np.cumsum([0, *(len(of_sequence) for of_sequence in positions)])
     first = int(np.searchsorted(done, writer.rows))
@@ -99,6 +101,7 @@ def collect(
         for row, place in rows.dropped.items():
             progress.note(f"sequence {begin + row} is dropped: {place}")
         progress.advance(int(done[end]), options.positions, "positions")
+    checkpoint.require_unchanged()
     return _finished(writer, checkpoint.facts, len(ids_NT)).finish(origin)
 
 
@@ -232,7 +235,8 @@ def _put(writer: TraceWriter, rows: Rows, row: int, sequence: int) -> None:
 
 def trace_key(checkpoint: ModelCheckpoint, options: CollectOptions) -> str:
     """Return a hash of everything that decides the trace."""
-    text = SELF if options.data == SELF else read_text(Path(options.data))[1].sha256
+    path = Path(options.data)
+    text = SELF if options.data == SELF else f"{path.suffix} {read_text(path)[1].sha256}"
     counts = [sequence_count(options, checkpoint.facts), sequence_length(options, checkpoint.facts)]
     decided = [SCHEMA, _COUNTED, checkpoint.identity, options.model_dump(exclude={"data", "fill"}), text, counts]
     if _filled(options):  # the others are what they were before there were means

@@ -103,9 +103,15 @@ _NORM = Extension(
 )
 FEW_DIGITS = "few_digits"
 _ROUNDING = Attribute(
-    FEW_DIGITS, "int", 0, "whether calls without masked tokens may round activations: 0 not at all, 1 freely, 2 finely"
+    FEW_DIGITS, "int", 0, "whether calls with unmasked tokens may round activations: 0 not at all, 1 freely, 2 finely"
 )
-_READ = Operand("read", ("2",), _I64, "records and bytes of w and scales really read", role="kernel")
+_READ = Operand(
+    "read",
+    ("2",),
+    _I64,
+    "records and bytes of w and scales really read; exact but where both few_digits and skip_zeros hold",
+    role="kernel",
+)
 
 SELECT_THRESHOLD = OpSpec(
     name="SelectThreshold",
@@ -208,7 +214,7 @@ PREDICT_UNITS = OpSpec(
     promise="Scores one layer's units by a network of its own, and selects them: standard nodes and SelectThreshold, "
     "in one call.",
     inputs=(
-        Operand("x", ("B", "S", "E"), _F32, "what the network reads"),
+        Operand("x", ("B", "S", "E"), _F32, "what the network reads; S >= 1"),
         Operand("tail", ("1",), _I64, "Z, 0 to S"),
         Operand("density", ("B|1", "K"), _F32, "densities or thresholds, one of the K belongs to this layer"),
         Operand("w1", ("P", "E"), NETWORK_TYPES, "rows of the first product"),

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import socket
 import threading
 import time
@@ -45,6 +47,7 @@ class FakeHub(ThreadingHTTPServer):
         self.status = 200
         self.code = ""
         self.broken = ""
+        self.broken_code = ""
 
     @property
     def address(self) -> str:
@@ -76,7 +79,7 @@ class _Answers(BaseHTTPRequestHandler):
             siblings = [{"rfilename": name} for name in files]
             self._send(200, json.dumps({"id": MODEL, "sha": COMMIT, "siblings": siblings}).encode())
         elif self.server.broken and path.endswith(self.server.broken):
-            self._send(403, b"{}")
+            self._send(403, b"{}", {"X-Error-Code": self.server.broken_code})
         elif path.startswith(f"/{MODEL}/resolve/") and path.split("/", 5)[5] in files:
             content = files[path.split("/", 5)[5]]
             self._send(200, content, {"ETag": f'"{self._etag(content)}"', "X-Repo-Commit": COMMIT})
@@ -281,6 +284,27 @@ def test_name_unlike_any_known_one_gets_no_suggestion(published: FakeHub) -> Non
 def test_model_behind_a_gate_asks_for_a_login(published: FakeHub) -> None:
     published.status, published.code = 403, "GatedRepo"
     assert "hf auth login" in refusal(SetupError).hint
+
+
+def test_files_behind_a_gate_ask_for_a_login_too(published: FakeHub) -> None:
+    published.broken, published.broken_code = "config.json", "GatedRepo"
+    assert "hf auth login" in refusal(SetupError).hint
+
+
+@pytest.mark.parametrize(
+    ("number", "says", "hint"),
+    [(errno.ENOSPC, "no space left on the disk of", "free some space"), (errno.EROFS, "cannot be kept in", "HF_HOME")],
+)
+def test_a_cache_that_takes_no_files_is_no_fault_of_the_network(
+    published: FakeHub, monkeypatch: pytest.MonkeyPatch, number: int, says: str, hint: str
+) -> None:
+    def refuse(*_: object, **__: object) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    with pytest.raises(SetupError, match=says) as caught:
+        resolve(MODEL)
+    assert hint in caught.value.hint
 
 
 def test_hub_that_fails_is_a_setup_error(published: FakeHub) -> None:

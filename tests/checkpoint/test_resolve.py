@@ -52,6 +52,28 @@ def test_folder_gives_facts_weights_and_tokenizer(folder: Path) -> None:
     assert np.array_equal(checkpoint.weights.tensor(HEAD), some_tensors()[EMBEDDING])
 
 
+def test_a_short_name_and_a_checkpoint_of_that_name_here_are_told_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "opt-125m").mkdir()  # an engine, or anything else
+    published = resolve("opt-125m", load_format="dummy").facts
+    write_single(tmp_path / "opt-125m", some_tensors())
+    error = refusal("opt-125m", InputError, 2, load_format="dummy")
+    assert error.hint == "--model ./opt-125m for the folder, --model facebook/opt-125m for the published one"
+    assert resolve("facebook/opt-125m", load_format="dummy").facts == published
+    assert resolve("./opt-125m", load_format="dummy").facts.hidden == FACTS.hidden != published.hidden
+
+
+def test_a_link_to_weights_that_are_gone_is_named(tmp_path: Path) -> None:
+    folder = write_single(tmp_path / "small", some_tensors())
+    weights = folder / "model.safetensors"
+    weights.rename(tmp_path / "elsewhere")
+    weights.symlink_to(tmp_path / "gone")
+    with pytest.raises(InputError, match=r"is a link to .*gone, which is not there"):
+        resolve(str(folder))
+
+
 def test_folder_without_tokenizer_is_resolved(tmp_path: Path) -> None:
     assert resolve(str(write_single(tmp_path, some_tensors()))).tokenizer is None
 

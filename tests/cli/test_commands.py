@@ -61,6 +61,17 @@ def test_compile_dumps_the_graph_after_every_pass(
     result = shadowc("compile", "--model", tiny_checkpoint, "--out", tmp_path / "e", "--dump-passes", dump, *quick)
     assert result.exit_code == 0, result.output
     assert len(sorted(dump.glob("*.onnx"))) >= 6
+    (dump / "99-older.onnx").write_bytes(b"of a longer schedule")
+    again = ("compile", "--model", tiny_checkpoint, "--out", tmp_path / "e", "--dump-passes")
+    assert shadowc(*again, dump, *quick).exit_code == 0
+    assert not (dump / "99-older.onnx").exists()
+    (dump / "notes.txt").write_text("mine")
+    result = shadowc(*again, dump, *quick)
+    assert result.exit_code == 2
+    assert "holds files that are no dump: notes.txt" in result.stderr
+    result = shadowc(*again, "/proc/passes", *quick)
+    assert result.exit_code == 2
+    assert "choose another folder with --dump-passes" in result.stderr
 
 
 def test_run_streams_prompt_and_text_and_tells_the_cost_beside(shadowc: Shadowc, engine: Path) -> None:

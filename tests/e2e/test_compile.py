@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
@@ -13,9 +15,12 @@ import pytest
 
 import shadowc
 from shadowc.compiler import compile_engine
+from shadowc.measure import gate
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import read_manifest, verify
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
+from shadowc.spec.progress import NullProgress
+from shadowc.stages import Stages, data_hash
 from tests.e2e import compiled
 
 if TYPE_CHECKING:
@@ -55,6 +60,55 @@ def test_compile_is_up_to_date_when_repeated(tiny_checkpoint: Path, sparse_engin
     summary = compile_engine(compiled.options(tiny_checkpoint, copy))
     assert summary.up_to_date
     assert {path.name: path.stat().st_mtime_ns for path in copy.iterdir()} == before
+
+
+def test_a_dummy_engine_is_not_up_to_date_beside_another_tokenizer(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    chosen = compiled.options(model, tmp_path / "e", load_format="dummy", predictor="none")
+    assert not compile_engine(chosen).up_to_date
+    assert compile_engine(chosen).up_to_date
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    (model / "tokenizer.json").write_text(json.dumps(tokenizer, indent=2))
+    assert not compile_engine(chosen).up_to_date
+
+
+def test_weights_that_change_while_they_are_compiled_leave_no_engine(
+    tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    right = gate.check_engine
+
+    def changing(*given: Any) -> Any:
+        found = right(*given)
+        os.utime(model / "model.safetensors")
+        return found
+
+    monkeypatch.setattr(gate, "check_engine", changing)
+    with pytest.raises(InputError, match=r"changed while they were read: .*model\.safetensors"):
+        compile_engine(compiled.options(model, tmp_path / "e", predictor="none"))
+    assert not (tmp_path / "e").exists()
+
+
+def test_what_is_made_of_changed_weights_is_not_kept(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(tiny_checkpoint, tmp_path / "model"))
+    stages = Stages(compiled.options(model, tmp_path / "e"), NullProgress())
+    stages.checkpoint()
+
+    def change(folder: Path) -> None:
+        os.utime(model / "model.safetensors")
+
+    for _ in range(2):  # the second time nothing is found in the cache
+        with pytest.raises(InputError, match="changed while they were read"):
+            stages._cached("test", {"of": str(tmp_path)}, change)
+
+
+def test_a_text_is_another_one_when_it_is_read_in_another_way(tmp_path: Path) -> None:
+    hashes = []
+    for name in ("c.txt", "c.jsonl", "d.txt"):
+        (tmp_path / name).write_text('{"text": "one"}\n')
+        collect = compiled.COLLECT.model_copy(update={"data": str(tmp_path / name)})
+        hashes.append(data_hash(compiled.options("opt-mini", tmp_path / "e", collect=collect)))
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 def test_compile_gives_the_same_bytes_when_repeated_elsewhere(

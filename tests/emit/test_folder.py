@@ -204,6 +204,29 @@ def test_leftovers_of_killed_compiles_are_cleared(tmp_path: Path) -> None:
     )
 
 
+def test_a_folder_that_another_container_writes_is_no_leftover(tmp_path: Path) -> None:
+    """Its number says nothing here: no process, or ours, has it."""
+    names_there = [f".mini.engine.{number}.00ff.tmp" for number in (dead_process(), os.getpid())]
+    held = []
+    for name in names_there:
+        (tmp_path / name).mkdir()
+        held.append(output._lock(tmp_path / name))
+    write(tmp_path / "mini.engine", "new")
+    assert names(tmp_path) == sorted([*names_there, "mini.engine"])
+    for number in held:
+        assert number is not None
+        os.close(number)
+    output.clear_leftovers(tmp_path / "mini.engine")
+    assert names(tmp_path) == ["mini.engine"]
+
+
+def test_a_folder_is_held_while_it_is_written(tmp_path: Path) -> None:
+    with folder.staged(tmp_path / "mini.engine") as staging:
+        assert output._locked(staging)
+        (staging / MANIFEST_FILE).write_text(manifest("new"))
+    assert not output._locked(tmp_path / "mini.engine")
+
+
 def test_leftovers_are_cleared_where_nothing_is_to_be_written(tmp_path: Path) -> None:
     write(tmp_path / "mini.engine", "new")
     (tmp_path / f".mini.engine.{dead_process()}.00ff.tmp").mkdir()

@@ -178,6 +178,15 @@ def test_ffn_gives_a_small_row_the_same_bits_whatever_its_neighbours_are():
     kernels.assert_close(ffn(alone)[0][0], together)
 
 
+@pytest.mark.parametrize("block", [4001, 1 << 32, 1 << 62])
+def test_a_block_of_more_neurons_than_there_are_is_one_of_them_all(block):
+    arrays = operands(np.random.default_rng(11), F=4000, E=256, block=4000, dtype="int8")
+    y, read = ffn(arrays, block=4000)
+    again, same = ffn(arrays, block=block)
+    np.testing.assert_array_equal(again, y)
+    np.testing.assert_array_equal(same, read)
+
+
 @pytest.mark.parametrize("rows", [1, 50])
 def test_ffn_repeats_its_bits_at_any_number_of_threads(rows):
     arrays = operands(np.random.default_rng(10), B=rows, F=4000, E=256, block=16, dtype="int8")

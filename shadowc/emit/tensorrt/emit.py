@@ -122,12 +122,16 @@ def _bytes_per_token(program: Program) -> BytesPart:
 def _copy_plugins(tools: Tools, staging: Path, operators: tuple[str, ...]) -> tuple[PluginPart, ...]:
     """The library that the plans were built with, and its self-registering twin if there is one."""
     parts = []
-    twin = tools.plugin.with_name(f"{tools.plugin.stem}_auto.so")
-    for path, registers_itself in ((tools.plugin, False), (twin, True)):
-        if path.is_file():
-            shutil.copyfile(path, staging / path.name)
-            parts.append(PluginPart(file=path.name, registers_itself=registers_itself, operators=operators))
+    for path in plugin_files(tools.plugin):
+        shutil.copyfile(path, staging / path.name)
+        parts.append(PluginPart(file=path.name, registers_itself=path != tools.plugin, operators=operators))
     return tuple(parts)
+
+
+def plugin_files(plugin: Path) -> tuple[Path, ...]:
+    """The plugin, and behind it its self-registering twin if there is one."""
+    twin = plugin.with_name(f"{plugin.stem}_auto.so")
+    return (plugin, twin) if twin.is_file() else (plugin,)
 
 
 def _part(
