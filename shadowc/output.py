@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import math
@@ -367,7 +366,9 @@ def _lock(folder: Path) -> int | None:
         held = os.open(folder, os.O_RDONLY)
     except OSError:
         return None
-    with suppress(OSError):  # some network file systems lock no folders
+    with suppress(OSError, ImportError):  # some network file systems lock no folders
+        import fcntl
+
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     return held
 
@@ -379,10 +380,12 @@ def _locked(folder: Path) -> bool:
     except OSError:
         return False
     try:
+        import fcntl
+
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return True
-    except OSError:
+    except (OSError, ImportError):
         return False
     finally:
         os.close(held)

@@ -148,16 +148,20 @@ def _fetch(repository: str, patterns: list[str]) -> Path:
     except GatedRepoError as error:
         raise _gated(repository) from error
     except _transport_errors() as error:
-        place = Path(constants.HF_HUB_CACHE)
-        number = error.errno if isinstance(error, OSError) else None
-        if number in NO_SPACE:
-            raise no_space(place, error if isinstance(error, OSError) else None) from error
-        if number in _FORBIDDEN:
-            raise SetupError(
-                f"{repository} cannot be kept in {place}: {os.strerror(number or 0)}",
-                hint="set HF_HOME to a folder that you may write to",
-            ) from error
+        if isinstance(error, OSError):
+            _refuse_cache(repository, Path(constants.HF_HUB_CACHE), error)
         raise _unreachable(repository, "the download from the hub failed", error) from error
+
+
+def _refuse_cache(repository: str, place: Path, error: OSError) -> None:
+    """Say so where it is the cache that fails; a refused connection has no file."""
+    if error.errno in NO_SPACE:
+        raise no_space(place, error) from error
+    if error.errno in _FORBIDDEN and error.filename is not None:
+        raise SetupError(
+            f"{repository} cannot be kept in {place}: {error.strerror}",
+            hint="set HF_HOME to a folder that you may write to",
+        ) from error
 
 
 def _gated(repository: str) -> SetupError:

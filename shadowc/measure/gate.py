@@ -103,9 +103,8 @@ def check_graphs(subject: Subject, manifest: EngineManifest, folder: Path, advan
         subject, "decode", manifest, lambda: DecodeProbe(decode, manifest.model, capacity=capacity), advance
     )
     largest = require_range(graph, decode.largest, part.activations)
-    report.require(
-        NOTHING_WRITTEN, DUMP
-    )  # after the range: numbers that large may miss the tolerance too, and are the cause
+    # After the range: numbers that large may miss the tolerance too, and are the cause.
+    report.require(NOTHING_WRITTEN, DUMP)
     graph, prefill = _twin(folder, part, "prefill", weights)
     difference, where = prefill_difference(prefill, decode, manifest, subject.seed)
     largest = max(largest, require_range(graph, prefill.largest, part.activations))

@@ -299,7 +299,7 @@ def test_a_cache_that_takes_no_files_is_no_fault_of_the_network(
     published: FakeHub, monkeypatch: pytest.MonkeyPatch, number: int, says: str, hint: str
 ) -> None:
     def refuse(*_: object, **__: object) -> str:
-        raise OSError(number, os.strerror(number))
+        raise OSError(number, os.strerror(number), "blobs")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
     with pytest.raises(SetupError, match=says) as caught:
