@@ -235,10 +235,11 @@ def _put(writer: TraceWriter, rows: Rows, row: int, sequence: int) -> None:
 
 def trace_key(checkpoint: ModelCheckpoint, options: CollectOptions) -> str:
     """Return a hash of everything that decides the trace."""
-    path = Path(options.data)
-    text = SELF if options.data == SELF else f"{path.suffix} {read_text(path)[1].sha256}"
+    text = SELF if options.data == SELF else read_text(Path(options.data))[1].sha256
     counts = [sequence_count(options, checkpoint.facts), sequence_length(options, checkpoint.facts)]
     decided = [SCHEMA, _COUNTED, checkpoint.identity, options.model_dump(exclude={"data", "fill"}), text, counts]
     if _filled(options):  # the others are what they were before there were means
         decided.append("means")
+    if Path(options.data).suffix == ".txt":  # the others are what they were before this was told apart
+        decided.append("one document")
     return hashlib.sha256(json.dumps(decided, sort_keys=True).encode()).hexdigest()

@@ -35,6 +35,8 @@ from tests.checkpoint.test_tokenizer import slow_form
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 MODEL = "someone/small"
+PATIENCE = 60.0
+"""Seconds in which a deadline of 0.3 must have passed; without one nothing would end."""
 
 
 class FakeHub(ThreadingHTTPServer):
@@ -341,7 +343,7 @@ def test_silent_hub_is_given_up_after_the_deadline(fake_hub: FakeHub, monkeypatc
         monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
         started = time.monotonic()
         error = refusal(SetupError, "opt-125m")
-    assert time.monotonic() - started < 10 * hub.ANSWER_SECONDS
+    assert time.monotonic() - started < PATIENCE
     assert "no answer within 0.3 seconds" in error.message
 
 

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from shadowc.checkpoint.resolve import resolve
+from shadowc.sparsity.predictor import Predictor
 from shadowc.spec.manifest import MANIFEST_FILE, MODEL_FILE, SCHEMA, WEIGHTS_FILE
 from tests.cli.conftest import Shadowc
 
@@ -145,9 +147,14 @@ def test_unknown_target(shadowc: Shadowc, tiny_checkpoint: Path, tmp_path: Path)
     assert "cpu" in result.stderr
 
 
-def test_predictor_of_another_shape(shadowc: Shadowc, broken: Path, tiny_checkpoint: Path, tmp_path: Path) -> None:
+def test_predictor_that_is_missing_or_of_another_shape(
+    shadowc: Shadowc, broken: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "p"
     compile_refused(shadowc, INPUT, tiny_checkpoint, tmp_path / "e", "--predictor", str(out), says=str(out))
+    facts = resolve("opt-125m", load_format="dummy").facts
+    Predictor.dummy(facts, 16, 8).save(out)
+    compile_refused(shadowc, INPUT, tiny_checkpoint, tmp_path / "e", "--predictor", str(out), says="does not fit")
 
 
 def test_engine_that_is_not_there(shadowc: Shadowc, tmp_path: Path) -> None:

@@ -18,9 +18,15 @@ from tests.emulation.test_garbage import cases_under_asan, under_asan
 BARRIER = re.compile(r"\n *__syncthreads\(\);")
 BARRIERS = [
     (source.name, number)
-    for source in sorted(build.KERNELS.glob("*.cu"))
+    for source in sorted(build.KERNELS.glob("*.cu*"))
     for number in range(len(BARRIER.findall(source.read_text(encoding="utf-8"))))
 ]
+
+
+def test_no_barrier_is_written_in_a_way_that_it_cannot_be_left_out() -> None:
+    texts = [source.read_text(encoding="utf-8") for source in build.KERNELS.glob("*.cu*")]
+    assert len(BARRIERS) == sum(text.count("__syncthreads();") for text in texts) > 0
+
 
 PLANTED = {
     "a store behind the last row": (

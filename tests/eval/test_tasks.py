@@ -62,10 +62,12 @@ def test_prompts_are_the_published_ones(task: str) -> None:
 
 
 def test_a_solved_example_ends_in_two_line_breaks_and_has_the_right_answer() -> None:
-    for index, answer in enumerate(("lamp", "kettle")):
-        solved = TASKS["piqa"].question(records("piqa", 2)[index]).solved
-        right = ("Lift the lamp with both hands. ", "Paint the violin and wait.")[index]
-        assert solved == f"Question: carry a {answer} to the {('attic', 'violin')[index]}\nAnswer: {right}\n\n" or index
+    wanted = (
+        ("carry a lamp to the attic", "Lift the lamp with both hands. "),
+        ("carry a kettle to the kitchen", "Paint the kitchen and wait."),
+    )
+    for record, (goal, right) in zip(records("piqa", 2), wanted, strict=True):
+        assert TASKS["piqa"].question(record).solved == f"Question: {goal}\nAnswer: {right}\n\n"
     winogrande = TASKS["winogrande"].question(records("winogrande", 2)[1])
     assert winogrande.solved.startswith("The kettle did not fit into the tunnel because the tunnel was too large")
 

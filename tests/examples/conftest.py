@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Stages and remembered hashes go to a folder of the test run, shared by its processes."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if base.name.startswith("popen-") else base) / "stage-cache"
-    pytest.MonkeyPatch().setenv("SHADOWC_CACHE", str(root))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SHADOWC_CACHE", str(root))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -90,7 +90,7 @@ def test_the_environment_is_stock_and_the_dial_turns(genai: Path, folders: dict[
     assert "onnxruntime-genai" in listed
     assert "shadowc" not in listed
     runs = [generate(genai, folders["fp32"], BATCH[:1], 40, "--density", share) for share in (1, 0.5, 0.2)]
-    assert runs[0] != runs[1] != runs[2]
+    assert len(set(map(str, runs))) == 3
     assert runs[1] == generate(genai, folders["fp32"], BATCH[:1], 40), "without a flag the engine's own density holds"
 
 

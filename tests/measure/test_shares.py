@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,10 +104,25 @@ def test_a_mask_of_the_prompt_costs_later_tokens_nothing_and_one_that_is_renewed
     assert fresh.unknown == ()
 
 
-def test_each_density_has_shares_of_its_own_generation(sparse_engine: Path) -> None:
-    found = profiled(load_cpu(sparse_engine), densities=(Density(), HALF, Density(0.1, 0.1)))
-    assert len(found) == 3
-    assert len({shares.ms_per_token for shares in found}) > 1
+def test_each_density_has_a_generation_of_its_own(sparse_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+    right = Engine.generate
+
+    def generate(self: Engine, *given: Any, **named: Any) -> Any:
+        asked.append(named["density"])
+        return right(self, *given, **named)
+
+    monkeypatch.setattr(Engine, "generate", generate)
+    densities = (Density(), HALF, Density(0.1, 0.1))
+    assert len(profiled(load_cpu(sparse_engine), densities=densities)) == 3
+    assert tuple(asked) == densities
+
+
+def test_shares_of_generations_come_in_their_order() -> None:
+    later = [replace(run, start=run.start + 2000, end=run.end + 2000, nodes=()) for run in STEPS]
+    first, second = by_generation([[*STEPS, *later]], [3, 3])
+    assert (first.ffn, second.ffn) == (pytest.approx(0.4), 0)
+    assert second.gaps == 1
 
 
 def a_run(start: int, end: int, *nodes: tuple[str, str, int]) -> Run:

@@ -263,9 +263,11 @@ def _neurons_in_another_order(program: Program) -> None:
 )  # fmt: skip
 def test_planted_defect_moves_the_logits_far_beyond_the_tolerance(defect) -> None:
     program = deep.compiled(deep.plan())
+    sound = deep.Decoder(deep.filled(deep.compiled(deep.plan()), deep.Tensors()), batch=2)
     defect(program)
     decoder = deep.Decoder(deep.filled(program, deep.Tensors()), batch=2)
     reference = MaskedModel(deep.model(), deep.plan(), deep.predictor())
     logits, _ = decode(decoder, **deep.dials(0.5))
     free = reference.logits(IDS, MASK, density=Density(0.5, 0.5), masked_from=7)
     assert distance(logits, free.logits.numpy()) > 100 * FP32
+    assert distance(decode(sound, **deep.dials(0.5))[0], free.logits.numpy()) < FP32

@@ -25,14 +25,11 @@ from tests.plugins import (
     test_sparse_attention,
     test_sparse_ffn,
 )
+from tests.plugins.levels import HERE
 from tests.plugins.native import build, process
 
 pytestmark = pytest.mark.timeout(1200)  # the first on Arm waits for the compiler
 
-HERE = {
-    "x86_64": ("sse2", "ssse3", "sse4", "avx2", "avx512", "avx512_icelake", "avx512_zen4", "avx512_amx"),
-    "aarch64": ("neon_without_aes", "neon", "neon_bf16", "sve", "sve2", "sve_256", "sve2_128"),
-}.get(kernels.MACHINE, ())
 ON_ARM = {
     "neon_without_aes": "cortex-a72",
     "neon": "cortex-a72",

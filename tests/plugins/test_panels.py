@@ -84,7 +84,7 @@ def at_level(level: str, path) -> dict[str, np.ndarray] | None:
         capture_output=True,
         text=True,
     )
-    if "which this CPU does not have" in process.stderr or "expected one of" in process.stderr:
+    if "which this CPU does not have" in process.stderr:
         return None
     assert process.returncode == 0, process.stderr
     with np.load(path) as results:
@@ -99,6 +99,9 @@ def levels(tmp_path_factory) -> dict[str, dict[str, np.ndarray]]:
 
 
 def test_every_level_agrees_with_the_best_one(levels):
+    if not LEVELS:
+        pytest.skip("panels are for x86-64")
+    assert levels
     best = compute()
     for results in levels.values():
         assert set(results) == set(best)

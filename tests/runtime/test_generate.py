@@ -173,7 +173,7 @@ def test_stats_count_what_the_kernels_did(folders: dict[str, Path]) -> None:
     assert stats.bytes_read == pytest.approx(wanted + fixed.lm_head + fixed.predictor + fixed.other)
     assert stats.dense_bytes == fixed.records + fixed.lm_head + fixed.other
     assert stats.active_neurons == pytest.approx((F + layers * F / 4) / 4)
-    assert 0 < stats.seconds < 10
+    assert stats.seconds > 0
     assert stats.tokens_per_second == pytest.approx(8 / stats.seconds)
 
 

@@ -179,13 +179,20 @@ def test_other_operator_versions_are_refused(copied: Copied, version: int, hint:
     assert hint in caught.value.hint
 
 
-@pytest.mark.parametrize("name", [WEIGHTS_FILE, "model.onnx", "tokenizer.json"])
-def test_a_flipped_byte_is_caught_and_the_file_is_named(copied: Copied, name: str) -> None:
-    folder = copied("fp32")
+@pytest.mark.parametrize("kind", ["fp32", "sequence"])
+def test_a_flipped_byte_is_caught_and_the_file_is_named(copied: Copied, kind: str) -> None:
+    folder = copied(kind)
     load(folder)
-    flip_a_byte(folder / name)
-    with pytest.raises(VerificationError, match=f"{name} has changed"):
-        load(folder)
+    files = read_manifest(folder).files
+    assert {WEIGHTS_FILE, "model.onnx", "reference.onnx", "tokenizer.json"} <= files.keys()
+    assert (FIXED_FILE in files) == (kind == "sequence")
+    for name in files:
+        before = (folder / name).read_bytes()
+        flip_a_byte(folder / name)
+        with pytest.raises(VerificationError, match=f"{name} has changed"):
+            load(folder)
+        (folder / name).write_bytes(before)
+    load(folder)
 
 
 def test_all_problems_are_told_at_once(copied: Copied) -> None:
