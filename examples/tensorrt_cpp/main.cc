@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Runs a shadowc engine folder for TensorRT: token ids in, greedily generated token ids out.
 //   generate FOLDER [--density 0.5] [--tokens 32] ID ID ID ...
-// The prompt goes through prefill.plan, each further token through decode.plan, replayed as a CUDA graph.
+// The prompt goes through prefill.plan, each further token through decode.plan, as a CUDA graph but for RTX.
 // Both plans read one copy of weights.bin. Tensors are bound by name; engine.json says where weights are.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
@@ -61,6 +61,7 @@ Addresses load_weights(const fs::path& folder, const std::string& json) {
   const std::string content = read(folder / "weights.bin");
   char* base = allocate(content.size());
   check(cudaMemcpy(base, content.data(), content.size(), cudaMemcpyHostToDevice), "weights.bin");
+  check(cudaDeviceSynchronize(), "weights.bin");  // the copy may be on its way, and streams do not wait
   Addresses weights;
   const std::regex entry("\"name\": \"([^\"]+)\",\\s*\"offset\": ([0-9]+)");
   for (std::sregex_iterator it(json.begin(), json.end(), entry), end; it != end; ++it)
@@ -156,6 +157,7 @@ int run(const fs::path& folder, float density, int64_t tokens, const std::vector
   for (const char* name : {"density_heads", "density_neurons"})
     if (step.contains(name)) set(step[name], &density, sizeof density, stream);
   set(step["start"], &start, sizeof start, stream);
+  const bool records = json.find("\"rtx1\"") == std::string::npos;  // RTX exchanges kernels between runs
   cudaGraphExec_t graph = nullptr;
   const int64_t last = S + std::min(tokens, T - S) - 1;
   int64_t token = largest(fresh["logits"], vocab, stream);
@@ -166,16 +168,14 @@ int run(const fs::path& folder, float density, int64_t tokens, const std::vector
     if (done) return 0;
     set(step["input_ids"], &token, sizeof token, stream);
     set(step["past"], &filled, sizeof filled, stream);
-    if (!graph) {
-      decode.enqueue(stream);  // settles what TensorRT does only once; then the step is recorded
-      check(cudaStreamSynchronize(stream), "first step");
+    graph ? check(cudaGraphLaunch(graph, stream), "graph") : decode.enqueue(stream);
+    if (!graph && records) {
+      check(cudaStreamSynchronize(stream), "first step");  // settles what TensorRT does only once
       cudaGraph_t recorded;
       check(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), "capture");
       decode.enqueue(stream);
       check(cudaStreamEndCapture(stream, &recorded), "capture");
       check(cudaGraphInstantiateWithFlags(&graph, recorded, 0), "graph");
-    } else {
-      check(cudaGraphLaunch(graph, stream), "graph");
     }
     token = largest(step["logits"], vocab, stream);
   }

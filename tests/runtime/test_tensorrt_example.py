@@ -51,7 +51,7 @@ def run(program: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_example_is_one_cmake_file_and_one_source_under_200_lines() -> None:
-    assert {path.name for path in EXAMPLE.iterdir()} == {"CMakeLists.txt", "main.cc"}
+    assert {path.name for path in EXAMPLE.iterdir()} == {"CMakeLists.txt", "README.md", "main.cc"}
     assert len((EXAMPLE / "main.cc").read_text().splitlines()) < 200
 
 

@@ -9,6 +9,7 @@ Letters: B rows, S tokens, T slots of the cache, H heads, D head size.
 
 from __future__ import annotations
 
+import gc
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
@@ -206,14 +207,21 @@ class Workspace:
             return None
 
     def _record(self) -> Address:
-        self._device.begin_capture()
+        # An engine that is collected meanwhile would free memory, which no capture bears.
+        collects = gc.isenabled()
+        gc.disable()
         try:
-            self._step.enqueue()
-        except BaseException:
-            with suppress(InternalError):  # the first error is the one that says something
-                self._device.release_graph(self._device.end_capture())
-            raise
-        return self._arena.graph(self._device.end_capture())
+            self._device.begin_capture()
+            try:
+                self._step.enqueue()
+            except BaseException:
+                with suppress(InternalError):  # the first error is the one that says something
+                    self._device.release_graph(self._device.end_capture())
+                raise
+            return self._arena.graph(self._device.end_capture())
+        finally:
+            if collects:
+                gc.enable()
 
     def _exchange(self, arena: Arena, execution: Execution, tokens: int) -> Exchange:
         run = Run(self.rows, tokens, self.capacity)
