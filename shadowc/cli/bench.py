@@ -46,15 +46,19 @@ def bench(
     json: flags.AsJson = False,
 ) -> None:
     """Measure batch-1 decoding beside the dense twin: time, its parts, bytes read, bandwidth, first token."""
+    from shadowc.measure.bench import bench as run_bench
     from shadowc.runtime.load import read_manifest
 
-    if read_manifest(engine).sparsity is None:
-        flags.refuse_unused(context, ["densities", "sweep"], "on an engine without a predictor: it is dense")
     wanted = _densities(context, densities, sweep)
-    from shadowc.measure.bench import bench as run_bench
-
     if plot is not None:
-        _check_plot(plot, wanted, engine)
+        drawings.require_place(plot)
+    sparse = read_manifest(engine).sparsity is not None
+    if not sparse:
+        flags.refuse_unused(context, ["densities", "sweep"], "on an engine without a predictor: it is dense")
+    if plot is not None:
+        from shadowc.measure.plot import check
+
+        check(plot, wanted, sparse=sparse)
     with render.progress() as progress:
         report = run_bench(
             engine, densities=wanted, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens,
@@ -78,11 +82,3 @@ def _densities(context: typer.Context, text: str, sweep: bool) -> tuple[Density,
     if sweep:
         flags.refuse_unused(context, ["densities"], "beside --sweep")
     return flags.densities_of(SWEEP if sweep else text)
-
-
-def _check_plot(plot: Path, densities: tuple[Density, ...], engine: Path) -> None:
-    from shadowc.measure.plot import check
-    from shadowc.runtime.load import read_manifest
-
-    drawings.require_place(plot)
-    check(plot, densities, sparse=read_manifest(engine).sparsity is not None)

@@ -47,7 +47,8 @@ def scope_of(style: Style, wanted: Scope | None, select: Select = "exact") -> Sc
     if select == "sensitivity":
         if wanted == "global":
             raise InputError(
-                "thresholds by sensitivity give every layer its own share, --scope global one threshold to all layers",
+                "thresholds by sensitivity give every layer a share of its own, --scope global one threshold to all "
+                "layers",
                 hint="calibrated in place of sensitivity, or leave --scope out",
             )
         return "local"

@@ -322,7 +322,7 @@ def test_one_threshold_for_all_layers_by_their_sensitivity_is_refused_before_any
     with_thresholds = replace(predictor, meta=meta, thresholds={"local": (table, table)})
     model = TorchModel(in_torch._model, in_torch._checkpoint, with_thresholds)
     model.check(Setting("sensitivity", HALF), Setting("calibrated", HALF, scope="global"))
-    with pytest.raises(InputError, match="thresholds by sensitivity give every layer its own share"):
+    with pytest.raises(InputError, match="thresholds by sensitivity give every layer a share of its own"):
         model.check(Setting("sensitivity", HALF, scope="global"))
 
 

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
+from shadowc.cli.app import app
 from shadowc.cli.inspect import inspect
 from shadowc.compiler import _Compile
 from shadowc.runtime.load import load, read_manifest, verify
@@ -46,7 +48,11 @@ def edit(folder: Path, change: Edit) -> None:
     path.write_text(json.dumps(content))
 
 
-@pytest.mark.parametrize("read", [inspect, load, verify])
+def inspected(folder: Path) -> None:
+    inspect(typer.Context(typer.main.get_command(app)), folder)
+
+
+@pytest.mark.parametrize("read", [inspected, load, verify])
 @pytest.mark.parametrize(
     ("change", "says"),
     [
