@@ -8,7 +8,6 @@ its rounds. A round is a process of its own, which a launcher such as `chrt -f 5
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
 import shlex
@@ -23,6 +22,7 @@ from typing import Any
 
 from benchmarks.decoding import Round, Sample
 from benchmarks.peers import machine
+from shadowc.emit.folder import hash_file
 from shadowc.measure.bench import FLOOR_SHARE
 from shadowc.runtime.cores import usable_cores
 from shadowc.runtime.library import OpLibrary
@@ -102,7 +102,7 @@ class Ledger:
         Raises:
             LedgerError: they differ; of what an older file does not say nothing is known.
         """
-        library = hashlib.sha256(OpLibrary.installed().path.read_bytes()).hexdigest()[:16]
+        library = hash_file(OpLibrary.installed().path).sha256[:16]
         now = {"machine": asdict(machine.here()), "launcher": launcher, "library": library}
         if any(one.get("rounds") for one in self.content["engines"].values()):
             differing = [

@@ -64,7 +64,7 @@ def _build(bindings: Bindings, request: dict[str, Any], send: Send) -> dict[str,
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)  # on by default: scores with 10-bit mantissas choose other masks
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
-    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # TensorRT for RTX records no step without it
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):  # what TensorRT for RTX asks for where steps are recorded
         config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if config.add_optimization_profile(_profile(builder, request["inputs"])) < 0:  # it does not raise
         raise RefusedError("profile")
