@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
 // SparseFFN as an ONNX Runtime operator: checks shapes, then calls the kernel (sparse_ffn.h).
-#include <algorithm>
-
 #include "ort_op.h"
 #include "sparse_ffn.h"
 
@@ -63,8 +61,7 @@ class SparseFfnKernel {
     a.b1 = b1.data;
     a.b2 = b2.data;
     a.neurons = static_cast<size_t>(neurons);
-    // A block of more neurons than there are is one of them all; lists are sized by blocks.
-    a.block = static_cast<size_t>(std::min(block_, std::max<int64_t>(neurons, 1)));
+    a.block = static_cast<size_t>(block_);
     a.skip_zeros = skip_zeros_;
     a.rounding = a.selection.tail < a.tokens ? rounding_ : Rounding::kNone;
     a.y = Output<float>(context, kY, x.shape);

@@ -230,6 +230,8 @@ ReadCount Run(const FfnArgs& given, const Parallel& parallel) {
   FfnArgs a = given;
   const size_t rows = a.batch * a.tokens;
   a.residual = a.norm.scale == nullptr ? nullptr : a.x;
+  // A block of more neurons than there are is one of them all; lists are sized by blocks.
+  a.block = std::min(a.block, std::max<size_t>(a.neurons, 1));
   if (rows == 0) return {};
   CallArena arena;
   if (rows == 1) return OneRow<W>(a, &arena, parallel);

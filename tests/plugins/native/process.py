@@ -10,7 +10,7 @@ import contextlib
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import IO
 
@@ -25,19 +25,31 @@ class DriverError(Exception):
 
 
 class Driver:
-    """A running driver; runs one operator at a time.
+    """A running driver; runs one operator at a time. A call behind the one that ended it starts it again.
 
     Attributes:
         isa: the SIMD level that the kernels run on.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
-        """`said` is the file of its standard error."""
-        assert process.stdin is not None
-        assert process.stdout is not None
-        self._process, self._said = process, said
-        self._to, self._from = process.stdin, process.stdout
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], said: IO[bytes]) -> None:
+        """Starts it; `said` is the file of its standard error."""
+        self._command, self._environment, self._said = command, environment, said
+        self._start()
+
+    def _start(self) -> None:
+        self._said.seek(0)
+        self._said.truncate()
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
+        self._process = subprocess.Popen(self._command, env=self._environment, **pipes)
+        self._to, self._from = self._process.stdin, self._process.stdout
         self.isa = self._line()
+
+    def close(self) -> None:
+        """Ends it."""
+        with contextlib.suppress(BrokenPipeError):
+            self._to.close()
+        self._process.wait()
+        self._from.close()
 
     def run(self, spec: OpSpec, arrays: Mapping[str, np.ndarray], **attributes: object) -> dict[str, np.ndarray]:
         """Outputs by name.
@@ -50,6 +62,9 @@ class Driver:
         Raises:
             DriverError: the driver ended, which is how a sanitizer reports.
         """
+        if self._process.returncode is not None:
+            self.close()
+            self._start()
         try:
             self._to.write(_header(spec.name, len(attributes), len(arrays)))
             for name, value in attributes.items():
@@ -89,14 +104,8 @@ def _header(*words: object) -> bytes:
 def started(*command: str, environment: Mapping[str, str]) -> Iterator[Driver]:
     """The driver, until the end of the block."""
     env = {name: value for name, value in os.environ.items() if name != "SHADOWC_ISA"} | environment
-    with tempfile.TemporaryFile() as said:
-        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": said}
-        with subprocess.Popen(command, env=env, **pipes) as process:
-            try:
-                yield Driver(process, said)
-            finally:
-                with contextlib.suppress(BrokenPipeError):
-                    process.stdin.close()
+    with tempfile.TemporaryFile() as said, contextlib.closing(Driver(command, env, said)) as driver:
+        yield driver
 
 
 def on_arm(cpu: str, isa: str = "native") -> AbstractContextManager[Driver]:
