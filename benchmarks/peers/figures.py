@@ -27,6 +27,8 @@ class Sample:
     bytes_per_token: float | None
     peak_bytes: int
     """Of the whole process so far."""
+    stream: float
+    """Bytes per second that memory gave, mean of before and behind what was decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +67,9 @@ class Row:
     peak_gigabytes: float
     megabytes_per_token: float | None
     allowed_ms: float | None
-    """Median over the rounds of bytes / (0.9 x stream of that round) + 1 ms."""
+    """Median over the rounds of bytes / (0.9 x stream of that moment) + 1 ms."""
+    above_ms: Spread | None
+    """Of its time per token less what was allowed in the same round."""
     ratio: float | None
     """Median over the rounds of its time per token over the base's; None without a base."""
     agreeing: int
@@ -75,7 +79,6 @@ class Row:
 def row(
     result: Result,
     base: Result | None,
-    streams: Sequence[float],
     common_first_tokens: Sequence[int],
     long_prompt: int,
 ) -> Row:
@@ -84,7 +87,6 @@ def row(
     Args:
         result: without a failure.
         base: what `ratio` divides by.
-        streams: bytes per second, by round.
         common_first_tokens: as `common_first_tokens` returns them.
         long_prompt: its tokens.
     """
@@ -92,6 +94,7 @@ def row(
     long_first = Spread.of([sample.long_first_ms for sample in samples])
     counted = [sample.bytes_per_token for sample in samples if sample.bytes_per_token is not None]
     size = median(counted) if counted else None
+    allowed = [] if size is None else [allowed_ms(size, sample.stream) for sample in samples]
     ratio = None
     if base is not None and base.samples:
         pairs = zip(samples, base.samples, strict=True)
@@ -103,10 +106,15 @@ def row(
         prefill_tokens_per_second=long_prompt / long_first.median * 1e3,
         peak_gigabytes=max(sample.peak_bytes for sample in samples) / 1e9,
         megabytes_per_token=None if size is None else size / 1e6,
-        allowed_ms=None if size is None else median(allowed_ms(size, stream) for stream in streams),
+        allowed_ms=median(allowed) if allowed else None,
+        above_ms=_above(samples, allowed) if allowed else None,
         ratio=ratio,
         agreeing=sum(sample.first_token == common for sample, common in zip(samples, common_first_tokens, strict=True)),
     )
+
+
+def _above(samples: Sequence[Sample], allowed: Sequence[float]) -> Spread:
+    return Spread.of([sample.decode_ms - most for sample, most in zip(samples, allowed, strict=True)])
 
 
 def allowed_ms(size: float, stream: float) -> float:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The race: round by round every contestant once, one at a time, the stream's bandwidth before each round.
+"""The race: round by round every contestant once, one at a time, the stream's bandwidth around what each decodes.
 
-A shared machine drifts, so what is compared was measured in the same round. A contestant that fails is out, and
-the reason is its result; the others go on.
+A shared machine drifts within seconds, so times that are compared were measured in the same round, and a time and the
+stream at the same moment. A contestant that fails is out, and the reason is its result; the others go on.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ class Outcome:
     """All samples, and what belongs beside them."""
 
     results: tuple[Result, ...]
-    streams: tuple[float, ...]
-    """Bytes per second, by round."""
     reloaded: tuple[str, ...]
     """Contestants that were loaded anew for every measurement, because not all fit into memory."""
     versions: Mapping[str, Mapping[str, str]]
@@ -69,13 +67,12 @@ def race(
     stable = _Stable(launches)
     failures: dict[_Key, str] = {}
     peaks: dict[str, int] = {}
-    streams: list[float] = []
     samples: dict[_Key, list[Sample]] = {(label, setting): [] for label in launches for setting in settings[label]}
 
     def attempt(key: _Key, turn: int) -> Sample | None:
         try:
             with stable.running(key[0]) as process:
-                return _measure(process, key[1], turn, plan, first=stable.is_first(key))
+                return _measure(process, key[1], turn, plan, bandwidth, first=stable.is_first(key))
         except ContestantError as error:
             failures[key] = str(error)
             note(f"{' '.join(key)} failed: {error}")
@@ -90,12 +87,13 @@ def race(
         kept = residents(peaks, plan.memory)
         stable.keep(kept)
         for turn in range(plan.rounds):
-            streams.append(bandwidth())
-            note(f"round {turn + 1} of {plan.rounds}: stream {streams[-1] / 1e9:.1f} GB/s")
+            note(f"round {turn + 1} of {plan.rounds}")
             for key, taken in samples.items():
                 if key not in failures and (sample := attempt(key, turn)):
                     taken.append(sample)
-                    note(f"  {' '.join(key)}: {sample.decode_ms:.1f} ms per token")
+                    note(
+                        f"  {' '.join(key)}: {sample.decode_ms:.1f} ms per token, stream {sample.stream / 1e9:.1f} GB/s"
+                    )
     finally:
         stable.keep(frozenset())
     return Outcome(
@@ -103,7 +101,6 @@ def race(
             Result(*key, samples=() if key in failures else tuple(taken), failure=failures.get(key, ""))
             for key, taken in samples.items()
         ),
-        streams=tuple(streams),
         reloaded=tuple(label for label in peaks if label not in kept),
         versions=stable.versions,
     )
@@ -162,11 +159,15 @@ class _Stable:
         return first
 
 
-def _measure(process: ContestantProcess, setting: str, turn: int, plan: Plan, *, first: bool) -> Sample:
+def _measure(
+    process: ContestantProcess, setting: str, turn: int, plan: Plan, bandwidth: Callable[[], float], *, first: bool
+) -> Sample:
     """Warm up, then decode after the short prompt, then the first token after the long one."""
     for length in [plan.short_prompt, plan.long_prompt] if first else [plan.short_prompt]:
         process.generate(prompt(turn, length, plan.vocab, "warm-up"), _WARM_TOKENS, setting)
+    before = bandwidth()
     short = process.generate(prompt(turn, plan.short_prompt, plan.vocab, "short"), 1 + plan.tokens, setting)
+    after = bandwidth()
     long = process.generate(prompt(turn, plan.long_prompt, plan.vocab, "long"), 1, setting)
     if len(short["tokens"]) != 1 + plan.tokens:
         raise ContestantError(f"it made {len(short['tokens'])} tokens, expected {1 + plan.tokens}")
@@ -177,4 +178,5 @@ def _measure(process: ContestantProcess, setting: str, turn: int, plan: Plan, *,
         first_token=short["tokens"][0],
         bytes_per_token=short["bytes_per_token"],
         peak_bytes=process.peak_bytes(),
+        stream=(before + after) / 2,
     )

@@ -34,7 +34,8 @@ def markdown(event: Event, entrants: Sequence[Entrant], plan: Plan, outcome: Out
     short, long = plan.short_prompt, plan.long_prompt
     heads = [
         "runtime", "weights", "kept", "ms per token", "lowest to highest", "ratio", "MB read", "allowed ms",
-        f"first token of {short}, ms", f"first token of {long}, ms", f"prompt of {long}, tokens/s", "peak GB", "agrees",
+        "above it", f"first token of {short}, ms", f"first token of {long}, ms", f"prompt of {long}, tokens/s",
+        "peak GB", "agrees",
     ]  # fmt: skip
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     for result, figures in _rows(event, plan, outcome):
@@ -59,7 +60,6 @@ def document(event: Event, entrants: Sequence[Entrant], plan: Plan, outcome: Out
         "contestants": {
             entrant.label: {"runtime": entrant.runtime, "weights": entrant.weights} for entrant in entrants
         },
-        "stream_bytes_per_second": outcome.streams,
         "versions": outcome.versions,
         "reloaded": outcome.reloaded,
         "results": results,
@@ -71,9 +71,7 @@ def _rows(event: Event, plan: Plan, outcome: Outcome) -> list[tuple[Result, Row 
     results = outcome.results
     base = next((one for one in results if (one.contestant, one.setting) == (event.base, DENSE)), None)
     common = common_first_tokens(results, plan.rounds)
-    return [
-        (one, None if one.failure else row(one, base, outcome.streams, common, plan.long_prompt)) for one in results
-    ]
+    return [(one, None if one.failure else row(one, base, common, plan.long_prompt)) for one in results]
 
 
 def _kept(setting: str) -> str:
@@ -84,19 +82,26 @@ def _kept(setting: str) -> str:
 
 
 def _cells(figures: Row, rounds: int) -> list[str]:
-    decode = figures.decode
+    decode, above = figures.decode, figures.above_ms
     return [
         f"{decode.median:.1f}",
         f"{decode.lowest:.1f} to {decode.highest:.1f}",
         _number(figures.ratio, ".2f"),
         _number(figures.megabytes_per_token, ".0f"),
         _number(figures.allowed_ms, ".1f"),
+        "" if above is None else f"{above.median:.1f} ({above.lowest:.1f} to {above.highest:.1f})",
         f"{figures.short_first.median:.0f}",
         f"{figures.long_first.median:.0f}",
         f"{figures.prefill_tokens_per_second:.0f}",
         f"{figures.peak_gigabytes:.1f}",
         f"{figures.agreeing} of {rounds}",
     ]
+
+
+def _stream(streams: Sequence[float]) -> str:
+    if not streams:
+        return ""
+    return f"; the stream read {median(streams):.1f} GB/s ({min(streams):.1f} to {max(streams):.1f})"
 
 
 def _number(value: float | None, form: str) -> str:
@@ -108,16 +113,16 @@ def _cell(text: str) -> str:
 
 
 def _notes(event: Event, plan: Plan, outcome: Outcome, entrants: Sequence[Entrant]) -> list[str]:
-    machine, streams = event.machine, [stream / 1e9 for stream in outcome.streams]
+    machine, streams = event.machine, [sample.stream / 1e9 for one in outcome.results for sample in one.samples]
     found = {TITLES[one.runtime]: outcome.versions[one.label] for one in entrants if one.label in outcome.versions}
     versions = [", ".join(f"{name} {version}" for name, version in of.items()) for of in found.values()]
     notes = [
         f"Model: the shape of {event.model}, dummy weights, batch 1, greedy, {plan.tokens} tokens after "
         f"{plan.short_prompt} of a prompt. {event.date}, {machine.cpu}, {event.threads} threads, "
         f"{machine.memory / 2**30:.0f} GiB, {machine.system}.",
-        f"Medians of {plan.rounds} interleaved rounds; the stream read {median(streams):.1f} GB/s "
-        f"({min(streams):.1f} to {max(streams):.1f}). *ratio*: to {event.base} in the same round. *allowed*: the bytes "
-        "at 0.9 of the stream, and 1 ms. *agrees*: rounds whose first token is that of most contestants. "
+        f"Medians of {plan.rounds} interleaved rounds{_stream(streams)}. *ratio*: to {event.base} in the same round. "
+        "*allowed*: the bytes at 0.9 of the stream right before and behind, and 1 ms; *above it*: what a sample took "
+        "more. *agrees*: rounds whose first token is that of most contestants. "
         "*peak*: of the process with all its settings, mapped files included.",
         f"Versions: {'; '.join(versions)}.",
     ]

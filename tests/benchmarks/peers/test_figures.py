@@ -18,33 +18,37 @@ ROUNDING = 1e-9
 def result(
     name: str, times: tuple[float, ...], *, first: tuple[int, ...] = (7, 7, 7), size: float | None = None
 ) -> Result:
-    samples = zip(times, first, strict=True)
-    return Result(name, "dense", tuple(Sample(100.0, ms, 256.0, token, size, 2_000_000_000) for ms, token in samples))
+    samples = zip(times, first, STREAMS, strict=True)
+    made = (Sample(100.0, ms, 256.0, token, size, 2_000_000_000, stream) for ms, token, stream in samples)
+    return Result(name, "dense", tuple(made))
 
 
 def test_the_ratio_is_taken_within_each_round() -> None:
     base = result("base", (10.0, 20.0, 100.0))
     own = result("own", (20.0, 10.0, 50.0))
-    figures = row(own, base, STREAMS, [7, 7, 7], 512)
+    figures = row(own, base, [7, 7, 7], 512)
     assert figures.ratio == pytest.approx(0.5, abs=ROUNDING)  # of 2, 0.5 and 0.5; the medians alone would say 1
     assert (figures.decode.median, figures.decode.lowest, figures.decode.highest) == (20.0, 10.0, 50.0)
 
 
 def test_a_base_that_failed_gives_no_ratio() -> None:
     failed = Result("base", "dense", (), "why")
-    assert row(result("own", (1.0, 2.0, 3.0)), failed, STREAMS, [7, 7, 7], 512).ratio is None
-    assert row(result("own", (1.0, 2.0, 3.0)), None, STREAMS, [7, 7, 7], 512).ratio is None
+    assert row(result("own", (1.0, 2.0, 3.0)), failed, [7, 7, 7], 512).ratio is None
+    assert row(result("own", (1.0, 2.0, 3.0)), None, [7, 7, 7], 512).ratio is None
 
 
-def test_what_a_token_may_cost_follows_the_stream_of_each_round() -> None:
+def test_what_a_token_may_cost_follows_the_stream_beside_each_sample() -> None:
     assert allowed_ms(900e6, 10e9) == pytest.approx(101.0, abs=ROUNDING)
-    figures = row(result("own", (1.0, 1.0, 1.0), size=900e6), None, STREAMS, [7, 7, 7], 512)
+    figures = row(result("own", (111.0, 50.0, 28.0), size=900e6), None, [7, 7, 7], 512)
     assert figures.allowed_ms == pytest.approx(51.0, abs=ROUNDING)
+    assert figures.above_ms is not None  # 10, -1 and 2: the medians alone would say -1
+    above = (figures.above_ms.median, figures.above_ms.lowest, figures.above_ms.highest)
+    assert above == pytest.approx((2.0, -1.0, 10.0), abs=ROUNDING)
     assert figures.megabytes_per_token == pytest.approx(900.0, abs=ROUNDING)
 
 
 def test_prefill_counts_the_tokens_of_the_long_prompt() -> None:
-    figures = row(result("own", (1.0, 1.0, 1.0)), None, STREAMS, [7, 7, 7], 512)
+    figures = row(result("own", (1.0, 1.0, 1.0)), None, [7, 7, 7], 512)
     assert figures.prefill_tokens_per_second == pytest.approx(2000.0, abs=ROUNDING)
 
 
@@ -52,7 +56,7 @@ def test_a_contestant_that_computes_another_model_agrees_in_no_round() -> None:
     results = [result("a", (1.0,) * 3), result("b", (1.0,) * 3), result("other", (1.0,) * 3, first=(8, 9, 8))]
     common = common_first_tokens(results, 3)
     assert common == [7, 7, 7]
-    assert [row(one, None, STREAMS, common, 512).agreeing for one in results] == [3, 3, 0]
+    assert [row(one, None, common, 512).agreeing for one in results] == [3, 3, 0]
 
 
 def test_settings_of_one_contestant_have_one_vote() -> None:

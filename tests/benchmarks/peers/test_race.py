@@ -78,7 +78,7 @@ def test_too_few_tokens_are_a_failure(tmp_path: Path) -> None:
     assert result.failure == "it made 4 tokens, expected 5"
 
 
-def test_contestants_take_turns_and_the_stream_is_measured_before_each_round(tmp_path: Path) -> None:
+def test_contestants_take_turns(tmp_path: Path) -> None:
     notes: list[str] = []
     run(tmp_path, {"steady": (DENSE,), "talks": (DENSE,)}, notes=notes)
     order = [note.split(":")[0].strip() for note in notes if not note.startswith("rehearsed")]
@@ -86,8 +86,16 @@ def test_contestants_take_turns_and_the_stream_is_measured_before_each_round(tmp
     assert order == [name for turn in (1, 2, 3) for name in (f"round {turn} of 3", *one_round)]
 
 
+def test_every_sample_has_the_stream_of_its_moment(tmp_path: Path) -> None:
+    streams = iter(range(1, 100))
+    people = {"steady": (DENSE,), "talks": (DENSE,)}
+    found = race(launches(tmp_path, list(people)), people, PLAN, lambda: float(next(streams)), lambda _: None).results
+    # two of the rehearsals each, then two for every sample, in turns
+    assert [[sample.stream for sample in one.samples] for one in found] == [[5.5, 9.5, 13.5], [7.5, 11.5, 15.5]]
+
+
 def run_and_look(folder: Path, plan: Plan) -> tuple[Outcome, list[dict[str, str]]]:
-    """The outcome, and the states of all processes in front of each round."""
+    """The outcome, and the states of all processes when the stream is measured: twice in the turn of each."""
     people = {"steady": (DENSE,), "talks": (DENSE,)}
     seen: list[dict[str, str]] = []
 
@@ -100,8 +108,10 @@ def run_and_look(folder: Path, plan: Plan) -> tuple[Outcome, list[dict[str, str]
 
 def test_all_but_the_one_that_runs_are_stopped(tmp_path: Path) -> None:
     _, seen = run_and_look(tmp_path, PLAN)
-    both = {"steady": "T", "talks": "T"}
-    assert seen == [{"talks": "T"}, both, both]  # the last one that was rehearsed is still there
+    assert [len(one) for one in seen[:4]] == [1] * 4  # rehearsed alone
+    stopped = [[label for label in ("steady", "talks") if one.get(label) == "T"] for one in seen[4:]]
+    # of the last one that was rehearsed the process is still there
+    assert stopped == [["talks"], ["talks"], ["steady"], ["steady"]] * PLAN.rounds
     assert states() == {}
 
 
@@ -109,7 +119,7 @@ def test_what_does_not_fit_into_memory_is_loaded_anew(tmp_path: Path) -> None:
     outcome, seen = run_and_look(tmp_path, replace(PLAN, memory=0))
     assert outcome.reloaded == ("steady", "talks")
     assert [len(result.samples) for result in outcome.results] == [PLAN.rounds] * 2
-    assert seen == [{}, {}, {}]
+    assert [list(one) for one in seen] == [["steady"], ["steady"], ["talks"], ["talks"]] * (1 + PLAN.rounds)
 
 
 def test_every_contestant_gets_the_same_prompt_and_every_round_another(tmp_path: Path) -> None:
