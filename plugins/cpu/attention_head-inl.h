@@ -55,7 +55,9 @@ HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, 
                         float factor, const Activations<W>* const* x, size_t count, float* const* out) {
   constexpr size_t kColumns = 4;
   const size_t d_end = a.head_size, width = a.width;
-  const size_t ahead_rows = std::max(kColumns, kAheadBytes / (RowElements<W>(width) * sizeof(W)));
+  const size_t ahead_rows = ReadsInOrder<W>(width)
+                                ? kColumns
+                                : std::max(kColumns, kAheadBytes / (RowElements<W>(width) * sizeof(W)));
   const Pointer<W> w = head.w + part * head.part_size;
   const size_t last = (following + 1) * d_end - 1;  // row of the last part that will be read
   const float *scales = head.scales + part * d_end, *bias = head.bias + part * d_end;

@@ -23,6 +23,7 @@
 
 #include "arena.h"
 #include "digits.h"
+#include "in_order-inl.h"
 #include "parallel.h"
 #include "rows-inl.h"
 #include "types.h"
@@ -198,6 +199,30 @@ HWY_INLINE hn::Vec<hn::ScalableTag<uint8_t>> LoadShifted(const int8_t* w) {
   return Shifted(hn::LoadU(hn::ScalableTag<int8_t>(), w));
 }
 
+// One row with 4 weight rows, one behind the other (in_order-inl.h); `next`: the four that are read after
+// them, null: they are not known.
+template <Order kNextOrder>
+HWY_INLINE void DotsInOrder(const DigitRow& row, const int8_t* const* w, size_t n, const int8_t* const* next,
+                            float* out) {
+  const size_t stride = row.stride;
+  const int8_t* HWY_RESTRICT digits = row.digits;
+  DigitSums sums[4];
+  ForQuarters([&](auto quarter) HWY_ATTR {
+    DigitSums sum;
+    const int8_t* HWY_RESTRICT weights = w[quarter()];
+    for (size_t i = 0; i < n; i += 4 * kLine) {
+      FetchAhead<Order::kByRow, kNextOrder, 4, quarter(), 4>(w, next, n, i / 4);
+      FetchAhead<Order::kByRow, kNextOrder, 4, quarter(), 3>(w, next, n, i / 4);
+      FetchAhead<Order::kByRow, kNextOrder, 4, quarter(), 2>(w, next, n, i / 4);
+      HWY_UNROLL(4)
+      for (size_t line = 0; line < 4; ++line)
+        sum.Add(LoadShifted(weights + i + line * kLine), digits + i + line * kLine, stride);
+    }
+    sums[quarter()] = sum;
+  });
+  StoreProducts4(row, sums[0], sums[1], sums[2], sums[3], out);
+}
+
 // kRows rows with 4 weight rows; `later` as in DotTile.
 template <size_t kRows>
 HWY_INLINE void DotDigitsTile(const Activations<int8_t>* const* rows, const int8_t* const* w, size_t n,
@@ -242,6 +267,9 @@ HWY_INLINE void DotRows(const Activations<int8_t>* const* rows, const int8_t* co
       DotRows<1>(rows + 1, w, n, nullptr, out + out_stride, out_stride);
     }
   } else if (rows[0]->Exact()) {
+    if constexpr (kReadInOrder) {
+      if (ReadsInOrder<int8_t>(n)) return DotsInOrder<Order::kByRow>(*rows[0], w, n, later, out);
+    }
     DotDigitsTile<1>(rows, w, n, later, out, out_stride);
   } else {
     DotTile<1>(&rows[0]->x, w[0], w[1], w[2], w[3], n, later, out, out_stride);

@@ -43,7 +43,7 @@ class Product {
         outputs_(outputs),
         stride_(stride),
         together_(Fours(task_bytes, inputs * sizeof(W))),
-        ahead_(Fours(kTaskAheadBytes, inputs * sizeof(W))),
+        ahead_(ReadsInOrder<W>(inputs) ? 4 : Fours(kTaskAheadBytes, inputs * sizeof(W))),
         relu_(relu) {}
 
   size_t Tasks() const { return (outputs_ + together_ - 1) / together_; }

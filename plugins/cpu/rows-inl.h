@@ -95,6 +95,10 @@ inline constexpr bool kPrefetchInOrder = HWY_ARCH_X86 && std::is_same_v<P, const
 inline constexpr bool kPrefetchOneByOne =
     HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3_DL && HWY_TARGET != HWY_AVX3_ZEN4;
 
+// Whether int8 rows are read in an order in which they can be fetched several times, not at once
+// (in_order-inl.h).
+inline constexpr bool kReadInOrder = HWY_ARCH_X86 && HWY_TARGET == HWY_AVX3_ZEN4;
+
 // Calls f(0) ... f(count - 1), kRounds times.
 template <size_t kRounds, size_t kCount, class F>
 HWY_INLINE void Unrolled(F f) {

@@ -140,6 +140,12 @@ def test_attention_equals_its_definition_when_work_is_cut_into_tiles(B, S, H, D,
     assert_as_defined(arrays, layer=1)
 
 
+@pytest.mark.parametrize(("H", "D"), [(16, 128), (9, 256)])
+def test_attention_of_wide_rows_equals_its_definition(H, D):
+    arrays = operands(np.random.default_rng(22), H=H, D=D, T=9, dtype="int8", norm=True)
+    assert_as_defined(arrays, layer=1)
+
+
 @pytest.mark.parametrize("D", [1, 3, 16, 33])
 @pytest.mark.parametrize("S", [1, 3])
 def test_attention_rounds_to_a_float16_cache_as_ieee_does_and_attends_to_what_it_stored(S, D):

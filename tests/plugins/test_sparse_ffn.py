@@ -76,6 +76,17 @@ def test_ffn_equals_its_definition_when_work_is_cut_into_pieces_and_tiles(rows, 
     assert_as_defined(arrays, layer=1, block=16, skip_zeros=0)
 
 
+@pytest.mark.parametrize("E", [2048, 2304, 2320])
+@pytest.mark.parametrize("F", [1, 4, 11, 300])
+@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("skip_zeros", [0, 1])
+def test_ffn_of_wide_rows_equals_its_definition_however_many_neurons_are_left_over(E, F, block, skip_zeros):
+    arrays = operands(np.random.default_rng(14), F=F, E=E, block=block, dtype="int8", norm=True)
+    assert_as_defined(arrays, layer=1, block=block, skip_zeros=skip_zeros)
+    other, _ = ffn(arrays, layer=1, block=block, skip_zeros=1 - skip_zeros, threads=1)
+    np.testing.assert_array_equal(ffn(arrays, layer=1, block=block, skip_zeros=skip_zeros)[0], other)
+
+
 @pytest.mark.parametrize("E", [1, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 257])
 @pytest.mark.parametrize("dtype", WEIGHTS)
 def test_ffn_reads_nothing_beyond_its_rows_when_width_leaves_a_remainder(E, dtype):
