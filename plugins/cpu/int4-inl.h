@@ -27,8 +27,10 @@ namespace shadowc {
 namespace HWY_NAMESPACE {
 
 // Fetches the later rows' bytes of groups g and g + 1, and their scales with the first group. In fewer rounds
-// than PrefetchRows on Zen 4: these kernels are bound by instructions. On an Intel core with VNNI one round
-// in place of three takes 0.77 to 0.99 of a call's time (of twelve measured one took 1.18), none 1.1 to 1.9.
+// than PrefetchRows on Zen 4: these kernels are bound by instructions. There two rounds take 1.01 to 1.02 of
+// the time of three (a dense FFN from memory), one 1.05 and 1.06, none 1.65. On an Intel core with VNNI one
+// round in place of three takes 0.77 to 0.99 of a call's time (of twelve measured one took 1.18), none 1.1
+// to 1.9.
 template <class Row>
 HWY_INLINE void PrefetchGroups(Row later, size_t count, size_t g, size_t groups) {
   constexpr size_t kRounds = HWY_TARGET == HWY_AVX3_ZEN4 || SHADOWC_PAIRS ? 3 : 1;
