@@ -4,15 +4,15 @@
 //
 // A prefetch that is dropped (rows-inl.h) can be asked for again at once, or later. Six times at once costs
 // more than the products: a loop of those on one core of Zen 4 reads 30 GB/s from L2, with three at different
-// distances 43, and on two cores 54 and 59 GB/s of a memory that gives a stream 57, 34 and 35 of one that
+// distances 43, and on two cores 53 and 59 GB/s of a memory that gives a stream 57, 34 and 35 of one that
 // gives 35. In that loop four rows are multiplied one behind the other, not side by side, and what follows is
 // fetched a batch of four rows ahead, three quarters and half of it: 8, 6 and 4 KiB in rows of 2048. Two
-// distances reach 55 and 35, three that are further off (8, 12 and 16) 55 and 34.
+// distances reach 54 and 34, three that are further off (8, 12 and 16) 55 and 34.
 //
-// Calls take, of their time with six at once: FFNs 0.92 to 0.99, with one thread 0.93 to 0.95, with zeros
-// skipped 0.83; attention 0.97 to 1.02. Measured and left out: rows side by side for dot products too (1.00
-// to 1.01), second halves of records fetched row by row (1.00 to 1.12), the next four's dot products before
-// these are added, so that nothing waits for sums (1.00 to 1.03 of what it takes as it is).
+// Calls take, of their time with six at once: FFNs 0.91 to 0.99, with one thread 0.93 to 0.95, with zeros
+// skipped 0.83 to 0.89; attention 0.97 to 1.02. Measured and left out: rows side by side for dot products too
+// (1.00 to 1.01), second halves of records fetched row by row (1.00 to 1.12), the next four's dot products
+// before these are added, so that nothing waits for sums (1.00 to 1.03 of what it takes as it is).
 
 #if defined(SHADOWC_CPU_IN_ORDER_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SHADOWC_CPU_IN_ORDER_INL_H_
