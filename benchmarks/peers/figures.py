@@ -27,8 +27,18 @@ class Sample:
     bytes_per_token: float | None
     peak_bytes: int
     """Of the whole process so far."""
-    stream: float
-    """Bytes per second that memory gave, mean of before and behind what was decoded."""
+    streams: tuple[float, float]
+    """Bytes per second that memory gave right before and behind what was decoded."""
+
+    @property
+    def stream(self) -> float:
+        """Their mean."""
+        return sum(self.streams) / 2
+
+    @property
+    def steady(self) -> bool:
+        """Whether memory kept its pace meanwhile, within a fifth: if not, neither stream is that of the sample."""
+        return max(self.streams) <= 1.2 * min(self.streams)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +79,9 @@ class Row:
     allowed_ms: float | None
     """Median over the rounds of bytes / (0.9 x stream of that moment) + 1 ms."""
     above_ms: Spread | None
-    """Of its time per token less what was allowed in the same round."""
+    """Of its time per token less what was allowed, of the samples during which memory kept its pace; None without."""
+    steady: int
+    """How many these are."""
     ratio: float | None
     """Median over the rounds of its time per token over the base's; None without a base."""
     agreeing: int
@@ -92,9 +104,9 @@ def row(
     """
     samples = result.samples
     long_first = Spread.of([sample.long_first_ms for sample in samples])
-    counted = [sample.bytes_per_token for sample in samples if sample.bytes_per_token is not None]
-    size = median(counted) if counted else None
-    allowed = [] if size is None else [allowed_ms(size, sample.stream) for sample in samples]
+    sized = [(sample, size) for sample in samples if (size := sample.bytes_per_token) is not None]
+    allowed = [allowed_ms(size, sample.stream) for sample, size in sized]
+    above = [sample.decode_ms - allowed_ms(size, sample.stream) for sample, size in sized if sample.steady]
     ratio = None
     if base is not None and base.samples:
         pairs = zip(samples, base.samples, strict=True)
@@ -105,16 +117,13 @@ def row(
         long_first=long_first,
         prefill_tokens_per_second=long_prompt / long_first.median * 1e3,
         peak_gigabytes=max(sample.peak_bytes for sample in samples) / 1e9,
-        megabytes_per_token=None if size is None else size / 1e6,
+        megabytes_per_token=median(size for _, size in sized) / 1e6 if sized else None,
         allowed_ms=median(allowed) if allowed else None,
-        above_ms=_above(samples, allowed) if allowed else None,
+        above_ms=Spread.of(above) if above else None,
+        steady=len(above),
         ratio=ratio,
         agreeing=sum(sample.first_token == common for sample, common in zip(samples, common_first_tokens, strict=True)),
     )
-
-
-def _above(samples: Sequence[Sample], allowed: Sequence[float]) -> Spread:
-    return Spread.of([sample.decode_ms - most for sample, most in zip(samples, allowed, strict=True)])
 
 
 def allowed_ms(size: float, stream: float) -> float:

@@ -178,5 +178,5 @@ def _measure(
         first_token=short["tokens"][0],
         bytes_per_token=short["bytes_per_token"],
         peak_bytes=process.peak_bytes(),
-        stream=(before + after) / 2,
+        streams=(before, after),
     )

@@ -89,7 +89,7 @@ def _cells(figures: Row, rounds: int) -> list[str]:
         _number(figures.ratio, ".2f"),
         _number(figures.megabytes_per_token, ".0f"),
         _number(figures.allowed_ms, ".1f"),
-        "" if above is None else f"{above.median:.1f} ({above.lowest:.1f} to {above.highest:.1f})",
+        "" if above is None else f"{above.median:.1f} ({above.lowest:.1f} to {above.highest:.1f}; {figures.steady})",
         f"{figures.short_first.median:.0f}",
         f"{figures.long_first.median:.0f}",
         f"{figures.prefill_tokens_per_second:.0f}",
@@ -113,7 +113,8 @@ def _cell(text: str) -> str:
 
 
 def _notes(event: Event, plan: Plan, outcome: Outcome, entrants: Sequence[Entrant]) -> list[str]:
-    machine, streams = event.machine, [sample.stream / 1e9 for one in outcome.results for sample in one.samples]
+    counted = [sample for one in outcome.results for sample in one.samples if sample.bytes_per_token is not None]
+    machine, streams = event.machine, [stream / 1e9 for sample in counted for stream in sample.streams]
     found = {TITLES[one.runtime]: outcome.versions[one.label] for one in entrants if one.label in outcome.versions}
     versions = [", ".join(f"{name} {version}" for name, version in of.items()) for of in found.values()]
     notes = [
@@ -121,8 +122,9 @@ def _notes(event: Event, plan: Plan, outcome: Outcome, entrants: Sequence[Entran
         f"{plan.short_prompt} of a prompt. {event.date}, {machine.cpu}, {event.threads} threads, "
         f"{machine.memory / 2**30:.0f} GiB, {machine.system}.",
         f"Medians of {plan.rounds} interleaved rounds{_stream(streams)}. *ratio*: to {event.base} in the same round. "
-        "*allowed*: the bytes at 0.9 of the stream right before and behind, and 1 ms; *above it*: what a sample took "
-        "more. *agrees*: rounds whose first token is that of most contestants. "
+        "*allowed*: the bytes at 0.9 of the stream right before and behind, and 1 ms; *above it*: what samples took "
+        "more, lowest to highest, of so many during which memory kept its pace within a fifth. "
+        "*agrees*: rounds whose first token is that of most contestants. "
         "*peak*: of the process with all its settings, mapped files included.",
         f"Versions: {'; '.join(versions)}.",
     ]

@@ -48,14 +48,14 @@ struct Head {
 inline constexpr size_t kAheadBytes = size_t{16} << 10;
 
 // out[r][d] = (x[r] . row d of the part * scale + bias) * factor, kColumns values of d at a time. The rows of
-// the record that follow are prefetched as these are read, kAheadBytes before they are needed; `following`
-// parts are read after this one.
+// the record that follow are prefetched as these are read, kAheadBytes before they are needed, or the next
+// ones where rows are read in order; `following` parts are read after this one.
 template <class W>
 HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, size_t following,
                         float factor, const Activations<W>* const* x, size_t count, float* const* out) {
   constexpr size_t kColumns = 4;
   const size_t d_end = a.head_size, width = a.width;
-  const size_t ahead_rows = ReadsInOrder<W>(width)
+  const size_t ahead_rows = count == 1 && ReadsInOrder<W>(width)
                                 ? kColumns
                                 : std::max(kColumns, kAheadBytes / (RowElements<W>(width) * sizeof(W)));
   const Pointer<W> w = head.w + part * head.part_size;

@@ -54,6 +54,12 @@ void OneHead(const AttentionArgs& a, const OneRowOfX<W>& row, size_t h, bool act
   Project(a, head, kValue, active ? 1 : 0, 1.0f, &x, 1, &fresh);
   StoreSlot(a, fresh, a.present_value, slot);
   if (!active) return;
+  if (ReadsInOrder<W>(a.width)) {
+    // Of the eight rows that are added first, the last values' products have fetched four.
+    const Pointer<W> out = head.w + kOut * head.part_size;
+    for (size_t d = 4; d < std::min<size_t>(8, a.head_size); ++d)
+      PrefetchStep(out + d * a.width, a.width / 2);
+  }
   const uint32_t token = 0;
   Attend(a, 0, h, &token, 1, query, 0, context, arena);
   const float* context_row = context;

@@ -68,15 +68,15 @@ HWY_INLINE void PrefetchFactors(const FfnArgs& a, size_t neuron) {
 template <class W>
 inline constexpr size_t kTogether = kIsInt4<W> ? kInt4Rows : 4;
 
-// Four neurons whose halves are read in order (in_order-inl.h).
+// Four neurons whose halves are read in order (in_order-inl.h); at the end of a piece the last one several
+// times.
 struct FourInOrder {
   const int8_t *first[4], *second[4];
   float h[4];
 
-  FourInOrder() = default;
   FourInOrder(const FfnArgs& a, const Neurons& neurons, size_t k) {
     for (size_t c = 0; c < 4; ++c) {
-      const size_t f = neurons[k + c];
+      const size_t f = k < neurons.count ? neurons.Own(k + c) : neurons[k + c];
       first[c] = static_cast<const int8_t*>(a.w) + f * 2 * a.width;
       second[c] = first[c] + a.width;
       PrefetchFactors<int8_t>(a, f);
@@ -84,22 +84,23 @@ struct FourInOrder {
   }
 };
 
-// All whole records that there are fours of, four at a time: their first halves, then their second ones.
-// Returns how many that is.
+// All whole records of the piece by fours: their first halves, then their second ones. What a neuron adds
+// that is there only to fill the last four is 0.
 template <class W>
-size_t FoursInOrder(const FfnArgs& a, const Activations<W>& row, const Neurons& neurons, float* y) {
-  const size_t width = a.width, count = neurons.count / 4 * 4;
+void FoursInOrder(const FfnArgs& a, const Activations<W>& row, const Neurons& neurons, float* y) {
+  const size_t width = a.width;
   FourInOrder now(a, neurons, 0);
-  for (size_t k = 0; k < count; k += 4) {
-    const FourInOrder next(a, neurons, k + 4);
+  for (size_t k = 0; k < neurons.count; k += 4) {
+    const size_t after = std::min(k + 4, neurons.count);
+    const FourInOrder next(a, neurons, after);
     DotsInOrder<Order::kByColumn>(row, now.first, width, now.second, now.h);
     Activate<4, W>(a, neurons, k, now.h);
-    for (size_t c = 0; c < 4; ++c) now.h[c] *= RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
-    const bool more = k + 4 < neurons.with_next;
+    for (size_t c = 0; c < 4; ++c)
+      now.h[c] = k + c < after ? now.h[c] * RowScale<W>(a.scales, 2 * neurons[k + c] + 1) : 0.0f;
+    const bool more = after < neurons.with_next;
     AddInOrder<Order::kByRow, 4>(y, now.second, now.h, width, more ? next.first : nullptr);
     now = next;
   }
-  return count;
 }
 
 // Whole records; while they are read, as many later ones are fetched into L2, line by line.
@@ -114,11 +115,13 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
   for (size_t k = 0; k < std::min(ahead, neurons.with_next); ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, 2 * width);
   const Activations<W>* row = x.Get();
-  size_t begin = 0;
   if constexpr (kReadInOrder && std::is_same_v<W, int8_t>) {
-    if (ReadsInOrder<W>(width) && row->Exact()) begin = FoursInOrder<W>(a, *row, neurons, y);
+    if (ReadsInOrder<W>(width) && row->Exact()) {
+      FoursInOrder<W>(a, *row, neurons, y);
+      return CountRead<W>(neurons.count, neurons.count, a.width);
+    }
   }
-  for (size_t k = begin; k < neurons.count; k += kCount) {
+  for (size_t k = 0; k < neurons.count; k += kCount) {
     // The first half of `later` is fetched while first halves of records are read, the other with second
     // ones. Records that do not follow each other in memory are fetched side by side.
     Pointer<W> first[kCount], second[kCount], later[2 * kCount];

@@ -74,18 +74,18 @@ HWY_INLINE void ForQuarters(F f) {
 }
 
 // y += the sum over k < kRows of h[k] * rows[k], as AxpyTile: the same bits. The next batch has as many rows;
-// null: it is not known. Of eight rows half a batch is as far as four.
+// null: it is not known.
 template <Order kNextOrder, size_t kRows>
 HWY_INLINE void AddInOrder(float* HWY_RESTRICT y, const int8_t* const* rows, const float* h, size_t n,
                            const int8_t* const* next) {
-  constexpr size_t kMost = kRows == 4 ? 4 : 3, kLanes = kLine / 4;
+  constexpr size_t kLanes = kLine / 4;
   const DF df;
   static_assert(hn::MaxLanes(df) * kRows == kLanes * kRows);
   ForQuarters([&](auto quarter) HWY_ATTR {
     for (size_t step = 0; step < n / 4; step += kLine) {
-      FetchAhead<Order::kByColumn, kNextOrder, kRows, quarter(), kMost>(rows, next, n, step);
-      FetchAhead<Order::kByColumn, kNextOrder, kRows, quarter(), kMost - 1>(rows, next, n, step);
-      FetchAhead<Order::kByColumn, kNextOrder, kRows, quarter(), kMost - 2>(rows, next, n, step);
+      FetchAhead<Order::kByColumn, kNextOrder, kRows, quarter(), 4>(rows, next, n, step);
+      FetchAhead<Order::kByColumn, kNextOrder, kRows, quarter(), 3>(rows, next, n, step);
+      FetchAhead<Order::kByColumn, kNextOrder, kRows, quarter(), 2>(rows, next, n, step);
       const size_t i = quarter() * (n / 4) + step;
       float* to = y + i;
       VF a0 = hn::LoadU(df, to), a1 = hn::LoadU(df, to + kLanes);

@@ -382,8 +382,8 @@ HWY_INLINE void AxpyRows(float* const* y, Row row, size_t count, const float* h,
       AxpyGroups(y[r], row, count, h + r * h_stride, n, r == 0 ? later_count : 0, later);
   } else {
     if constexpr (kReadInOrder && kRows == 1 && std::is_same_v<decltype(row(0)), const int8_t*>) {
-      if (count == 8 && ReadsInOrder<int8_t>(n)) {
-        const bool known = later_count == count;
+      const bool known = later_count != 0;
+      if (count == 8 && (!known || later_count == count) && ReadsInOrder<int8_t>(n)) {
         const int8_t *rows[8], *next[8];
         for (size_t k = 0; k < count; ++k) rows[k] = row(k), next[k] = known ? later(k) : nullptr;
         return AddInOrder<Order::kByColumn, 8>(y[0], rows, h, n, known ? next : nullptr);

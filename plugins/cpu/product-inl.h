@@ -21,7 +21,7 @@ namespace shadowc {
 namespace HWY_NAMESPACE {
 
 // A task's share of a matrix: some 32 KiB, so that threads end together. Prefetched as far ahead of what is
-// read as covers the latency of memory (ffn_row-inl.h).
+// read as covers the latency of memory (ffn_row-inl.h); one row where rows are read in order has its own way.
 inline constexpr size_t kTaskBytes = size_t{32} << 10, kTaskAheadBytes = size_t{16} << 10;
 
 // How many of `bytes` each, in whole fours, are at most `most`; at least four.
@@ -43,7 +43,7 @@ class Product {
         outputs_(outputs),
         stride_(stride),
         together_(Fours(task_bytes, inputs * sizeof(W))),
-        ahead_(ReadsInOrder<W>(inputs) ? 4 : Fours(kTaskAheadBytes, inputs * sizeof(W))),
+        ahead_(Fours(kTaskAheadBytes, inputs * sizeof(W))),
         relu_(relu) {}
 
   size_t Tasks() const { return (outputs_ + together_ - 1) / together_; }
@@ -65,12 +65,14 @@ class Product {
  private:
   HWY_INLINE void FourOutputs(size_t first, const Activations<W>* const* x, size_t rows, float* y) const {
     const size_t last = outputs_ - 1, here = std::min<size_t>(4, outputs_ - first);
+    const size_t ahead =
+        rows == 1 && ReadsInOrder<W>(inputs_) ? 4 : ahead_;  // the next four, as DotsInOrder asks
     const W *w[4], *later[4];
     for (size_t c = 0; c < 4; ++c) {
       w[c] = w_ + std::min(first + c, last) * inputs_;
-      later[c] = w_ + std::min(first + ahead_ + c, last) * inputs_;
+      later[c] = w_ + std::min(first + ahead + c, last) * inputs_;
     }
-    bool more = first + ahead_ <= last;
+    bool more = first + ahead <= last;
     float sums[kMostRows * 4];
     ForRowGroups(rows, [&](auto group, size_t r) HWY_ATTR {
       DotRows<group()>(x + r, w, inputs_, more ? later : nullptr, sums, 4);

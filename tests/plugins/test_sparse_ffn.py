@@ -87,6 +87,22 @@ def test_ffn_of_wide_rows_equals_its_definition_however_many_neurons_are_left_ov
     np.testing.assert_array_equal(ffn(arrays, layer=1, block=block, skip_zeros=skip_zeros)[0], other)
 
 
+@pytest.mark.parametrize("what", [np.nan, np.inf, 1e34, 1e-41])
+@pytest.mark.parametrize("skip_zeros", [0, 1])
+def test_a_wide_row_that_has_no_digits_is_summed_in_floats(what, skip_zeros):
+    arrays = operands(np.random.default_rng(15), F=11, E=2048, dtype="int8")
+    arrays["x"][0, 0, 5:] = 0.0
+    arrays["x"][0, 0, 5] = what
+    with np.errstate(all="ignore"):
+        expected, read = numpy_reference.sparse_ffn(**arrays, layer=1, skip_zeros=skip_zeros)
+    y, found = ffn(arrays, layer=1, skip_zeros=skip_zeros)
+    if np.isfinite(what) and what < 1:
+        kernels.assert_close(y, expected)
+        assert found == read
+    else:
+        np.testing.assert_array_equal(np.isnan(y), np.isnan(expected))
+
+
 @pytest.mark.parametrize("E", [1, 3, 15, 16, 17, 63, 64, 65, 127, 128, 129, 255, 257])
 @pytest.mark.parametrize("dtype", WEIGHTS)
 def test_ffn_reads_nothing_beyond_its_rows_when_width_leaves_a_remainder(E, dtype):

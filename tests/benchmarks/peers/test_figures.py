@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ def result(
     name: str, times: tuple[float, ...], *, first: tuple[int, ...] = (7, 7, 7), size: float | None = None
 ) -> Result:
     samples = zip(times, first, STREAMS, strict=True)
-    made = (Sample(100.0, ms, 256.0, token, size, 2_000_000_000, stream) for ms, token, stream in samples)
+    made = (Sample(100.0, ms, 256.0, token, size, 2_000_000_000, (stream, stream)) for ms, token, stream in samples)
     return Result(name, "dense", tuple(made))
 
 
@@ -41,10 +42,23 @@ def test_what_a_token_may_cost_follows_the_stream_beside_each_sample() -> None:
     assert allowed_ms(900e6, 10e9) == pytest.approx(101.0, abs=ROUNDING)
     figures = row(result("own", (111.0, 50.0, 28.0), size=900e6), None, [7, 7, 7], 512)
     assert figures.allowed_ms == pytest.approx(51.0, abs=ROUNDING)
+    assert figures.steady == 3
     assert figures.above_ms is not None  # 10, -1 and 2: the medians alone would say -1
     above = (figures.above_ms.median, figures.above_ms.lowest, figures.above_ms.highest)
     assert above == pytest.approx((2.0, -1.0, 10.0), abs=ROUNDING)
     assert figures.megabytes_per_token == pytest.approx(900.0, abs=ROUNDING)
+
+
+def test_samples_during_which_memory_changed_its_pace_are_held_against_no_stream() -> None:
+    own = result("own", (111.0, 50.0, 28.0), size=900e6)
+    changed = replace(own.samples[0], streams=(8e9, 12e9))
+    figures = row(replace(own, samples=(changed, *own.samples[1:])), None, [7, 7, 7], 512)
+    assert figures.steady == 2
+    assert figures.above_ms is not None
+    assert figures.above_ms.highest == pytest.approx(2.0, abs=ROUNDING)
+    assert figures.allowed_ms == pytest.approx(51.0, abs=ROUNDING)
+    all_changed = replace(own, samples=(changed,) * 3)
+    assert row(all_changed, None, [7, 7, 7], 512).above_ms is None
 
 
 def test_prefill_counts_the_tokens_of_the_long_prompt() -> None:

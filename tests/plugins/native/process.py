@@ -42,14 +42,19 @@ class Driver:
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._said}
         self._process = subprocess.Popen(self._command, env=self._environment, **pipes)
         self._to, self._from = self._process.stdin, self._process.stdout
-        self.isa = self._line()
+        try:
+            self.isa = self._line()
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Ends it."""
+        self._process.kill()  # it may be writing what nobody reads
         with contextlib.suppress(BrokenPipeError):
             self._to.close()
-        self._process.wait()
         self._from.close()
+        self._process.wait()
 
     def run(self, spec: OpSpec, arrays: Mapping[str, np.ndarray], **attributes: object) -> dict[str, np.ndarray]:
         """Outputs by name.
