@@ -10,7 +10,7 @@
 // distances reach 54 and 34, three that are further off (8, 12 and 16) 55 and 34.
 //
 // Calls take, of their time with six at once: FFNs 0.91 to 0.99, with one thread 0.93 to 0.95, with zeros
-// skipped 0.83 to 0.89; attention 0.97 to 1.02. Measured and left out: rows side by side for dot products too
+// skipped 0.83 to 0.89; attention 0.97 to 0.99. Measured and left out: rows side by side for dot products too
 // (1.00 to 1.01), second halves of records fetched row by row (1.00 to 1.12), the next four's dot products
 // before these are added, so that nothing waits for sums (1.00 to 1.03 of what it takes as it is).
 
