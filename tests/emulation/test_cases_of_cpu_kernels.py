@@ -37,7 +37,8 @@ OF_THE_CPU = (
     # on which neurons the tile lists.
     "test_ffn_gives_a_row_the_same_bits_whatever_its_neighbours_leave_out",
     "test_ffn_gives_a_small_row_the_same_bits_whatever_its_neighbours_are",
-    # How int4 rows are added there.
+    # Digits of activations, and how int4 rows are added there.
+    "test_a_wide_row_that_has_no_digits_is_summed_in_floats",
     "test_int4_columns_are_summed_exactly_whatever_the_number_of_rows_and_groups",
     "test_int4_factors_without_digits_are_added_as_floats",
     "test_extreme_int4_weights_meet_extreme_digits_without_saturating",
