@@ -74,7 +74,9 @@ void MixPlaces(const Panels& panels, size_t p, const int8_t* woven, const LaterR
                                      panels.steps, r0, r0 == 0 ? later : LaterRows{}, sums);
   };
   for (size_t r0 = 0; r0 < rows; r0 += kRows) {
-    if (2 * (rows - r0) <= kRows) {
+    if (4 * (rows - r0) <= kRows) {
+      mix.template operator()<kRows / 4>(r0);
+    } else if (2 * (rows - r0) <= kRows) {
       mix.template operator()<kRows / 2>(r0);
     } else {
       mix.template operator()<kRows>(r0);

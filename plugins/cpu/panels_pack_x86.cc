@@ -82,6 +82,16 @@ inline __m512 Values(const float* x, const float* factor, size_t i, size_t n) {
   return factor == nullptr ? v : _mm512_maskz_mul_ps(some, v, _mm512_maskz_loadu_ps(some, factor + i));
 }
 
+// Of the last panel these are often the most, and splitting them like others takes as long.
+void SplitZeros(const Panels& panels, size_t p, size_t r) {
+  panels.step[p * kPanelRows + r] = 0.0f;
+  int8_t* to = panels.Panel(p) + r * kPanelStep;
+  for (size_t b = 0; b < panels.steps * panels.Places(p); ++b, to += kPanelBlock) {
+    _mm512_store_si512(to, _mm512_setzero_si512());
+  }
+  for (size_t d = 0; d < kPanelDigits; ++d) panels.sums[(p * kPanelDigits + d) * kPanelRows + r] = 0;
+}
+
 }  // namespace
 
 RowDigits MeasureRow(const float* x, const float* factor, size_t n, Rounding rounding) {
@@ -114,10 +124,10 @@ void SplitRow(const float* x, const float* factor, size_t n, const RowDigits& di
   static constexpr float kMost[] = {127.0f, 32600.0f, kMostDigits};
   static constexpr float kPlace[] = {1.0f, 0x1p-8f, 0x1p-16f};
   const size_t places = panels.Places(p), own = digits.places, block = places * kPanelBlock;
-  if (x == nullptr || digits.largest == 0.0f) n = 0;
+  if (x == nullptr || digits.largest == 0.0f) return SplitZeros(panels, p, r);
   const float most = kMost[own - 1];
-  panels.step[p * kPanelRows + r] = n == 0 ? 0.0f : digits.largest / most * kPlace[places - own];
-  const __m512 scale = _mm512_set1_ps(n == 0 ? 0.0f : most / digits.largest);
+  panels.step[p * kPanelRows + r] = digits.largest / most * kPlace[places - own];
+  const __m512 scale = _mm512_set1_ps(most / digits.largest);
   const __m512i half = _mm512_set1_epi32(128);
   int8_t* to = panels.Panel(p) + r * kPanelStep;
   __m512i sums[kPanelDigits] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};

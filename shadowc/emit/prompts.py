@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
 FREELY, FINELY = 1, 2
 """Values of the attribute FEW_DIGITS."""
+_FREELY_FROM = {SPARSE_FFN.name: 3 / 8, SPARSE_ATTENTION.name: 5 / 8}
+_INT4_FREELY_FROM = {SPARSE_FFN.name: 4 / 8, SPARSE_ATTENTION.name: 6 / 8}
+"""Share of the layers in front of the first that rounds freely where each makes its masks; int4 rounds weights too."""
 
 
 def give_logits_a_start(model: onnx.ModelProto) -> None:
@@ -45,14 +48,21 @@ def give_prompts_few_digits(model: onnx.ModelProto) -> None:
     """Let operators compute prompts in blocks that may round (plugins/cpu/panels.h).
 
     Layer 0's attention does not: what it gives decides the masks. Where every layer makes masks of its own (styles
-    dejavu and shadow+), all do, finely.
+    dejavu and shadow+), what a layer rounds reaches only the masks behind it: the first layers round finely, and
+    FFNs do freely sooner than attention, whose keys and values are what later tokens read.
     """
     import onnx
 
     kinds = (SPARSE_ATTENTION.name, SPARSE_FFN.name)
     sparse = [node for node in model.graph.node if node.domain == DOMAIN and node.op_type in kinds]
     own = bool(scores_of_one_layer(name for node in model.graph.node for name in node.output))
-    exact = [] if own else [node.name for node in sparse if node.op_type == SPARSE_ATTENTION.name][:1]
+    layers = sum(node.op_type == SPARSE_ATTENTION.name for node in sparse)
+    packed = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.UINT8}
+    layer = -1
     for node in sparse:
-        if node.name not in exact:
-            node.attribute.append(onnx.helper.make_attribute(FEW_DIGITS, FINELY if own else FREELY))
+        layer += node.op_type == SPARSE_ATTENTION.name
+        if not own and layer == 0 and node.op_type == SPARSE_ATTENTION.name:
+            continue
+        share = (_INT4_FREELY_FROM if packed & set(node.input) else _FREELY_FROM)[node.op_type]
+        freely = not own or layer >= share * layers
+        node.attribute.append(onnx.helper.make_attribute(FEW_DIGITS, FREELY if freely else FINELY))

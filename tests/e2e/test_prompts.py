@@ -140,17 +140,17 @@ def units_that_differ(engine: Engine, exact: Engine) -> float:
     return float(np.mean([(found != expected).mean() for found, expected in pairs]))
 
 
-def test_masks_of_every_layer_hardly_change_by_a_finely_rounded_prompt(of_own_masks: dict[str, Path]) -> None:
-    rounded, exact = load_cpu(of_own_masks["int8"]), load_cpu(of_own_masks["int8"], exact_prompts=True)
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_masks_of_every_layer_hardly_change_by_a_rounded_prompt(of_own_masks: dict[str, Path], weights: str) -> None:
+    rounded, exact = (load_cpu(of_own_masks[weights], exact_prompts=choice) for choice in (False, True))
     assert 0 < abs(bits(rounded) / bits(exact) - 1) < MOST_BITS
     assert units_that_differ(rounded, exact) <= MOST_UNITS
 
 
-def test_masks_of_every_layer_do_not_change_where_rounding_would_be_coarse(of_own_masks: dict[str, Path]) -> None:
-    """And if prompts of int4 weights were rounded freely all the same, it would be noticed."""
-    exact = load_cpu(of_own_masks["int4"], exact_prompts=True)
-    assert units_that_differ(load_cpu(of_own_masks["int4"]), exact) == 0
-
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_prompts_rounded_freely_in_every_layer_would_change_masks(
+    of_own_masks: dict[str, Path], weights: str
+) -> None:
     def freely(model):
         changed = variants._copy(model)
         for node in changed.graph.node:
@@ -158,4 +158,5 @@ def test_masks_of_every_layer_do_not_change_where_rounding_would_be_coarse(of_ow
                 variants._set_int(node, FEW_DIGITS, FREELY)
         return changed
 
-    assert units_that_differ(load_cpu(of_own_masks["int4"])._variant(freely), exact) > MOST_UNITS
+    rounded, exact = (load_cpu(of_own_masks[weights], exact_prompts=choice) for choice in (False, True))
+    assert units_that_differ(rounded._variant(freely), exact) > MOST_UNITS

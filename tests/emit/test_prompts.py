@@ -12,9 +12,10 @@ import pytest
 from onnx import numpy_helper
 
 from shadowc.emit.cpu import emit_cpu
+from shadowc.emit.prompts import FINELY, FREELY, give_prompts_few_digits
 from shadowc.passes import fix_mask
 from shadowc.spec.manifest import FIXED_FILE, MODEL_FILE, REFERENCE_FILE
-from shadowc.spec.ops import FEW_DIGITS
+from shadowc.spec.ops import DOMAIN, FEW_DIGITS
 from shadowc.spec.tensors import LOGITS_FROM
 from tests.emit import engines, handmade
 
@@ -43,6 +44,41 @@ def test_prompts_are_rounded_in_all_graphs_but_the_reference_and_where_masks_com
         assert sparse[0] == "layers.0.attention"
         assert rounding(found[name]) == sparse[1:]
     assert rounding(found[REFERENCE_FILE]) == []
+
+
+def own_masks(layers: int, weights: type[np.generic]) -> onnx.ModelProto:
+    """Sparse operators of a model each of whose layers makes its masks; nothing else of it."""
+    make = onnx.helper.make_node
+    nodes = [make("Identity", ["x"], ["scores.neurons.1"])]
+    for layer in range(layers):
+        for kind, name in (("SparseAttention", "attention"), ("SparseFFN", "ffn")):
+            nodes.append(make(kind, ["x", "w"], [f"{layer}.{name}"], name=f"layers.{layer}.{name}", domain=DOMAIN))
+    held = numpy_helper.from_array(np.zeros(1, weights), "w")
+    return onnx.helper.make_model(onnx.helper.make_graph(nodes, "own", [], [], [held]))
+
+
+@pytest.mark.parametrize(
+    ("weights", "ffn", "attention"), [(np.int8, 9, 15), (np.float32, 9, 15), (np.uint8, 12, 18)], ids=str
+)
+def test_where_every_layer_makes_masks_the_first_round_finely_and_ffns_freely_before_attention(
+    weights: type[np.generic], ffn: int, attention: int
+) -> None:
+    """Later layers decide fewer masks; int4 (stored as uint8) rounds weights beside activations."""
+    model = own_masks(24, weights)
+    give_prompts_few_digits(model)
+    found = {node.name: node.attribute[0].i for node in model.graph.node if node.domain == DOMAIN}
+    for layer in range(24):
+        assert found[f"layers.{layer}.ffn"] == (FREELY if layer >= ffn else FINELY)
+        assert found[f"layers.{layer}.attention"] == (FREELY if layer >= attention else FINELY)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 8])
+def test_the_first_layer_rounds_finely_and_the_last_ffn_freely_in_models_of_any_depth(layers: int) -> None:
+    model = own_masks(layers, np.int8)
+    give_prompts_few_digits(model)
+    found = [node.attribute[0].i for node in model.graph.node if node.domain == DOMAIN]
+    assert found[:2] == [FINELY, FINELY]
+    assert layers == 1 or found[-1] == FREELY
 
 
 def test_no_prompt_is_rounded_where_exact_ones_were_asked_for(tiny_model: OPTForCausalLM, tmp_path: Path) -> None:

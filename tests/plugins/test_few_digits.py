@@ -161,6 +161,17 @@ def test_rows_without_digits_are_what_floats_give():
     assert distance(found[0, 9], zero) < 2e-2
 
 
+@pytest.mark.parametrize("few_digits", [0, 1, 2])
+def test_rows_have_their_bits_however_many_of_them_fill_the_last_block(most, few_digits):
+    """Fewer than eight rows of a block are computed by loops of their own."""
+    arrays = ffn_operands(8, S=32, Z=0, F=600, E=200)
+    arrays["x"][0, 18] = 0
+    expected = ffn(arrays, few_digits)
+    for rows in range(17, 32):
+        found = ffn({**arrays, "x": arrays["x"][:, :rows]}, few_digits)
+        np.testing.assert_array_equal(found, expected[:, :rows])
+
+
 @pytest.mark.parametrize("rows", [16, 70])
 def test_rounded_rows_repeat_their_bits_at_any_number_of_threads(most, rows):
     arrays = ffn_operands(5, S=rows, Z=0, F=2100, E=200)
