@@ -148,9 +148,7 @@ def test_masks_of_every_layer_hardly_change_by_a_rounded_prompt(of_own_masks: di
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-def test_prompts_rounded_freely_in_every_layer_would_change_masks(
-    of_own_masks: dict[str, Path], weights: str
-) -> None:
+def test_prompts_rounded_freely_in_every_layer_would_change_masks(of_own_masks: dict[str, Path], weights: str) -> None:
     def freely(model):
         changed = variants._copy(model)
         for node in changed.graph.node:
