@@ -64,13 +64,6 @@ inline size_t PanelsTogether(const PanelKernels& kernels, const Panels& panels, 
   return two ? 2 : 1;
 }
 
-// The rows that panels i ... i + together - 1 of `panels` (all of which meet the same weight rows) fetch of
-// the next ones.
-inline LaterRows LaterOf(const LaterRows& next, size_t i, size_t together, size_t panels) {
-  const size_t from = next.count * i / panels;
-  return {next.rows + from, next.count * (i + together) / panels - from, next.bytes};
-}
-
 inline constexpr size_t kMostRowsOfDots = 32;
 
 // The memory of this thread (arena.h: it has no other meanwhile) for RowDots, of one after another.
@@ -93,12 +86,16 @@ class RowDots {
   // the rows of `next` are fetched, a share with every panel.
   template <class Wanted, class Target>
   void ForPanels(size_t p0, size_t p1, const LaterRows& next, Wanted&& wanted, Target&& target) const {
+    size_t work = 0, done = 0;
+    for (size_t p = p0; p < p1; ++p) work += Work(p);
     for (size_t p = p0, together = 1; p < p1; p += together) {
       together = PanelsTogether(kernels_, panels_, p, p1);
+      const size_t before = done;
+      for (size_t i = 0; i < together; ++i) done += Work(p + i);
       uint16_t rows[kMostTogether], any = 0;
       for (size_t i = 0; i < together; ++i) any |= rows[i] = wanted(p + i);
       if (any == 0) continue;
-      With(p, together, LaterOf(next, p - p0, together, p1 - p0));
+      With(p, together, next.Share(before, done, work));
       for (size_t i = 0; i < 2 * together; ++i) {
         const size_t first = i % 2 * 16;
         if (first < count_) Finish(sums_[i], p + i / 2, target(p + i / 2, rows[i / 2], first));
@@ -108,6 +105,10 @@ class RowDots {
   static uint16_t AllRows(size_t) { return 0xFFFF; }
 
  private:
+  // What panel p takes, in the unit of the others: tiles are always full.
+  size_t Work(size_t p) const {
+    return IsByQuad(kernels_) ? kPanelRows : std::max<size_t>(1, panels_.Rows(p));
+  }
   void With(size_t p, size_t together, const LaterRows& later) const;
   void Finish(const PanelSums& sums, size_t p, const DotsTarget& target) const;
 

@@ -61,6 +61,13 @@ struct Panels {
 
   int8_t* Panel(size_t p) const { return digits + p * steps * most * kPanelBlock; }
   size_t Places(size_t p) const { return places == nullptr ? most : places[p]; }
+  // How many rows of panel p there are, up to the last that is not zero. The last panel is seldom full, and
+  // what the sums of a row of zeros are does not matter: they are times step.
+  size_t Rows(size_t p) const {
+    size_t rows = kPanelRows;
+    while (rows != 0 && step[p * kPanelRows + rows - 1] == 0.0f) --rows;
+    return rows;
+  }
 };
 
 // What decides the digits of a row.
@@ -100,6 +107,12 @@ struct WeightRows {
 struct LaterRows {
   const std::byte* const* rows = nullptr;
   size_t count = 0, bytes = kPanelStep;
+
+  // Those that what is from `begin` to `end` of `total` fetches.
+  LaterRows Share(size_t begin, size_t end, size_t total) const {
+    const size_t first = count * begin / total;
+    return {rows + first, count * end / total - first, bytes};
+  }
 };
 
 // The arithmetic for one CPU. `begin` and `end` enclose every use of `dots` and `mix` on a thread.

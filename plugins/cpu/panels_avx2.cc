@@ -266,9 +266,7 @@ void MixRows(const Stretch& at, size_t r0, int32_t (*sums)[kPanelRows]) {
 void MixWithLater(const Panels& panels, size_t p, const int8_t* woven, const LaterRows& later,
                   PanelSums* sums) {
   constexpr size_t kSteps = 8;
-  const float* step = panels.step + p * kPanelRows;
-  size_t rows = kPanelRows;  // the last panel is seldom full
-  while (rows != 0 && step[rows - 1] == 0.0f) --rows;
+  const size_t rows = panels.Rows(p);
   for (size_t tile = 0; rows < kPanelRows && tile < 2; ++tile) {
     std::memset(sums[tile][kPlane], 0, sizeof(sums[tile][kPlane]));
   }

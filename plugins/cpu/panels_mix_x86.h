@@ -7,6 +7,7 @@
 
 #if HWY_ARCH_X86_64
 
+#include <algorithm>
 #include <cstring>
 
 HWY_PUSH_ATTRIBUTES(SHADOWC_PANEL_TARGETS)
@@ -63,15 +64,12 @@ void MixRows(const int8_t* digit, const int32_t* row_sums, const int8_t* woven, 
 
 template <class Product, size_t kPlaces, size_t kRows>
 void MixPlaces(const Panels& panels, size_t p, const int8_t* woven, const LaterRows& later, PanelSums* sums) {
-  const float* step = panels.step + p * kPanelRows;
-  // The last panel is seldom full, and what the sums of a row of zeros are does not matter: they are times
-  // step.
-  size_t rows = kPanelRows;
-  while (rows != 0 && step[rows - 1] == 0.0f) --rows;
+  const size_t rows = panels.Rows(p);
   if (rows < kPanelRows) std::memset(sums, 0, 2 * sizeof(sums[0]));
   const auto mix = [&]<size_t kSome>(size_t r0) {
     MixRows<Product, kPlaces, kSome>(panels.Panel(p), panels.sums + p * kPanelDigits * kPanelRows, woven,
-                                     panels.steps, r0, r0 == 0 ? later : LaterRows{}, sums);
+                                     panels.steps, r0, later.Share(r0, std::min(r0 + kRows, rows), rows),
+                                     sums);
   };
   for (size_t r0 = 0; r0 < rows; r0 += kRows) {
     if (4 * (rows - r0) <= kRows) {
