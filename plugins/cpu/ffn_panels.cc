@@ -91,13 +91,18 @@ void Hidden32(const Work& work, const Block& block, const Panels& x, size_t p0, 
   for (size_t i = 0; i < next_count; ++i) next[i] = work.rows_of.Values(2 * list[count + i]);
   next_count += HalvesBefore(work, block, p0, p1, n, before, next + next_count);
   const LaterRows later{next, next_count, LaterBytes(work.rows_of.RowBytes(), x.steps)};
+  const auto hidden_of = [&](size_t p, size_t r) {
+    return block.hidden + (p * kPanelRows + r) * block.stride + n;
+  };
+  const auto wanted = [&](size_t p) {
+    for (size_t r = 0; r < kPanelRows; ++r) FetchForWriting(hidden_of(p, r));
+    return RowDots::AllRows(p);
+  };
   uint16_t mask[16];
   void* out[kPanelRows];
-  dots.ForPanels(p0, p1, later, RowDots::AllRows, [&](size_t p, uint16_t, size_t i0) -> DotsTarget {
+  dots.ForPanels(p0, p1, later, wanted, [&](size_t p, uint16_t, size_t i0) -> DotsTarget {
     for (size_t i = i0; i < std::min(count, i0 + 16); ++i) mask[i - i0] = work.MaskOf(p, list[i]);
-    for (size_t r = 0; r < kPanelRows; ++r) {
-      out[r] = block.hidden + (p * kPanelRows + r) * block.stride + n + i0;
-    }
+    for (size_t r = 0; r < kPanelRows; ++r) out[r] = hidden_of(p, r) + i0;
     uint16_t* fired = block.fired + p * kBlock + n + i0;
     return {scale + i0, bias + i0, 1.0f, true, mask, out, false, std::min<size_t>(16, count - i0), fired};
   });

@@ -149,6 +149,8 @@ void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const Weig
       const int8_t* tiles = woven + c * panels.steps * kPanelStep;
       for (size_t p = p0, together = 1; p < p1; p += together) {
         together = PanelsTogether(kernels, panels, p, p1);
+        const size_t end = std::min(y_rows, (p + together) * kPanelRows);
+        for (size_t row = p * kPanelRows; row < end; ++row) FetchForWriting(y + row * width + first + c);
         (together == 2 ? kernels.mix_two : kernels.mix)(panels, p, tiles, sums);
         for (size_t i = 0; i < 2 * together; ++i) {
           const size_t at = c + i % 2 * 16;

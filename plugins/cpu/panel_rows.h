@@ -56,6 +56,13 @@ inline Panels TakePanels(const PanelKernels& kernels, CallArena* arena, size_t p
 void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const float* factor, size_t rows,
                size_t width, bool by_quad, const Panels& panels, uint8_t* left, const Parallel& parallel);
 
+// Fetches 2 * kPanelRows values of a row, which are written when the products for them are there: those of a
+// panel lie in as many pages as it has rows.
+inline void FetchForWriting(float* to) {
+  __builtin_prefetch(to, 1);
+  __builtin_prefetch(to + kPanelRows, 1);
+}
+
 // How many of panels p ... p1 - 1 meet weights at once.
 inline constexpr size_t kMostTogether = 2;
 inline size_t PanelsTogether(const PanelKernels& kernels, const Panels& panels, size_t p, size_t p1) {
@@ -82,8 +89,8 @@ class RowDots {
   static bool IsByQuad(const PanelKernels& kernels) { return kernels.weave_rows == nullptr; }
 
   // With panels p0 ... p1 - 1: target(p, wanted, i) says what becomes of those with weight rows i and so on,
-  // at most 16 of them. wanted(p) are the rows of a panel that have a use for any (bit r: row r). Meanwhile
-  // the rows of `next` are fetched, a share with every panel.
+  // at most 16 of them. wanted(p), asked before, are the rows of a panel that have a use for any (bit r: row
+  // r). Meanwhile the rows of `next` are fetched, a share with every panel.
   template <class Wanted, class Target>
   void ForPanels(size_t p0, size_t p1, const LaterRows& next, Wanted&& wanted, Target&& target) const {
     size_t work = 0, done = 0;
