@@ -94,13 +94,13 @@ void Hidden32(const Work& work, const Block& block, const Panels& x, size_t p0, 
   const auto hidden_of = [&](size_t p, size_t r) {
     return block.hidden + (p * kPanelRows + r) * block.stride + n;
   };
-  const auto wanted = [&](size_t p) {
-    for (size_t r = 0; r < kPanelRows; ++r) FetchForWriting(hidden_of(p, r));
+  const auto all_after_fetching = [&](size_t p) {
+    for (size_t r = 0; r < kPanelRows; ++r) FetchRow(hidden_of(p, r), count);
     return RowDots::AllRows(p);
   };
   uint16_t mask[16];
   void* out[kPanelRows];
-  dots.ForPanels(p0, p1, later, wanted, [&](size_t p, uint16_t, size_t i0) -> DotsTarget {
+  dots.ForPanels(p0, p1, later, all_after_fetching, [&](size_t p, uint16_t, size_t i0) -> DotsTarget {
     for (size_t i = i0; i < std::min(count, i0 + 16); ++i) mask[i - i0] = work.MaskOf(p, list[i]);
     for (size_t r = 0; r < kPanelRows; ++r) out[r] = hidden_of(p, r) + i0;
     uint16_t* fired = block.fired + p * kBlock + n + i0;

@@ -150,7 +150,9 @@ void AddWeightRows(const PanelKernels& kernels, const Panels& panels, const Weig
       for (size_t p = p0, together = 1; p < p1; p += together) {
         together = PanelsTogether(kernels, panels, p, p1);
         const size_t end = std::min(y_rows, (p + together) * kPanelRows);
-        for (size_t row = p * kPanelRows; row < end; ++row) FetchForWriting(y + row * width + first + c);
+        for (size_t row = p * kPanelRows; row < end; ++row) {
+          FetchRow(y + row * width + first + c, std::min<size_t>(2 * kPanelRows, here - c));
+        }
         (together == 2 ? kernels.mix_two : kernels.mix)(panels, p, tiles, sums);
         for (size_t i = 0; i < 2 * together; ++i) {
           const size_t at = c + i % 2 * 16;

@@ -56,11 +56,10 @@ inline Panels TakePanels(const PanelKernels& kernels, CallArena* arena, size_t p
 void SplitRows(const PanelKernels& kernels, const float* x, size_t stride, const float* factor, size_t rows,
                size_t width, bool by_quad, const Panels& panels, uint8_t* left, const Parallel& parallel);
 
-// Fetches 2 * kPanelRows values of a row, which are written when the products for them are there: those of a
-// panel lie in as many pages as it has rows.
-inline void FetchForWriting(float* to) {
-  __builtin_prefetch(to, 1);
-  __builtin_prefetch(to + kPanelRows, 1);
+// Fetches the `count` values, at most 2 * kPanelRows, of a row that products are going to be stored to: those
+// of a panel lie in as many pages as it has rows. Into L2: they would share a few sets of L1.
+inline void FetchRow(const float* to, size_t count) {
+  for (size_t i = 0; i < count; i += kPanelRows) __builtin_prefetch(to + i, 0, 2);
 }
 
 // How many of panels p ... p1 - 1 meet weights at once.
@@ -88,9 +87,9 @@ class RowDots {
           size_t width, const DotsRoom& room);
   static bool IsByQuad(const PanelKernels& kernels) { return kernels.weave_rows == nullptr; }
 
-  // With panels p0 ... p1 - 1: target(p, wanted, i) says what becomes of those with weight rows i and so on,
-  // at most 16 of them. wanted(p), asked before, are the rows of a panel that have a use for any (bit r: row
-  // r). Meanwhile the rows of `next` are fetched, a share with every panel.
+  // With panels p0 ... p1 - 1: wanted(p), called before the products of a panel, are its rows that have a use
+  // for any (bit r: row r); target(p, wanted, i) says what becomes of those with weight rows i and so on, at
+  // most 16 of them. Meanwhile the rows of `next` are fetched, a share with every panel.
   template <class Wanted, class Target>
   void ForPanels(size_t p0, size_t p1, const LaterRows& next, Wanted&& wanted, Target&& target) const {
     size_t work = 0, done = 0;

@@ -13,7 +13,7 @@
 // Prompts may do with fewer digits (Panels::places). Then a row has as few as keep the rounding of a value
 // below 2 % of the row's values, root mean squares of those that are not 0: one digit, unless its largest
 // value is an outlier, and two even then. A row with fewer digits than its panel has zeros for the rest: its
-// sums are the same as alone. Where masks come from the result (Rounding::kFinely), a row has two.
+// sums are the same as alone. Where rounding has to be fine (Rounding::kFinely), a row has two.
 //
 // 16 rows are one panel. A panel is stored in steps of 64 bytes of each row, each step as its digits of 1024
 // bytes each:
@@ -61,8 +61,8 @@ struct Panels {
 
   int8_t* Panel(size_t p) const { return digits + p * steps * most * kPanelBlock; }
   size_t Places(size_t p) const { return places == nullptr ? most : places[p]; }
-  // How many rows of panel p there are, up to the last that is not zero. The last panel is seldom full, and
-  // what the sums of a row of zeros are does not matter: they are times step.
+  // How many rows of panel p have to be multiplied, up to the last that is neither zero nor without digits.
+  // The last panel is seldom full; what the sums of the others are is up to the caller, who clears them.
   size_t Rows(size_t p) const {
     size_t rows = kPanelRows;
     while (rows != 0 && step[p * kPanelRows + rows - 1] == 0.0f) --rows;
@@ -108,7 +108,7 @@ struct LaterRows {
   const std::byte* const* rows = nullptr;
   size_t count = 0, bytes = kPanelStep;
 
-  // Those that what is from `begin` to `end` of `total` fetches.
+  // The part begin ... end of `total` (not 0).
   LaterRows Share(size_t begin, size_t end, size_t total) const {
     const size_t first = count * begin / total;
     return {rows + first, count * end / total - first, bytes};

@@ -82,7 +82,7 @@ inline __m512 Values(const float* x, const float* factor, size_t i, size_t n) {
   return factor == nullptr ? v : _mm512_maskz_mul_ps(some, v, _mm512_maskz_loadu_ps(some, factor + i));
 }
 
-// Of the last panel these are often the most, and splitting them like others takes as long.
+// Most rows of the last panel are often zeros, and would take as long as others to split.
 void SplitZeros(const Panels& panels, size_t p, size_t r) {
   panels.step[p * kPanelRows + r] = 0.0f;
   int8_t* to = panels.Panel(p) + r * kPanelStep;

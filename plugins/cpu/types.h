@@ -116,8 +116,8 @@ size_t ActiveUnits(const uint32_t* masks, size_t units, uint32_t* list);
 // dense FFN some 5 % faster on 2 cores, and leave larger machines idle.
 size_t PiecesOf(size_t bytes, size_t most);
 
-// How roughly many rows may meet weights (panels.h): not at all; as is good enough for tokens whose masks do
-// not come from the result; or so finely that masks that do come from it hardly change.
+// How roughly many rows may meet weights (panels.h): not at all; as is good enough where no or few masks
+// depend on the result; or so finely that the masks of all later layers hardly change.
 enum class Rounding : uint8_t { kNone, kFreely, kFinely };
 
 // A layer norm in front of an operator, [E] each: the operator reads LayerNorm(x) and adds x to its result.

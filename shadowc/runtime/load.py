@@ -92,8 +92,8 @@ def load(
             activations of 24 bits or floats, others row by row. False: as it was compiled, by default int8 and int4
             with 8 bits, or 16 in a row with outliers (12 with AVX2), int4 with one scale a row, bf16 with
             activations of bf16 where the CPU multiplies those. Masks are the same; where every layer makes masks of its
-            own (styles dejavu, shadow+) int8 takes 16 bits (12 with AVX2), int4 and bf16 stay, and hardly a unit
-            differs (docs/decisions.md).
+            own (styles dejavu, shadow+) the first layers take 16 bits in int8 (12 with AVX2) and leave int4 and bf16 as
+            they are, and hardly a unit differs (docs/decisions.md).
 
     Raises:
         InputError: no engine is there, or an argument is out of range.

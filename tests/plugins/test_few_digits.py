@@ -17,7 +17,7 @@ from tests.plugins.test_panels import attention_operands, ffn_operands, rounded_
 MOST = {"avx2": 2047, "avx512_icelake": 127, "avx512_zen4": 127, "avx512_amx": 127}
 """What the largest value of a row becomes in one digit, by level. Elsewhere products take floats."""
 FINELY = {2047: 2047, 127: 32600}
-"""What it becomes where masks come from the result (`few_digits` 2): the same 12 bits, or two digits of 8."""
+"""What it becomes where rounding has to be fine (`few_digits` 2): the same 12 bits, or two digits of 8."""
 HERE = MOST.get(OpLibrary.installed().isa, 0)
 OF_ITS_ROUNDING = 1e-3
 """Hidden values that differ in their last bits round to neighbours: far less than one digit's own error of 1e-2."""
@@ -163,13 +163,26 @@ def test_rows_without_digits_are_what_floats_give():
 
 @pytest.mark.parametrize("few_digits", [0, 1, 2])
 def test_rows_have_their_bits_however_many_of_them_fill_the_last_block(most, few_digits):
-    """Fewer than eight rows of a block are computed by loops of their own."""
+    """Fewer than eight rows of a block are computed by loops of their own. One row is zero, one has no digits."""
     arrays = ffn_operands(8, S=32, Z=0, F=600, E=200)
-    arrays["x"][0, 18] = 0
+    arrays["x"][0, 18], arrays["x"][0, 21, 5] = 0, np.nan
     expected = ffn(arrays, few_digits)
     for rows in range(17, 32):
         found = ffn({**arrays, "x": arrays["x"][:, :rows]}, few_digits)
         np.testing.assert_array_equal(found, expected[:, :rows])
+
+
+def test_attention_has_its_bits_however_many_rows_fill_the_last_block(most):
+    arrays = attention_operands(8, S=32, Z=0, H=3, D=64, T=40)
+    names = ("y", "context", "present_key", "present_value")
+    expected = kernels.run(SPARSE_ATTENTION, arrays, few_digits=1)
+    new = arrays["past"][0]
+    for rows in range(17, 32):
+        found = kernels.run(SPARSE_ATTENTION, {**arrays, "x": arrays["x"][:, :rows]}, few_digits=1)
+        for name in names[:2]:
+            np.testing.assert_array_equal(found[name], expected[name][:, :rows])
+        for name in names[2:]:
+            np.testing.assert_array_equal(found[name][0, :, new : new + rows], expected[name][0, :, new : new + rows])
 
 
 @pytest.mark.parametrize("rows", [16, 70])

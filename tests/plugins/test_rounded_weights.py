@@ -204,6 +204,17 @@ def test_what_has_to_be_rounded_finely_meets_only_weights_that_stay_as_they_are(
 
 
 @of_every_type
+def test_rows_have_their_bits_however_many_of_them_fill_the_last_block(dtype):
+    """Fewer than eight rows of a block are computed by loops of their own."""
+    least = LEAST_ROWS[dtype]
+    whole = -(-least // 16) * 16 + 16
+    arrays = ffn_operands(8, dtype, S=whole, Z=0, F=600, E=200)
+    expected = ffn(arrays)
+    for rows in range(whole - 15, whole):
+        np.testing.assert_array_equal(ffn(arrays | {"x": arrays["x"][:, :rows]}), expected[:, :rows])
+
+
+@of_every_type
 @pytest.mark.parametrize("Z", [140, 1])
 def test_tokens_that_are_all_masked_are_computed_as_ever(Z, dtype):
     arrays = ffn_operands(2, dtype, B=140 // Z, S=Z, Z=Z, F=600, E=200)
