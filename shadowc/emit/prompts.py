@@ -48,8 +48,8 @@ def give_prompts_few_digits(model: onnx.ModelProto) -> None:
     """Let operators compute prompts in blocks that may round (plugins/cpu/panels.h).
 
     Layer 0's attention does not: what it gives decides the masks. Where every layer makes masks of its own (styles
-    dejavu and shadow+), what a layer rounds reaches only the masks behind it: the first layers round finely, and
-    FFNs do freely sooner than attention, whose keys and values are what later tokens read.
+    dejavu and shadow+), what a layer rounds reaches only the masks behind it: the first layers round finely, attention,
+    whose rounding changes most masks, in more of them than FFNs.
     """
     import onnx
 
