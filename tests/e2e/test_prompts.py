@@ -155,21 +155,17 @@ def test_masks_of_every_layer_hardly_change_by_a_rounded_prompt(own_masks: Path)
     assert units_that_differ(rounded, exact) <= MOST_UNITS
 
 
-def test_the_first_layers_of_a_prompt_round_finely_and_int4_in_more_of_them(of_own_masks: dict[str, Path]) -> None:
+def test_the_first_layers_of_a_prompt_round_finely_and_int4_in_more_of_them(own_masks: Path) -> None:
     """Of the eight layers of opt-mini; int4 is told from the others by how the graph stores it."""
-    for weights, folder in of_own_masks.items():
-        first = {"ffn": 4, "attention": 6} if weights == "int4" else {"ffn": 3, "attention": 5}
-        graph = onnx.load(folder / MODEL_FILE, load_external_data=False).graph
-        found = {
-            node.name: attribute.i
-            for node in graph.node
-            for attribute in node.attribute
-            if attribute.name == FEW_DIGITS
-        }
-        expected = {
-            f"layers.{layer}.{kind}": FREELY if layer >= first[kind] else FINELY for layer in range(8) for kind in first
-        }
-        assert found == expected
+    first = {"ffn": 4, "attention": 6} if own_masks.name == "int4" else {"ffn": 3, "attention": 5}
+    graph = onnx.load(own_masks / MODEL_FILE, load_external_data=False).graph
+    found = {
+        node.name: attribute.i for node in graph.node for attribute in node.attribute if attribute.name == FEW_DIGITS
+    }
+    expected = {
+        f"layers.{layer}.{kind}": FREELY if layer >= first[kind] else FINELY for layer in range(8) for kind in first
+    }
+    assert found == expected
 
 
 def test_prompts_rounded_freely_in_every_layer_would_change_masks(own_masks: Path) -> None:
