@@ -103,7 +103,8 @@ HWY_INLINE void ProjectOut(const AttentionArgs& a, const Head<W>& head, const fl
                    : head.after == nullptr ? 0
                                            : kRowsAtOnce;
     ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
-      AxpyRows<group()>(y + r, here, rows, h + r * a.head_size + d, a.head_size, end - begin, later, ahead);
+      AxpyRows<group()>(y + r, here, rows, h + r * a.head_size + d, a.head_size, end - begin, a.int4_digits,
+                        later, ahead);
       later = 0;
     });
   }

@@ -83,7 +83,7 @@ struct HeadsBefore {
 
 template <class W>
 ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& parallel) {
-  const OneRowOfX<W> x(a.x, a.norm, a.width);
+  const OneRowOfX<W> x(a.x, a.norm, a.width, a.int4_digits);
   uint32_t* masks = arena->Take<uint32_t>(a.heads);
   TileMasks(a.selection, a.tokens, 0, 1, masks);
   ReadCount read;

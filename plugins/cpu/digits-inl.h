@@ -53,7 +53,7 @@ struct Activations {
   const float* x = nullptr;
 
   static size_t Bytes(size_t) { return 0; }
-  void Prepare(const float* row, size_t, int8_t*) { x = row; }
+  void Prepare(const float* row, size_t, int8_t*, Int4Digits) { x = row; }
   bool Exact() const { return false; }  // products are sums of floats, grouped as DotTile does
 };
 
@@ -91,11 +91,12 @@ struct DigitRow {
 
   static size_t Bytes(size_t n) { return 3 * hwy::RoundUpTo(n, hn::Lanes(hn::ScalableTag<int8_t>())); }
   // `memory` holds Bytes(n).
-  void Prepare(const float* row, size_t n, int8_t* memory) {
+  // `most`: what the largest value becomes.
+  void Prepare(const float* row, size_t n, int8_t* memory, float most) {
     x = row;
     digits = memory;
     stride = Bytes(n) / 3;
-    exact_ = n <= kMostInDigits && Split(n, memory);
+    exact_ = n <= kMostInDigits && Split(n, memory, most);
   }
   bool Exact() const {
     return exact_;
@@ -103,7 +104,7 @@ struct DigitRow {
 
  private:
   bool exact_ = false;
-  bool Split(size_t n, int8_t* to) {
+  bool Split(size_t n, int8_t* to, float most) {
     const DF df;
     const hn::RebindToSigned<DF> di;
     const hn::RebindToUnsigned<DF> du;
@@ -111,8 +112,8 @@ struct DigitRow {
     const size_t lanes = hn::Lanes(df);
     const float largest = LargestOf(x, n);
     if (!HasDigits(largest)) return false;
-    step = largest / kMostDigits;
-    const VF scale = hn::Set(df, kMostDigits / largest);
+    step = largest / most;
+    const VF scale = hn::Set(df, most / largest);
     const auto half = hn::Set(di, 128);
     auto sum = hn::Zero(hn::RepartitionToWide<decltype(di)>());
     for (size_t i = 0; i < stride; i += lanes) {
@@ -137,7 +138,11 @@ struct DigitRow {
 #if SHADOWC_DIGITS
 
 template <>
-struct Activations<int8_t> : DigitRow {};
+struct Activations<int8_t> : DigitRow {
+  void Prepare(const float* row, size_t n, int8_t* memory, Int4Digits) {
+    DigitRow::Prepare(row, n, memory, kMostDigits);
+  }
+};
 
 // The sums of a row's digits times one weight row.
 struct DigitSums {
@@ -280,14 +285,14 @@ HWY_INLINE void DotRows(const Activations<int8_t>* const* rows, const int8_t* co
 
 // All rows of x [rows, n], prepared.
 template <class W>
-const Activations<W>* PrepareRows(const float* x, size_t rows, size_t n, CallArena* arena,
+const Activations<W>* PrepareRows(const float* x, size_t rows, size_t n, Int4Digits digits, CallArena* arena,
                                   const Parallel& parallel) {
   auto* prepared = new (arena->Take<Activations<W>>(rows)) Activations<W>[rows];
   const size_t bytes = Activations<W>::Bytes(n);
   int8_t* memory = arena->Take<int8_t>(rows * bytes);
   parallel.For((rows + kTileRows - 1) / kTileRows, [&](size_t t) {
     for (size_t r = t * kTileRows; r < std::min(rows, (t + 1) * kTileRows); ++r)
-      prepared[r].Prepare(x + r * n, n, memory + r * bytes);
+      prepared[r].Prepare(x + r * n, n, memory + r * bytes, digits);
   });
   return prepared;
 }

@@ -141,7 +141,8 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
       DotRows<1>(&row, first + c, width, more ? later + c : nullptr, h + c, 4);
     Activate<kCount, W>(a, neurons, k, h);
     for (size_t c = 0; c < here; ++c) h[c] *= RowScale<W>(a.scales, 2 * neurons[k + c] + 1);
-    AxpyRows<1>(&y, Listed<W>{second}, here, h, 0, width, more ? kCount : 0, Listed<W>{later + kCount});
+    AxpyRows<1>(&y, Listed<W>{second}, here, h, 0, width, a.int4_digits, more ? kCount : 0,
+                Listed<W>{later + kCount});
   }
   return CountRead<W>(neurons.count, neurons.count, a.width);
 }
@@ -154,7 +155,7 @@ class Nonzero {
   // As many wait for their lines to arrive.
   static constexpr size_t kHold = std::max<size_t>(8, kTogether<W>);
 
-  Nonzero(size_t width, float* y) : width_(width), y_(y) {}
+  Nonzero(const FfnArgs& a, float* y) : width_(a.width), digits_(a.int4_digits), y_(y) {}
   size_t Added() const { return added_; }
 
   void Push(Pointer<W> half, float factor) {
@@ -177,7 +178,7 @@ class Nonzero {
   HWY_INLINE void AddFirst() {
     const size_t count = kIsInt4<W> ? size_[0] : std::min<size_t>(queued_, 4);
     const size_t rest = queued_ - count;
-    AxpyRows<1>(&y_, Listed<W>{half_}, count, factor_, 0, width_, std::min(rest, kTogether<W>),
+    AxpyRows<1>(&y_, Listed<W>{half_}, count, factor_, 0, width_, digits_, std::min(rest, kTogether<W>),
                 Listed<W>{half_ + count});
     std::copy(half_ + count, half_ + queued_, half_);
     std::copy(factor_ + count, factor_ + queued_, factor_);
@@ -187,6 +188,7 @@ class Nonzero {
   }
 
   size_t width_;
+  Int4Digits digits_;
   float* y_;
   Pointer<W> half_[kMost + kTogether<W>];
   float factor_[kMost + kTogether<W>];
@@ -207,7 +209,7 @@ ReadCount RowSkippingZeros(const FfnArgs& a, const OneRowOfX<W>& x, const Neuron
   for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, width);
   const Activations<W>* row = x.Get();
-  Nonzero<W> nonzero(width, y);
+  Nonzero<W> nonzero(a, y);
   for (size_t k = 0; k < neurons.count; k += kCount) {
     Pointer<W> first[kCount], later_first[kCount];
     for (size_t c = 0; c < kCount; ++c) {

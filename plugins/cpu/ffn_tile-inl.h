@@ -144,8 +144,8 @@ HWY_INLINE void SecondLayer(const FfnArgs& a, const Group<W>& g, const Group<W>&
   }
   size_t later = a.skip_zeros ? 0 : next.count;
   ForRowGroups(t->count, [&](auto rows, size_t r) HWY_ATTR {
-    AxpyRows<rows()>(t->y + r, Listed<W>{g.half[1]}, g.count, t->h + r * kGroup<W>, kGroup<W>, a.width, later,
-                     Listed<W>{next.half[1]});
+    AxpyRows<rows()>(t->y + r, Listed<W>{g.half[1]}, g.count, t->h + r * kGroup<W>, kGroup<W>, a.width,
+                     a.int4_digits, later, Listed<W>{next.half[1]});
     later = 0;
   });
 }

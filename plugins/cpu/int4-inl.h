@@ -57,6 +57,7 @@ using PairBytes = hn::Vec<GroupBytes>;
 
 // A row for products with pairs: where the low half of a pair meets x and the high half z, (low + 16 high) P
 // + low Q with P = z / (16 step) and Q = x / step - P, both in three digits. So z has 20 bits, x has 24.
+// Where P has two digits, which leaves five products of six, they have 16 and 20.
 template <>
 struct Activations<Int4Pair> {
   const float* x = nullptr;
@@ -64,11 +65,12 @@ struct Activations<Int4Pair> {
   size_t stride = 0;
   const float* offsets = nullptr;  // [groups], 8 * sum of x / step: weights are stored plus 8
   double step = 0.0;
+  size_t places = 3;  // digits of P that are not zero: the last ones
 
   static size_t Stride(size_t n) { return hwy::RoundUpTo(n / 2, hn::Lanes(GroupBytes())); }
   static size_t Bytes(size_t n) { return 6 * Stride(n) + n / kInt4Group * sizeof(float); }
   // `memory` holds Bytes(n).
-  void Prepare(const float* row, size_t n, int8_t* memory) {
+  void Prepare(const float* row, size_t n, int8_t* memory, Int4Digits most) {
     x = row;
     digits = memory;
     stride = Stride(n);
@@ -77,18 +79,20 @@ struct Activations<Int4Pair> {
     const float largest = LargestOf(row, n);
     exact_ = n <= kMostInDigits && HasDigits(largest);
     if (!exact_) return;
-    step = largest / kMost;
+    places = most == Int4Digits::kTwo ? 2 : 3;
+    const float reach = places == 2 ? kMostInTwo : kMost;
+    step = largest / reach;
     for (size_t i = n / 2; i < stride; ++i) {
       for (size_t plane = 0; plane < 6; ++plane) memory[plane * stride + i] = 0;
     }
-    for (size_t g = 0; g < n / kInt4Group; ++g) SplitGroup(g, kMost / largest, memory);
+    for (size_t g = 0; g < n / kInt4Group; ++g) SplitGroup(g, reach / largest, memory);
     for (size_t g = 0; g < n / kInt4Group; ++g) to[g] = OffsetOf(g);
   }
   bool Exact() const { return exact_; }  // as DigitRow
 
  private:
-  // The largest Q is 17 / 16 of it.
-  static constexpr float kMost = kMostDigits * 16 / 17;
+  // The largest Q is 17 / 16 of kMost, the largest P a sixteenth of kMostInTwo.
+  static constexpr float kMost = kMostDigits * 16 / 17, kMostInTwo = kMostTwoDigits * 16;
   bool exact_ = false;
 
   void SplitGroup(size_t g, float scale, int8_t* to) const;
@@ -112,7 +116,9 @@ struct PairDigits {
 
 HWY_INLINE PairBytes LowHalves(PairBytes pairs) { return hn::And(pairs, hn::Set(GroupBytes(), 15)); }
 
-// Sums of products, of four pairs in each lane: at most 8 * 15 * 2^23, which int32 holds.
+// Sums of products, of four pairs in each lane: at most 8 * 15 * 2^23, which int32 holds. P has kPlaces
+// digits.
+template <size_t kPlaces>
 HWY_INLINE hn::Vec<GroupInts> PairSums(PairBytes pairs, const PairDigits& x) {
   const GroupInts d32;
   const auto low = LowHalves(pairs);
@@ -120,7 +126,7 @@ HWY_INLINE hn::Vec<GroupInts> PairSums(PairBytes pairs, const PairDigits& x) {
   HWY_UNROLL(3)
   for (size_t digit = 0; digit < 3; ++digit) {
     if (digit != 0) sums = hn::ShiftLeft<8>(sums);
-    sums = hn::SumOfMulQuadAccumulate(d32, pairs, x.p[digit], sums);
+    if (digit >= 3 - kPlaces) sums = hn::SumOfMulQuadAccumulate(d32, pairs, x.p[digit], sums);
     sums = hn::SumOfMulQuadAccumulate(d32, low, x.q[digit], sums);
   }
   return sums;
@@ -154,7 +160,7 @@ inline float Activations<Int4Pair>::OffsetOf(size_t g) const {
   const auto first = hn::FirstN(d8, kInt4Group / 2), mine = g % 2 == 0 ? first : hn::Not(first);
   const auto eights = hn::IfThenElseZero(mine, hn::Set(d8, 0x88));
   const hn::RebindToFloat<GroupInts> df;
-  return hn::ReduceSum(df, hn::ConvertTo(df, PairSums(eights, PairDigits(*this, g / 2 * 2))));
+  return hn::ReduceSum(df, hn::ConvertTo(df, PairSums<3>(eights, PairDigits(*this, g / 2 * 2))));
 }
 
 // Two neighbouring values, each in the half of the lanes that belongs to its group.
@@ -166,7 +172,8 @@ HWY_INLINE VF SpreadPair(const float* two) {
       _mm512_permutevar_ps(_mm512_castsi512_ps(_mm512_set1_epi64(both)), _mm512_load_si512(kFirstOrSecond))};
 }
 
-// One row with 4 weight rows.
+// One row, whose P has kPlaces digits, with 4 weight rows.
+template <size_t kPlaces>
 HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w, size_t n,
                           const Int4Pointer* later, float* out) {
   const DF df;
@@ -183,7 +190,7 @@ HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w
     const PairDigits x(row, g);
     const auto add = [&](const Int4Pointer& weights, size_t c, VF sum) HWY_ATTR {
       if (kPrefetchOneByOne && later != nullptr) PrefetchGroupsOf(later[c], c, g, groups);
-      const auto sums = PairSums(hn::LoadU(d8, at(weights, g)), x);
+      const auto sums = PairSums<kPlaces>(hn::LoadU(d8, at(weights, g)), x);
       return hn::MulAdd(hn::ConvertTo(df, sums), SpreadPair(weights.scales + g), sum);
     };
     a0 = add(w0, 0, a0), a1 = add(w1, 1, a1), a2 = add(w2, 2, a2), a3 = add(w3, 3, a3);
@@ -192,7 +199,7 @@ HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w
     const PairDigits x(row, g);
     const auto add = [&](const Int4Pointer& weights, size_t c, VF sum) HWY_ATTR {
       if (kPrefetchOneByOne && later != nullptr) PrefetchGroupsOf(later[c], c, g, groups);
-      const auto sums = PairSums(hn::LoadN(d8, at(weights, g), kInt4Group / 2), x);
+      const auto sums = PairSums<kPlaces>(hn::LoadN(d8, at(weights, g), kInt4Group / 2), x);
       return hn::MulAdd(hn::ConvertTo(df, sums), hn::Set(df, weights.scales[g]), sum);
     };
     a0 = add(w0, 0, a0), a1 = add(w1, 1, a1), a2 = add(w2, 2, a2), a3 = add(w3, 3, a3);
@@ -215,7 +222,8 @@ using GroupBytes = hn::FixedTag<uint8_t, kInt4Group / 2>;
 using GroupInts = hn::Repartition<int32_t, GroupBytes>;
 
 // Sums of one group's weights * X, in some order spread over the lanes. At most 8 * 15 * 2^23 in a lane,
-// which int32 holds. `low` and `high`: the group's first and second half.
+// which int32 holds. `low` and `high`: the group's first and second half. X has kPlaces digits.
+template <size_t kPlaces>
 HWY_INLINE hn::Vec<GroupInts> GroupSums(hn::Vec<GroupBytes> low, hn::Vec<GroupBytes> high,
                                         const int8_t* digits, size_t stride) {
   const hn::Repartition<int8_t, GroupBytes> d8;
@@ -227,19 +235,23 @@ HWY_INLINE hn::Vec<GroupInts> GroupSums(hn::Vec<GroupBytes> low, hn::Vec<GroupBy
     return hn::Add(hn::SatWidenMulPairwiseAdd(d16, low, hn::LoadU(d8, x)),
                    hn::SatWidenMulPairwiseAdd(d16, high, hn::LoadU(d8, x + kInt4Group / 2)));
   };
-  const auto one = hn::Set(d16, 1);
-  const auto upper = hn::Add(hn::WidenMulPairwiseAdd(d32, fours(0), hn::Set(d16, 256)),
-                             hn::WidenMulPairwiseAdd(d32, fours(1), one));
-  return hn::Add(hn::ShiftLeft<8>(upper), hn::WidenMulPairwiseAdd(d32, fours(2), one));
+  const auto one = hn::Set(d16, 1), place = hn::Set(d16, 256);
+  const auto all = hn::WidenMulPairwiseAdd(d32, fours(2), one);
+  if constexpr (kPlaces == 2) return hn::Add(hn::WidenMulPairwiseAdd(d32, fours(1), place), all);
+  const auto upper =
+      hn::Add(hn::WidenMulPairwiseAdd(d32, fours(0), place), hn::WidenMulPairwiseAdd(d32, fours(1), one));
+  return hn::Add(hn::ShiftLeft<8>(upper), all);
 }
 
 template <>
 struct Activations<Int4Pair> : DigitRow {
+  size_t places = 3;               // digits of X that are not zero: the last ones
   const float* offsets = nullptr;  // [groups], 8 * sum of X in the group: weights are stored plus 8
 
   static size_t Bytes(size_t n) { return DigitRow::Bytes(n) + n / kInt4Group * sizeof(float); }
-  void Prepare(const float* row, size_t n, int8_t* memory) {
-    DigitRow::Prepare(row, n, memory);
+  void Prepare(const float* row, size_t n, int8_t* memory, Int4Digits most) {
+    places = most == Int4Digits::kTwo ? 2 : 3;
+    DigitRow::Prepare(row, n, memory, places == 2 ? kMostTwoDigits : kMostDigits);
     float* to = reinterpret_cast<float*>(memory + DigitRow::Bytes(n));
     offsets = to;
     for (size_t g = 0; Exact() && g < n / kInt4Group; ++g) to[g] = OffsetOf(g);
@@ -248,21 +260,23 @@ struct Activations<Int4Pair> : DigitRow {
   float OffsetOf(size_t g) const {
     const auto eights = hn::Set(GroupBytes(), 8);
     const int8_t* group = digits + g * kInt4Group;
-    const auto sums = GroupSums(eights, eights, group, stride);
+    const auto sums = GroupSums<3>(eights, eights, group, stride);
     const hn::RebindToFloat<GroupInts> df;
     return hn::ReduceSum(df, hn::ConvertTo(df, sums));
   }
 };
 
+template <size_t kPlaces>
 HWY_INLINE hn::Vec<GroupInts> PairSums(const Int4Pointer& w, size_t g, const int8_t* digits, size_t stride) {
   const GroupBytes d8;
   const hn::Repartition<uint16_t, GroupBytes> d16;
   const auto mask = hn::Set(d8, 15), pairs = hn::LoadU(d8, &w.pairs[g * (kInt4Group / 2)].both);
   const auto high = hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(d16, pairs)));
-  return GroupSums(hn::And(pairs, mask), hn::And(high, mask), digits + g * kInt4Group, stride);
+  return GroupSums<kPlaces>(hn::And(pairs, mask), hn::And(high, mask), digits + g * kInt4Group, stride);
 }
 
-// One row with 4 weight rows.
+// One row, of kPlaces digits, with 4 weight rows.
+template <size_t kPlaces>
 HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w, size_t n,
                           const Int4Pointer* later, float* out) {
   const hn::RebindToFloat<GroupInts> df;
@@ -276,7 +290,7 @@ HWY_INLINE void DotGroups(const Activations<Int4Pair>& row, const Int4Pointer* w
     const auto add = [=](const Int4Pointer& weights, auto sum) HWY_ATTR {
       // The digits stay in memory: in registers they would push the weights out.
       std::atomic_signal_fence(std::memory_order_acq_rel);
-      const auto sums = hn::ConvertTo(df, PairSums(weights, g, digits, stride));
+      const auto sums = hn::ConvertTo(df, PairSums<kPlaces>(weights, g, digits, stride));
       return hn::MulAdd(sums, hn::Set(df, weights.scales[g]), sum);
     };
     a0 = add(w0, a0), a1 = add(w1, a1), a2 = add(w2, a2), a3 = add(w3, a3);
@@ -300,11 +314,14 @@ template <size_t kRows>
 HWY_INLINE void DotRows(const Activations<Int4Pair>* const* rows, const Int4Pointer* w, size_t n,
                         const Int4Pointer* later, float* out, size_t out_stride) {
   for (size_t r = 0; r < kRows; ++r) {
-    if (rows[r]->Exact()) {
-      DotGroups(*rows[r], w, n, r == 0 ? later : nullptr, out + r * out_stride);
+    const Int4Pointer* fetched = r == 0 ? later : nullptr;
+    float* to = out + r * out_stride;
+    if (rows[r]->Exact() && rows[r]->places == 2) {
+      DotGroups<2>(*rows[r], w, n, fetched, to);
+    } else if (rows[r]->Exact()) {
+      DotGroups<3>(*rows[r], w, n, fetched, to);
     } else {
-      DotTile<1>(&rows[r]->x, w[0], w[1], w[2], w[3], n, r == 0 ? later : nullptr, out + r * out_stride,
-                 out_stride);
+      DotTile<1>(&rows[r]->x, w[0], w[1], w[2], w[3], n, fetched, to, out_stride);
     }
   }
 }

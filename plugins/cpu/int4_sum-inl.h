@@ -51,7 +51,8 @@ struct GroupFactors {
 
   // Of groups g ... g + count. False if a factor has no digits: it is tiny, infinite or NaN.
   template <class Row>
-  HWY_INLINE bool Split(Row row, size_t rows, const float* h, size_t g, size_t count) {
+  HWY_INLINE bool Split(Row row, size_t rows, const float* h, size_t g, size_t count, size_t places) {
+    const float reach = places == 2 ? kMostTwoDigits : kMost;
     const DF df;
     const hn::RebindToSigned<DF> di;
     VF factors[kInt4Rows];
@@ -67,8 +68,8 @@ struct GroupFactors {
     const auto fits = hn::And(hn::Gt(largest, hn::Set(df, kLeastWithDigits)),
                               hn::Lt(largest, hn::Set(df, kMostWithDigits)));
     if (!hn::AllTrue(df, hn::Or(hn::Not(some), fits))) return false;
-    hn::StoreU(hn::Mul(largest, hn::Set(df, 1.0f / kMost)), df, step);
-    Store(factors, hn::IfThenElseZero(some, hn::Div(hn::Set(df, kMost), largest)));
+    hn::StoreU(hn::Mul(largest, hn::Set(df, 1.0f / reach)), df, step);
+    Store(factors, hn::IfThenElseZero(some, hn::Div(hn::Set(df, reach), largest)));
     return true;
   }
 
@@ -143,88 +144,76 @@ struct GroupFactors {
 
 #if SHADOWC_DIGITS
 
-// Four vectors of 16 lanes as the weaving leaves them: lanes 4b ... 4b + 3 of vector c are columns 16b + 4c
-// ... of the 64. As columns: vector b holds columns 16b ... 16b + 15.
-HWY_INLINE void Unweave(VF* v) {
-  const auto a = _mm512_shuffle_f32x4(v[0].raw, v[1].raw, 0x44),
-             b = _mm512_shuffle_f32x4(v[0].raw, v[1].raw, 0xee);
-  const auto c = _mm512_shuffle_f32x4(v[2].raw, v[3].raw, 0x44),
-             d = _mm512_shuffle_f32x4(v[2].raw, v[3].raw, 0xee);
-  v[0] = VF{_mm512_shuffle_f32x4(a, c, 0x88)}, v[1] = VF{_mm512_shuffle_f32x4(a, c, 0xdd)};
-  v[2] = VF{_mm512_shuffle_f32x4(b, d, 0x88)}, v[3] = VF{_mm512_shuffle_f32x4(b, d, 0xdd)};
-}
-
-// Rows first ... first + 3 of one pair of groups, the lower or upper halves of blocks of 16 pairs: lanes of
-// four pairs, one of each row.
-template <bool kUpper, class Row>
-HWY_INLINE void WeaveFour(Row row, size_t first, size_t count, size_t g, PairBytes* to) {
-  const GroupBytes d8;
-  const hn::Repartition<uint16_t, GroupBytes> d16;
-  const auto load = [=](size_t c) HWY_ATTR {
-    return hn::LoadU(d8, &row(std::min(first + c, count - 1)).pairs[g * (kInt4Group / 2)].both);
-  };
-  const auto weave = [=](PairBytes a, PairBytes b) HWY_ATTR {
-    return hn::BitCast(d16, kUpper ? hn::InterleaveUpper(d8, a, b) : hn::InterleaveLower(d8, a, b));
-  };
-  const auto a = weave(load(0), load(1)), b = weave(load(2), load(3));
-  to[0] = hn::BitCast(d8, hn::InterleaveLower(d16, a, b));
-  to[1] = hn::BitCast(d8, hn::InterleaveUpper(d16, a, b));
-}
+// Which bytes of two rows' lines are woven: of every 16 columns of a group four at a time, so that, woven
+// again, each lane of a vector holds the column after the one in front of it.
+struct WeaveOrder {
+  alignas(64) uint8_t of[2][64];
+  constexpr WeaveOrder() : of() {
+    for (size_t half = 0; half < 2; ++half) {
+      for (size_t i = 0; i < 64; ++i) {
+        const size_t block = i / 16, word = i % 16 / 2;
+        const size_t column = 32 * half + word / 4 * 16 + block * 4 + word % 4;
+        of[half][i] = static_cast<uint8_t>(column + i % 2 * 64);
+      }
+    }
+  }
+};
+inline constexpr WeaveOrder kWeaveOrder;
 
 // y [128] += the rows' groups g and g + 1, which are numbers j and j + 1 of `factors`; kFours: rows / 4,
-// rounded up. fetch(c), for every c below 4 * kFours, is called between what is read.
-template <size_t kFours, class Row, class Fetch>
+// rounded up; kPlaces: their digits. fetch(c), for every c below 4 * kFours, is called between what is read.
+template <size_t kFours, size_t kPlaces, class Row, class Fetch>
 HWY_INLINE void AddPair(const GroupFactors& factors, size_t j, Row row, size_t count, size_t g,
                         float* HWY_RESTRICT y, Fetch fetch) {
   const DF df;
+  const GroupBytes du8;
   const GroupInts d32;
+  const hn::Repartition<uint16_t, GroupBytes> d16;
   const hn::Repartition<int8_t, GroupInts> d8;
-  const auto spread = [](const void* two) HWY_ATTR {
-    return hn::BitCast(GroupInts(), SpreadPair(static_cast<const float*>(two)));
-  };
-  const auto offset = spread(factors.offset + j), offset16 = hn::ShiftLeft<4>(offset);
-  VF low[4], high[4];
-  // Columns 4c ... 4c + 7 of every 16 pairs.
-  const auto half = [&](auto is_upper, size_t c) HWY_ATTR {
+  PairBytes lines[4 * kFours];
+  HWY_UNROLL(16)
+  for (size_t c = 0; c < 4 * kFours; ++c) {
+    lines[c] = hn::LoadU(du8, &row(std::min(c, count - 1)).pairs[g * (kInt4Group / 2)].both);
+  }
+  const auto group = [&](size_t half) HWY_ATTR {
+    const auto order = hn::SetTableIndices(du8, kWeaveOrder.of[half]);
     PairBytes woven[kFours][2];
     HWY_UNROLL(4)
     for (size_t f = 0; f < kFours; ++f) {
-      WeaveFour<is_upper()>(row, 4 * f, count, g, woven[f]);
-      fetch(4 * f + 2 * is_upper()), fetch(4 * f + 2 * is_upper() + 1);
+      const PairBytes* four = lines + 4 * f;
+      const auto a = hn::BitCast(d16, hn::TwoTablesLookupLanes(du8, four[0], four[1], order));
+      const auto b = hn::BitCast(d16, hn::TwoTablesLookupLanes(du8, four[2], four[3], order));
+      woven[f][0] = hn::BitCast(du8, hn::InterleaveLower(d16, a, b));
+      woven[f][1] = hn::BitCast(du8, hn::InterleaveUpper(d16, a, b));
+      fetch(4 * f + 2 * half), fetch(4 * f + 2 * half + 1);
     }
     auto both0 = hn::Zero(d32), both1 = both0, low0 = both0, low1 = both0;
     HWY_UNROLL(3)
-    for (size_t digit = 0; digit < 3; ++digit) {
-      if (digit != 0) {
+    for (size_t digit = 3 - kPlaces; digit < 3; ++digit) {
+      if (digit != 3 - kPlaces) {
         both0 = hn::ShiftLeft<8>(both0), both1 = hn::ShiftLeft<8>(both1);
         low0 = hn::ShiftLeft<8>(low0), low1 = hn::ShiftLeft<8>(low1);
       }
       HWY_UNROLL(4)
       for (size_t f = 0; f < kFours; ++f) {
-        const auto x = hn::BitCast(d8, spread(factors.words[f][digit] + j));
+        const auto x = hn::BitCast(d8, hn::Set(d32, static_cast<int32_t>(factors.words[f][digit][j + half])));
         both0 = hn::SumOfMulQuadAccumulate(d32, woven[f][0], x, both0);
         low0 = hn::SumOfMulQuadAccumulate(d32, LowHalves(woven[f][0]), x, low0);
         both1 = hn::SumOfMulQuadAccumulate(d32, woven[f][1], x, both1);
         low1 = hn::SumOfMulQuadAccumulate(d32, LowHalves(woven[f][1]), x, low1);
       }
     }
-    high[c] = hn::ConvertTo(df, hn::Sub(hn::Sub(both0, low0), offset16));
-    high[c + 1] = hn::ConvertTo(df, hn::Sub(hn::Sub(both1, low1), offset16));
-    low[c] = hn::ConvertTo(df, hn::Sub(low0, offset));
-    low[c + 1] = hn::ConvertTo(df, hn::Sub(low1, offset));
+    const auto offset = hn::Set(d32, factors.offset[j + half]), offset16 = hn::ShiftLeft<4>(offset);
+    const VF step = hn::Set(df, factors.step[j + half]), step16 = hn::Mul(step, hn::Set(df, 1.0f / 16));
+    float* to = y + half * kInt4Group;
+    const auto add = [=](auto sums, VF scale, float* at) HWY_ATTR {
+      hn::StoreU(hn::MulAdd(hn::ConvertTo(df, sums), scale, hn::LoadU(df, at)), df, at);
+    };
+    add(hn::Sub(low0, offset), step, to), add(hn::Sub(low1, offset), step, to + 16);
+    add(hn::Sub(hn::Sub(both0, low0), offset16), step16, to + 32);
+    add(hn::Sub(hn::Sub(both1, low1), offset16), step16, to + 48);
   };
-  half(std::false_type(), 0), half(std::true_type(), 2);
-  Unweave(low), Unweave(high);
-  const VF step0 = hn::Set(df, factors.step[j]), step1 = hn::Set(df, factors.step[j + 1]);
-  const auto add = [=](const VF* values, VF first, VF second, float* to) HWY_ATTR {
-    const auto one = [](VF value, VF step, float* at)
-                         HWY_ATTR { hn::StoreU(hn::MulAdd(value, step, hn::LoadU(DF(), at)), DF(), at); };
-    one(values[0], first, to), one(values[1], first, to + 16);
-    one(values[2], second, to + kInt4Group), one(values[3], second, to + kInt4Group + 16);
-  };
-  const VF sixteenth = hn::Set(df, 1.0f / 16);
-  add(low, step0, step1, y);
-  add(high, hn::Mul(step0, sixteenth), hn::Mul(step1, sixteenth), y + kInt4Group / 2);
+  group(0), group(1);
 }
 
 // y [64] += the rows' group g, in floats: h * scale * value is looked up in a register that holds it for all
@@ -255,12 +244,12 @@ HWY_INLINE void LookUpGroup(Row row, size_t count, const float* h, size_t g, flo
 }
 
 // y [128] += the rows' groups g and g + 1, which are numbers j and j + 1 of `factors`.
-template <class Row, class Fetch>
+template <size_t kPlaces, class Row, class Fetch>
 HWY_INLINE void AddGroups(const GroupFactors& factors, size_t j, Row row, size_t count, size_t g,
                           float* HWY_RESTRICT y, Fetch fetch) {
-  if (count <= 4) return AddPair<1>(factors, j, row, count, g, y, fetch);
-  if (kInt4Rows == 8 || count <= 8) return AddPair<2>(factors, j, row, count, g, y, fetch);
-  AddPair<kInt4Rows / 4>(factors, j, row, count, g, y, fetch);
+  if (count <= 4) return AddPair<1, kPlaces>(factors, j, row, count, g, y, fetch);
+  if (kInt4Rows == 8 || count <= 8) return AddPair<2, kPlaces>(factors, j, row, count, g, y, fetch);
+  AddPair<kInt4Rows / 4, kPlaces>(factors, j, row, count, g, y, fetch);
 }
 inline constexpr size_t kGroupsAtOnce = 2;
 
@@ -273,6 +262,7 @@ struct WordSums {
 };
 
 // y[0 ... 8) and y[16 ... 24) += (sums - offset) * step; lanes of `sums` are columns in that order.
+template <size_t kPlaces>
 HWY_INLINE void AddWords(const WordSums& sums, int32_t offset, float step, float* HWY_RESTRICT y) {
   const hn::Repartition<int16_t, GroupBytes> d16;
   const GroupInts d32;
@@ -280,7 +270,8 @@ HWY_INLINE void AddWords(const WordSums& sums, int32_t offset, float step, float
   // all + 256 * upper, and 65536 * top.
   const auto places = hn::BitCast(d16, hn::Set(d32, (256 << 16) + 1));
   const auto join = [=](auto lower, auto top) HWY_ATTR {
-    const auto whole = hn::Add(hn::WidenMulPairwiseAdd(d32, lower, places), hn::BitCast(d32, top));
+    auto whole = hn::WidenMulPairwiseAdd(d32, lower, places);
+    if constexpr (kPlaces == 3) whole = hn::Add(whole, hn::BitCast(d32, top));
     return hn::ConvertTo(df, hn::Sub(whole, hn::Set(d32, offset)));
   };
   const auto zero = hn::Zero(d16);
@@ -295,7 +286,7 @@ HWY_INLINE void AddWords(const WordSums& sums, int32_t offset, float step, float
 }
 
 // y [64] += the rows' group g, which is number j of `factors`.
-template <class Row, class Fetch>
+template <size_t kPlaces, class Row, class Fetch>
 HWY_INLINE void AddGroups(const GroupFactors& factors, size_t j, Row row, size_t count, size_t g,
                           float* HWY_RESTRICT y, Fetch) {
   const GroupBytes d8;
@@ -323,10 +314,11 @@ HWY_INLINE void AddGroups(const GroupFactors& factors, size_t j, Row row, size_t
         of_low = hn::Add(of_low, hn::SatWidenMulPairwiseAdd(d16, low_bytes, x));
         of_high = hn::Add(of_high, hn::SatWidenMulPairwiseAdd(d16, high_bytes, x));
       };
-      add(0, low.top, high.top), add(1, low.upper, high.upper), add(2, low.all, high.all);
+      if constexpr (kPlaces == 3) add(0, low.top, high.top);
+      add(1, low.upper, high.upper), add(2, low.all, high.all);
     }
-    AddWords(low, factors.offset[j], factors.step[j], y + side * 8);
-    AddWords(high, factors.offset[j], factors.step[j], y + side * 8 + kInt4Group / 2);
+    AddWords<kPlaces>(low, factors.offset[j], factors.step[j], y + side * 8);
+    AddWords<kPlaces>(high, factors.offset[j], factors.step[j], y + side * 8 + kInt4Group / 2);
   }
 }
 inline constexpr size_t kGroupsAtOnce = 1;
@@ -342,15 +334,15 @@ HWY_INLINE void LookUpGroup(Row row, size_t count, const float* h, size_t g, flo
 
 #if SHADOWC_DIGITS || SHADOWC_PAIRS
 
-// As AxpyTile, for one row and at most kInt4Rows weight rows.
-template <class Row, class Later>
+// As AxpyTile, for one row and at most kInt4Rows weight rows, with factors of kPlaces digits.
+template <size_t kPlaces, class Row, class Later>
 HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const float* h, size_t n,
                            size_t later_count, Later later) {
   const size_t groups = n / kInt4Group;
   GroupFactors factors;
   for (size_t first = 0; first < groups; first += GroupFactors::kGroups) {
     const size_t here = std::min(GroupFactors::kGroups, groups - first);
-    const bool split = count != 0 && factors.Split(row, count, h, first, here);
+    const bool split = count != 0 && factors.Split(row, count, h, first, here, kPlaces);
     for (size_t j = 0; j < here; j += 2) {
       const size_t g = first + j;
       // Where as many rows follow as are read.
@@ -363,7 +355,7 @@ HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const f
       for (size_t i = j; i < end;) {
         const bool add = split && i + kGroupsAtOnce <= end;
         float* to = y + (first + i) * kInt4Group;
-        if (add) AddGroups(factors, i, row, count, first + i, to, fetch);
+        if (add) AddGroups<kPlaces>(factors, i, row, count, first + i, to, fetch);
         if (!add) {
           for (size_t c = 0; c < kInt4Rows; ++c) fetch(c);
           LookUpGroup(row, count, h, first + i, to);
@@ -376,10 +368,17 @@ HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const f
 
 template <size_t kRows, class Row, class Later>
 HWY_INLINE void AxpyRows(float* const* y, Row row, size_t count, const float* h, size_t h_stride, size_t n,
-                         size_t later_count, Later later) {
+                         Int4Digits digits, size_t later_count, Later later) {
   if constexpr (std::is_same_v<decltype(row(0)), Int4Pointer>) {
-    for (size_t r = 0; r < kRows; ++r)
-      AxpyGroups(y[r], row, count, h + r * h_stride, n, r == 0 ? later_count : 0, later);
+    for (size_t r = 0; r < kRows; ++r) {
+      const float* factors = h + r * h_stride;
+      const size_t fetched = r == 0 ? later_count : 0;
+      if (digits == Int4Digits::kTwo) {
+        AxpyGroups<2>(y[r], row, count, factors, n, fetched, later);
+      } else {
+        AxpyGroups<3>(y[r], row, count, factors, n, fetched, later);
+      }
+    }
   } else {
     if constexpr (kReadInOrder && kRows == 1 && std::is_same_v<decltype(row(0)), const int8_t*>) {
       const bool known = later_count != 0;
@@ -397,7 +396,7 @@ HWY_INLINE void AxpyRows(float* const* y, Row row, size_t count, const float* h,
 
 template <size_t kRows, class Row, class Later>
 HWY_INLINE void AxpyRows(float* const* y, Row row, size_t count, const float* h, size_t h_stride, size_t n,
-                         size_t later_count, Later later) {
+                         Int4Digits, size_t later_count, Later later) {
   AxpyTile<kRows>(y, row, count, h, h_stride, n, later_count, later);
 }
 

@@ -87,7 +87,8 @@ inline const float* NormaliseRows(const float* x, const Norm& norm, size_t rows,
 template <class W>
 class OneRowOfX {
  public:
-  OneRowOfX(const float* x, const Norm& norm, size_t n) : x_(x), norm_(norm), n_(n) {}
+  OneRowOfX(const float* x, const Norm& norm, size_t n, Int4Digits digits = Int4Digits::kThree)
+      : x_(x), norm_(norm), n_(n), digits_(digits) {}
 
   // Whether this thread has prepared it.
   bool IsReady() const { return call_.Has(); }
@@ -110,7 +111,7 @@ class OneRowOfX {
         row = normalised;
       }
       auto* prepared = new (arena->Take<Activations<W>>(1)) Activations<W>;
-      prepared->Prepare(row, n_, arena->Take<int8_t>(Activations<W>::Bytes(n_)));
+      prepared->Prepare(row, n_, arena->Take<int8_t>(Activations<W>::Bytes(n_)), digits_);
       return prepared;
     });
   }
@@ -119,6 +120,7 @@ class OneRowOfX {
   const float* x_;
   Norm norm_;
   size_t n_;
+  Int4Digits digits_;
   PerThread call_;
 };
 

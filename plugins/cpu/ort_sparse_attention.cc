@@ -134,6 +134,7 @@ class SparseAttentionKernel {
     a.past = past.data;
     a.kv_active_only = kv_active_only_;
     a.rounding = a.selection.tail < a.tokens ? rounding_ : Rounding::kNone;
+    a.int4_digits = rounding_ == Rounding::kFreely ? Int4Digits::kTwo : Int4Digits::kThree;
     a.y = Output<float>(context, kY, x.shape);
     a.present_key = Output<C>(context, kPresentKey, key.shape);
     a.present_value = Output<C>(context, kPresentValue, value.shape);

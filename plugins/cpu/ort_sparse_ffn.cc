@@ -64,6 +64,7 @@ class SparseFfnKernel {
     a.block = static_cast<size_t>(block_);
     a.skip_zeros = skip_zeros_;
     a.rounding = a.selection.tail < a.tokens ? rounding_ : Rounding::kNone;
+    a.int4_digits = rounding_ == Rounding::kFreely ? Int4Digits::kTwo : Int4Digits::kThree;
     a.y = Output<float>(context, kY, x.shape);
     WriteRead(context, kRead, SparseFfn(a, HostPool(raw)));
   }

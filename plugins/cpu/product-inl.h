@@ -107,7 +107,7 @@ void OneRow(const P& product, const OneRowOfX<W>& x, float* y, const Parallel& p
 template <class W, class P>
 void ManyRows(const P& product, const float* x, size_t inputs, size_t rows, float* y, size_t stride,
               CallArena* arena, const Parallel& parallel) {
-  const Activations<W>* prepared = PrepareRows<W>(x, rows, inputs, arena, parallel);
+  const Activations<W>* prepared = PrepareRows<W>(x, rows, inputs, Int4Digits::kThree, arena, parallel);
   const size_t tiles = (rows + kTileRows - 1) / kTileRows, tasks = product.Tasks();
   parallel.For(tiles * tasks, [&](size_t i) {
     const size_t first = i / tasks * kTileRows;

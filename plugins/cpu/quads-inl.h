@@ -28,7 +28,7 @@ struct QuadWeight {};
 #if SHADOWC_DIGITS
 
 template <>
-struct Activations<QuadWeight> : DigitRow {};
+struct Activations<QuadWeight> : Activations<int8_t> {};
 
 #elif SHADOWC_PAIRS
 
@@ -46,7 +46,7 @@ struct Activations<QuadWeight> {
   static constexpr size_t kMost = 4096;
 
   static size_t Bytes(size_t n) { return hwy::RoundUpTo(n, hn::Lanes(DF())) * 2 * sizeof(int16_t); }
-  void Prepare(const float* row, size_t n, int8_t* memory) {
+  void Prepare(const float* row, size_t n, int8_t* memory, Int4Digits) {
     x = row;
     digits = reinterpret_cast<int16_t*>(memory);
     const float largest = LargestOf(x, n);

@@ -170,7 +170,7 @@ ReadCount ManyRows(const AttentionArgs& a, CallArena* arena, const Parallel& par
   Panels panels{};
   if (kernels != nullptr) panels = TakePanels(*kernels, arena, PanelsOf(rows), a.width, a.rounding);
   if (kernels == nullptr || SplitForProjection(*kernels, a, panels, left, parallel)) {
-    const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, arena, parallel);
+    const Activations<W>* x = PrepareRows<W>(a.x, rows, a.width, a.int4_digits, arena, parallel);
     const Tiling general = kernels == nullptr ? tiling : OnlyRows(left, tiling, arena);
     parallel.For(tiles * a.heads,
                  [&](size_t i) { ProjectTile<W>(a, x, general, i % tiles, i / tiles, query); });

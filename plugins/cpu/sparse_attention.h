@@ -50,6 +50,7 @@ struct AttentionArgs {
   bool kv_active_only;
   const float* residual;  // x where the operator has a norm, else null; set by the kernel
   Rounding rounding;      // none where every token is masked
+  Int4Digits int4_digits;
   float* y;
   void* present_key;
   void* present_value;

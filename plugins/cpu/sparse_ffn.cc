@@ -100,7 +100,7 @@ template <class W>
 ReadCount OneRow(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
   const size_t pieces = PiecesOf(a, 2 * RowElements<W>(a.width) * sizeof(W));
   const RowSelection selection = SelectionOf(a.selection, a.tokens, 0);
-  const OneRowOfX<W> x(a.x, a.norm, a.width);
+  const OneRowOfX<W> x(a.x, a.norm, a.width, a.int4_digits);
   const auto row = a.skip_zeros ? &RowSkippingZeros<W> : &RowWholeRecords<W>;
   float* partial = arena->Take<float>(pieces * a.width);
   SumTree sums(partial, pieces, a.width, arena);
@@ -221,7 +221,7 @@ class ManyRows {
 
 template <class W>
 ReadCount RunManyRows(const FfnArgs& a, const uint8_t* wanted, CallArena* arena, const Parallel& parallel) {
-  const Activations<W>* x = PrepareRows<W>(a.x, a.batch * a.tokens, a.width, arena, parallel);
+  const Activations<W>* x = PrepareRows<W>(a.x, a.batch * a.tokens, a.width, a.int4_digits, arena, parallel);
   return ManyRows<W>(a, x, wanted, arena, parallel).Run(arena, parallel);
 }
 

@@ -31,6 +31,7 @@ struct FfnArgs {
   bool skip_zeros;
   const float* residual;  // x where the operator has a norm, else null; set by the kernel
   Rounding rounding;      // none where every token is masked
+  Int4Digits int4_digits;
   float* y;
 };
 

@@ -120,6 +120,10 @@ size_t PiecesOf(size_t bytes, size_t most);
 // depend on the result; or so finely that the masks of all later layers hardly change.
 enum class Rounding : uint8_t { kNone, kFreely, kFinely };
 
+// How many digits rows of activations have where they meet int4 weights row by row: three, or two where those
+// round finely (int4-inl.h). Others have no choice.
+enum class Int4Digits : uint8_t { kThree, kTwo };
+
 // A layer norm in front of an operator, [E] each: the operator reads LayerNorm(x) and adds x to its result.
 // Null: there is none, x is read as it is and not added.
 struct Norm {

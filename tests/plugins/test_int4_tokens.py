@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tokens that meet int4 weights where results may be rounded freely (`few_digits` 1): two digits of rows and factors."""
+
+from __future__ import annotations
+
+import contextlib
+
+import numpy as np
+import pytest
+
+from shadowc.runtime.library import OpLibrary
+from shadowc.spec.ops import INT4_GROUP, SPARSE_ATTENTION, SPARSE_FFN
+from tests.plugins import elsewhere, kernels, numpy_reference, test_sparse_attention, test_sparse_ffn
+from tests.plugins.test_few_digits import distance
+
+TOGETHER = {"avx2": 8, "avx512": 8, "avx512_icelake": 16, "avx512_zen4": 8, "avx512_amx": 16}
+"""Rows whose factors are rounded together, by level (kInt4Rows in plugins/cpu/int4_sum-inl.h). Others take floats."""
+TWO_DIGITS = 32600
+"""What the largest value of two digits becomes."""
+SIXTEEN_BITS = 1e-4
+"""What is lost, of the largest value of a result; a digit less loses some 1e-2."""
+NEARER = 0.2
+"""Hidden values that differ in their last bits round to neighbours: far less than the rounding itself."""
+
+
+@pytest.fixture(params=["here", "avx2", "avx512_icelake"])
+def level(request):
+    """The level that a test runs at: this processor's own, and others that round in another way."""
+    here = OpLibrary.installed().isa
+    if request.param == "here":
+        if here not in TOGETHER:
+            pytest.skip("int4 weights meet floats at this level")
+        yield here
+        return
+    if request.param == here:
+        pytest.skip("this processor's own level")
+    with contextlib.ExitStack() as stack:
+        try:
+            run = stack.enter_context(elsewhere.at_level(request.param))
+        except elsewhere.UnavailableError as reason:
+            pytest.skip(str(reason))
+        stack.enter_context(elsewhere.kernels_run_by(run))
+        yield request.param
+
+
+def operands(seed, **shape):
+    """Tokens that are all masked."""
+    return test_sparse_ffn.operands(np.random.default_rng(seed), dtype="int4", **shape)
+
+
+def ffn(arrays, few_digits=1, **attributes):
+    return kernels.run(SPARSE_FFN, arrays, few_digits=few_digits, **attributes)["y"]
+
+
+def attention(arrays, few_digits=1):
+    return kernels.run(SPARSE_ATTENTION, arrays, few_digits=few_digits)
+
+
+def to_whole(x, most, axis=None):
+    """In steps of the largest value over `axis` / most."""
+    step = np.abs(x).max(axis, keepdims=True) / most
+    step[step == 0] = 1  # of zeros
+    return np.round(x / step) * step
+
+
+def rounded_rows(x, at, second_half=1):
+    """What rows are multiplied as. With AVX-512 first halves of groups have four bits more."""
+    if at.startswith("avx512_"):
+        halves = x.reshape(*x.shape[:-1], -1, 2, INT4_GROUP // 2)
+        step = np.abs(x).max(-1)[..., None, None, None] / (TWO_DIGITS * 16)
+        steps = step * np.array([1, 16 * second_half])[:, None]
+        return (np.round(halves / steps) * steps).reshape(x.shape)
+    return to_whole(x, TWO_DIGITS, -1)
+
+
+def as_defined(arrays, at, second_half=1, most=TWO_DIGITS):
+    """The FFN of tokens that compute every neuron, in float64; factors are rounded by as many neurons as are added.
+
+    AVX-512 adds two groups of columns at a time, and a last one without a second in floats.
+    """
+    fc1, fc2 = np.moveaxis(numpy_reference.real(arrays["w"], arrays["scales"]), 1, 0)
+    hidden = np.maximum(rounded_rows(arrays["x"].astype(np.float64), at, second_half) @ fc1.T + arrays["b1"], 0)
+    factors = hidden[..., None] * arrays["scales"][:, 1].astype(np.float64)  # [B,S,F,groups]
+    whole = factors.reshape(*hidden.shape[:2], -1, TOGETHER[at], factors.shape[-1])
+    rounded = to_whole(whole, most, 3).reshape(factors.shape)
+    if at.startswith("avx512_") and factors.shape[-1] % 2 == 1:
+        rounded[..., -1] = factors[..., -1]
+    values = (fc2.reshape(*arrays["scales"][:, 1].shape, INT4_GROUP) / arrays["scales"][:, 1, :, None]).round()
+    return np.einsum("bsfg,fgj->bsgj", rounded, values).reshape(*hidden.shape[:2], -1) + arrays["b2"]
+
+
+def dense_tokens(seed, **shape):
+    arrays = operands(seed, **shape)
+    arrays["threshold"][:] = -np.inf
+    return arrays
+
+
+def nearer(found, defined, exact):
+    """How far the kernel is from its definition, of how far that is from exact products."""
+    return distance(found, defined) / distance(defined, exact)
+
+
+@pytest.mark.parametrize("E", [320, 384])
+def test_rows_and_factors_of_tokens_are_rounded_as_defined(level, E):
+    arrays = dense_tokens(1, B=5, F=96, E=E)
+    exact = numpy_reference.sparse_ffn(**arrays)[0]
+    found, defined = ffn(arrays), as_defined(arrays, level)
+    assert nearer(found, defined, exact) < NEARER
+    assert 1e-6 < distance(found, exact) < SIXTEEN_BITS
+
+
+@pytest.mark.parametrize("planted", [{"second_half": 16}, {"most": 127}, {"most": TWO_DIGITS / 2}])
+def test_a_coarser_rounding_of_tokens_would_be_noticed(planted):
+    """Four bits less of the second halves, a digit less of the factors, and one bit less."""
+    at = "avx512_zen4"
+    arrays = dense_tokens(1, B=5, F=96, E=320)
+    exact = numpy_reference.sparse_ffn(**arrays)[0]
+    assert nearer(as_defined(arrays, at, **planted), as_defined(arrays, at), exact) > 1.5 * NEARER
+
+
+@pytest.mark.parametrize("skip_zeros", [0, 1])
+def test_tokens_of_any_mask_are_rounded_to_sixteen_bits(level, skip_zeros):
+    for seed, shape in enumerate([{"F": 70, "E": 64}, {"F": 41, "E": 192, "block": 3}, {"F": 1030, "E": 1088, "B": 3}]):
+        arrays = operands(seed, norm=True, **shape)
+        block = shape.get("block", 1)
+        found = ffn(arrays, skip_zeros=skip_zeros, block=block)
+        kernels.assert_close(found, numpy_reference.sparse_ffn(**arrays, block=block)[0], SIXTEEN_BITS)
+
+
+@pytest.mark.parametrize("cache", test_sparse_attention.CACHES)
+def test_attention_of_tokens_is_rounded_to_sixteen_bits(level, cache):
+    for seed, shape in enumerate([{"H": 4, "D": 64}, {"H": 4, "D": 80}, {"H": 2, "D": 32, "B": 3}]):
+        arrays = test_sparse_attention.operands(np.random.default_rng(seed), dtype="int4", cache=cache, **shape)
+        found, exact = attention(arrays), attention(arrays, few_digits=0)
+        tolerance = max(SIXTEEN_BITS, kernels.CACHE_TOLERANCE[cache])
+        for name in ("y", "context"):
+            kernels.assert_close(found[name], exact[name], tolerance)
+        assert (found["y"] != exact["y"]).any()
+        for name in ("present_key", "present_value"):
+            live, expected = (test_sparse_attention.live(one[name], arrays) for one in (found, exact))
+            kernels.assert_close(live, expected, tolerance)
+        np.testing.assert_array_equal(found["read"], exact["read"])
+
+
+def test_where_rounding_has_to_be_fine_tokens_are_exact(level):
+    arrays = operands(2, B=3, F=70, E=192)
+    np.testing.assert_array_equal(ffn(arrays, few_digits=2), ffn(arrays, few_digits=0))
+    arrays = test_sparse_attention.operands(np.random.default_rng(2), dtype="int4", B=2, H=4, D=64)
+    found, exact = attention(arrays, few_digits=2), attention(arrays, few_digits=0)
+    np.testing.assert_array_equal(found["y"], exact["y"])
+
+
+def test_a_token_has_the_same_bits_alone_and_in_any_batch(level):
+    """Rows of a batch share a mask here: how factors are rounded depends on the neurons that are added together."""
+    arrays = operands(3, B=9, F=200, E=192, shared=True)
+    arrays["x"][4:] *= 50
+    together = ffn(arrays)
+    for row in range(9):
+        alone = arrays | {"x": arrays["x"][row : row + 1]}
+        np.testing.assert_array_equal(ffn(alone)[0], together[row])
+    arrays = test_sparse_attention.operands(np.random.default_rng(3), dtype="int4", B=5, H=4, D=64, shared=True)
+    together = attention(arrays)
+    by_row = ("x", "start", "past", "past_key", "past_value")
+    for row in range(5):
+        alone = arrays | {name: arrays[name][row : row + 1] for name in by_row}
+        np.testing.assert_array_equal(attention(alone)["y"][0], together["y"][row])
+
+
+def test_tokens_repeat_their_bits_at_any_number_of_threads(level):
+    arrays = operands(4, F=2100, E=192)
+    first = ffn(arrays)
+    for threads in (1, 3):
+        np.testing.assert_array_equal(ffn(arrays, threads=threads), first)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e35, 1e-38])
+def test_a_token_that_has_no_digits_is_summed_in_floats(level, value):
+    arrays = operands(5, B=3, F=70, E=192)
+    clean = ffn(arrays)
+    arrays["x"][1] = 0
+    arrays["x"][1, 0, 3] = value
+    found, exact = ffn(arrays), ffn(arrays, few_digits=0)
+    np.testing.assert_array_equal(found[[0, 2]], clean[[0, 2]])
+    kernels.assert_close(found[1], exact[1], SIXTEEN_BITS)
+
+
+def test_levels_that_meet_int4_with_floats_round_nothing():
+    with contextlib.ExitStack() as stack:
+        try:
+            run = stack.enter_context(elsewhere.at_level("sse4"))
+        except elsewhere.UnavailableError as reason:
+            pytest.skip(str(reason))
+        stack.enter_context(elsewhere.kernels_run_by(run))
+        arrays = operands(6, B=3, F=70, E=192)
+        np.testing.assert_array_equal(ffn(arrays), ffn(arrays, few_digits=0))
