@@ -19,8 +19,8 @@ TWO_DIGITS = 32600
 """What the largest value of two digits becomes."""
 SIXTEEN_BITS = 1e-4
 """What is lost, of the largest value of a result; a digit less loses some 1e-2."""
-NEARER = 0.2
-"""Hidden values that differ in their last bits round to neighbours: far less than the rounding itself."""
+NEARER = 0.5
+"""Hidden values that differ in their last bits round to neighbours, now and then: less than the rounding itself."""
 
 
 @pytest.fixture(params=["here", "avx2", "avx512_icelake"])
@@ -96,8 +96,8 @@ def dense_tokens(seed, **shape):
 
 
 def nearer(found, defined, exact):
-    """How far the kernel is from its definition, of how far that is from exact products."""
-    return distance(found, defined) / distance(defined, exact)
+    """How far the kernel is from its definition, of how far that is from exact products (root mean squares)."""
+    return np.sqrt(np.mean((found - defined) ** 2) / np.mean((defined - exact) ** 2))
 
 
 @pytest.mark.parametrize("E", [320, 384])
@@ -115,7 +115,7 @@ def test_a_coarser_rounding_of_tokens_would_be_noticed(planted):
     at = "avx512_zen4"
     arrays = dense_tokens(1, B=5, F=96, E=320)
     exact = numpy_reference.sparse_ffn(**arrays)[0]
-    assert nearer(as_defined(arrays, at, **planted), as_defined(arrays, at), exact) > 1.5 * NEARER
+    assert nearer(as_defined(arrays, at, **planted), as_defined(arrays, at), exact) > 2 * NEARER
 
 
 @pytest.mark.parametrize("skip_zeros", [0, 1])
