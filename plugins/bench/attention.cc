@@ -46,6 +46,7 @@ Operator Attention(shadowc::WeightType type, Layers* layers, const Case& what, s
     a.past_key = a.present_key = layers->key.data(), a.past_value = a.present_value = layers->value.data();
     a.start = &start, a.past = &what.past, a.kv_active_only = what.active_only;
     a.rounding = what.few_digits ? shadowc::Rounding::kFreely : shadowc::Rounding::kNone;
+    a.int4_digits = what.few_digits ? shadowc::Int4Digits::kTwo : shadowc::Int4Digits::kThree;
     a.y = y->data();
     a.context = y->data() + what.tokens * kWidth;
     const double weights = static_cast<double>(shadowc::SparseAttention(a, ThePool()).bytes);
@@ -68,7 +69,9 @@ void RegisterAttention() {
   for (const auto& [name, type] : kTypes) {
     for (const Case& what : {Case{1, 128, 1.0f, false}, Case{1, 128, 0.5f, false}, Case{1, 128, 0.2f, false},
                              Case{1, 128, 0.5f, true}, Case{1, 1900, 1.0f, false}, Case{1, 1900, 0.5f, false},
+                             Case{1, 128, 1.0f, false, true}, Case{1, 128, 0.5f, false, true},
                              Case{512, 0, 1.0f, false}, Case{512, 0, 1.0f, false, true}}) {
+      if (what.few_digits && what.tokens == 1 && type != shadowc::WeightType::kInt4) continue;  // the same
       const std::string title =
           std::string("SparseAttention/") + name + "/tokens:" + std::to_string(what.tokens) +
           "/past:" + std::to_string(what.past) +

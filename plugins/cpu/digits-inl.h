@@ -2,12 +2,13 @@
 // Exact dot products of activations with int8 weights, once per SIMD target that has an 8-bit dot
 // instruction; and the digits of a row, for int4 with AVX2 too.
 //
-// A row x becomes integers X = round(x / step) of 24 bits, written in three balanced digits of base 256, each
-// in -128 ... 127: X = 65536 a + 256 b + c. A product with int8 weights is then three sums of 8-bit products,
-// exact in int32, and independent of the order in which they are added. What is lost is the rounding of x to
-// max|x| * 6e-8, no more than a float32 sum loses anywhere. Four weights and four digits are one lane of one
-// instruction, where converting the weights to float takes three instructions for each lane of its own: at
-// the bandwidth of one core that is the difference between waiting for memory and waiting for the conversion.
+// A row x becomes integers X = round(x / step) of 24 bits (of 16 for int4, if it may), written in three
+// balanced digits of base 256, each in -128 ... 127: X = 65536 a + 256 b + c. A product with int8 weights is
+// then three sums of 8-bit products, exact in int32, and independent of the order in which they are added.
+// What is lost is the rounding of x to max|x| * 6e-8, no more than a float32 sum loses anywhere. Four weights
+// and four digits are one lane of one instruction, where converting the weights to float takes three
+// instructions for each lane of its own: at the bandwidth of one core that is the difference between waiting
+// for memory and waiting for the conversion.
 
 #if defined(SHADOWC_CPU_DIGITS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SHADOWC_CPU_DIGITS_INL_H_

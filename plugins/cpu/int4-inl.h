@@ -70,7 +70,7 @@ struct Activations<Int4Pair> {
   static size_t Stride(size_t n) { return hwy::RoundUpTo(n / 2, hn::Lanes(GroupBytes())); }
   static size_t Bytes(size_t n) { return 6 * Stride(n) + n / kInt4Group * sizeof(float); }
   // `memory` holds Bytes(n).
-  void Prepare(const float* row, size_t n, int8_t* memory, Int4Digits most) {
+  void Prepare(const float* row, size_t n, int8_t* memory, Int4Digits allowed) {
     x = row;
     digits = memory;
     stride = Stride(n);
@@ -79,7 +79,7 @@ struct Activations<Int4Pair> {
     const float largest = LargestOf(row, n);
     exact_ = n <= kMostInDigits && HasDigits(largest);
     if (!exact_) return;
-    places = most == Int4Digits::kTwo ? 2 : 3;
+    places = allowed == Int4Digits::kTwo ? 2 : 3;
     const float reach = places == 2 ? kMostInTwo : kMost;
     step = largest / reach;
     for (size_t i = n / 2; i < stride; ++i) {
@@ -249,8 +249,8 @@ struct Activations<Int4Pair> : DigitRow {
   const float* offsets = nullptr;  // [groups], 8 * sum of X in the group: weights are stored plus 8
 
   static size_t Bytes(size_t n) { return DigitRow::Bytes(n) + n / kInt4Group * sizeof(float); }
-  void Prepare(const float* row, size_t n, int8_t* memory, Int4Digits most) {
-    places = most == Int4Digits::kTwo ? 2 : 3;
+  void Prepare(const float* row, size_t n, int8_t* memory, Int4Digits allowed) {
+    places = allowed == Int4Digits::kTwo ? 2 : 3;
     DigitRow::Prepare(row, n, memory, places == 2 ? kMostTwoDigits : kMostDigits);
     float* to = reinterpret_cast<float*>(memory + DigitRow::Bytes(n));
     offsets = to;

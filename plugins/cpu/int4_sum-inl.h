@@ -2,11 +2,11 @@
 // Int4 weight rows added to rows of y, once per SIMD target.
 //
 // With AVX-512, up to kInt4Rows rows are added together. The factors h * scale of one group of columns become
-// integers X of some 21 bits, relative to the largest of them, in three digits (see digits-inl.h). The bytes
-// of four rows are woven into lanes of four pairs, one of each row, and multiplied with four digits at once:
-// as they are, low + 16 * high, and their low halves alone; 16 times the sum of the high halves is the
-// difference. All are exact integers: the result depends on which rows with factors other than zero share a
-// call, not on where they stand in it. With AVX2 it is two rows and two digits of X of 24 bits.
+// integers X of some 21 bits, relative to the largest of them, in three digits (see digits-inl.h), or of 16
+// in two. The bytes of four rows are woven into lanes of four pairs, one of each row, and multiplied with
+// four digits at once: as they are, low + 16 * high, and their low halves alone; 16 times the sum of the high
+// halves is the difference. All are exact integers: the result depends on which rows with factors other than
+// zero share a call, not on where they stand in it. With AVX2 it is two rows and two digits of X of 24 bits.
 
 #if defined(SHADOWC_CPU_INT4_SUM_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SHADOWC_CPU_INT4_SUM_INL_H_
@@ -49,7 +49,7 @@ struct GroupFactors {
   alignas(64) int32_t offset[kGroups];  // 8 * sum of X: weights are stored plus 8
   alignas(64) float step[kGroups];      // a factor is about step * X
 
-  // Of groups g ... g + count. False if a factor has no digits: it is tiny, infinite or NaN.
+  // Of groups g ... g + count, in so many digits. False if a factor has none: it is tiny, infinite or NaN.
   template <class Row>
   HWY_INLINE bool Split(Row row, size_t rows, const float* h, size_t g, size_t count, size_t places) {
     const float reach = places == 2 ? kMostTwoDigits : kMost;

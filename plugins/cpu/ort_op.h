@@ -173,7 +173,8 @@ struct OpBase : Ort::CustomOpBase<Op, Kernel, true> {
 
 // Attribute `few_digits` of both sparse operators: whether calls with tokens that are not masked, which is
 // what prompts are, may round activations and weights (panels.h); 0 not at all, 1 freely, 2 finely. Constant
-// scores that mask nothing have a tail of one token.
+// scores that mask nothing have a tail of one token. Where 1, int4 has fewer digits in all calls
+// (Int4Digits).
 Rounding RoundingOf(const Ort::ConstKernelInfo& info);
 
 // Of a norm that a sparse operator takes; the default of ONNX's LayerNormalization.

@@ -48,9 +48,9 @@ struct AttentionArgs {
   const int64_t* start;
   const int64_t* past;
   bool kv_active_only;
-  const float* residual;  // x where the operator has a norm, else null; set by the kernel
-  Rounding rounding;      // none where every token is masked
-  Int4Digits int4_digits;
+  const float* residual;   // x where the operator has a norm, else null; set by the kernel
+  Rounding rounding;       // none where every token is masked
+  Int4Digits int4_digits;  // of all tokens
   float* y;
   void* present_key;
   void* present_value;

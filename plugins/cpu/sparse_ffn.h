@@ -29,9 +29,9 @@ struct FfnArgs {
   const float* b2;
   size_t neurons, block;
   bool skip_zeros;
-  const float* residual;  // x where the operator has a norm, else null; set by the kernel
-  Rounding rounding;      // none where every token is masked
-  Int4Digits int4_digits;
+  const float* residual;   // x where the operator has a norm, else null; set by the kernel
+  Rounding rounding;       // none where every token is masked
+  Int4Digits int4_digits;  // of all tokens
   float* y;
 };
 

@@ -51,7 +51,7 @@ Refresh = Annotated[
 ]
 SkipZeros = Annotated[bool, typer.Option("--skip-zeros/--no-skip-zeros", help="Skip fc2 where ReLU gave 0 (exact).")]
 ExactPrompts = Annotated[
-    bool, typer.Option("--exact-prompts", help="cpu: compute prompts as exactly as tokens, at half the pace.")
+    bool, typer.Option("--exact-prompts", help="cpu: round no activations of prompts and int4 tokens: half the pace.")
 ]
 MaxBatch = Annotated[int, typer.Option("--max-batch", help="TensorRT: most rows at once.", min=1)]
 MaxContext = Annotated[int, typer.Option("--max-context", help="TensorRT: most tokens; 0: the model's context.", min=0)]

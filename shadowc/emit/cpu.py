@@ -59,7 +59,7 @@ def emit_cpu(
         staging: an existing folder.
         fixed: the same model with masks as inputs; its weights are among the program's.
         density: default of the density inputs, if the graph has them.
-        exact_prompts: prompts are computed with the digits that tokens are computed with.
+        exact_prompts: nothing is rounded: prompts, and tokens with int4 weights, are computed with all digits.
         progress: told how many bytes of weights are written.
     """
     from shadowc.spec import oracle

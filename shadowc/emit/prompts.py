@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes prompts fast in a graph of target cpu, whatever program runs it.
 
-Logits that nobody asks for are left out, and operators may round.
+Logits that nobody asks for are left out, and operators may round; where they may freely, int4 tokens round as well.
 Letters: B rows, S new tokens, V vocabulary.
 """
 
@@ -45,7 +45,7 @@ def give_logits_a_start(model: onnx.ModelProto) -> None:
 
 
 def give_prompts_few_digits(model: onnx.ModelProto) -> None:
-    """Let operators compute prompts in blocks that may round (plugins/cpu/panels.h).
+    """Let operators compute prompts in blocks that may round (plugins/cpu/panels.h), and int4 tokens with 16 bits.
 
     Layer 0's attention does not: what it gives decides the masks. Where every layer makes masks of its own (styles
     dejavu and shadow+), what a layer rounds reaches only the masks behind it: the first layers round finely, attention,

@@ -88,12 +88,13 @@ def load(
         refresh: override after how many tokens a mask of a sequence is made anew, 0 for never; None keeps it.
         memory: where the weights lie. "shared" (None): the file is mapped, processes share it. "private": a copy in
             large pages, which is faster where the page cache holds the file in small ones (`shadowc bench` tells).
-        exact_prompts: prompts meet weights as all other tokens do, whatever the engine was compiled for: int8 with
-            activations of 24 bits or floats, others row by row. False: as it was compiled, by default int8 and int4
+        exact_prompts: activations are not rounded, whatever the engine was compiled for: prompts meet int8 weights with
+            24 bits or floats, others row by row, and tokens meet int4 weights with 20 to 24 bits. False: as it was compiled, by default int8 and int4
             with 8 bits, or 16 in a row with outliers (12 with AVX2), int4 with one scale a row, bf16 with
             activations of bf16 where the CPU multiplies those. Masks are the same; where every layer makes masks of its
             own (styles dejavu, shadow+) the first layers take 16 bits in int8 (12 with AVX2) and leave int4 and bf16 as
-            they are, and hardly a unit differs (docs/decisions.md).
+            they are, and hardly a unit differs (docs/decisions.md). In layers that take
+            8 bits in prompts, tokens meet int4 weights with 16.
 
     Raises:
         InputError: no engine is there, or an argument is out of range.

@@ -54,7 +54,7 @@ def with_skip_zeros(model: onnx.ModelProto, on: bool) -> onnx.ModelProto:
 
 
 def with_exact_prompts(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph whose operators compute prompts with all digits, as tokens (`give_prompts_few_digits` in emit)."""
+    """The graph whose operators compute with all digits, whatever meets them (`give_prompts_few_digits` in emit)."""
     from shadowc.spec.oracle import drop_few_digits
 
     copy = _copy(model)

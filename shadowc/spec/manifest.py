@@ -189,7 +189,7 @@ class EngineManifest(_Part):
     """None: a dense engine."""
     bytes_per_token: BytesPart
     exact_prompts: bool = False
-    """Target cpu: the graphs compute prompts with the digits of tokens (`shadowc compile --exact-prompts`)."""
+    """Target cpu: the graphs compute prompts and int4 tokens with all digits (`shadowc compile --exact-prompts`)."""
     parity: dict[str, object]
     """How the numbers were checked; `on_device` is False where no engine ran, only its graph."""
     build_key: str

@@ -103,7 +103,11 @@ _NORM = Extension(
 )
 FEW_DIGITS = "few_digits"
 _ROUNDING = Attribute(
-    FEW_DIGITS, "int", 0, "whether calls with unmasked tokens may round activations: 0 not at all, 1 freely, 2 finely"
+    FEW_DIGITS,
+    "int",
+    0,
+    "whether activations may be rounded: 0 not at all; 1 freely in calls with unmasked tokens, and to 16 bits in any "
+    "call that meets int4 row by row; 2 finely in calls with unmasked tokens",
 )
 _READ = Operand(
     "read",

@@ -137,7 +137,7 @@ class CompileOptions(_Frozen):
     """With mask "sequence": every so many tokens the mask is made anew; 0: never."""
     skip_zeros: bool = True
     exact_prompts: bool = False
-    """Prompts are computed with the digits that tokens are computed with, wherever the engine runs; see
+    """Prompts, and tokens with int4 weights, are computed with all digits, wherever the engine runs; see
     `shadowc.load`. For target cpu."""
     load_format: Literal["auto", "dummy"] = "auto"
     offline: bool = False

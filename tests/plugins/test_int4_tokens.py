@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that meet int4 weights where results may be rounded freely (`few_digits` 1): two digits of rows and factors."""
+"""Tokens that meet int4 weights where results may be rounded freely (`few_digits` 1): rows and factors of 16 bits."""
 
 from __future__ import annotations
 
@@ -63,23 +63,22 @@ def to_whole(x, most, axis=None):
     return np.round(x / step) * step
 
 
-def rounded_rows(x, at, second_half=1):
-    """What rows are multiplied as. With AVX-512 first halves of groups have four bits more."""
+def rounded_rows(x, at, most):
+    """What rows are multiplied as. With AVX-512 VNNI first halves of groups have four bits more."""
     if at.startswith("avx512_"):
         halves = x.reshape(*x.shape[:-1], -1, 2, INT4_GROUP // 2)
-        step = np.abs(x).max(-1)[..., None, None, None] / (TWO_DIGITS * 16)
-        steps = step * np.array([1, 16 * second_half])[:, None]
+        steps = np.abs(x).max(-1)[..., None, None, None] / most * np.array([1 / 16, 1])[:, None]
         return (np.round(halves / steps) * steps).reshape(x.shape)
-    return to_whole(x, TWO_DIGITS, -1)
+    return to_whole(x, most, -1)
 
 
-def as_defined(arrays, at, second_half=1, most=TWO_DIGITS):
+def as_defined(arrays, at, most=TWO_DIGITS, row=TWO_DIGITS):
     """The FFN of tokens that compute every neuron, in float64; factors are rounded by as many neurons as are added.
 
-    AVX-512 adds two groups of columns at a time, and a last one without a second in floats.
+    AVX-512 VNNI adds two groups of columns at a time, and a last one without a second in floats.
     """
     fc1, fc2 = np.moveaxis(numpy_reference.real(arrays["w"], arrays["scales"]), 1, 0)
-    hidden = np.maximum(rounded_rows(arrays["x"].astype(np.float64), at, second_half) @ fc1.T + arrays["b1"], 0)
+    hidden = np.maximum(rounded_rows(arrays["x"].astype(np.float64), at, row) @ fc1.T + arrays["b1"], 0)
     factors = hidden[..., None] * arrays["scales"][:, 1].astype(np.float64)  # [B,S,F,groups]
     whole = factors.reshape(*hidden.shape[:2], -1, TOGETHER[at], factors.shape[-1])
     rounded = to_whole(whole, most, 3).reshape(factors.shape)
@@ -109,10 +108,10 @@ def test_rows_and_factors_of_tokens_are_rounded_as_defined(level, E):
     assert 1e-6 < distance(found, exact) < SIXTEEN_BITS
 
 
-@pytest.mark.parametrize("planted", [{"second_half": 16}, {"most": 127}, {"most": TWO_DIGITS / 2}])
-def test_a_coarser_rounding_of_tokens_would_be_noticed(planted):
-    """Four bits less of the second halves, a digit less of the factors, and one bit less."""
-    at = "avx512_zen4"
+@pytest.mark.parametrize("at", ["avx512_zen4", "avx2"])
+@pytest.mark.parametrize("planted", [{"most": 127}, {"most": TWO_DIGITS / 2}, {"row": 127}, {"row": TWO_DIGITS / 2}])
+def test_a_coarser_rounding_of_tokens_would_be_noticed(planted, at):
+    """A digit less and one bit less, of the factors and of the rows."""
     arrays = dense_tokens(1, B=5, F=96, E=320)
     exact = numpy_reference.sparse_ffn(**arrays)[0]
     assert nearer(as_defined(arrays, at, **planted), as_defined(arrays, at), exact) > 2 * NEARER
@@ -150,14 +149,24 @@ def test_where_rounding_has_to_be_fine_tokens_are_exact(level):
     np.testing.assert_array_equal(found["y"], exact["y"])
 
 
-def test_a_token_has_the_same_bits_alone_and_in_any_batch(level):
-    """Rows of a batch share a mask here: how factors are rounded depends on the neurons that are added together."""
-    arrays = operands(3, B=9, F=200, E=192, shared=True)
+@pytest.mark.parametrize("rows", [9, 40])
+@pytest.mark.parametrize("skip_zeros", [0, 1])
+def test_a_token_has_the_same_bits_alone_and_in_a_batch_of_one_mask(level, rows, skip_zeros):
+    """How factors are rounded depends on the neurons that are added together, which rows of other masks decide too."""
+    arrays = operands(3, B=rows, F=6000, E=192, shared=True)
     arrays["x"][4:] *= 50
-    together = ffn(arrays)
-    for row in range(9):
+    together = ffn(arrays, skip_zeros=skip_zeros)
+    for row in (0, 5, rows - 1):
         alone = arrays | {"x": arrays["x"][row : row + 1]}
-        np.testing.assert_array_equal(ffn(alone)[0], together[row])
+        np.testing.assert_array_equal(ffn(alone, skip_zeros=0)[0], together[row])
+
+
+def test_a_token_among_tokens_of_other_masks_is_rounded_to_sixteen_bits(level):
+    arrays = operands(7, B=40, F=600, E=192)
+    kernels.assert_close(ffn(arrays), numpy_reference.sparse_ffn(**arrays)[0], SIXTEEN_BITS)
+
+
+def test_keys_and_results_of_a_token_have_the_same_bits_alone_and_in_a_batch(level):
     arrays = test_sparse_attention.operands(np.random.default_rng(3), dtype="int4", B=5, H=4, D=64, shared=True)
     together = attention(arrays)
     by_row = ("x", "start", "past", "past_key", "past_value")
@@ -167,7 +176,7 @@ def test_a_token_has_the_same_bits_alone_and_in_any_batch(level):
 
 
 def test_tokens_repeat_their_bits_at_any_number_of_threads(level):
-    arrays = operands(4, F=2100, E=192)
+    arrays = operands(4, F=11000, E=192)
     first = ffn(arrays)
     for threads in (1, 3):
         np.testing.assert_array_equal(ffn(arrays, threads=threads), first)

@@ -115,6 +115,11 @@ Tensors PredictUnits(const Call& call, const shadowc::Parallel& parallel) {
   return outputs;
 }
 
+// Prompts are not rounded here: of attribute few_digits this is what tokens make.
+shadowc::Int4Digits Int4DigitsOf(const Call& call) {
+  return call.Int("few_digits", 0) == 1 ? shadowc::Int4Digits::kTwo : shadowc::Int4Digits::kThree;
+}
+
 Tensors SparseFfn(const Call& call, const shadowc::Parallel& parallel) {
   const Tensor &x = call.Input("x"), &w = call.Input("w");
   Tensors outputs = {{"y", Unwritten("float32", x.shape)}};
@@ -131,6 +136,7 @@ Tensors SparseFfn(const Call& call, const shadowc::Parallel& parallel) {
   a.neurons = w.shape[0];
   a.block = static_cast<size_t>(call.Int("block", 1));
   a.skip_zeros = call.Int("skip_zeros", 0) != 0;
+  a.int4_digits = Int4DigitsOf(call);
   a.y = outputs["y"].As<float>();
   outputs["read"] = ReadOf(shadowc::SparseFfn(a, parallel));
   return outputs;
@@ -161,6 +167,7 @@ Tensors SparseAttention(const Call& call, const shadowc::Parallel& parallel) {
   a.present_value = outputs["present_value"].bytes.data();
   a.past_key = in_place ? a.present_key : past_key.bytes.data();
   a.past_value = in_place ? a.present_value : past_value.bytes.data();
+  a.int4_digits = Int4DigitsOf(call);
   a.start = call.Input("start").As<int64_t>();
   a.past = call.Input("past").As<int64_t>();
   a.kv_active_only = call.Text("kv", "all") == "active";
