@@ -24,7 +24,7 @@ LoadFormat = Literal["auto", "dummy"]
 Style = Literal["shadow", "dejavu", "shadow+"]
 Labels = Literal["scores", "top", "graded", "expected"]
 Fill = Literal["mean", "zero"]
-MemoryKind = Literal["shared", "private"]
+MemoryKind = Literal["shared", "renewed", "private"]
 
 # --- the model
 Model = Annotated[
@@ -128,7 +128,7 @@ Memory = Annotated[
     MemoryKind | None,
     typer.Option(
         "--memory",
-        help="Weights: shared, mapped from the file; or private, a copy in large pages. Default: shared.",
+        help="Weights: mapped from the file (shared), the same in large pages (renewed), or copied. Default: shared.",
         show_default=False,
     ),
 ]

@@ -19,6 +19,7 @@ from shadowc.emit.prompts import give_logits_a_start, give_prompts_few_digits
 from shadowc.emit.records import Array, natural_key
 from shadowc.emit.target import EmitResult
 from shadowc.emit.weights import Placement, nbytes, write_weights
+from shadowc.runtime.weights_memory import renew_pages
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InternalError
 from shadowc.spec.manifest import FIXED_FILE, MODEL_FILE, REFERENCE_FILE, WEIGHTS_FILE, BytesPart, FileEntry
@@ -67,6 +68,7 @@ def emit_cpu(
 
     model = to_model(program)
     places, weights_entry = write_weights(staging / WEIGHTS_FILE, program.weights, source, progress)
+    renew_pages(staging / WEIGHTS_FILE)
     _bind_weights(model, program.weights, places)
     _give_defaults(model, density)
     _prepare_prompts(model, exact_prompts)

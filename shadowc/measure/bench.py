@@ -111,7 +111,7 @@ class BenchReport:
     """As the stream, over the memory in which the weights lie, which may be slower than what the system gives now;
     empty for few weights, which caches may hold, and on a GPU."""
     memory: str | None
-    """How the weights lie in memory, "shared" or "private"; None on a GPU."""
+    """How the weights lie in memory, "shared", "renewed" or "private"; None on a GPU."""
     large_pages: float | None
     """Share of them in large pages; None where the system does not tell."""
     load_to_first_token_seconds: float

@@ -86,15 +86,16 @@ def load(
         skip_zeros: override the compiled setting; None keeps it.
         mask: "token" runs an engine with a mask per sequence as one with a mask per token; None: as it was compiled.
         refresh: override after how many tokens a mask of a sequence is made anew, 0 for never; None keeps it.
-        memory: where the weights lie. "shared" (None): the file is mapped, processes share it. "private": a copy in
-            large pages, which is faster where the page cache holds the file in small ones (`shadowc bench` tells).
+        memory: where the weights lie. "shared" (None): the file is mapped, processes share it. "renewed": the same, but
+            if the page cache holds the file in small pages, as it does what was copied, it reads it anew into large
+            ones, which are faster (`shadowc bench` tells). "private": a copy in large pages.
         exact_prompts: activations are not rounded, whatever the engine was compiled for: prompts meet int8 weights with
-            24 bits or floats, others row by row, and tokens meet int4 weights with 20 to 24 bits. False: as it was compiled, by default int8 and int4
-            with 8 bits, or 16 in a row with outliers (12 with AVX2), int4 with one scale a row, bf16 with
-            activations of bf16 where the CPU multiplies those. Masks are the same; where every layer makes masks of its
-            own (styles dejavu, shadow+) the first layers take 16 bits in int8 (12 with AVX2) and leave int4 and bf16 as
-            they are, and hardly a unit differs (docs/decisions.md). In layers that take
-            8 bits in prompts, tokens meet int4 weights with 16.
+            24 bits or floats, others row by row, and tokens meet int4 weights with 20 to 24 bits. False: as it was
+            compiled, by default int8 and int4 with 8 bits, or 16 in a row with outliers (12 with AVX2), int4 with one
+            scale a row, bf16 with activations of bf16 where the CPU multiplies those. Masks are the same; where every
+            layer makes masks of its own (styles dejavu, shadow+) the first layers take 16 bits in int8 (12 with AVX2)
+            and leave int4 and bf16 as they are, and hardly a unit differs (docs/decisions.md). In layers that take 8
+            bits in prompts, tokens meet int4 weights with 16.
 
     Raises:
         InputError: no engine is there, or an argument is out of range.
@@ -156,7 +157,8 @@ def load_cpu(
     if mask not in (None, "token", "sequence"):
         raise InputError(f"mask is {mask!r}, expected token or sequence", hint="leave mask out: as it was compiled")
     if not isinstance(memory, WeightsMemory) and memory not in (None, *KINDS):
-        raise InputError(f"memory is {memory!r}, expected {' or '.join(KINDS)}", hint="leave memory out: shared")
+        expected = f"{', '.join(KINDS[:-1])} or {KINDS[-1]}"
+        raise InputError(f"memory is {memory!r}, expected {expected}", hint="leave memory out: shared")
     if reference and skip_zeros is not None:
         raise InputError(
             "skip_zeros has no effect with reference: stock ONNX Runtime computes every neuron",
@@ -204,7 +206,7 @@ def _weights(path: Path, kind: Kind) -> WeightsMemory:
                 f"no memory for the {size} of {path}", hint="free some, or leave memory out (shared)"
             ) from error
         raise VerificationError(f"{path} cannot be read: {error.strerror or error}", hint=RECOMPILE) from error
-    place = file_system(path) if kind == "shared" else None
+    place = file_system(path) if kind != "private" else None
     if place is not None and place.is_remote:
         warnings.warn(
             f"{path} lies on a network file system ({place}): tokens wait for it whenever memory is short. "

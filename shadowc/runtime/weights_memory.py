@@ -4,7 +4,8 @@
 Decoding reads every active weight once per token from all over a gigabyte. With pages of 4 KiB every record is also a
 miss of the address translation: on a virtual machine that has been measured to cost a fifth to a third of the memory's
 bandwidth. A mapping of the file is shared by all processes, and its pages are large if the page cache holds the file
-in large pieces, which the system decides. A private copy always has large pages, and belongs to one process.
+in large pieces: it does when a mapping had it read, and seldom throughout when it was written (`renew_pages`). A
+private copy always has large pages, and belongs to one process.
 
 A compile reads its engine a few times only, and the engine may be larger than the machine's memory: it maps the file
 without reading it ahead, and gives pages back while it runs (`passing`).
@@ -17,7 +18,7 @@ import os
 import re
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Literal
@@ -32,10 +33,13 @@ if TYPE_CHECKING:
     import onnx
     import onnxruntime
 
-Kind = Literal["shared", "private"]
-KINDS: tuple[Kind, ...] = ("shared", "private")
+Kind = Literal["shared", "renewed", "private"]
+KINDS: tuple[Kind, ...] = ("shared", "renewed", "private")
 LARGE_PAGE = 1 << 21
 _PIECE = 1 << 24
+_RENEWED = 1 << 26
+"""Bytes that are read anew at a time: enough to see whether it helps."""
+ENOUGH_LARGE_PAGES = 0.9
 _POPULATE_READ = 22
 """madvise's MADV_POPULATE_READ (Linux 5.14), which Python has no name for."""
 _RELEASE_SECONDS = 0.02
@@ -75,12 +79,14 @@ class WeightsMemory:
 
         Args:
             path: the file.
-            kind: "shared": map it; "private": copy it.
+            kind: "shared": map it; "renewed": map it behind `renew_pages`; "private": copy it.
             ahead: of a mapped file, read all of it now; False: what is needed, when it is needed.
 
         Raises:
             OSError: the file cannot be read.
         """
+        if kind == "renewed":
+            renew_pages(path)
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
@@ -160,21 +166,55 @@ class WeightsMemory:
     @property
     def large_pages(self) -> float | None:
         """Share of the bytes that lie in large pages; None where the system does not tell."""
-        smaps = Path("/proc/self/smaps")
-        if not smaps.is_file() or self.content.size == 0:
-            return None
-        first = self.content.ctypes.data
-        inside, large = False, 0
-        for line in smaps.read_text(encoding="utf-8", errors="replace").splitlines():
-            if found := _MAPPING.match(line):
-                inside = int(found[1], 16) < first + self.content.size and int(found[2], 16) > first
-            elif inside and line.startswith(("AnonHugePages:", "FilePmdMapped:", "ShmemPmdMapped:")):
-                large += int(line.split()[1]) << 10
-        return min(large / self.content.size, 1.0)
+        return _large_share(self.content)
 
 
-def _mapped(file: int, size: int, ahead: bool) -> mmap.mmap:
-    mapping = mmap.mmap(file, size, access=mmap.ACCESS_READ)
+def renew_pages(path: Path) -> None:
+    """Let the page cache have a file in large pages, as it seldom has what was copied or written.
+
+    Small ones are dropped and the file is read anew, as far as that makes them large: not on every file system. What
+    is not on the disk yet is brought there first. Where others have the file mapped, or the system has no such calls,
+    it stays as it is.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    with path.open("rb", buffering=0) as file:
+        with suppress(OSError):  # a file system that cannot be written to has nothing to bring there
+            os.fsync(file.fileno())
+        size = os.fstat(file.fileno()).st_size
+        if not hasattr(os, "posix_fadvise") or not hasattr(mmap, "MADV_HUGEPAGE"):
+            return
+        for start in range(0, size - size % LARGE_PAGE, _RENEWED):
+            length = min(_RENEWED, size - start)
+            if _share_when_mapped(file.fileno(), start, length) >= ENOUGH_LARGE_PAGES:
+                continue
+            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
+            if _share_when_mapped(file.fileno(), start, length) < ENOUGH_LARGE_PAGES:
+                return
+
+
+def _share_when_mapped(file: int, start: int, length: int) -> float:
+    mapping = _mapped(file, length, ahead=True, offset=start)
+    return _large_share(np.frombuffer(mapping, np.uint8)) or 0.0
+
+
+def _large_share(content: npt.NDArray[np.uint8]) -> float | None:
+    smaps = Path("/proc/self/smaps")
+    if not smaps.is_file() or content.size == 0:
+        return None
+    first = content.ctypes.data
+    inside, large = False, 0
+    for line in smaps.read_text(encoding="utf-8", errors="replace").splitlines():
+        if found := _MAPPING.match(line):
+            inside = int(found[1], 16) < first + content.size and int(found[2], 16) > first
+        elif inside and line.startswith(("AnonHugePages:", "FilePmdMapped:", "ShmemPmdMapped:")):
+            large += int(line.split()[1]) << 10
+    return min(large / content.size, 1.0)
+
+
+def _mapped(file: int, size: int, ahead: bool, offset: int = 0) -> mmap.mmap:
+    mapping = mmap.mmap(file, size, access=mmap.ACCESS_READ, offset=offset)
     # A file that is not in the page cache yet comes in as large pieces, if the file system can.
     _advise(mapping, getattr(mmap, "MADV_HUGEPAGE", None))
     _advise(mapping, _POPULATE_READ if ahead and hasattr(mmap, "MADV_HUGEPAGE") else None)

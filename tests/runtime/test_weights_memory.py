@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 
 import shadowc
+from shadowc.runtime import weights_memory
 from shadowc.runtime.engine import Engine
-from shadowc.runtime.weights_memory import KINDS, LARGE_PAGE, WeightsMemory
+from shadowc.runtime.weights_memory import KINDS, LARGE_PAGE, WeightsMemory, renew_pages
 from shadowc.spec.errors import InputError
 
 IDS = np.arange(5, 21)[None]
@@ -88,6 +89,43 @@ def test_a_copy_starts_at_a_large_page_and_lies_in_large_pages(tmp_path):
     assert memory.large_pages > 0
 
 
+def test_a_written_file_keeps_its_bytes_when_its_pages_are_renewed(tmp_path):
+    content = np.random.default_rng(3).integers(0, 256, 8 * LARGE_PAGE + 77).astype(np.uint8)
+    path = tmp_path / "weights.bin"
+    with path.open("wb", buffering=0) as file:
+        for start in range(0, content.size, 4096):
+            file.write(content[start : start + 4096].data)
+    before = WeightsMemory.open(path).large_pages or 0.0
+    memory = WeightsMemory.open(path, "renewed")
+    np.testing.assert_array_equal(memory.content, content)
+    assert (memory.large_pages or 0.0) >= before
+
+
+@pytest.mark.parametrize(
+    ("shares", "dropped"),
+    [([1.0, 1.0], []), ([0.3, 1.0, 0.2, 1.0], [0, 1]), ([1.0, 0.2, 1.0], [1]), ([0.3, 0.3], [0])],
+    ids=["large", "small", "small in part", "never large here"],
+)
+def test_pages_are_renewed_where_they_are_small_and_while_it_helps(tmp_path, monkeypatch, shares, dropped):
+    """`shares` of large pages that are found, piece by piece, and again where a piece was dropped."""
+    found, calls = iter(shares), []
+    monkeypatch.setattr(weights_memory, "_RENEWED", LARGE_PAGE)
+    monkeypatch.setattr(weights_memory, "_share_when_mapped", lambda *_: next(found))
+    monkeypatch.setattr(weights_memory.os, "posix_fadvise", lambda _, start, *__: calls.append(start // LARGE_PAGE))
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(2 * LARGE_PAGE + 5))
+    renew_pages(path)
+    assert (calls, list(found)) == (dropped, [])
+
+
+def test_pages_of_a_system_without_such_calls_stay_as_they_are(tmp_path, monkeypatch):
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(LARGE_PAGE))
+    monkeypatch.delattr(weights_memory.os, "posix_fadvise", raising=False)
+    renew_pages(path)
+    assert path.stat().st_size == LARGE_PAGE
+
+
 def test_small_pages_are_told_as_such():
     if large_pages_are() != "madvise":
         pytest.skip("needs a system that gives large pages on request only")
@@ -117,5 +155,5 @@ def test_variants_of_an_engine_share_its_memory(folders):
 
 
 def test_another_kind_of_memory_is_refused_with_those_that_there_are(folders):
-    with pytest.raises(InputError, match="memory is 'huge', expected shared or private"):
+    with pytest.raises(InputError, match="memory is 'huge', expected shared, renewed or private"):
         shadowc.load(folders["fp32"], memory="huge")
