@@ -46,7 +46,8 @@ def _show_surroundings(report: BenchReport) -> None:
     if report.memory == "private":
         return
     if large is not None and large < FEW_LARGE_PAGES:
-        render.line("small pages cost bandwidth on many machines: compare with --memory renewed, or private")
+        others = "renewed, or private" if report.memory == "shared" else "private"
+        render.line(f"small pages cost bandwidth on many machines: compare with --memory {others}")
     elif read and all(own < SLOW_WEIGHTS * one for own, one in zip(read, report.stream_by_round, strict=True)):
         render.line("the weights lie in slower memory than the stream: compare with --memory private")
 

@@ -19,7 +19,7 @@ from shadowc.runtime.graph_file import read_graph
 from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.session import Session, check_ort
 from shadowc.runtime.verification import RECOMPILE, file_problems, read_manifest
-from shadowc.runtime.weights_memory import KINDS, Kind, WeightsMemory
+from shadowc.runtime.weights_memory import KINDS, Kind, WeightsMemory, renew_pages
 from shadowc.spec.errors import (
     InputError,
     SetupError,
@@ -171,6 +171,8 @@ def load_cpu(
             hint=f"shadowc compile --model {manifest.model.name} --target cpu",
         )
     per_sequence = _per_sequence(path, manifest, mask, refresh)
+    if memory == "renewed":
+        _renew(path / WEIGHTS_FILE)
     _require_files(path, manifest, verify)
     check_ort()
     session = Session(
@@ -188,6 +190,15 @@ def load_cpu(
         engine = engine.with_skip_zeros(skip_zeros)
     engine.prepare()
     return engine
+
+
+def _renew(path: Path) -> None:
+    try:
+        renew_pages(path)
+    except FileNotFoundError:  # told with all other files that are missing
+        return
+    except OSError as error:
+        raise VerificationError(f"{path} cannot be read: {error.strerror or error}", hint=RECOMPILE) from error
 
 
 def _weights(path: Path, kind: Kind) -> WeightsMemory:

@@ -4,8 +4,8 @@
 Decoding reads every active weight once per token from all over a gigabyte. With pages of 4 KiB every record is also a
 miss of the address translation: on a virtual machine that has been measured to cost a fifth to a third of the memory's
 bandwidth. A mapping of the file is shared by all processes, and its pages are large if the page cache holds the file
-in large pieces: it does when a mapping had it read, and seldom throughout when it was written (`renew_pages`). A
-private copy always has large pages, and belongs to one process.
+in large pieces: it does when a mapping had it read, not when it was copied, and of what was written if memory was at
+hand (`renew_pages`). A private copy always has large pages, and belongs to one process.
 
 A compile reads its engine a few times only, and the engine may be larger than the machine's memory: it maps the file
 without reading it ahead, and gives pages back while it runs (`passing`).
@@ -13,12 +13,13 @@ without reading it ahead, and gives pages back while it runs (`passing`).
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import re
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from threading import Event, Thread
 from typing import TYPE_CHECKING, Any, Literal
@@ -79,14 +80,12 @@ class WeightsMemory:
 
         Args:
             path: the file.
-            kind: "shared": map it; "renewed": map it behind `renew_pages`; "private": copy it.
+            kind: "shared" or "renewed": map it; "private": copy it.
             ahead: of a mapped file, read all of it now; False: what is needed, when it is needed.
 
         Raises:
             OSError: the file cannot be read.
         """
-        if kind == "renewed":
-            renew_pages(path)
         with path.open("rb", buffering=0) as file:
             size = os.fstat(file.fileno()).st_size
             if size == 0:
@@ -170,33 +169,47 @@ class WeightsMemory:
 
 
 def renew_pages(path: Path) -> None:
-    """Let the page cache have a file in large pages, as it seldom has what was copied or written.
+    """Let the page cache have a file in large pages, which it never has of a copy, nor of what it wrote in a hurry.
 
-    Small ones are dropped and the file is read anew, as far as that makes them large: not on every file system. What
-    is not on the disk yet is brought there first. Where others have the file mapped, or the system has no such calls,
-    it stays as it is.
+    Small ones are dropped and the file is read anew, until that does not make them large: some file systems have none.
+    What is not on the disk yet is brought there first. Where others have the file mapped, or the system has no such
+    calls or does not tell, it stays as it is.
 
     Raises:
-        OSError: the file cannot be read.
+        OSError: the file cannot be read, or what was written cannot be brought to the disk.
     """
+    if not hasattr(os, "posix_fadvise") or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
     with path.open("rb", buffering=0) as file:
-        with suppress(OSError):  # a file system that cannot be written to has nothing to bring there
-            os.fsync(file.fileno())
         size = os.fstat(file.fileno()).st_size
-        if not hasattr(os, "posix_fadvise") or not hasattr(mmap, "MADV_HUGEPAGE"):
-            return
         for start in range(0, size - size % LARGE_PAGE, _RENEWED):
-            length = min(_RENEWED, size - start)
-            if _share_when_mapped(file.fileno(), start, length) >= ENOUGH_LARGE_PAGES:
-                continue
-            os.posix_fadvise(file.fileno(), start, length, os.POSIX_FADV_DONTNEED)
-            if _share_when_mapped(file.fileno(), start, length) < ENOUGH_LARGE_PAGES:
+            length = min(_RENEWED, size - start) // LARGE_PAGE * LARGE_PAGE
+            share = _share_when_mapped(file.fileno(), start, length)
+            if share is None:
+                return
+            if share < ENOUGH_LARGE_PAGES and not _renewed(file.fileno(), start, length):
                 return
 
 
-def _share_when_mapped(file: int, start: int, length: int) -> float:
-    mapping = _mapped(file, length, ahead=True, offset=start)
-    return _large_share(np.frombuffer(mapping, np.uint8)) or 0.0
+def _renewed(file: int, start: int, length: int) -> bool:
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if error.errno not in (errno.EROFS, errno.EINVAL):  # such files have nothing to bring to the disk
+            raise
+    try:
+        os.posix_fadvise(file, start, length, os.POSIX_FADV_DONTNEED)
+    except OSError:  # slower, not wrong
+        return False
+    return (_share_when_mapped(file, start, length) or 0.0) >= ENOUGH_LARGE_PAGES
+
+
+def _share_when_mapped(file: int, start: int, length: int) -> float | None:
+    try:
+        mapping = _mapped(file, length, ahead=True, offset=start)
+    except ValueError:  # cut meanwhile: who opens the file will say so
+        return None
+    return _large_share(np.frombuffer(mapping, np.uint8))
 
 
 def _large_share(content: npt.NDArray[np.uint8]) -> float | None:

@@ -14,6 +14,7 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
+from shadowc.emit import cpu
 from shadowc.emit.cpu import emit_cpu
 from shadowc.emit.target import TARGETS, target
 from shadowc.emit.weights import RECORD_ALIGNMENT
@@ -205,3 +206,13 @@ def test_a_prefill_is_dense_unless_sparse_tail_says_otherwise(engine_folder: Pat
     assert active_by_run(session, 0.5, tokens=4) == [0, 0]  # no masked token, so none is counted
     tail = np.array([3], np.int64)
     assert active_by_run(session, 0.5, tokens=4, sparse_tail=tail) == [3 * HEADS // 2, 3 * UNITS // 2]
+
+
+def test_what_was_written_is_left_in_large_pages(
+    tiny_model: OPTForCausalLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is complete when its pages are renewed."""
+    calls: list[tuple[str, int]] = []
+    monkeypatch.setattr(cpu, "renew_pages", lambda path: calls.append((path.name, path.stat().st_size)))
+    emitted = emit_cpu(handmade.build(engines.tiny_facts()), engines.tensors(tiny_model), tmp_path)
+    assert calls == [(WEIGHTS_FILE, emitted.files[WEIGHTS_FILE].size)]

@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 import re
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,10 @@ import numpy as np
 import pytest
 
 import shadowc
-from shadowc.runtime import weights_memory
+from shadowc.runtime import load, weights_memory
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.weights_memory import KINDS, LARGE_PAGE, WeightsMemory, renew_pages
-from shadowc.spec.errors import InputError
+from shadowc.spec.errors import InputError, VerificationError
 
 IDS = np.arange(5, 21)[None]
 
@@ -96,7 +98,8 @@ def test_a_written_file_keeps_its_bytes_when_its_pages_are_renewed(tmp_path):
         for start in range(0, content.size, 4096):
             file.write(content[start : start + 4096].data)
     before = WeightsMemory.open(path).large_pages or 0.0
-    memory = WeightsMemory.open(path, "renewed")
+    renew_pages(path)
+    memory = WeightsMemory.open(path)
     np.testing.assert_array_equal(memory.content, content)
     assert (memory.large_pages or 0.0) >= before
 
@@ -118,12 +121,51 @@ def test_pages_are_renewed_where_they_are_small_and_while_it_helps(tmp_path, mon
     assert (calls, list(found)) == (dropped, [])
 
 
-def test_pages_of_a_system_without_such_calls_stay_as_they_are(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["no call", "refused", "read only", "not told"])
+def test_pages_stay_as_they_are_where_the_system_cannot_renew_them(tmp_path, monkeypatch, kind):
+    def refuse(*_):
+        raise OSError(errno.EROFS if kind == "read only" else errno.ENOSYS, "no")
+
     path = tmp_path / "weights.bin"
     path.write_bytes(bytes(LARGE_PAGE))
-    monkeypatch.delattr(weights_memory.os, "posix_fadvise", raising=False)
+    monkeypatch.setattr(weights_memory, "_share_when_mapped", lambda *_: None if kind == "not told" else 0.0)
+    if kind == "no call":
+        monkeypatch.delattr(weights_memory.os, "posix_fadvise", raising=False)
+    else:
+        monkeypatch.setattr(weights_memory.os, "fsync" if kind == "read only" else "posix_fadvise", refuse)
     renew_pages(path)
-    assert path.stat().st_size == LARGE_PAGE
+
+
+def test_what_cannot_be_brought_to_the_disk_is_an_error_and_keeps_its_pages(tmp_path, monkeypatch):
+    """Planted: dropping pages all the same would lose what was written."""
+
+    def fail(_):
+        raise OSError(errno.EIO, "broken disk")
+
+    path = tmp_path / "weights.bin"
+    path.write_bytes(bytes(LARGE_PAGE))
+    monkeypatch.setattr(weights_memory, "_share_when_mapped", lambda *_: 0.0)
+    monkeypatch.setattr(weights_memory.os, "fsync", fail)
+    monkeypatch.setattr(weights_memory.os, "posix_fadvise", lambda *_: pytest.fail("dropped"))
+    with pytest.raises(OSError, match="broken disk"):
+        renew_pages(path)
+
+
+def test_an_engine_is_renewed_before_its_files_are_checked(folders, monkeypatch):
+    calls = []
+    monkeypatch.setattr(load, "renew_pages", lambda path: calls.append(path.name))
+    monkeypatch.setattr(load, "_require_files", lambda *_: calls.append("checked"))
+    for kind in KINDS:
+        load.load_cpu(folders["int8"], memory=kind)
+    assert calls == ["checked", "weights.bin", "checked", "checked"]
+
+
+def test_files_that_are_missing_are_told_as_ever(folders, tmp_path):
+    folder = tmp_path / "engine"
+    shutil.copytree(folders["int8"], folder)
+    (folder / "weights.bin").unlink()
+    with pytest.raises(VerificationError, match=r"weights\.bin"):
+        shadowc.load(folder, memory="renewed")
 
 
 def test_small_pages_are_told_as_such():
@@ -137,7 +179,8 @@ def test_small_pages_are_told_as_such():
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4"])
 def test_engines_answer_alike_from_either_memory(folders, name):
     answers = [shadowc.load(folders[name], memory=kind).logits(IDS, protocol="dense") for kind in KINDS]
-    np.testing.assert_array_equal(*answers)
+    for answer in answers[1:]:
+        np.testing.assert_array_equal(answer, answers[0])
 
 
 @pytest.mark.parametrize("name", ["fp32", "bf16", "int8", "int4"])
