@@ -6,7 +6,8 @@
 // in two. The bytes of four rows are woven into lanes of four pairs, one of each row, and multiplied with
 // four digits at once: as they are, low + 16 * high, and their low halves alone; 16 times the sum of the high
 // halves is the difference. All are exact integers: the result depends on which rows with factors other than
-// zero share a call, not on where they stand in it. With AVX2 it is two rows and two digits of X of 24 bits.
+// zero share a call, not on where they stand in it. With AVX2 it is two rows and two digits of X of 24 bits
+// (or of 16, in two).
 
 #if defined(SHADOWC_CPU_INT4_SUM_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SHADOWC_CPU_INT4_SUM_INL_H_
