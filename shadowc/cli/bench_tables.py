@@ -7,6 +7,7 @@ from statistics import median
 from typing import TYPE_CHECKING
 
 from shadowc.cli import render
+from shadowc.runtime.weights_memory import ENOUGH_LARGE_PAGES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from shadowc.measure.bench import BenchReport, BenchRow
     from shadowc.measure.shares import Shares
 
-FEW_LARGE_PAGES = 0.9
 SLOW_WEIGHTS = 0.85
 """Of the stream of the same round: weights that are read more slowly in every round lie in slow memory."""
 _PARTS = ("predictor", "selection", "attention", "ffn", "lm_head", "framework")
@@ -45,7 +45,7 @@ def _show_surroundings(report: BenchReport) -> None:
         render.line(", ".join([f"weights: {report.memory} memory", *known]))
     if report.memory == "private":
         return
-    if large is not None and large < FEW_LARGE_PAGES:
+    if large is not None and large < ENOUGH_LARGE_PAGES:
         others = "renewed, or private" if report.memory == "shared" else "private"
         render.line(f"small pages cost bandwidth on many machines: compare with --memory {others}")
     elif read and all(own < SLOW_WEIGHTS * one for own, one in zip(read, report.stream_by_round, strict=True)):

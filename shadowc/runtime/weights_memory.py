@@ -41,6 +41,7 @@ _PIECE = 1 << 24
 _RENEWED = 1 << 26
 """Bytes that are read anew at a time: enough to see whether it helps."""
 ENOUGH_LARGE_PAGES = 0.9
+"""Share of a file from which it counts as lying in large pages."""
 _POPULATE_READ = 22
 """madvise's MADV_POPULATE_READ (Linux 5.14), which Python has no name for."""
 _RELEASE_SECONDS = 0.02
@@ -182,34 +183,36 @@ def renew_pages(path: Path) -> None:
         return
     with path.open("rb", buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
-        for start in range(0, size - size % LARGE_PAGE, _RENEWED):
-            length = min(_RENEWED, size - start) // LARGE_PAGE * LARGE_PAGE
-            share = _share_when_mapped(file.fileno(), start, length)
-            if share is None:
+        whole = size - size % LARGE_PAGE
+        pieces = [(start, min(_RENEWED, whole - start)) for start in range(0, whole, _RENEWED)]
+        small = [piece for piece in pieces if not _is_large(file.fileno(), *piece)]
+        if small:
+            _bring_to_disk(file.fileno())
+        for piece in small:
+            try:
+                os.posix_fadvise(file.fileno(), *piece, os.POSIX_FADV_DONTNEED)
+            except OSError:  # slower, not wrong
                 return
-            if share < ENOUGH_LARGE_PAGES and not _renewed(file.fileno(), start, length):
+            if not _is_large(file.fileno(), *piece):
                 return
 
 
-def _renewed(file: int, start: int, length: int) -> bool:
+def _bring_to_disk(file: int) -> None:
     try:
         os.fsync(file)
     except OSError as error:
-        if error.errno not in (errno.EROFS, errno.EINVAL):  # such files have nothing to bring to the disk
+        if error.errno not in (errno.EROFS, errno.EINVAL):  # such files have nothing to bring there
             raise
-    try:
-        os.posix_fadvise(file, start, length, os.POSIX_FADV_DONTNEED)
-    except OSError:  # slower, not wrong
-        return False
-    return (_share_when_mapped(file, start, length) or 0.0) >= ENOUGH_LARGE_PAGES
 
 
-def _share_when_mapped(file: int, start: int, length: int) -> float | None:
+def _is_large(file: int, start: int, length: int) -> bool:
+    """Whether a piece of a file is mapped in large pages; also where that cannot be told, so that it is left alone."""
     try:
         mapping = _mapped(file, length, ahead=True, offset=start)
     except ValueError:  # cut meanwhile: who opens the file will say so
-        return None
-    return _large_share(np.frombuffer(mapping, np.uint8))
+        return True
+    share = _large_share(np.frombuffer(mapping, np.uint8))
+    return share is None or share >= ENOUGH_LARGE_PAGES
 
 
 def _large_share(content: npt.NDArray[np.uint8]) -> float | None:

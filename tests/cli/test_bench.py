@@ -115,7 +115,7 @@ def test_weights_in_slow_memory_are_told(
     speeds: list[float], memory: str, few_large_pages: float, told: bool,
 ) -> None:  # fmt: skip
     monkeypatch.setattr(settings, "LEAST_WEIGHTS", 1)
-    monkeypatch.setattr(bench_tables, "FEW_LARGE_PAGES", few_large_pages)
+    monkeypatch.setattr(bench_tables, "ENOUGH_LARGE_PAGES", few_large_pages)
     left = iter(speeds)
     monkeypatch.setattr(OpLibrary, "stream_over", lambda *_: next(left))
     quick = ("--rounds", "2", "--tokens", "3")

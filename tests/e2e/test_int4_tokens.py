@@ -11,16 +11,13 @@ import pytest
 
 import shadowc
 from shadowc.checkpoint.resolve import resolve
-from shadowc.emit.prompts import FREELY
-from shadowc.runtime import variants
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.load import load_cpu
 from shadowc.runtime.prompts import Batch
 from shadowc.sparsity.predictor import Predictor
-from shadowc.spec.ops import FEW_DIGITS
 from tests.e2e.compiled import options
-from tests.e2e.test_prompts import MOST_UNITS, ROWS, text_ids
+from tests.e2e.test_prompts import MOST_UNITS, ROWS, freely, text_ids
 
 TOKENS = 40
 MOST_BITS = 1e-4
@@ -73,14 +70,6 @@ def test_tokens_of_16_bits_change_hardly_a_mask_and_no_text(engine: Path) -> Non
 
 def test_tokens_of_a_digit_of_8_bits_would_change_masks(engine: Path) -> None:
     """What prompts may do, tokens must not: here a token is a prompt of enough rows."""
-
-    def freely(model):
-        changed = variants._copy(model)
-        for node in changed.graph.node:
-            if any(one.name == FEW_DIGITS for one in node.attribute):
-                variants._set_int(node, FEW_DIGITS, FREELY)
-        return changed
-
     rounded, exact = load_cpu(engine)._variant(freely), load_cpu(engine, exact_prompts=True)
     ids = text_ids(exact)[:, :TOKENS]
     differ = []

@@ -168,16 +168,18 @@ def test_the_first_layers_of_a_prompt_round_finely_and_int4_in_more_of_them(own_
     assert found == expected
 
 
+def freely(model: onnx.ModelProto) -> onnx.ModelProto:
+    """The graph that rounds freely in every layer that rounds at all."""
+    changed = variants._copy(model)
+    for node in changed.graph.node:
+        if any(one.name == FEW_DIGITS for one in node.attribute):
+            variants._set_int(node, FEW_DIGITS, FREELY)
+    return changed
+
+
 def test_prompts_rounded_freely_in_every_layer_would_change_masks(own_masks: Path) -> None:
     if OpLibrary.installed().isa == "avx2" and own_masks.name == "int8":
         pytest.skip("12 bits change hardly a unit in any layer")
-
-    def freely(model):
-        changed = variants._copy(model)
-        for node in changed.graph.node:
-            if any(one.name == FEW_DIGITS for one in node.attribute):
-                variants._set_int(node, FEW_DIGITS, FREELY)
-        return changed
 
     rounded, exact = (load_cpu(own_masks, exact_prompts=choice) for choice in (False, True))
     assert units_that_differ(rounded._variant(freely), exact) > MOST_UNITS

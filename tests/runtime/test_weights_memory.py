@@ -105,15 +105,15 @@ def test_a_written_file_keeps_its_bytes_when_its_pages_are_renewed(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("shares", "dropped"),
-    [([1.0, 1.0], []), ([0.3, 1.0, 0.2, 1.0], [0, 1]), ([1.0, 0.2, 1.0], [1]), ([0.3, 0.3], [0])],
+    ("large", "dropped"),
+    [([1, 1], []), ([0, 0, 1, 1], [0, 1]), ([1, 0, 1], [1]), ([0, 0, 0], [0])],
     ids=["large", "small", "small in part", "never large here"],
 )
-def test_pages_are_renewed_where_they_are_small_and_while_it_helps(tmp_path, monkeypatch, shares, dropped):
-    """`shares` of large pages that are found, piece by piece, and again where a piece was dropped."""
-    found, calls = iter(shares), []
+def test_pages_are_renewed_where_they_are_small_and_while_it_helps(tmp_path, monkeypatch, large, dropped):
+    """`large`: whether pages are, piece by piece, and again where a piece was dropped."""
+    found, calls = iter(large), []
     monkeypatch.setattr(weights_memory, "_RENEWED", LARGE_PAGE)
-    monkeypatch.setattr(weights_memory, "_share_when_mapped", lambda *_: next(found))
+    monkeypatch.setattr(weights_memory, "_is_large", lambda *_: next(found))
     monkeypatch.setattr(weights_memory.os, "posix_fadvise", lambda _, start, *__: calls.append(start // LARGE_PAGE))
     path = tmp_path / "weights.bin"
     path.write_bytes(bytes(2 * LARGE_PAGE + 5))
@@ -128,7 +128,7 @@ def test_pages_stay_as_they_are_where_the_system_cannot_renew_them(tmp_path, mon
 
     path = tmp_path / "weights.bin"
     path.write_bytes(bytes(LARGE_PAGE))
-    monkeypatch.setattr(weights_memory, "_share_when_mapped", lambda *_: None if kind == "not told" else 0.0)
+    monkeypatch.setattr(weights_memory, "_large_share", lambda *_: None if kind == "not told" else 0.0)
     if kind == "no call":
         monkeypatch.delattr(weights_memory.os, "posix_fadvise", raising=False)
     else:
@@ -144,7 +144,7 @@ def test_what_cannot_be_brought_to_the_disk_is_an_error_and_keeps_its_pages(tmp_
 
     path = tmp_path / "weights.bin"
     path.write_bytes(bytes(LARGE_PAGE))
-    monkeypatch.setattr(weights_memory, "_share_when_mapped", lambda *_: 0.0)
+    monkeypatch.setattr(weights_memory, "_is_large", lambda *_: False)
     monkeypatch.setattr(weights_memory.os, "fsync", fail)
     monkeypatch.setattr(weights_memory.os, "posix_fadvise", lambda *_: pytest.fail("dropped"))
     with pytest.raises(OSError, match="broken disk"):
