@@ -18,6 +18,9 @@ from shadowc.spec.manifest import EngineManifest
 
 Floats = npt.NDArray[np.float64]
 
+_COUNTED = ("read", *(f"active.{kind}" for kind in UNIT_KINDS))
+_MOST_KEPT = 64
+
 
 @dataclass(frozen=True, slots=True)
 class RunStats:
@@ -90,6 +93,8 @@ class Meter:
     kernel_bytes: int = 0
     counted: bool = False
     _sums: dict[str, npt.NDArray[np.int64]] = field(default_factory=dict)
+    _kept: list[tuple[dict[str, npt.NDArray[Any]], npt.NDArray[np.bool_]]] = field(default_factory=list)
+    """Runs that are not yet in the sums."""
 
     def add(
         self, outputs: Mapping[str, npt.NDArray[Any]], live_BZ: npt.NDArray[np.bool_], *, predicted: bool = True
@@ -101,21 +106,31 @@ class Meter:
             live_BZ: which rows and masked tokens are real.
             predicted: the run asked the predictor.
         """
-        self.tokens += int(live_BZ.sum())
         self.calls += 1
         self.predictions += predicted
-        for kind in UNIT_KINDS:
-            active_BZL = outputs.get(f"active.{kind}")
-            if active_BZL is not None:
-                total_L = active_BZL[live_BZ].sum(axis=0, dtype=np.int64)
-                self._sums[kind] = self._sums[kind] + total_L if kind in self._sums else total_L
-        read = outputs.get("read")
-        if read is not None:
-            self.counted = True
-            self.kernel_bytes += int(read[:, :, 1].sum())
+        # Kept, and added up many at a time: behind a token that read hundreds of MB each call of numpy is ten times as
+        # slow as behind another one.
+        self._kept.append(({name: outputs[name].copy() for name in _COUNTED if name in outputs}, live_BZ.copy()))
+        if len(self._kept) >= _MOST_KEPT:
+            self._add_up()
+
+    def _add_up(self) -> None:
+        for outputs, live_BZ in self._kept:
+            self.tokens += int(live_BZ.sum())
+            for kind in UNIT_KINDS:
+                active_BZL = outputs.get(f"active.{kind}")
+                if active_BZL is not None:
+                    total_L = active_BZL[live_BZ].sum(axis=0, dtype=np.int64)
+                    self._sums[kind] = self._sums[kind] + total_L if kind in self._sums else total_L
+            read = outputs.get("read")
+            if read is not None:
+                self.counted = True
+                self.kernel_bytes += int(read[:, :, 1].sum())
+        self._kept.clear()
 
     def stats(self, *, new_tokens: int = 0, finish: tuple[str, ...] = ()) -> RunStats:
         """The means so far."""
+        self._add_up()
         model, sparsity, fixed = self.manifest.model, self.manifest.sparsity, self.manifest.bytes_per_token
         block = sparsity.neuron_block if sparsity else 1
         units = {"heads": model.heads, "neurons": -(-model.ffn // block)}
