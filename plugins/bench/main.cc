@@ -33,5 +33,6 @@ int main(int argc, char** argv) {
   bench::RegisterSelect();
   bench::RegisterPredict();
   bench::RegisterMatMul();
+  bench::RegisterRecords();
   benchmark::RunSpecifiedBenchmarks();
 }

@@ -58,5 +58,6 @@ void RegisterMatMul();
 void RegisterAttention();
 void RegisterSelect();
 void RegisterPredict();
+void RegisterRecords();
 
 }  // namespace bench

@@ -91,15 +91,15 @@ ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& paral
   const HeadsBefore before(a, masks, arena);
   const auto any = [=](size_t first, size_t last) { return before.active[first] != before.active[last]; };
   const auto is_read = [&](size_t h) { return before.work[h] != before.work[h + 1]; };
-  float* partial = arena->Take<float>(a.heads * a.width);
-  SumTree sums(partial, a.heads, a.width, arena);
+  SumTree tree(a.heads, a.width, arena);
   const SumRuns runs(a.heads, parallel.LikelyThreads(), before.work, arena);
+  const SumRuns::Sums sums(runs, a.width, arena);
   parallel.For(runs.Count(), [&](size_t r) {
     const auto [first, leaves, after] = runs[r];
     if (leaves == 0) return;
     Arena& memory = ThreadArena();
-    float* sum = memory.Take<float>(SumDepth(leaves) * a.width);
-    SumInOrder(first, leaves, a.heads, a.width, sum, any, [&](size_t h, float* y) {
+    float* below = memory.Take<float>(SumDepth(leaves) * a.width);
+    SumInOrder(first, leaves, a.heads, a.width, sums[r], below, any, [&](size_t h, float* y) {
       size_t next = h + 1 < first + leaves ? h + 1 : after;
       while (next < a.heads && !is_read(next)) ++next;
       Pointer<W> start{};
@@ -110,11 +110,14 @@ ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& paral
       if (masks[h] != 0) std::fill(y, y + a.width, 0.0f);
       OneHead<W>(a, x, h, masks[h] != 0, start, y, &memory);
     });
-    if (any(first, first + leaves)) std::copy(sum, sum + a.width, partial + first * a.width);
-    sums.Finish(first, leaves, any);
+    tree.Finish(first, leaves, sums[r], any);
   });
-  if (!any(0, a.heads)) std::fill(partial, partial + a.width, 0.0f);
-  WithBias(a.bo, a.residual, partial, 1, a.width, a.y);
+  if (any(0, a.heads)) {
+    WithBias(a.bo, a.residual, tree.Sum(), 1, a.width, a.y);
+  } else {
+    std::fill(sums[0], sums[0] + a.width, 0.0f);
+    WithBias(a.bo, a.residual, sums[0], 1, a.width, a.y);
+  }
   return read;
 }
 

@@ -128,9 +128,9 @@ void ProjectOutRows(const AttentionArgs& a, const Tiling& tiling, const Parallel
                  end = std::min(a.width, begin + kColumns);
     const size_t columns = end - begin, size = tiling.Count(t) * columns;
     Arena& memory = ThreadArena();
-    float* sum = memory.Take<float>(SumDepth(a.heads) * size);
+    float* sum = memory.Take<float>((1 + SumDepth(a.heads)) * size);
     float* scratch = memory.Take<float>(kTileRows * a.head_size);
-    SumInOrder(0, TreeWidth(a.heads), a.heads, size, sum, AllLeaves(),
+    SumInOrder(0, TreeWidth(a.heads), a.heads, size, sum, sum + size, AllLeaves(),
                [&](size_t h, float* y) { ProjectOutHead<W>(a, tiling, t, h, begin, end, y, scratch); });
     for (size_t r = 0; r < tiling.Count(t); ++r) {
       const size_t at = (tiling.First(t) + r) * a.width + begin;

@@ -83,18 +83,35 @@ size_t MostListed(const FfnArgs& a, size_t pieces) {
   return (a.selection.units / pieces + 1) * a.block + hn::MaxLanes(DF());
 }
 
-// The active neurons of a piece, and the first ones of piece `next` (none if there is no such piece). `list`
-// has room for two pieces.
-Neurons NeuronsOf(const FfnArgs& a, const RowSelection& selection, size_t pieces, size_t piece, size_t next,
-                  uint32_t* list) {
-  const auto active = [&](size_t p, uint32_t* to) {
-    return ActiveNeurons(a, selection, PieceBegin(a, pieces, p), PieceBegin(a, pieces, p + 1), to);
-  };
-  Neurons neurons{list, active(piece, list), 0};
-  neurons.with_next = neurons.count;
-  if (next < pieces) neurons.with_next += std::min<size_t>(kMostAhead, active(next, list + neurons.count));
-  return neurons;
-}
+// The active neurons of a run of pieces, one behind the other, and the first ones of the piece that this
+// thread will probably take next.
+class RunNeurons {
+ public:
+  RunNeurons(const FfnArgs& a, const RowSelection& selection, size_t pieces, const SumRuns::Run& run,
+             Arena* memory)
+      : list_(memory->Take<uint32_t>((run.leaves + 1) * MostListed(a, pieces))),
+        begin_(memory->Take<size_t>(run.leaves + 1)) {
+    const auto append = [&](size_t p) {
+      return ActiveNeurons(a, selection, PieceBegin(a, pieces, p), PieceBegin(a, pieces, p + 1),
+                           list_ + end_);
+    };
+    for (size_t k = 0; k < run.leaves; ++k) {
+      begin_[k] = end_;
+      end_ += append(run.first + k);
+    }
+    begin_[run.leaves] = end_;
+    if (run.next < pieces) end_ += std::min<size_t>(kMostAhead, append(run.next));
+  }
+
+  // Those of the k-th piece, and after them what follows in this list.
+  Neurons operator[](size_t k) const {
+    return {list_ + begin_[k], begin_[k + 1] - begin_[k], end_ - begin_[k]};
+  }
+
+ private:
+  uint32_t* list_;
+  size_t *begin_, end_ = 0;
+};
 
 template <class W>
 ReadCount OneRow(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
@@ -102,30 +119,28 @@ ReadCount OneRow(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
   const RowSelection selection = SelectionOf(a.selection, a.tokens, 0);
   const OneRowOfX<W> x(a.x, a.norm, a.width, a.int4_digits);
   const auto row = a.skip_zeros ? &RowSkippingZeros<W> : &RowWholeRecords<W>;
-  float* partial = arena->Take<float>(pieces * a.width);
-  SumTree sums(partial, pieces, a.width, arena);
+  SumTree tree(pieces, a.width, arena);
   const SumRuns runs(pieces, parallel.LikelyThreads(), nullptr, arena);
-  ReadCount read[kMostPieces];
+  const SumRuns::Sums sums(runs, a.width, arena);
+  ReadCount* read = new (arena->Take<ReadCount>(runs.Count())) ReadCount[runs.Count()]{};
   parallel.For(runs.Count(), [&](size_t r) {
-    const auto [first, leaves, after] = runs[r];
-    if (leaves == 0) return;
+    const SumRuns::Run& run = runs[r];
+    if (run.leaves == 0) return;
     Arena& memory = ThreadArena();
-    uint32_t* list = memory.Take<uint32_t>(2 * MostListed(a, pieces));
-    // Not straight into `partial`: the next run's sums lie behind it, and the prefetchers of one core would
-    // keep taking their first lines away from the other (measured: a fifth of the bandwidth).
-    float* sum = memory.Take<float>(SumDepth(leaves) * a.width);
-    SumInOrder(first, leaves, pieces, a.width, sum, AllLeaves(), [&](size_t p, float* y) {
-      const Neurons neurons =
-          NeuronsOf(a, selection, pieces, p, p + 1 < first + leaves ? p + 1 : after, list);
-      std::fill(y, y + a.width, 0.0f);
-      if (neurons.count != 0) read[p] = row(a, x, neurons, y);
-    });
-    std::copy(sum, sum + a.width, partial + first * a.width);
-    sums.Finish(first, leaves, AllLeaves());
+    const RunNeurons neurons(a, selection, pieces, run, &memory);
+    ReadCount all;
+    SumInOrder(run.first, run.leaves, pieces, a.width, sums[r],
+               memory.Take<float>(SumDepth(run.leaves) * a.width), AllLeaves(), [&](size_t p, float* y) {
+                 const Neurons here = neurons[p - run.first];
+                 std::fill(y, y + a.width, 0.0f);
+                 if (here.count != 0) all += row(a, x, here, y);
+               });
+    read[r] = all;
+    tree.Finish(run.first, run.leaves, sums[r], AllLeaves());
   });
-  WithBias(a.b2, a.residual, partial, 1, a.width, a.y);
+  WithBias(a.b2, a.residual, tree.Sum(), 1, a.width, a.y);
   ReadCount total;
-  for (size_t p = 0; p < pieces; ++p) total += read[p];
+  for (size_t r = 0; r < runs.Count(); ++r) total += read[r];
   return total;
 }
 
@@ -192,21 +207,21 @@ class ManyRows {
     float* partial = arena->Take<float>(pieces_ * rows_ * a_.width);
     const auto leaves = [&](size_t t) { return partial + t * kTileRows * pieces_ * a_.width; };
     SumTree* sums = arena->Take<SumTree>(tiles_);
-    for (size_t t = 0; t < tiles_; ++t)
-      new (sums + t) SumTree(leaves(t), pieces_, Count(t) * a_.width, arena);
+    for (size_t t = 0; t < tiles_; ++t) new (sums + t) SumTree(pieces_, Count(t) * a_.width, arena);
     parallel.For(tiles_ * pieces_, [&](size_t task) {
       const size_t t = task / pieces_, p = task % pieces_;
-      read[task] = Piece(t, p, leaves(t) + p * Count(t) * a_.width);
-      sums[t].Finish(p);
+      float* leaf = leaves(t) + p * Count(t) * a_.width;
+      read[task] = Piece(t, p, leaf);
+      sums[t].Finish(p, leaf);
     });
-    parallel.For(tiles_, [&](size_t t) { Finish(t, leaves(t)); });
+    parallel.For(tiles_, [&](size_t t) { Finish(t, sums[t].Sum()); });
   }
 
   ReadCount WholeTile(size_t t) const {
     const size_t size = Count(t) * a_.width;
-    float* sum = ThreadArena().Take<float>(SumDepth(pieces_) * size);
+    float* sum = ThreadArena().Take<float>((1 + SumDepth(pieces_)) * size);
     ReadCount read;
-    SumInOrder(0, TreeWidth(pieces_), pieces_, size, sum, AllLeaves(),
+    SumInOrder(0, TreeWidth(pieces_), pieces_, size, sum, sum + size, AllLeaves(),
                [&](size_t p, float* y) { read += Piece(t, p, y); });
     Finish(t, sum);
     return read;
