@@ -85,7 +85,7 @@ struct FourInOrder {
 };
 
 // All whole records of the piece by fours: their first halves, then their second ones. What a neuron adds
-// that is there only to fill the last four is 0.
+// that is there only to fill the last four is 0. Sets y.
 template <class W>
 void FoursInOrder(const FfnArgs& a, const Activations<W>& row, const Neurons& neurons, float* y) {
   const size_t width = a.width;
@@ -98,12 +98,18 @@ void FoursInOrder(const FfnArgs& a, const Activations<W>& row, const Neurons& ne
     for (size_t c = 0; c < 4; ++c)
       now.h[c] = k + c < after ? now.h[c] * RowScale<W>(a.scales, 2 * neurons[k + c] + 1) : 0.0f;
     const bool more = after < neurons.with_next;
-    AddInOrder<Order::kByRow, 4>(y, now.second, now.h, width, more ? next.first : nullptr);
+    const int8_t* const* later = more ? next.first : nullptr;
+    if (k == 0) {
+      AddInOrder<Order::kByRow, 4, true>(y, now.second, now.h, width, later);
+    } else {
+      AddInOrder<Order::kByRow, 4>(y, now.second, now.h, width, later);
+    }
     now = next;
   }
 }
 
-// Whole records; while they are read, as many later ones are fetched into L2, line by line.
+// Sets y to what at least one neuron adds. Whole records; while they are read, as many later ones are fetched
+// into L2, line by line.
 template <class W>
 ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons& neurons, float* y) {
   constexpr size_t kCount = kTogether<W>;
@@ -121,6 +127,7 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
       return CountRead<W>(neurons.count, neurons.count, a.width);
     }
   }
+  std::fill(y, y + width, 0.0f);
   for (size_t k = 0; k < neurons.count; k += kCount) {
     // The first half of `later` is fetched while first halves of records are read, the other with second
     // ones. Records that do not follow each other in memory are fetched side by side.
@@ -196,8 +203,8 @@ class Nonzero {
   size_t queued_ = 0, groups_ = 0, added_ = 0;
 };
 
-// Only fc1 halves are certain to be needed. The fc2 halves of neurons that turn out nonzero are added while
-// the next ones are fetched.
+// Sets y likewise. Only fc1 halves are certain to be needed. The fc2 halves of neurons that turn out nonzero
+// are added while the next ones are fetched.
 template <class W>
 ReadCount RowSkippingZeros(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons& neurons, float* y) {
   constexpr size_t kCount = kTogether<W>;
@@ -209,6 +216,7 @@ ReadCount RowSkippingZeros(const FfnArgs& a, const OneRowOfX<W>& x, const Neuron
   for (size_t k = 0; k < std::min(ahead, neurons.count); ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, width);
   const Activations<W>* row = x.Get();
+  std::fill(y, y + width, 0.0f);
   Nonzero<W> nonzero(a, y);
   for (size_t k = 0; k < neurons.count; k += kCount) {
     Pointer<W> first[kCount], later_first[kCount];

@@ -74,8 +74,8 @@ HWY_INLINE void ForQuarters(F f) {
 }
 
 // y += the sum over k < kRows of h[k] * rows[k], as AxpyTile: the same bits. The next batch has as many rows;
-// null: it is not known.
-template <Order kNextOrder, size_t kRows>
+// null: it is not known. kFresh: y is not read, but taken for zeros.
+template <Order kNextOrder, size_t kRows, bool kFresh = false>
 HWY_INLINE void AddInOrder(float* HWY_RESTRICT y, const int8_t* const* rows, const float* h, size_t n,
                            const int8_t* const* next) {
   constexpr size_t kLanes = kLine / 4;
@@ -88,8 +88,8 @@ HWY_INLINE void AddInOrder(float* HWY_RESTRICT y, const int8_t* const* rows, con
       FetchAhead<Order::kByColumn, kNextOrder, kRows, quarter(), 2>(rows, next, n, step);
       const size_t i = quarter() * (n / 4) + step;
       float* to = y + i;
-      VF a0 = hn::LoadU(df, to), a1 = hn::LoadU(df, to + kLanes);
-      VF a2 = hn::LoadU(df, to + 2 * kLanes), a3 = hn::LoadU(df, to + 3 * kLanes);
+      const auto sum = [=](const float* p) HWY_ATTR { return kFresh ? hn::Zero(df) : hn::LoadU(df, p); };
+      VF a0 = sum(to), a1 = sum(to + kLanes), a2 = sum(to + 2 * kLanes), a3 = sum(to + 3 * kLanes);
       HWY_UNROLL(8)
       for (size_t k = 0; k < kRows; ++k) {
         const int8_t* w = rows[k] + i;

@@ -132,8 +132,11 @@ ReadCount OneRow(const FfnArgs& a, CallArena* arena, const Parallel& parallel) {
     SumInOrder(run.first, run.leaves, pieces, a.width, sums[r],
                memory.Take<float>(SumDepth(run.leaves) * a.width), AllLeaves(), [&](size_t p, float* y) {
                  const Neurons here = neurons[p - run.first];
-                 std::fill(y, y + a.width, 0.0f);
-                 if (here.count != 0) all += row(a, x, here, y);
+                 if (here.count != 0) {
+                   all += row(a, x, here, y);
+                 } else {
+                   std::fill(y, y + a.width, 0.0f);
+                 }
                });
     read[r] = all;
     tree.Finish(run.first, run.leaves, sums[r], AllLeaves());
