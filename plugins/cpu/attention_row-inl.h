@@ -28,7 +28,7 @@ HWY_INLINE void PrefetchStart(const AttentionArgs& a, const Head<W>& head, Part 
   for (size_t d = 0; d < rows; ++d) PrefetchStep(w + d * a.width, a.width);
 }
 
-// Adds the head's share to y, and writes its context, key and value.
+// Sets y to the head's share if it is active, and writes its context, key and value.
 template <class W>
 void OneHead(const AttentionArgs& a, const OneRowOfX<W>& row, size_t h, bool active, Pointer<W> after,
              float* y, Arena* arena) {
@@ -60,6 +60,7 @@ void OneHead(const AttentionArgs& a, const OneRowOfX<W>& row, size_t h, bool act
     for (size_t d = 4; d < std::min<size_t>(8, a.head_size); ++d)
       PrefetchStep(out + d * a.width, a.width / 2);
   }
+  std::fill(y, y + a.width, 0.0f);  // while the first of these rows are on their way
   const uint32_t token = 0;
   Attend(a, 0, h, &token, 1, query, 0, context, arena);
   const float* context_row = context;
@@ -107,7 +108,6 @@ ReadCount OneRow(const AttentionArgs& a, CallArena* arena, const Parallel& paral
         const Head<W> head(a, next);
         start = head.w + (masks[next] != 0 ? kQuery : kKey) * head.part_size;
       }
-      if (masks[h] != 0) std::fill(y, y + a.width, 0.0f);
       OneHead<W>(a, x, h, masks[h] != 0, start, y, &memory);
     });
     tree.Finish(first, leaves, sums[r], any);

@@ -116,9 +116,11 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
   constexpr bool kInOrder = kPrefetchInOrder<Pointer<W>>;
   const Pointer<W> w = PointerOf<W>(a.w, a.scales);
   const size_t width = a.width, ahead = std::max(kCount, Ahead(2 * RowElements<W>(width) * sizeof(W)));
+  const bool goes_on =
+      ReadsInOrder<W>(width) && x.IsReady();  // then the piece before has fetched what comes first
   x.Prefetch();
   // Of the next piece what the loop does not come to.
-  for (size_t k = 0; k < std::min(ahead, neurons.with_next); ++k)
+  for (size_t k = 0; !goes_on && k < std::min(ahead, neurons.with_next); ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, 2 * width);
   const Activations<W>* row = x.Get();
   if constexpr (kReadInOrder && std::is_same_v<W, int8_t>) {
