@@ -2,6 +2,7 @@
 // Everything the library exports.
 #include "isa.h"
 #include "ort_op.h"
+#include "round_trip.h"
 #include "stream.h"
 
 static_assert(ORT_API_VERSION == 21,
@@ -42,6 +43,8 @@ SHADOWC_EXPORT int shadowc_ort_api(void) { return ORT_API_VERSION; }
 
 // The SIMD level in use, or an empty string if SHADOWC_ISA is wrong (registration then says why).
 SHADOWC_EXPORT const char* shadowc_ort_isa(void) { return shadowc::ChosenIsa(); }
+
+SHADOWC_EXPORT double shadowc_round_trip(int repeats) { return shadowc::RoundTrip(repeats); }
 
 SHADOWC_EXPORT double shadowc_stream_read(size_t bytes, int threads, int repeats) {
   return shadowc::ApplyIsaLimit().empty() ? shadowc::StreamRead(bytes, threads, repeats) : 0.0;

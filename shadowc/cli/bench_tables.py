@@ -36,7 +36,7 @@ def _show_surroundings(report: BenchReport) -> None:
     stream = "a stream reads" if report.threads else "a copy reads and writes"
     render.line(
         f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens; "
-        f"{stream} {report.stream_gigabytes_per_second:.1f} GB/s here"
+        f"{stream} {report.stream_gigabytes_per_second:.1f} GB/s here{_apart(report.round_trip_ns_by_round)}"
     )
     large, read = report.large_pages, report.weights_stream_by_round
     known = [f"{large:.0%} of it in large pages"] if large is not None else []
@@ -50,6 +50,10 @@ def _show_surroundings(report: BenchReport) -> None:
         render.line(f"small pages cost bandwidth on many machines: compare with --memory {others}")
     elif read and all(own < SLOW_WEIGHTS * one for own, one in zip(read, report.stream_by_round, strict=True)):
         render.line("the weights lie in slower memory than the stream: compare with --memory private")
+
+
+def _apart(round_trips: Sequence[float]) -> str:
+    return f", two threads are {median(round_trips):.0f} ns apart" if round_trips else ""
 
 
 def _names(rows: Sequence[BenchRow]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:

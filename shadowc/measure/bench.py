@@ -110,6 +110,9 @@ class BenchReport:
     weights_stream_by_round: tuple[float, ...]
     """As the stream, over the memory in which the weights lie, which may be slower than what the system gives now;
     empty for few weights, which caches may hold, and on a GPU."""
+    round_trip_ns_by_round: tuple[float, ...]
+    """What two threads take to hand a cache line back and forth: some 100 where cores share their last cache, and its
+    way to memory, several hundred elsewhere. Empty where there is one thread, and on a GPU."""
     memory: str | None
     """How the weights lie in memory, "shared", "renewed" or "private"; None on a GPU."""
     large_pages: float | None
@@ -182,6 +185,7 @@ def bench(
         stream_gigabytes_per_second=median(found.stream) / 1e9,
         stream_by_round=tuple(one / 1e9 for one in found.stream),
         weights_stream_by_round=tuple(one / 1e9 for one in found.weights_stream),
+        round_trip_ns_by_round=tuple(found.round_trips),
         memory=None if side.weights is None else side.weights.kind,
         large_pages=None if side.weights is None else side.weights.large_pages,
         load_to_first_token_seconds=loading,
@@ -190,7 +194,7 @@ def bench(
             _prompt_row(variant, found.prompts[index], prompt_tokens) for index, variant in enumerate(side.variants)
         ),
         break_even=tuple(_break_evens(side, found.times)),
-        noise=noise(found.before, found.after, times, found.stream),
+        noise=noise(found.before, found.after, times, found.stream, found.round_trips),
     )
 
 

@@ -17,6 +17,8 @@ _STEAL = 7
 
 SPREAD = 0.15
 """Of the rounds of one setting, or of the stream: highest minus lowest over the median."""
+APART = 1.5
+"""Of two threads in different rounds, longest over shortest round trip: their cores were other ones."""
 OTHERS = 0.05
 """Of all CPUs, taken by other processes."""
 STEAL = 0.02
@@ -64,7 +66,13 @@ class Noise:
     """One line: what was seen, and what to do; None on a quiet machine."""
 
 
-def noise(before: Reading, after: Reading, times: Mapping[str, Sequence[float]], stream: Sequence[float]) -> Noise:
+def noise(
+    before: Reading,
+    after: Reading,
+    times: Mapping[str, Sequence[float]],
+    stream: Sequence[float],
+    round_trips: Sequence[float] = (),
+) -> Noise:
     """Judge one measurement.
 
     Args:
@@ -72,6 +80,7 @@ def noise(before: Reading, after: Reading, times: Mapping[str, Sequence[float]],
         after: behind its last one.
         times: setting -> what each round took, in any unit.
         stream: bandwidth of each round, in any unit.
+        round_trips: between two threads in each round, nanoseconds; empty: not known.
     """
     spreads = {label: _spread(rounds) for label, rounds in times.items()}
     worst = max(spreads, key=lambda label: spreads[label])
@@ -81,6 +90,8 @@ def noise(before: Reading, after: Reading, times: Mapping[str, Sequence[float]],
         seen.append(f"rounds of '{worst}' differ by {spreads[worst]:.0%}")
     if _spread(stream) >= SPREAD:
         seen.append(f"the stream's rounds differ by {_spread(stream):.0%}")
+    if round_trips and max(round_trips) >= APART * min(round_trips):
+        seen.append(f"two threads were {min(round_trips):.0f} to {max(round_trips):.0f} ns apart: their cores changed")
     if others is not None and others >= OTHERS:
         seen.append(f"other processes took {others:.0%} of the CPUs")
     if steal is not None and steal >= STEAL:

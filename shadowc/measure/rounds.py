@@ -48,6 +48,8 @@ class Found:
     """Bandwidth by round, bytes per second."""
     weights_stream: list[float]
     """The same of the memory in which the weights lie; empty where that is not measured."""
+    round_trips: list[float]
+    """Between two threads, nanoseconds by round; empty where there is one."""
     times: list[list[float]]
     """Of each job, seconds per token by round."""
     sizes: list[float]
@@ -91,6 +93,7 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
     steps, prompt = prompt_ids(manifest, STEP_PROMPT_TOKENS), prompt_ids(manifest, prompt_tokens)
     stream: list[float] = []
     weights_stream: list[float] = []
+    round_trips: list[float] = []
     times: list[list[float]] = [[] for _ in side.jobs]
     prompts: list[list[tuple[float, float]]] = [[] for _ in side.variants]
     sizes = [0.0] * len(side.jobs)
@@ -103,6 +106,8 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
     before = Reading.now()
     for _ in range(rounds):
         stream.append(side.bandwidth())
+        if (trip := side.round_trip()) is not None:
+            round_trips.append(trip)
         if side.weights_bandwidth is not None:
             weights_stream.append(side.weights_bandwidth())
         decode = _decode_in_turns if side.takes_turns else _decode_one_by_one
@@ -112,7 +117,7 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
             sleep(REST_SECONDS)
             prompts[index].append(_read(variant.engine, prompt))
             counter.more()
-    return Found(before, Reading.now(), stream, weights_stream, times, sizes, prompts)
+    return Found(before, Reading.now(), stream, weights_stream, round_trips, times, sizes, prompts)
 
 
 def _decode_in_turns(

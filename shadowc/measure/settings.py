@@ -75,6 +75,8 @@ class Side:
     weights: WeightsMemory | None = None
     weights_bandwidth: Callable[[], float] | None = None
     """The same of the memory in which the weights lie; None: they are too few, or on a GPU."""
+    round_trip: Callable[[], float | None] = lambda: None
+    """Nanoseconds between two threads; None where there is one."""
 
 
 PER_TOKEN = "a mask per token"
@@ -129,6 +131,7 @@ def on_cpu(
         takes_turns=True,
         weights=first.weights,
         weights_bandwidth=_over_weights(library, first.weights, used),
+        round_trip=library.round_trip if used > 1 else lambda: None,
     )
 
 

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 VARIABLE = "SHADOWC_ORT_LIBRARY"
 """Environment variable with the path of another build of the library."""
+_MEASURES = ("shadowc_stream_read", "shadowc_stream_over", "shadowc_round_trip")
+"""A build of before may lack one."""
+_ROUND_TRIPS = 8
 REINSTALL = "in a checkout: make setup; elsewhere: pip install --force-reinstall FILE.whl"
 
 
@@ -68,7 +71,8 @@ class OpLibrary:
             handle = ctypes.CDLL(str(path))
             version = _text(handle, "shadowc_ort_version")
             isa = _text(handle, "shadowc_ort_isa")
-            _ = handle.shadowc_stream_read, handle.shadowc_stream_over  # a build of before may lack one
+            for name in _MEASURES:
+                getattr(handle, name)
         except (OSError, AttributeError) as error:
             raise SetupError(f"the op library {path} cannot be loaded: {error}", hint=REINSTALL) from error
         if version != __version__:
@@ -97,6 +101,12 @@ class OpLibrary:
                 hint="free some, or raise the limits of the process (ulimit -v, ulimit -u)",
             )
         return speed
+
+    def round_trip(self) -> float | None:
+        """Nanoseconds in which two threads hand a cache line back and forth; None where there is one core."""
+        function = self._handle.shadowc_round_trip
+        function.argtypes, function.restype = (ctypes.c_int,), ctypes.c_double
+        return float(function(_ROUND_TRIPS)) or None
 
     def stream_over(self, memory: npt.NDArray[np.uint8], threads: int, repeats: int) -> float:
         """The same of memory that is there already.

@@ -60,6 +60,15 @@ def test_json_holds_everything_that_is_shown(shadowc: Shadowc, engine: Path) -> 
     assert {"warning", "other_processes", "steal", "spread", "stream_spread"} <= found["noise"].keys()
 
 
+def test_the_first_line_tells_how_far_two_threads_are_apart(
+    shadowc: Shadowc, engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shadowc.runtime.library.OpLibrary.round_trip", lambda _: 70.4)
+    arguments = ("bench", engine, "--densities", "0.5", "--no-skip-zeros", *QUICK)
+    assert "GB/s here, two threads are 70 ns apart\n" in shadowc(*arguments, "--threads", "2").stdout
+    assert "ns apart" not in shadowc(*arguments, "--threads", "1").stdout
+
+
 def test_tables_show_floor_parts_first_token_and_break_even(shadowc: Shadowc, engine: Path) -> None:
     result = shadowc("bench", engine, "--densities", "0.5", "--no-skip-zeros", *QUICK)
     assert result.exit_code == 0, result.output

@@ -150,6 +150,20 @@ def test_memory_of_the_weights_is_measured_where_caches_cannot_hold_it(
 
 
 @pytest.mark.usefixtures("short_stream")
+def test_every_round_tells_how_far_two_threads_are_apart(sparse_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    quick = {"densities": [Density(0.5, 0.5)], "rounds": 2, "tokens": 3, "skip_zeros": False}
+    trips = iter([70.0, 300.0])
+    monkeypatch.setattr(OpLibrary, "round_trip", lambda _: next(trips))
+    report = bench(sparse_engine, **quick, threads=2)
+    assert report.round_trip_ns_by_round == (70.0, 300.0)
+    assert report.noise.warning is not None
+    assert "70 to 300 ns apart" in report.noise.warning
+    assert bench(sparse_engine, **quick, threads=1).round_trip_ns_by_round == ()
+    monkeypatch.setattr(OpLibrary, "round_trip", lambda _: None)
+    assert bench(sparse_engine, **quick, threads=2).round_trip_ns_by_round == ()
+
+
+@pytest.mark.usefixtures("short_stream")
 def test_weights_that_are_cut_while_they_are_measured_end_bench_with_a_sentence(
     sparse_engine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

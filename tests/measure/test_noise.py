@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from shadowc.measure.noise import OTHERS, SPREAD, STEAL, Noise, Reading, noise
+from shadowc.measure.noise import APART, OTHERS, SPREAD, STEAL, Noise, Reading, noise
 
 BEFORE = Reading(clock=100.0, cpus=4, own=10.0, busy=1000.0, steal=50.0, load=0.1)
 AFTER = replace(BEFORE, clock=110.0, own=30.0, busy=1021.0, steal=50.1)
@@ -24,8 +24,9 @@ def judged(
     after: Reading = AFTER,
     times: dict[str, tuple[float, ...]] = STEADY,
     stream: tuple[float, ...] = STREAM,
+    round_trips: tuple[float, ...] = (),
 ) -> Noise:
-    return noise(before, after, times, stream)
+    return noise(before, after, times, stream, round_trips)
 
 
 def test_a_quiet_machine_is_not_mentioned() -> None:
@@ -52,6 +53,13 @@ def test_stolen_time_is_the_hosts() -> None:
     assert found.warning is not None
     assert "the host took 2% of the CPUs away" in found.warning
     assert "other processes" not in found.warning
+
+
+def test_cores_that_changed_between_rounds_are_told_by_how_far_threads_were_apart() -> None:
+    found = judged(round_trips=(68.0, 310.4, 70.0))
+    assert found.warning is not None
+    assert "two threads were 68 to 310 ns apart: their cores changed" in found.warning
+    assert judged(round_trips=(100.0, 100.0 * APART - 1)).warning is None
 
 
 def test_the_setting_whose_rounds_differ_most_is_named() -> None:

@@ -21,8 +21,8 @@ from tests.plugins import kernels
 from tests.plugins.levels import HERE
 
 EXPORTS = {
-    "RegisterCustomOps", "shadowc_ort_api", "shadowc_ort_isa", "shadowc_ort_version", "shadowc_stream_over",
-    "shadowc_stream_read",
+    "RegisterCustomOps", "shadowc_ort_api", "shadowc_ort_isa", "shadowc_ort_version", "shadowc_round_trip",
+    "shadowc_stream_over", "shadowc_stream_read",
 }  # fmt: skip
 SYSTEM = re.compile(r"lib(c|m|stdc\+\+|gcc_s)\.so\.\d+|ld-linux.*\.so\.\d+")
 
@@ -56,7 +56,7 @@ def test_library_needs_only_the_system_and_what_lies_beside_it():
 
 
 @readelf
-def test_library_exports_its_five_functions_and_nothing_else():
+def test_library_exports_its_functions_and_nothing_else():
     lines = [line.split() for line in elf("--dyn-syms").splitlines()]
     defined = {
         fields[7].split("@")[0]
@@ -87,6 +87,26 @@ def test_stream_read_reports_a_bandwidth_of_this_planet(loaded):
 @pytest.mark.parametrize("arguments", [(0, 1, 1), (1 << 20, 0, 1), (1 << 20, 1, 0), (1 << 20, -1, 1)])
 def test_stream_read_returns_zero_when_there_is_nothing_to_read(loaded, arguments):
     assert loaded.shadowc_stream_read(*arguments) == 0
+
+
+def test_two_threads_are_told_to_be_as_far_apart_as_cores_can_be():
+    apart = OpLibrary.at(kernels.library()).round_trip()
+    if len(os.sched_getaffinity(0)) < 2:
+        assert apart is None
+    else:
+        assert apart is not None
+        assert 10 < apart < 1e6
+
+
+def test_threads_on_one_core_and_no_series_are_no_measurement(loaded):
+    loaded.shadowc_round_trip.restype = ctypes.c_double
+    assert loaded.shadowc_round_trip(ctypes.c_int(0)) == 0
+    held = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(held)})
+        assert OpLibrary.at(kernels.library()).round_trip() is None
+    finally:
+        os.sched_setaffinity(0, held)
 
 
 def test_memory_that_is_there_already_is_read_whole_pages_only(loaded):
