@@ -38,11 +38,12 @@ HWY_INLINE size_t Ahead(size_t bytes_per_entry) {
   return std::clamp<size_t>((size_t{16} << 10) / bytes_per_entry, 2, 8);
 }
 
-// The active neurons of one row within one piece, and after them the first ones of the piece that this thread
-// will probably take next: those are only prefetched.
+// The active neurons of one row within one piece, and after them the later ones of the same run of pieces and
+// the first ones of the run that this thread will probably take next: those are only prefetched.
 struct Neurons {
   const uint32_t* list;
   size_t count, with_next;
+  bool fetched;  // the first ones, with what came before them
   uint32_t operator[](size_t k) const { return list[std::min(k, with_next - 1)]; }
   uint32_t Own(size_t k) const { return list[std::min(k, count - 1)]; }
 };
@@ -116,11 +117,10 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
   constexpr bool kInOrder = kPrefetchInOrder<Pointer<W>>;
   const Pointer<W> w = PointerOf<W>(a.w, a.scales);
   const size_t width = a.width, ahead = std::max(kCount, Ahead(2 * RowElements<W>(width) * sizeof(W)));
-  const bool goes_on =
-      ReadsInOrder<W>(width) && x.IsReady();  // then the piece before has fetched what comes first
   x.Prefetch();
-  // Of the next piece what the loop does not come to.
-  for (size_t k = 0; !goes_on && k < std::min(ahead, neurons.with_next); ++k)
+  // What no loop before has fetched.
+  for (size_t k = 0; !(ReadsInOrder<W>(width) && neurons.fetched) && k < std::min(ahead, neurons.with_next);
+       ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, 2 * width);
   const Activations<W>* row = x.Get();
   if constexpr (kReadInOrder && std::is_same_v<W, int8_t>) {

@@ -83,7 +83,7 @@ size_t MostListed(const FfnArgs& a, size_t pieces) {
   return (a.selection.units / pieces + 1) * a.block + hn::MaxLanes(DF());
 }
 
-// The active neurons of a run of pieces, one behind the other, and the first ones of the piece that this
+// The active neurons of a run of pieces, one behind the other, and the first ones of the run that this
 // thread will probably take next.
 class RunNeurons {
  public:
@@ -105,7 +105,7 @@ class RunNeurons {
 
   // Those of the k-th piece, and after them what follows in this list.
   Neurons operator[](size_t k) const {
-    return {list_ + begin_[k], begin_[k + 1] - begin_[k], end_ - begin_[k]};
+    return {list_ + begin_[k], begin_[k + 1] - begin_[k], end_ - begin_[k], begin_[k] != 0};
   }
 
  private:

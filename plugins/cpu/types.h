@@ -110,10 +110,9 @@ void KeepRows(const uint8_t* wanted, size_t first_row, size_t rows, uint32_t* ma
 // The units with any bit set, ascending; returns how many.
 size_t ActiveUnits(const uint32_t* masks, size_t units, uint32_t* list);
 
-// Into how many parts (a power of two, at most `most`) to cut `bytes` of weights. A part starts without
-// anything prefetched and has its own partial sum, cold in cache when it is added up: some 2 us together at E
-// = 2048. So a part is at least 256 KiB, 15 us of a core's bandwidth. 4 parts instead of 32 would make a
-// dense FFN some 5 % faster on 2 cores, and leave larger machines idle.
+// Into how many parts (a power of two, at most `most`) to cut `bytes` of weights. Each has a partial sum that
+// is added up apart: some 1 us at E = 2048. So a part is at least 256 KiB, 10 to 15 us of a core's bandwidth;
+// fewer parts would leave larger machines idle.
 size_t PiecesOf(size_t bytes, size_t most);
 
 // How roughly many rows may meet weights (panels.h): not at all; as is good enough where no or few masks

@@ -112,7 +112,7 @@ class BenchReport:
     empty for few weights, which caches may hold, and on a GPU."""
     round_trip_ns_by_round: tuple[float, ...]
     """What two threads take to hand a cache line back and forth: some 100 where cores share their last cache, and its
-    way to memory, several hundred elsewhere. Empty where there is one thread, and on a GPU."""
+    way to memory, several hundred elsewhere. Only of two threads on two cores, which a host may move; else empty."""
     memory: str | None
     """How the weights lie in memory, "shared", "renewed" or "private"; None on a GPU."""
     large_pages: float | None

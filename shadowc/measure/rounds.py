@@ -49,7 +49,7 @@ class Found:
     weights_stream: list[float]
     """The same of the memory in which the weights lie; empty where that is not measured."""
     round_trips: list[float]
-    """Between two threads, nanoseconds by round; empty where there is one."""
+    """Between two threads, nanoseconds by round; empty where that is not measured."""
     times: list[list[float]]
     """Of each job, seconds per token by round."""
     sizes: list[float]

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from shadowc.runtime.cores import usable_cores
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InternalError, UnsupportedError
 
@@ -76,7 +77,8 @@ class Side:
     weights_bandwidth: Callable[[], float] | None = None
     """The same of the memory in which the weights lie; None: they are too few, or on a GPU."""
     round_trip: Callable[[], float | None] = lambda: None
-    """Nanoseconds between two threads; None where there is one."""
+    """Nanoseconds between two threads; None where these are not on the only two cores there are: others may meet on
+    any, and tell nothing about the operators' threads."""
 
 
 PER_TOKEN = "a mask per token"
@@ -131,7 +133,7 @@ def on_cpu(
         takes_turns=True,
         weights=first.weights,
         weights_bandwidth=_over_weights(library, first.weights, used),
-        round_trip=library.round_trip if used > 1 else lambda: None,
+        round_trip=library.round_trip if used == usable_cores() == 2 else lambda: None,
     )
 
 

@@ -21,6 +21,7 @@ VARIABLE = "SHADOWC_ORT_LIBRARY"
 _MEASURES = ("shadowc_stream_read", "shadowc_stream_over", "shadowc_round_trip")
 """A build of before may lack one."""
 _ROUND_TRIPS = 8
+"""Series, of which the shortest counts."""
 REINSTALL = "in a checkout: make setup; elsewhere: pip install --force-reinstall FILE.whl"
 
 
@@ -103,7 +104,9 @@ class OpLibrary:
         return speed
 
     def round_trip(self) -> float | None:
-        """Nanoseconds in which two threads hand a cache line back and forth; None where there is one core."""
+        """Nanoseconds in which two threads hand a cache line back and forth; None where there is one core, or one
+        thread granted.
+        """
         function = self._handle.shadowc_round_trip
         function.argtypes, function.restype = (ctypes.c_int,), ctypes.c_double
         return float(function(_ROUND_TRIPS)) or None

@@ -82,7 +82,7 @@ class RunStats:
 
 @dataclass(slots=True)
 class Meter:
-    """Adds up what single runs report."""
+    """Adds up what single runs report; `stats` has it, single fields lag behind."""
 
     manifest: EngineManifest
     seconds: float = 0.0

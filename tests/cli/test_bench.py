@@ -64,6 +64,7 @@ def test_the_first_line_tells_how_far_two_threads_are_apart(
     shadowc: Shadowc, engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("shadowc.runtime.library.OpLibrary.round_trip", lambda _: 70.4)
+    monkeypatch.setattr(settings, "usable_cores", lambda: 2)
     arguments = ("bench", engine, "--densities", "0.5", "--no-skip-zeros", *QUICK)
     assert "GB/s here, two threads are 70 ns apart\n" in shadowc(*arguments, "--threads", "2").stdout
     assert "ns apart" not in shadowc(*arguments, "--threads", "1").stdout

@@ -150,9 +150,10 @@ def test_memory_of_the_weights_is_measured_where_caches_cannot_hold_it(
 
 
 @pytest.mark.usefixtures("short_stream")
-def test_every_round_tells_how_far_two_threads_are_apart(sparse_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_two_cores_every_round_tells_how_far_threads_are_apart(sparse_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = {"densities": [Density(0.5, 0.5)], "rounds": 2, "tokens": 3, "skip_zeros": False}
     trips = iter([70.0, 300.0])
+    monkeypatch.setattr(settings, "usable_cores", lambda: 2)
     monkeypatch.setattr(OpLibrary, "round_trip", lambda _: next(trips))
     report = bench(sparse_engine, **quick, threads=2)
     assert report.round_trip_ns_by_round == (70.0, 300.0)
@@ -160,6 +161,9 @@ def test_every_round_tells_how_far_two_threads_are_apart(sparse_engine: Path, mo
     assert "70 to 300 ns apart" in report.noise.warning
     assert bench(sparse_engine, **quick, threads=1).round_trip_ns_by_round == ()
     monkeypatch.setattr(OpLibrary, "round_trip", lambda _: None)
+    assert bench(sparse_engine, **quick, threads=2).round_trip_ns_by_round == ()
+    monkeypatch.setattr(OpLibrary, "round_trip", lambda _: pytest.fail("two threads of many cores meet anywhere"))
+    monkeypatch.setattr(settings, "usable_cores", lambda: 4)
     assert bench(sparse_engine, **quick, threads=2).round_trip_ns_by_round == ()
 
 

@@ -117,6 +117,12 @@ def test_rows_end_at_their_end_token_and_are_padded(tiny_model: OPTForCausalLM, 
     np.testing.assert_array_equal(new[1], free[1])
     assert early.last_stats.finish == ("eos", "length")
     assert early.last_stats.tokens == first + 11  # decode steps of the first row and of the second
+    model = early.manifest.model.model_copy(update={"pad": eos})
+    early.manifest = early.manifest.model_copy(update={"model": model})
+    padded = early.generate(ids, max_new_tokens=12, density=0.5)[:, 7:]
+    np.testing.assert_array_equal(padded[0], [*free[0, : first + 1], *[eos] * (12 - first - 1)])
+    np.testing.assert_array_equal(padded[1], free[1])
+    assert early.last_stats.finish == ("eos", "length")
     alone = early.generate(ids[:1], max_new_tokens=12, density=0.5)
     assert alone.shape == (1, 7 + first + 1)
     at_least = early.generate(ids[:1], max_new_tokens=12, min_new_tokens=12, density=0.5)[:, 7:]
