@@ -104,9 +104,7 @@ class OpLibrary:
         return speed
 
     def round_trip(self) -> float | None:
-        """Nanoseconds in which two threads hand a cache line back and forth; None where there is one core, or one
-        thread granted.
-        """
+        """Nanoseconds in which two threads hand a cache line back and forth; None where only one can run."""
         function = self._handle.shadowc_round_trip
         function.argtypes, function.restype = (ctypes.c_int,), ctypes.c_double
         return float(function(_ROUND_TRIPS)) or None

@@ -150,7 +150,9 @@ def test_memory_of_the_weights_is_measured_where_caches_cannot_hold_it(
 
 
 @pytest.mark.usefixtures("short_stream")
-def test_on_two_cores_every_round_tells_how_far_threads_are_apart(sparse_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_two_cores_every_round_tells_how_far_threads_are_apart(
+    sparse_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     quick = {"densities": [Density(0.5, 0.5)], "rounds": 2, "tokens": 3, "skip_zeros": False}
     trips = iter([70.0, 300.0])
     monkeypatch.setattr(settings, "usable_cores", lambda: 2)
