@@ -18,13 +18,15 @@ from shadowc.runtime.mask_trace import TokenMasks
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InternalError
-from shadowc.spec.tensors import LOGITS_FROM
+from shadowc.spec.program import GRID
+from shadowc.spec.tensors import LOGITS_FROM, PAST, START, TAIL, TOKEN
 
 if TYPE_CHECKING:
     from shadowc.runtime.session import Binding, Session
 
 Floats = npt.NDArray[np.float32]
 Outputs = dict[str, npt.NDArray[Any]]
+Times = dict[str, Ids]
 ScoreSource = Callable[[int], tuple[Floats, Floats]]
 """Number of masked tokens Z -> scores of heads [1 or B,Z,L,H] and of neuron units [1 or B,Z,L,N]."""
 
@@ -67,6 +69,7 @@ class Decoder:
         in_place: see KvCache.
         scores: for a graph whose scores are inputs.
         shown: units of a layer, "heads" and "neurons", if `masks` will be asked for; None: it will not.
+        tables: input of the graph -> the density and the table [GRID + 1,L] of which it is the rows.
     """
 
     def __init__(
@@ -78,6 +81,7 @@ class Decoder:
         in_place: bool = True,
         scores: ScoreSource | None = None,
         shown: Mapping[str, int] | None = None,
+        tables: Mapping[str, tuple[str, Floats]] | None = None,
     ) -> None:
         self._session = session
         self._batch = batch
@@ -94,9 +98,15 @@ class Decoder:
             in_place=in_place,
         )
         self._density = {name: np.ones(batch.rows, np.float32) for name in ("density_heads", "density_neurons")}
+        self._tables = tables or {}
+        self._rows = {
+            name: np.ones((batch.rows, table.shape[1]), np.float32) for name, (_, table) in self._tables.items()
+        }
         self._whole_mask: Ids = np.zeros((batch.rows, 0), np.int64)
         self._step: Binding | None = None
         self._step_ids: Ids = np.zeros((batch.rows, 1), np.int64)
+        self._step_times: Times = {}
+        self._last_start = int(batch.starts.max())
         self._step_outputs: Outputs = {}
 
     predicts = True
@@ -121,11 +131,13 @@ class Decoder:
         """Set the density of all rows (a number) or of each row ([B]); it holds from the next run on."""
         self._density["density_heads"][:] = heads
         self._density["density_neurons"][:] = neurons
+        self._look_up()
 
     def mute(self, row: int) -> None:
         """Compute as little as possible for a finished row from now on."""
         for values in self._density.values():
             values[row] = 0.0
+        self._look_up()
 
     def reorder(self, rows_B: npt.NDArray[np.integer[Any]]) -> None:
         """Let row b go on from where row rows_B[b] is; both must have the same padding, as beams of a prompt have."""
@@ -135,6 +147,7 @@ class Decoder:
         self._cache.reorder(rows_B)
         for values in self._density.values():
             values[:] = values[rows_B]
+        self._look_up()
 
     def prefill(self, ids_BS: Ids) -> Floats:
         """Run a prompt without masks; returns the logits [B,V] after its last token."""
@@ -171,7 +184,7 @@ class Decoder:
         if self._step is None:
             self._step = self._bind_step()
         else:
-            self._step.give("attention_mask", self._mask(self.filled + 1))
+            self._move_on()
             self._bind_scores(self._step, 1)
         self._step.run_in_place()
         if self._cache.advance(1):
@@ -186,6 +199,33 @@ class Decoder:
         if self._cache.reserve(self.filled + tokens):
             self._step = None
 
+    def _look_up(self) -> None:
+        """The rows of tables that the densities ask for, as insert_predictor has it."""
+        for name, (density, table) in self._tables.items():
+            self._rows[name][:] = table[np.rint(self._density[density] * np.float32(GRID)).astype(np.int64)]
+
+    def _times(self, tokens: int) -> Times:
+        """Where the next tokens are, for a graph that is told so, see `variants.told`; otherwise nothing."""
+        if PAST not in self._session.inputs:
+            return {}
+        past, starts_B = self.filled, self._batch.starts
+        token_BS = np.arange(past, past + tokens) - starts_B[:, None]
+        start_B = np.minimum(starts_B, past + tokens)
+        return {PAST: np.full(len(starts_B), past), START: start_B, TOKEN: np.maximum(token_BS, -1)}
+
+    def _move_on(self) -> None:
+        """Tell the bound graph that a step's token is one slot further on."""
+        assert self._step is not None
+        times = self._step_times
+        if not times:
+            self._step.give("attention_mask", self._mask(self.filled + 1))
+        elif self.filled > self._last_start:
+            times[PAST] += 1
+            times[TOKEN] += 1
+        else:
+            for name, array in self._times(1).items():
+                times[name][:] = array
+
     def _mask(self, slots: int) -> Ids:
         """The attention mask of so many slots, cut from one that covers the whole cache."""
         if self._whole_mask.shape[1] != self._cache.capacity:
@@ -195,20 +235,25 @@ class Decoder:
     def _bind(self, ids_BS: Ids, sparse_tail: int, logits_from: int = 0) -> Binding:
         S = ids_BS.shape[1]
         binding = self._session.bind()
+        masked = min(sparse_tail, S) if sparse_tail >= 0 else int(S == 1)
+        self._step_times = self._times(S)
         binding.give("input_ids", ids_BS)
-        binding.give("attention_mask", self._mask(self.filled + S))
         dials: dict[str, npt.NDArray[Any]] = {
             **self._density,
+            **self._rows,
+            **self._step_times,
+            TAIL: np.array([masked], np.int64),
             "sparse_tail": np.array([sparse_tail], np.int64),
             LOGITS_FROM: np.array([logits_from], np.int64),
         }
         for name, value in dials.items():
             if name in self._session.inputs:
                 binding.give(name, value)
+        if not self._step_times:
+            binding.give("attention_mask", self._mask(self.filled + S))
         for name, array in self._inputs.items():
             binding.give(name, array)
-        automatic = 1 if S == 1 else 0
-        self._bind_scores(binding, min(sparse_tail, S) if sparse_tail >= 0 else automatic)
+        self._bind_scores(binding, masked)
         return binding
 
     def _bind_scores(self, binding: Binding, tokens: int) -> None:

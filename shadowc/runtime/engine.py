@@ -25,6 +25,7 @@ from shadowc.runtime.session import Session
 from shadowc.runtime.stored import Ranking
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
+from shadowc.spec.tensors import rows_of_tables
 
 if TYPE_CHECKING:
     import onnx
@@ -111,7 +112,7 @@ class Engine(CausalEngine):
         """
         self._require_sparse()
         logits, seen = self._forced(
-            self._session, ("logits", "read", *SEEN), ids, self._density(density), "decode",
+            self._showing, ("logits", "read", *SEEN), ids, self._density(density), "decode",
             prompt_tokens, attention_mask, None,
         )  # fmt: skip
         if not seen:
@@ -192,16 +193,31 @@ class Engine(CausalEngine):
         return stored.head_means(self.folder, self.manifest)
 
     def _decoder(self, batch: Batch, slots: int, *, masks: bool = False) -> Decoder:
-        session, shown = (self._session, self._units) if masks else (self._generating, None)
-        return Decoder(session, self.manifest.model, batch, in_place=self._in_place, shown=shown)
+        session, shown = (self._showing, self._units) if masks else (self._generating, None)
+        return Decoder(session, self.manifest.model, batch, in_place=self._in_place, shown=shown, tables=self._tables)
+
+    @cached_property
+    def _showing(self) -> Session:
+        """The graph for those who look at scores and thresholds."""
+        return rewritten(self._session, variants.told)
 
     @cached_property
     def _generating(self) -> Session:
         """The graph for those who look at no scores."""
-        model = self._session.load_model()
+        model = self._showing.load_model()
         fewer = variants.without_joined_scores(model)
         same = len(fewer.graph.output) == len(model.graph.output)
-        return self._session if same else replace(self._session, model=fewer)
+        return self._showing if same else replace(self._showing, model=fewer)
+
+    @cached_property
+    def _tables(self) -> dict[str, tuple[str, Floats]]:
+        """Input of these graphs -> the density and the table of which it is the rows, see Decoder."""
+        graph, folder = self._session.load_model(), self.folder
+        made = (name for node in graph.graph.node for name in node.output)
+        return {
+            name: (f"density_{table.partition('.')[2]}", stored.initialiser(graph, folder, table))
+            for name, table in rows_of_tables(made).items()
+        }
 
     @property
     def _units(self) -> dict[str, int]:
@@ -221,7 +237,9 @@ class Engine(CausalEngine):
         scores: ScoreSource | None,
     ) -> tuple[Floats, list[Outputs]]:
         def decoder_of(batch: Batch) -> Decoder:
-            return Decoder(session, self.manifest.model, batch, in_place=self._in_place, scores=scores)
+            return Decoder(
+                session, self.manifest.model, batch, in_place=self._in_place, scores=scores, tables=self._tables
+            )
 
         names = [name for name in wanted if name in session.outputs]
         return self._teacher_forced(decoder_of, names, ids, density, protocol, prompt_tokens, attention_mask)

@@ -162,7 +162,7 @@ class SequenceEngine(Engine):
         return Graphs(
             predicting=rewritten(self._session, variants.predicting),
             selecting=rewritten(self._fixed, variants.selecting),
-            decoding=rewritten(self._fixed, variants.with_thresholds_as_inputs),
+            decoding=rewritten(self._fixed, lambda graph: variants.told(variants.with_thresholds_as_inputs(graph))),
         )
 
     def _decoder(self, batch: Batch, slots: int, *, masks: bool = False) -> SequenceDecoder:

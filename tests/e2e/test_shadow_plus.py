@@ -20,6 +20,8 @@ from shadowc.measure.against import stored_plan, stored_predictor
 from shadowc.measure.bisect import bisect
 from shadowc.measure.free_running import free_run
 from shadowc.measure.parity import check_parity
+from shadowc.runtime import variants
+from shadowc.runtime.decoder import Decoder
 from shadowc.runtime.load import read_manifest
 from shadowc.sparsity.predictor import Predictor
 from shadowc.sparsity.reference import MaskedModel, load_torch_model
@@ -27,10 +29,13 @@ from shadowc.sparsity.shares import layer_density
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, ShadowcError, UnsupportedError
 from shadowc.spec.options import TrainOptions
+from shadowc.spec.tensors import PAST, START, TAIL, TOKEN
 from tests.e2e import compiled
 from tests.e2e.defects import Defect, named, set_int, with_defect
 
 PROMPT = np.array([[2, 40, 50, 60, 70, 80]], np.int64)
+BATCH = np.array([[1, 1, 1, 2, 40, 50], [2, 40, 50, 60, 70, 80], [1, 2, 9, 8, 7, 6]], np.int64)
+"""Padded rows."""
 HALF = Density(0.5, 0.5)
 LAYER = 2
 PLUS = TrainOptions(style="shadow+", epochs=4, batch=32)
@@ -80,6 +85,32 @@ def test_engine_and_masked_torch_model_generate_alike(
     masked = MaskedModel(load_torch_model(resolve(str(tiny_checkpoint))), predictor.plan(None), predictor)
     run = free_run(engine, masked, np.random.default_rng(1).integers(4, 320, (4, 8)), tokens=24, density=density)
     assert run.passed(), run
+
+
+@pytest.mark.parametrize("select", ["exact", "calibrated"])
+def test_a_loop_that_tells_shares_and_places_gives_the_same_bits(
+    engine_folder: Path, tiny_checkpoint: Path, select: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of attention_mask, sparse_tail and densities that the graph looks up; see `variants.told`."""
+    folder = engine_folder
+    if select == "calibrated":
+        options = compiled.options(tiny_checkpoint, tmp_path / "c.engine", train=PLUS, select=select)
+        folder = shadowc.compile(options)
+    told, off_by_one = shadowc.load(folder), shadowc.load(folder)
+    monkeypatch.setattr(variants, "told", lambda model: model)
+    derived = shadowc.load(folder)
+    inputs = [one._generating.inputs for one in (told, derived)]
+    assert inputs[0] - inputs[1] >= {PAST, START, TOKEN, TAIL, *(row for row in inputs[0] if "of_layers" in row)}
+    assert {"density_heads", "attention_mask", "sparse_tail"} <= inputs[1] - inputs[0]
+    for density in (HALF, Density(0.75, 0.203), Density(1.0, 0.0), Density()):
+        logits = [one.logits(PROMPT, density, prompt_tokens=2) for one in (told, derived)]
+        np.testing.assert_array_equal(*logits)
+        rows = [one.generate(BATCH, max_new_tokens=20, density=density) for one in (told, derived)]
+        np.testing.assert_array_equal(*rows)
+        assert told.last_stats.bytes_read == derived.last_stats.bytes_read
+    times = Decoder._times
+    monkeypatch.setattr(Decoder, "_times", lambda self, n: {k: v + (k == TOKEN) for k, v in times(self, n).items()})
+    assert np.abs(off_by_one.logits(PROMPT, HALF) - derived.logits(PROMPT, HALF)).max() > 1e-3
 
 
 def test_an_engine_of_before_whose_products_were_nodes_gives_the_same_predictor(engine_folder: Path) -> None:
