@@ -106,14 +106,15 @@ class Quads {
   void Run(size_t task, const Activations<QuadWeight>* x, size_t rows, float* y) const {
     const size_t begin = task * together_, end = std::min(groups_, begin + together_);
     for (size_t g = begin; g < end; g += kTogether) {
-      for (size_t r = 0; r < rows; ++r) FourGroups(g, x[r], r == 0, y + r * outputs_);
+      for (size_t r = 0; r < rows; ++r) FourGroups(g, x[r], rows, r == 0, y + r * outputs_);
     }
   }
 
  private:
   static constexpr size_t kRows = 16, kTogether = 4;
 
-  void FourGroups(size_t first, const Activations<QuadWeight>& x, bool prefetch, float* y) const {
+  void FourGroups(size_t first, const Activations<QuadWeight>& x, [[maybe_unused]] size_t rows, bool prefetch,
+                  float* y) const {
     const int8_t* w[kTogether];
     for (size_t c = 0; c < kTogether; ++c) w[c] = w_ + std::min(first + c, groups_ - 1) * quads_ * kLine;
     const bool more =
@@ -121,7 +122,7 @@ class Quads {
     HWY_ALIGN float sums[kTogether * kRows];
 #if SHADOWC_DIGITS || SHADOWC_PAIRS
     if (x.Exact()) {
-      OfDigits(w, x, more, sums);
+      OfDigits(w, x, rows, more, sums);
     } else {
       OfFloats(w, x.x, more, sums);
     }
@@ -133,8 +134,13 @@ class Quads {
   }
 
 #if SHADOWC_DIGITS
-  HWY_INLINE void OfDigits(const int8_t* const* w, const DigitRow& x, bool more, float* to) const {
+  HWY_INLINE void OfDigits(const int8_t* const* w, const DigitRow& x, size_t rows, bool more,
+                           float* to) const {
     static_assert(hn::MaxLanes(hn::ScalableTag<int32_t>()) == kRows, "a vector is a line of 16 rows");
+    if (kReadInOrder && rows == 1) {
+      for (size_t c = 0; c < kTogether; ++c) OneInOrder(w[c], x, more, to + c * kRows);
+      return;
+    }
     const int8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
     DigitSums s0, s1, s2, s3;
     for (size_t q = 0; q < quads_; ++q) {
@@ -146,6 +152,27 @@ class Quads {
       digits.AddTo(LoadShifted(w2 + q * kLine), &s2), digits.AddTo(LoadShifted(w3 + q * kLine), &s3);
     }
     Store(s0, x, to), Store(s1, x, to + kRows), Store(s2, x, to + 2 * kRows), Store(s3, x, to + 3 * kRows);
+  }
+
+  // One group behind the other, as rows where kReadInOrder: each line is asked for three times, at three
+  // distances. A call for the neurons of one layer takes 0.84 to 0.90 of its time with two threads, 0.75 to
+  // 0.80 with one.
+  HWY_INLINE void OneInOrder(const int8_t* w, const DigitRow& x, bool more, float* to) const {
+    DigitSums even, odd;
+    size_t q = 0;
+    for (; q + 2 <= quads_; q += 2, w += 2 * kLine) {
+      if (more) {
+        for (const size_t ahead : {kTaskAheadBytes / 2, kTaskAheadBytes * 3 / 8, kTaskAheadBytes / 4}) {
+          PrefetchL2(w + ahead), PrefetchL2(w + ahead + kLine);
+        }
+      }
+      Digits(x, 4 * q).AddTo(LoadShifted(w), &even);
+      Digits(x, 4 * q + 4).AddTo(LoadShifted(w + kLine), &odd);
+    }
+    if (q < quads_) Digits(x, 4 * q).AddTo(LoadShifted(w), &even);
+    even.top = hn::Add(even.top, odd.top), even.upper = hn::Add(even.upper, odd.upper);
+    even.all = hn::Add(even.all, odd.all);
+    Store(even, x, to);
   }
 
   // Four values of x in every lane.
@@ -180,7 +207,7 @@ class Quads {
 #elif SHADOWC_PAIRS
   using DWide = hn::CappedTag<int16_t, 16>;  // four rows' quads
 
-  HWY_INLINE void OfDigits(const int8_t* const* w, const Activations<QuadWeight>& x, bool more,
+  HWY_INLINE void OfDigits(const int8_t* const* w, const Activations<QuadWeight>& x, size_t, bool more,
                            float* to) const {
     for (size_t c = 0; c < kTogether; ++c) OneGroup(w[c], x, more, to + c * kRows);
   }
