@@ -25,6 +25,7 @@ from shadowc.checkpoint.opt import EMBEDDING, FINAL_NORM, HEAD, POSITIONS, PROJE
 from shadowc.passes.surgery import Builder, Scopes, replace_uses, scope_of, tidy
 from shadowc.spec.errors import InternalError
 from shadowc.spec.program import PassReport, Program, WeightRecipe
+from shadowc.spec.tensors import MASK, PAST, START, TOKEN
 
 NAME = "canonicalise"
 LM_HEAD = "lm_head"
@@ -166,22 +167,22 @@ def _derive_positions(program: Program) -> int:
         raise InternalError(f"{NAME}: {POSITIONS} has {len(table.outputs)} readers, expected one Gather")
     if "positions" in builder:
         return 0
-    ids, mask = builder.tensor("input_ids", "trace"), builder.tensor("attention_mask", "trace")
+    ids, mask = builder.tensor("input_ids", "trace"), builder.tensor(MASK, "trace")
     i64 = np.int64
     rows = builder.node("Shape", [ids], "rows", i64, (1,), start=0, end=1)
     tokens = builder.node("Shape", [ids], "tokens", i64, (1,), start=1, end=2)
     length = builder.node("Shape", [mask], "mask_length", i64, (1,), start=1, end=2)
     filled = builder.node("Sub", [length, tokens], "mask_length.past", i64, (1,))
-    past_B = builder.node("Expand", [filled, rows], "past", i64, ("B",))
+    past_B = builder.node("Expand", [filled, rows], PAST, i64, ("B",))
     real_B = builder.node("ReduceSum", [mask, builder.ints(1)], "mask_length.real", i64, ("B",), keepdims=0)
-    start_B = builder.node("Sub", [length, real_B], "start", i64, ("B",))
+    start_B = builder.node("Sub", [length, real_B], START, i64, ("B",))
     count = builder.node("Squeeze", [tokens], "tokens.count", i64, ())
     index_S = builder.node("Range", [builder.integer(0), count, builder.integer(1)], "token_index", i64, ("S",))
     past_B1 = builder.node("Unsqueeze", [past_B, builder.ints(1)], "past.column", i64, ("B", 1))
     start_B1 = builder.node("Unsqueeze", [start_B, builder.ints(1)], "start.column", i64, ("B", 1))
     slot_BS = builder.node("Add", [past_B1, index_S], "slot", i64, ("B", "S"))
     order_BS = builder.node("Sub", [slot_BS, start_B1], "slot.real", i64, ("B", "S"))
-    clipped_BS = builder.node("Max", [order_BS, builder.integer(-1)], "slot.clipped", i64, ("B", "S"))  # -1: padding
+    clipped_BS = builder.node("Max", [order_BS, builder.integer(-1)], TOKEN, i64, ("B", "S"))  # -1: padding
     offset = builder.integer(program.facts.position_offset)
     lookups[0].inputs[1] = builder.node("Add", [clipped_BS, offset], "positions", i64, ("B", "S"))
     return 1

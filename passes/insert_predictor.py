@@ -30,6 +30,7 @@ from shadowc.passes.surgery import Builder, Scopes, sort_nodes, units_of
 from shadowc.spec.errors import InternalError
 from shadowc.spec.ops import DOMAIN, SELECT_THRESHOLD
 from shadowc.spec.program import GRID, SMALLEST_SPAN, PassReport, Program, SparsityPlan, WeightRecipe
+from shadowc.spec.tensors import TAIL
 
 NAME = "insert_predictor"
 CONTEXT = "context.0"
@@ -116,7 +117,7 @@ def _tail(builder: Builder) -> _Tail:
     usual = builder.node("Cast", [is_step], "tail.usual", i64, (1,), to=7)  # TensorProto.INT64
     unset = builder.node("Less", [wish, builder.ints(0)], "tail.unset", np.bool_, (1,))
     wanted = builder.node("Where", [unset, usual, wish], "tail.wanted", i64, (1,))
-    tail = builder.node("Min", [wanted, tokens], "tail", i64, (1,))
+    tail = builder.node("Min", [wanted, tokens], TAIL, i64, (1,))
     predicted = builder.node("Max", [tail, builder.ints(1)], "tail.predicted", i64, (1,))
     return _Tail(predicted, builder.node("Sub", [predicted, tail], "tail.skipped", i64, (1,)))
 

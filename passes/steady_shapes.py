@@ -18,10 +18,10 @@ from shadowc.passes.surgery import Builder, replace_uses, tidy
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InternalError
 from shadowc.spec.program import PassReport, Program
+from shadowc.spec.tensors import MASK, PAST, START
 
 NAME = "steady_shapes"
-TIMES = ("past", "start")
-MASK = "attention_mask"
+TIMES = (PAST, START)
 _INNER = ("mask_scores", "scores", "threshold")
 
 

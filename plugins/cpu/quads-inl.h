@@ -155,7 +155,7 @@ class Quads {
   }
 
   // One group behind the other, as rows where kReadInOrder: each line is asked for three times, at three
-  // distances. A call for the neurons of one layer takes 0.84 to 0.90 of its time with two threads, 0.75 to
+  // distances. A call for the neurons of one layer takes 0.83 to 0.90 of its time with two threads, 0.75 to
   // 0.80 with one.
   HWY_INLINE void OneInOrder(const int8_t* w, const DigitRow& x, bool more, float* to) const {
     DigitSums even, odd;

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from statistics import median
+from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from shadowc.cli import render
@@ -89,15 +89,19 @@ def _show_decoding(report: BenchReport) -> None:
                 f"{row.ms_lowest:.2f} to {row.ms_highest:.2f}",
                 f"{row.megabytes_per_token:.1f}",
                 f"{row.floor_ms:.2f}",
-                f"{row.above_floor_ms:.2f}",
+                "" if row.above_floor_ms is None else f"{row.above_floor_ms:.2f}",
                 f"{row.gigabytes_per_second:.1f}",
-                render.share(row.share_of_stream),
+                "" if row.share_of_stream is None else render.share(row.share_of_stream),
                 f"{row.speedup:.2f}x",
             )
             for name, row in zip(names, report.rows, strict=True)
         ],
     )
-    render.line("floor: the bytes at 0.9 of the stream of the same round")
+    steady = fmean(row.steady_turns for row in report.rows)
+    render.line(
+        "floor: the bytes at 0.9 of a stream right before and behind each turn; above it, of stream: where both agree "
+        f"within a fifth ({render.share(steady)} of the turns)"
+    )
 
 
 def _show_shares(report: BenchReport) -> None:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decode speed at several densities, beside the bytes that the kernels read and the machine's bandwidth.
 
-In every round all settings take turns of a few tokens (rounds.py), and the stream bandwidth is measured, because a
-shared machine drifts: medians and ratios within the run are what may be quoted.
+In every round all settings take turns of a few tokens (rounds.py). What memory gives is measured in every round, and
+right before and behind each turn, because a shared machine drifts: medians and ratios within the run may be quoted.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -18,7 +18,7 @@ from shadowc.measure import settings
 from shadowc.measure.break_even import BreakEven, break_even
 from shadowc.measure.mask_cost import MaskCost, mask_cost
 from shadowc.measure.noise import Noise, noise
-from shadowc.measure.rounds import STEP_PROMPT_TOKENS, Counter, measure, prompt_ids
+from shadowc.measure.rounds import STEP_PROMPT_TOKENS, Counter, Turn, mean_seconds, measure, prompt_ids
 from shadowc.measure.settings import Mask, Setting, Side, Variant
 from shadowc.measure.shares import Shares, profile
 from shadowc.measure.turns import tokens_generated, turn_sizes
@@ -52,12 +52,14 @@ class BenchRow:
     megabytes_per_token: float
     """Counted by the kernels, plus the LM head, the predictor, norms and biases."""
     floor_ms: float
-    """Median over the rounds of those bytes at FLOOR_SHARE of the round's stream."""
-    above_floor_ms: float
-    """Median over the rounds of the time beyond the floor."""
+    """Those bytes at FLOOR_SHARE of what memory gave right before and behind each turn; a median over the rounds."""
+    above_floor_ms: float | None
+    """Median over the rounds of the time beyond the floor, of turns during which memory kept its pace; None without."""
     gigabytes_per_second: float
-    share_of_stream: float
-    """Median over the rounds of achieved over stream bandwidth."""
+    share_of_stream: float | None
+    """Median over the rounds of achieved bandwidth over that of memory, of the same turns."""
+    steady_turns: float
+    """Share of the turns during which memory kept its pace, within a fifth."""
     speedup: float
     """Median over the rounds of the first setting's time over this one's."""
     shares: Shares | None
@@ -169,11 +171,11 @@ def bench(
         counter = Counter(progress, side, rounds, len(turn_sizes(tokens)))
         found = measure(side, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens, counter=counter)
         shares = _profiled(side, counter)
+    times = found.times
     rows = tuple(
-        _row(setting, found.times[index], found.times[0], found.sizes[index], found.stream, shares.get(setting))
+        _row(setting, found.turns[index], times[0], found.sizes[index], shares.get(setting))
         for index, (setting, _) in enumerate(side.jobs)
     )
-    times = {setting.label: found.times[index] for index, (setting, _) in enumerate(side.jobs)}
     return BenchReport(
         model=manifest.model.name,
         weights=manifest.weights,
@@ -193,8 +195,14 @@ def bench(
         prompts=tuple(
             _prompt_row(variant, found.prompts[index], prompt_tokens) for index, variant in enumerate(side.variants)
         ),
-        break_even=tuple(_break_evens(side, found.times)),
-        noise=noise(found.before, found.after, times, found.stream, found.round_trips),
+        break_even=tuple(_break_evens(side, times)),
+        noise=noise(
+            found.before,
+            found.after,
+            {setting.label: times[index] for index, (setting, _) in enumerate(side.jobs)},
+            found.stream,
+            found.round_trips,
+        ),
     )
 
 
@@ -258,15 +266,11 @@ def _profiled(side: Side, counter: Counter) -> dict[Setting, Shares]:
 
 
 def _row(
-    setting: Setting,
-    times: Sequence[float],
-    base: Sequence[float],
-    size: float,
-    stream: Sequence[float],
-    shares: Shares | None,
+    setting: Setting, rounds: Sequence[Sequence[Turn]], base: Sequence[float], size: float, shares: Shares | None
 ) -> BenchRow:
+    times = [mean_seconds(turns) for turns in rounds]
+    steady = [kept for turns in rounds if (kept := [turn for turn in turns if turn.steady])]
     seconds = median(times)
-    floors = [size / (FLOOR_SHARE * limit) for limit in stream]
     return BenchRow(
         label=setting.label,
         density_heads=setting.density.heads,
@@ -278,13 +282,25 @@ def _row(
         ms_highest=max(times) * 1e3,
         ms_by_round=tuple(one * 1e3 for one in times),
         megabytes_per_token=size / 1e6,
-        floor_ms=median(floors) * 1e3,
-        above_floor_ms=median(own - floor for own, floor in zip(times, floors, strict=True)) * 1e3,
+        floor_ms=median(_floor(turns, size) for turns in rounds) * 1e3,
+        above_floor_ms=_median_of((mean_seconds(turns) - _floor(turns, size)) * 1e3 for turns in steady),
         gigabytes_per_second=size / seconds / 1e9,
-        share_of_stream=median(size / own / limit for own, limit in zip(times, stream, strict=True)),
+        share_of_stream=_median_of(FLOOR_SHARE * _floor(turns, size) / mean_seconds(turns) for turns in steady),
+        steady_turns=sum(map(len, steady)) / sum(map(len, rounds)),
         speedup=median(first / own for first, own in zip(base, times, strict=True)),
         shares=shares,
     )
+
+
+def _floor(turns: Sequence[Turn], size: float) -> float:
+    """Seconds per token that its bytes take at FLOOR_SHARE of the pace of the turns."""
+    whole = sum(turn.tokens * size / (FLOOR_SHARE * turn.pace) for turn in turns)
+    return whole / sum(turn.tokens for turn in turns)
+
+
+def _median_of(values: Iterable[float]) -> float | None:
+    found = list(values)
+    return median(found) if found else None
 
 
 def _prompt_row(variant: Variant, rounds: Sequence[tuple[float, float]], tokens: int) -> PromptRow:

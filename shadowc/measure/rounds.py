@@ -18,6 +18,8 @@ from shadowc.measure.noise import Reading
 from shadowc.measure.turns import Text, turn_sizes
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     import numpy.typing as npt
 
     from shadowc.measure.settings import Side
@@ -38,6 +40,31 @@ def prompt_ids(manifest: EngineManifest, tokens: int) -> npt.NDArray[np.int64]:
     return np.random.default_rng(0).integers(4, manifest.model.vocab, (1, tokens), dtype=np.int64)
 
 
+STEADY = 1.2
+"""Of the two paces of a turn, higher over lower at most: otherwise neither is that of the turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A few tokens of one setting, and the pace of memory right before and behind them."""
+
+    seconds: float
+    """Per token."""
+    tokens: int
+    paces: tuple[float, float]
+    """Bytes per second."""
+
+    @property
+    def pace(self) -> float:
+        """That of the turn."""
+        return fmean(self.paces)
+
+    @property
+    def steady(self) -> bool:
+        """Whether memory kept its pace."""
+        return max(self.paces) <= STEADY * min(self.paces)
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What was measured."""
@@ -50,12 +77,22 @@ class Found:
     """The same of the memory in which the weights lie; empty where that is not measured."""
     round_trips: list[float]
     """Between two threads, nanoseconds by round; empty where that is not measured."""
-    times: list[list[float]]
-    """Of each job, seconds per token by round."""
+    turns: list[list[list[Turn]]]
+    """Of each job, by round."""
     sizes: list[float]
     """Of each job, bytes per token."""
     prompts: list[list[tuple[float, float]]]
     """Of each variant, seconds to the first token and those of the prompt's pass by round."""
+
+    @property
+    def times(self) -> list[list[float]]:
+        """Of each job, seconds per token by round: means, for with --refresh one token in so many takes longer."""
+        return [[mean_seconds(turns) for turns in rounds] for rounds in self.turns]
+
+
+def mean_seconds(turns: Sequence[Turn]) -> float:
+    """Seconds per token of some turns."""
+    return sum(turn.seconds * turn.tokens for turn in turns) / sum(turn.tokens for turn in turns)
 
 
 class Counter:
@@ -94,7 +131,7 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
     stream: list[float] = []
     weights_stream: list[float] = []
     round_trips: list[float] = []
-    times: list[list[float]] = [[] for _ in side.jobs]
+    turns: list[list[list[Turn]]] = [[] for _ in side.jobs]
     prompts: list[list[tuple[float, float]]] = [[] for _ in side.variants]
     sizes = [0.0] * len(side.jobs)
     for setting, variant in side.jobs:  # first touch of the mapped weights, not timed
@@ -111,39 +148,44 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
         if side.weights_bandwidth is not None:
             weights_stream.append(side.weights_bandwidth())
         decode = _decode_in_turns if side.takes_turns else _decode_one_by_one
-        for index, (seconds, sizes[index]) in enumerate(decode(side, steps, tokens, counter)):
-            times[index].append(seconds)
+        for index, (taken, sizes[index]) in enumerate(decode(side, steps, tokens, counter)):
+            turns[index].append(taken)
         for index, variant in enumerate(side.variants):
             sleep(REST_SECONDS)
             prompts[index].append(_read(variant.engine, prompt))
             counter.more()
-    return Found(before, Reading.now(), stream, weights_stream, round_trips, times, sizes, prompts)
+    return Found(before, Reading.now(), stream, weights_stream, round_trips, turns, sizes, prompts)
 
 
 def _decode_in_turns(
     side: Side, prompt: npt.NDArray[np.int64], tokens: int, counter: Counter
-) -> list[tuple[float, float]]:
-    """Of each job, seconds and bytes per token: means, for with --refresh one token in so many takes longer."""
+) -> list[tuple[list[Turn], float]]:
+    """Of each job, its turns and bytes per token."""
     sizes = turn_sizes(tokens)
     texts = [Text(variant.engine, prompt, setting.density, sizes) for setting, variant in side.jobs]
+    turns: list[list[Turn]] = [[] for _ in texts]
     try:
-        for _ in sizes:
-            for text in texts:
+        for size in sizes:
+            for text, taken in zip(texts, turns, strict=True):
                 sleep(REST_SECONDS)
+                before = side.pace()
                 text.go_on()
+                taken.append(Turn(fmean(text.seconds[-size:]), size, (before, side.pace())))
                 counter.more()
     finally:
         for text in texts:
             text.close()
-    return [(fmean(text.seconds), text.bytes_read) for text in texts]
+    return [(taken, text.bytes_read) for text, taken in zip(texts, turns, strict=True)]
 
 
 def _decode_one_by_one(
     side: Side, prompt: npt.NDArray[np.int64], tokens: int, counter: Counter
-) -> list[tuple[float, float]]:
+) -> list[tuple[list[Turn], float]]:
     found = []
     for setting, variant in side.jobs:
-        found.append(_decode(variant.engine, prompt, tokens + 1, setting.density))
+        before = side.pace()
+        seconds, size = _decode(variant.engine, prompt, tokens + 1, setting.density)
+        found.append(([Turn(seconds, tokens, (before, side.pace()))], size))
         counter.more(len(turn_sizes(tokens)))
     return found
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 STREAM_BYTES = 1 << 30
 STREAM_REPEATS = 2
+PACE_BYTES = 1 << 28
+"""Read once on either side of a turn: more than caches hold, and little time beside a turn's."""
 LEAST_WEIGHTS = 1 << 29
 """Fewer bytes of weights may come out of caches, and are not measured."""
 
@@ -69,6 +71,8 @@ class Side:
     """The rows, in the order in which they are measured and shown; the first is the base of every speed-up."""
     bandwidth: Callable[[], float]
     """Measures how many bytes per second the memory gives."""
+    pace: Callable[[], float]
+    """The same in a hundredth of a second, for one moment."""
     threads: int
     isa: str
     takes_turns: bool
@@ -128,6 +132,7 @@ def on_cpu(
         variants=(*twins, *sparse),
         jobs=tuple(jobs),
         bandwidth=lambda: library.stream_read(STREAM_BYTES, used, STREAM_REPEATS),
+        pace=_pace(library, used),
         threads=used,
         isa=library.isa,
         takes_turns=True,
@@ -135,6 +140,15 @@ def on_cpu(
         weights_bandwidth=_over_weights(library, first.weights, used),
         round_trip=library.round_trip if used == usable_cores() == 2 else lambda: None,
     )
+
+
+def _pace(library: OpLibrary, threads: int) -> Callable[[], float]:
+    """Reads memory that is kept for it: fresh memory takes the system longer than reading it."""
+    from shadowc.runtime.weights_memory import private_memory
+
+    memory = private_memory(PACE_BYTES)
+    memory[:] = 1  # or all its pages would be one page of zeros
+    return lambda: library.stream_over(memory, threads, 1)
 
 
 def _over_weights(library: OpLibrary, weights: WeightsMemory | None, threads: int) -> Callable[[], float] | None:
@@ -164,8 +178,10 @@ def on_gpu(folder: Path, engine: CausalEngine, densities: Sequence[Density], ski
         chosen = chosen[:1]
     variant = Variant(PER_TOKEN, "token", engine.skip_zeros, engine, chosen)
     jobs = tuple((Setting(_shares(density), density, engine.skip_zeros, "token"), variant) for density in chosen)
-    bandwidth = partial(engine.copy_bandwidth, STREAM_BYTES, STREAM_REPEATS)
-    return Side((variant,), jobs, bandwidth, threads=0, isa=engine.device_name, takes_turns=False)
+    bandwidth, pace = (
+        partial(engine.copy_bandwidth, *how) for how in ((STREAM_BYTES, STREAM_REPEATS), (PACE_BYTES, 1))
+    )
+    return Side((variant,), jobs, bandwidth, pace, threads=0, isa=engine.device_name, takes_turns=False)
 
 
 def _shares(density: Density) -> str:

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Outputs = dict[str, npt.NDArray[Any]]
 Times = dict[str, Ids]
+Tables = Mapping[str, tuple[str, Floats]]
+"""Input of a graph -> the density and the table [GRID + 1,L] of which it is the rows [B,L]."""
 ScoreSource = Callable[[int], tuple[Floats, Floats]]
 """Number of masked tokens Z -> scores of heads [1 or B,Z,L,H] and of neuron units [1 or B,Z,L,N]."""
 
@@ -69,7 +71,7 @@ class Decoder:
         in_place: see KvCache.
         scores: for a graph whose scores are inputs.
         shown: units of a layer, "heads" and "neurons", if `masks` will be asked for; None: it will not.
-        tables: input of the graph -> the density and the table [GRID + 1,L] of which it is the rows.
+        tables: what the graph asks for in place of densities.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class Decoder:
         in_place: bool = True,
         scores: ScoreSource | None = None,
         shown: Mapping[str, int] | None = None,
-        tables: Mapping[str, tuple[str, Floats]] | None = None,
+        tables: Tables | None = None,
     ) -> None:
         self._session = session
         self._batch = batch
@@ -100,8 +102,9 @@ class Decoder:
         self._density = {name: np.ones(batch.rows, np.float32) for name in ("density_heads", "density_neurons")}
         self._tables = tables or {}
         self._rows = {
-            name: np.ones((batch.rows, table.shape[1]), np.float32) for name, (_, table) in self._tables.items()
+            name: np.zeros((batch.rows, table.shape[1]), np.float32) for name, (_, table) in self._tables.items()
         }
+        self._look_up()
         self._whole_mask: Ids = np.zeros((batch.rows, 0), np.int64)
         self._step: Binding | None = None
         self._step_ids: Ids = np.zeros((batch.rows, 1), np.int64)
@@ -200,7 +203,7 @@ class Decoder:
             self._step = None
 
     def _look_up(self) -> None:
-        """The rows of tables that the densities ask for, as insert_predictor has it."""
+        """The rows of tables that the densities, 0 to 1, ask for: the nearest ones, as insert_predictor has it."""
         for name, (density, table) in self._tables.items():
             self._rows[name][:] = table[np.rint(self._density[density] * np.float32(GRID)).astype(np.int64)]
 
@@ -214,17 +217,16 @@ class Decoder:
         return {PAST: np.full(len(starts_B), past), START: start_B, TOKEN: np.maximum(token_BS, -1)}
 
     def _move_on(self) -> None:
-        """Tell the bound graph that a step's token is one slot further on."""
+        """Tell the bound graph where the next token is."""
         assert self._step is not None
-        times = self._step_times
-        if not times:
+        if not self._step_times:
             self._step.give("attention_mask", self._mask(self.filled + 1))
-        elif self.filled > self._last_start:
-            times[PAST] += 1
-            times[TOKEN] += 1
+        elif self.filled >= self._last_start:  # few calls of numpy, see `greedy`
+            self._step_times[PAST].fill(self.filled)
+            np.subtract(self.filled, self._batch.starts[:, None], out=self._step_times[TOKEN])
         else:
             for name, array in self._times(1).items():
-                times[name][:] = array
+                self._step_times[name][:] = array
 
     def _mask(self, slots: int) -> Ids:
         """The attention mask of so many slots, cut from one that covers the whole cache."""

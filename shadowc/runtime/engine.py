@@ -24,7 +24,7 @@ from shadowc.runtime.prompts import Batch
 from shadowc.runtime.session import Session
 from shadowc.runtime.stored import Ranking
 from shadowc.spec.density import Density
-from shadowc.spec.errors import InputError, UnsupportedError
+from shadowc.spec.errors import InputError, InternalError, UnsupportedError
 from shadowc.spec.tensors import rows_of_tables
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Engine(CausalEngine):
             SetupError: the op library cannot be loaded.
             IncompatibleEngineError: this ONNX Runtime cannot run the graph.
         """
-        _ = self._generating.ort
+        _ = self._generating.ort, self._tables  # while the folder is where it was
 
     @property
     def threads(self) -> int:
@@ -130,7 +130,7 @@ class Engine(CausalEngine):
         """
         model = self.manifest.model
         shown = self.with_outputs(list(outputs) or [f"residual.{layer}" for layer in range(model.layers + 1)])
-        return lambda: Probe(shown._session, model, in_place=shown._in_place)
+        return lambda: Probe(shown._showing, model, in_place=shown._in_place, tables=shown._tables)
 
     def with_outputs(self, names: Sequence[str]) -> Engine:
         """The same engine with further inner tensors as graph outputs (for `probe`-like use)."""
@@ -212,11 +212,15 @@ class Engine(CausalEngine):
     @cached_property
     def _tables(self) -> dict[str, tuple[str, Floats]]:
         """Input of these graphs -> the density and the table of which it is the rows, see Decoder."""
-        graph, folder = self._session.load_model(), self.folder
-        made = (name for node in graph.graph.node for name in node.output)
+        graph, weights = self._session.load_model().graph, self._session.weights
+        stored = {tensor.name: tensor for tensor in graph.initializer}
+        rows = rows_of_tables(name for node in graph.node for name in node.output)
+        if rows and weights is None:
+            raise InternalError("the tables of an engine are read from its weights in memory, and it has none")
         return {
-            name: (f"density_{table.partition('.')[2]}", stored.initialiser(graph, folder, table))
-            for name, table in rows_of_tables(made).items()
+            name: (f"density_{table.partition('.')[2]}", weights.floats(stored[table]))
+            for name, table in rows.items()
+            if weights is not None
         }
 
     @property

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from shadowc.runtime.decoder import Decoder, ModelSizes, Outputs
+from shadowc.runtime.decoder import Decoder, ModelSizes, Outputs, Tables
 from shadowc.runtime.prompts import Batch
 from shadowc.spec.density import Density
 
@@ -25,12 +25,19 @@ if TYPE_CHECKING:
 
 
 class Probe:
-    """Unpadded sequences through an engine, all graph outputs on show; the cache goes on from step to step."""
+    """Unpadded sequences through an engine, all graph outputs on show; the cache goes on from step to step.
 
-    def __init__(self, session: Session, model: ModelSizes, *, in_place: bool = True) -> None:
+    Args:
+        session, model, in_place, tables: as Decoder takes them.
+    """
+
+    def __init__(
+        self, session: Session, model: ModelSizes, *, in_place: bool = True, tables: Tables | None = None
+    ) -> None:
         self._session = session
         self._model = model
         self._in_place = in_place
+        self._tables = tables
         self._decoder: Decoder | None = None
 
     def step(self, ids_BS: npt.NDArray[np.int64], *, density: Density, sparse_tail: int) -> Outputs:
@@ -40,7 +47,7 @@ class Probe:
         """
         if self._decoder is None:
             batch = Batch(ids_BS, np.zeros(len(ids_BS), np.int64))
-            self._decoder = Decoder(self._session, self._model, batch, in_place=self._in_place)
+            self._decoder = Decoder(self._session, self._model, batch, in_place=self._in_place, tables=self._tables)
         self._decoder.set_density(density.heads, density.neurons)
         ids = np.ascontiguousarray(ids_BS, np.int64)
         before = self._decoder.filled

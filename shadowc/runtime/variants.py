@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, TypeVar
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InputError, UnsupportedError
 from shadowc.spec.ops import DOMAIN, PREDICT_UNITS, SELECT_THRESHOLD, SPARSE_ATTENTION, SPARSE_FFN
-from shadowc.spec.tensors import PAST, START, TAIL, TOKEN, rows_of_tables, scores_of_one_layer
+from shadowc.spec.tensors import MASK, PAST, START, TAIL, TOKEN, rows_of_tables, scores_of_one_layer
 
 if TYPE_CHECKING:
     import onnx
@@ -163,8 +163,9 @@ def told(model: onnx.ModelProto) -> onnx.ModelProto:
     """The graph that is told what the loop over tokens knows, where it derived that anew for every token.
 
     Inputs take the place of `attention_mask` (PAST, START and TOKEN), of `sparse_tail` (TAIL) and of a density that is
-    looked up in a table (`rows_of_tables`). Each node that goes takes up to 10 us of a token: behind hundreds of MB of
-    weights nothing that ONNX Runtime needs for it is in the caches.
+    looked up in a table (`rows_of_tables`). Each node that goes takes some 10 us of a token: behind hundreds of MB of
+    weights nothing that ONNX Runtime needs for it is in the caches. Where something else needs the mask, as an output
+    of the graph may, it stays as it is.
     """
     import onnx
 
@@ -181,7 +182,7 @@ def told(model: onnx.ModelProto) -> onnx.ModelProto:
         node.output[:] = [f"{name}.derived" if name in known else name for name in node.output]
     copy.graph.input.extend(inputs)
     _prune(copy.graph)
-    return copy
+    return _copy(model) if any(value.name == MASK for value in copy.graph.input) else copy
 
 
 def predicting(model: onnx.ModelProto) -> onnx.ModelProto:

@@ -154,14 +154,31 @@ class WeightsMemory:
         for tensor in model.graph.initializer:
             if tensor.data_location != onnx.TensorProto.EXTERNAL:
                 continue
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            start, length = int(place.get("offset", 0)), int(place["length"])
             size = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
             # Unsigned words, for numpy has no bfloat16: only their size has to fit.
-            array = self.content[start : start + length].view(f"u{size}").reshape(tuple(tensor.dims))
+            array = self._bytes_of(tensor).view(f"u{size}").reshape(tuple(tensor.dims))
             value = ort.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.data_type)
             options.add_initializer(tensor.name, value)
             self._lent += [array, value]
+
+    def floats(self, tensor: onnx.TensorProto) -> npt.NDArray[np.float32]:
+        """A copy of an initialiser of float32.
+
+        Raises:
+            VerificationError: as `require_unchanged`.
+        """
+        from onnx import TensorProto, numpy_helper
+
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return numpy_helper.to_array(tensor).copy()
+        self.require_unchanged()
+        return self._bytes_of(tensor).view(np.float32).reshape(tuple(tensor.dims)).copy()
+
+    def _bytes_of(self, tensor: onnx.TensorProto) -> npt.NDArray[np.uint8]:
+        """Where an initialiser lies that is stored in the file."""
+        place = {entry.key: entry.value for entry in tensor.external_data}
+        start, length = int(place.get("offset", 0)), int(place["length"])
+        return self.content[start : start + length]
 
     @property
     def large_pages(self) -> float | None:
@@ -237,13 +254,19 @@ def _mapped(file: int, size: int, ahead: bool, offset: int = 0) -> mmap.mmap:
     return mapping
 
 
-def _copied(file: Any, size: int) -> npt.NDArray[np.uint8]:
+def private_memory(size: int) -> npt.NDArray[np.uint8]:
+    """Memory [size] of this process from the start of a large page on, in large pages where the system has some."""
     # Private: shared anonymous memory is a file to the system, and files rarely get large pages.
-    memory = mmap.mmap(-1, size + LARGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
+    memory = mmap.mmap(-1, size + LARGE_PAGE, **flags)
     _advise(memory, getattr(mmap, "MADV_HUGEPAGE", None))
     whole = np.frombuffer(memory, np.uint8)
     start = -whole.ctypes.data % LARGE_PAGE
-    copy = whole[start : start + size]
+    return whole[start : start + size]
+
+
+def _copied(file: Any, size: int) -> npt.NDArray[np.uint8]:
+    copy = private_memory(size)
     view, done = copy.data, 0
     while done < size:
         read = file.readinto(view[done : done + _PIECE])

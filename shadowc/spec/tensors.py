@@ -8,6 +8,8 @@ from collections.abc import Iterable
 
 LOGITS_FROM = "logits_from"
 """Input [1] of target cpu: the first new token whose logits are computed; below 0 it counts from the end."""
+MASK = "attention_mask"
+"""Input [B,P]: 0 for padding."""
 PAST, START = "past", "start"
 """Slots of the cache that are filled, and the first of them that is no padding, [B]."""
 TOKEN = "slot.clipped"

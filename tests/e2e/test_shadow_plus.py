@@ -6,6 +6,7 @@ Letters: S tokens, L predicted layers, N units of a kind.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,9 @@ from shadowc.measure.free_running import free_run
 from shadowc.measure.parity import check_parity
 from shadowc.runtime import variants
 from shadowc.runtime.decoder import Decoder
-from shadowc.runtime.load import read_manifest
+from shadowc.runtime.engine import Engine
+from shadowc.runtime.load import load_cpu, read_manifest
+from shadowc.runtime.prompts import Batch
 from shadowc.sparsity.predictor import Predictor
 from shadowc.sparsity.reference import MaskedModel, load_torch_model
 from shadowc.sparsity.shares import layer_density
@@ -87,30 +90,87 @@ def test_engine_and_masked_torch_model_generate_alike(
     assert run.passed(), run
 
 
-@pytest.mark.parametrize("select", ["exact", "calibrated"])
-def test_a_loop_that_tells_shares_and_places_gives_the_same_bits(
-    engine_folder: Path, tiny_checkpoint: Path, select: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In place of attention_mask, sparse_tail and densities that the graph looks up; see `variants.told`."""
-    folder = engine_folder
-    if select == "calibrated":
-        options = compiled.options(tiny_checkpoint, tmp_path / "c.engine", train=PLUS, select=select)
-        folder = shadowc.compile(options)
-    told, off_by_one = shadowc.load(folder), shadowc.load(folder)
+@pytest.fixture(scope="module")
+def calibrated_folder(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with thresholds, whose first predicted layer is exempt. Read only."""
+    out = tmp_path_factory.mktemp("calibrated") / "tiny.engine"
+    options = compiled.options(tiny_checkpoint, out, train=PLUS, select="calibrated", exempt=(1,))
+    return shadowc.compile(options)
+
+
+@pytest.fixture(params=["exact", "calibrated"])
+def told_and_derived(
+    engine_folder: Path, calibrated_folder: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Engine, Engine]:
+    """An engine whose graph is told places and shares (`variants.told`), and one that derives them."""
+    folder = engine_folder if request.param == "exact" else calibrated_folder
+    told = load_cpu(folder)
     monkeypatch.setattr(variants, "told", lambda model: model)
-    derived = shadowc.load(folder)
+    derived = load_cpu(folder)
     inputs = [one._generating.inputs for one in (told, derived)]
-    assert inputs[0] - inputs[1] >= {PAST, START, TOKEN, TAIL, *(row for row in inputs[0] if "of_layers" in row)}
-    assert {"density_heads", "attention_mask", "sparse_tail"} <= inputs[1] - inputs[0]
+    table = "shares" if request.param == "exact" else "limits"
+    rows = {f"{table}.{kind}.of_layers" for kind in ("heads", "neurons")}
+    assert inputs[0] - inputs[1] == {PAST, START, TOKEN, TAIL, *rows}
+    assert inputs[1] - inputs[0] == {"density_heads", "density_neurons", "attention_mask", "sparse_tail"}
+    return told, derived
+
+
+def test_a_graph_that_is_told_shares_and_places_gives_the_same_bits(told_and_derived: tuple[Engine, Engine]) -> None:
     for density in (HALF, Density(0.75, 0.203), Density(1.0, 0.0), Density()):
-        logits = [one.logits(PROMPT, density, prompt_tokens=2) for one in (told, derived)]
+        logits = [one.logits(PROMPT, density, prompt_tokens=2) for one in told_and_derived]
         np.testing.assert_array_equal(*logits)
-        rows = [one.generate(BATCH, max_new_tokens=20, density=density) for one in (told, derived)]
+        rows = [one.generate(BATCH, max_new_tokens=20, density=density) for one in told_and_derived]
         np.testing.assert_array_equal(*rows)
-        assert told.last_stats.bytes_read == derived.last_stats.bytes_read
+        told, derived = (one.last_stats.bytes_read for one in told_and_derived)
+        assert told == derived
+
+
+def test_rows_that_pad_end_and_change_places_are_told_too(told_and_derived: tuple[Engine, Engine]) -> None:
+    """Slot by slot from the first one on; then a row ends, and the others change places."""
+    batch = Batch(BATCH, np.array([3, 0, 1]))
+    decoders = [one._decoder(batch, 32) for one in told_and_derived]
+    read = []
+
+    def step(ids_B: np.ndarray) -> None:
+        found = [decoder.step(ids_B) for decoder in decoders]
+        for name in found[0]:
+            np.testing.assert_array_equal(found[0][name], found[1][name], err_msg=name)
+        read.append(found[0]["read"][1:].sum())
+
+    for decoder in decoders:
+        decoder.set_density(0.5, 0.25)
+    for slot in range(BATCH.shape[1]):
+        step(BATCH[:, slot])
+    for row in (0, 2):
+        for decoder in decoders:
+            decoder.mute(row)
+    step(np.array([7, 8, 9]))
+    assert read[-1] < read[-2]  # two rows of three are over
+    for decoder in decoders:
+        decoder._batch = Batch(BATCH, np.zeros(3, np.int64))  # rows of one padding only change places
+        decoder.reorder(np.array([1, 0, 2]))
+        decoder._batch = batch
+    step(np.array([9, 8, 7]))
+
+
+def test_a_graph_that_is_told_places_one_token_off_gives_other_logits(
+    told_and_derived: tuple[Engine, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told, derived = told_and_derived
     times = Decoder._times
     monkeypatch.setattr(Decoder, "_times", lambda self, n: {k: v + (k == TOKEN) for k, v in times(self, n).items()})
-    assert np.abs(off_by_one.logits(PROMPT, HALF) - derived.logits(PROMPT, HALF)).max() > 1e-3
+    assert np.abs(told.logits(PROMPT, HALF) - derived.logits(PROMPT, HALF)).max() > 1e-3
+
+
+def test_an_engine_whose_folder_was_moved_behind_load_goes_on(engine_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "here.engine"
+    shutil.copytree(engine_folder, folder)
+    engine = shadowc.load(folder)
+    folder.rename(tmp_path / "there.engine")
+    np.testing.assert_array_equal(
+        engine.generate(PROMPT, max_new_tokens=8, density=HALF),
+        shadowc.load(engine_folder).generate(PROMPT, max_new_tokens=8, density=HALF),
+    )
 
 
 def test_an_engine_of_before_whose_products_were_nodes_gives_the_same_predictor(engine_folder: Path) -> None:

@@ -18,9 +18,11 @@ import shadowc
 from shadowc.cli.app import app
 from shadowc.eval import likelihood
 from shadowc.measure import settings
-from shadowc.measure.bench import bench
+from shadowc.measure.bench import BenchRow, _row, bench
 from shadowc.measure.break_even import BreakEven
 from shadowc.measure.evaluate import evaluate
+from shadowc.measure.rounds import Turn
+from shadowc.measure.turns import Text
 from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.load import load_cpu, read_manifest
 from shadowc.spec.density import Density
@@ -126,6 +128,7 @@ def test_bench_counts_fewer_bytes_at_lower_density_and_with_skipped_zeros(sparse
 def short_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """How fast the stream is does not matter here."""
     monkeypatch.setattr(settings, "STREAM_BYTES", 1 << 20)
+    monkeypatch.setattr(settings, "PACE_BYTES", 1 << 20)
 
 
 @pytest.mark.usefixtures("short_stream")
@@ -138,6 +141,8 @@ def test_memory_of_the_weights_is_measured_where_caches_cannot_hold_it(
     speeds = iter([3e9, 1e9, 2e9])
 
     def stream_over(_: OpLibrary, memory: np.ndarray, threads: int, repeats: int) -> float:
+        if repeats == 1:  # the pace of a moment, of other memory
+            return 1e9
         assert (memory.size, threads, repeats) == (size, 1, settings.STREAM_REPEATS)
         assert memory.tobytes() == (sparse_engine / "weights.bin").read_bytes()
         return next(speeds)
@@ -192,11 +197,8 @@ def test_the_numbers_of_a_bench_row_follow_from_its_rounds(sparse_engine: Path) 
     for row in report.rows:
         assert row.ms_per_token == pytest.approx(median(row.ms_by_round))
         assert (row.ms_lowest, row.ms_highest) == (min(row.ms_by_round), max(row.ms_by_round))
-        floors = [row.megabytes_per_token / (0.9 * one) for one in stream]
-        assert row.floor_ms == pytest.approx(median(floors))
-        assert row.above_floor_ms == pytest.approx(
-            median(own - floor for own, floor in zip(row.ms_by_round, floors, strict=True))
-        )
+        assert row.floor_ms > 0
+        assert (row.above_floor_ms is None) == (row.steady_turns == 0)
         ratios = [base / own for base, own in zip(report.rows[0].ms_by_round, row.ms_by_round, strict=True)]
         assert row.speedup == pytest.approx(median(ratios))
         assert row.shares is not None
@@ -208,6 +210,53 @@ def test_the_numbers_of_a_bench_row_follow_from_its_rounds(sparse_engine: Path) 
     spreads = [(row.ms_highest - row.ms_lowest) / row.ms_per_token for row in report.rows]
     assert report.noise.spread == pytest.approx(max(spreads))
     assert report.noise.stream_spread == pytest.approx((max(stream) - min(stream)) / median(stream))
+
+
+def a_row(*rounds: list[tuple[float, int, float, float]]) -> BenchRow:
+    """Of a token that reads 90 MB; a turn is ms per token, tokens, and GB/s before and behind."""
+    turns = [[Turn(ms / 1e3, tokens, (a * 1e9, b * 1e9)) for ms, tokens, a, b in turns] for turns in rounds]
+    return _row(settings.Setting("", Density(), False, "token"), turns, [1.0] * len(rounds), 90e6, None)
+
+
+def test_a_row_is_held_against_what_memory_gave_at_the_time_of_each_turn() -> None:
+    """90 MB take 5 ms at 0.9 of 20 GB/s and 2.5 at 0.9 of 40."""
+    slow, fast = (7.0, 4, 20.0, 20.0), (3.0, 4, 40.0, 40.0)
+    for rounds, floor, above in (
+        ([[slow]], 5.0, 2.0),
+        ([[fast, fast]], 2.5, 0.5),
+        ([[slow, fast]], 3.75, 1.25),
+        ([[slow], [slow], [fast]], 5.0, 2.0),
+        ([[slow, (3.0, 2, 40.0, 40.0)]], 25 / 6, 1.5),  # turns count by their tokens
+        ([[(7.0, 4, 18.2, 21.8)]], 5.0, 2.0),
+    ):
+        row = a_row(*rounds)
+        assert (row.floor_ms, row.above_floor_ms, row.steady_turns) == pytest.approx((floor, above, 1.0))
+        assert row.share_of_stream == pytest.approx(0.9 * (1 - above / row.ms_per_token), rel=1e-6)
+
+
+def test_turns_during_which_memory_changed_its_pace_say_nothing_of_the_floor() -> None:
+    steady, changed = (7.0, 4, 20.0, 20.0), (30.0, 4, 20.0, 24.1)
+    row = a_row([steady, changed], [changed, changed], [steady, steady])
+    assert (row.above_floor_ms, row.share_of_stream) == pytest.approx((2.0, 0.9 * 5 / 7))
+    assert row.steady_turns == 0.5
+    assert row.ms_per_token == pytest.approx(18.5)
+    row = a_row([changed], [changed])
+    assert (row.above_floor_ms, row.share_of_stream, row.steady_turns) == (None, None, 0.0)
+    assert row.floor_ms == pytest.approx(90 / (0.9 * 22.05))
+
+
+@pytest.mark.usefixtures("short_stream")
+def test_memory_is_read_on_either_side_of_each_turn(sparse_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paces, ran = iter(np.arange(1, 1000) * 1e9), []
+    go_on = Text.go_on
+    monkeypatch.setattr(OpLibrary, "stream_over", lambda *_: ran.append("pace") or next(paces))
+    monkeypatch.setattr(Text, "go_on", lambda text: ran.append("turn") or go_on(text))
+    report = bench(sparse_engine, densities=[Density(0.5, 0.5)], rounds=1, tokens=6, skip_zeros=False)
+    assert ran == ["pace", "turn", "pace"] * 4  # two turns of the twin and of the engine
+    for row, turns in zip(report.rows, (((1.5, 4), (5.5, 2)), ((3.5, 4), (7.5, 2))), strict=True):
+        assert row.floor_ms == pytest.approx(
+            sum(tokens * row.megabytes_per_token / (0.9 * pace) for pace, tokens in turns) / 6
+        )
 
 
 @pytest.mark.usefixtures("short_stream")

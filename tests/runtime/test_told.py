@@ -70,7 +70,7 @@ def test_a_loop_that_tells_a_wrong_start_gives_other_logits(
 
 
 def test_tokens_of_rows_that_are_still_padding_are_told_one_by_one(folders: dict[str, Path]) -> None:
-    """A step per slot, padding too, as a prober feeds them, ends where the whole prompt at once does."""
+    """A step per slot, padding too, ends where the whole prompt at once does."""
     from shadowc.runtime.prompts import Batch
 
     engine, (ids_BS, mask_BS) = load(folders["dense"], threads=2), padded()
