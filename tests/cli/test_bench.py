@@ -127,8 +127,8 @@ def test_weights_in_slow_memory_are_told(
     monkeypatch.setattr(settings, "LEAST_WEIGHTS", 1)
     monkeypatch.setattr(bench_tables, "ENOUGH_LARGE_PAGES", few_large_pages)
     left = iter(speeds)
-    # the pace of a moment, read once, is of other memory
-    monkeypatch.setattr(OpLibrary, "stream_over", lambda *given: 1e9 if given[-1] == 1 else next(left))
+    pace = settings.PACE_BYTES  # that of a moment is of other memory
+    monkeypatch.setattr(OpLibrary, "stream_over", lambda *given: 1e9 if given[1].size == pace else next(left))
     quick = ("--rounds", "2", "--tokens", "3")
     result = shadowc("bench", engine, "--densities", "0.5", "--no-skip-zeros", "--memory", memory, *quick)
     assert result.exit_code == 0, result.output

@@ -141,7 +141,7 @@ def test_memory_of_the_weights_is_measured_where_caches_cannot_hold_it(
     speeds = iter([3e9, 1e9, 2e9])
 
     def stream_over(_: OpLibrary, memory: np.ndarray, threads: int, repeats: int) -> float:
-        if repeats == 1:  # the pace of a moment, of other memory
+        if memory.size == settings.PACE_BYTES:  # for the pace of a moment
             return 1e9
         assert (memory.size, threads, repeats) == (size, 1, settings.STREAM_REPEATS)
         assert memory.tobytes() == (sparse_engine / "weights.bin").read_bytes()
