@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 STREAM_BYTES = 1 << 30
 STREAM_REPEATS = 2
 PACE_BYTES = 1 << 28
-"""Read on either side of a turn: more than caches hold, and little time beside a turn's. Of two reads the better counts,
-as of the stream: in the first, threads that have just begun were seen to take a tenth longer."""
+"""Read on either side of a turn: more than caches hold, and little time beside a turn's. Of two reads the better
+counts, as of the stream: in the first, threads that have just begun were seen to take a tenth longer."""
 LEAST_WEIGHTS = 1 << 29
 """Fewer bytes of weights may come out of caches, and are not measured."""
 

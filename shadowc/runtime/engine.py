@@ -24,7 +24,7 @@ from shadowc.runtime.prompts import Batch
 from shadowc.runtime.session import Session
 from shadowc.runtime.stored import Ranking
 from shadowc.spec.density import Density
-from shadowc.spec.errors import InputError, InternalError, UnsupportedError
+from shadowc.spec.errors import InputError, UnsupportedError
 from shadowc.spec.tensors import rows_of_tables
 
 if TYPE_CHECKING:
@@ -213,14 +213,13 @@ class Engine(CausalEngine):
     def _tables(self) -> dict[str, tuple[str, Floats]]:
         """Input of these graphs -> the density and the table of which it is the rows, see Decoder."""
         graph, weights = self._session.load_model().graph, self._session.weights
-        stored = {tensor.name: tensor for tensor in graph.initializer}
         rows = rows_of_tables(name for node in graph.node for name in node.output)
-        if rows and weights is None:
-            raise InternalError("the tables of an engine are read from its weights in memory, and it has none")
+        if not rows:
+            return {}
+        assert weights is not None  # so `load_cpu` made the session
+        stored = {tensor.name: tensor for tensor in graph.initializer}
         return {
-            name: (f"density_{table.partition('.')[2]}", weights.floats(stored[table]))
-            for name, table in rows.items()
-            if weights is not None
+            name: (f"density_{table.partition('.')[2]}", weights.floats(stored[table])) for name, table in rows.items()
         }
 
     @property
