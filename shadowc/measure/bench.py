@@ -37,6 +37,19 @@ FLOOR_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
+class TurnRow:
+    """A few tokens of one setting."""
+
+    round: int
+    """From 1 on."""
+    ms_per_token: float
+    stream_gigabytes_per_second: float
+    """What memory gave right before and behind them, in the mean."""
+    steady: bool
+    """Whether it kept its pace, within a fifth."""
+
+
+@dataclass(frozen=True, slots=True)
 class BenchRow:
     """One setting, medians over the rounds."""
 
@@ -59,7 +72,8 @@ class BenchRow:
     share_of_stream: float | None
     """Median over the rounds of achieved bandwidth over that of memory, of the same turns."""
     steady_turns: float
-    """Share of the turns during which memory kept its pace, within a fifth."""
+    """Share of the turns during which memory kept its pace."""
+    turns: tuple[TurnRow, ...]
     speedup: float
     """Median over the rounds of the first setting's time over this one's."""
     shares: Shares | None
@@ -287,6 +301,11 @@ def _row(
         gigabytes_per_second=size / seconds / 1e9,
         share_of_stream=_median_of(FLOOR_SHARE * _floor(turns, size) / mean_seconds(turns) for turns in steady),
         steady_turns=sum(map(len, steady)) / sum(map(len, rounds)),
+        turns=tuple(
+            TurnRow(number, turn.seconds * 1e3, turn.pace / 1e9, turn.steady)
+            for number, turns in enumerate(rounds, start=1)
+            for turn in turns
+        ),
         speedup=median(first / own for first, own in zip(base, times, strict=True)),
         shares=shares,
     )

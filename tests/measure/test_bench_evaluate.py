@@ -240,6 +240,10 @@ def test_turns_during_which_memory_changed_its_pace_say_nothing_of_the_floor() -
     assert (row.above_floor_ms, row.share_of_stream) == pytest.approx((2.0, 0.9 * 5 / 7))
     assert row.steady_turns == 0.5
     assert row.ms_per_token == pytest.approx(18.5)
+    assert [(turn.round, turn.steady) for turn in row.turns] == [
+        (1, True), (1, False), (2, False), (2, False), (3, True), (3, True),
+    ]  # fmt: skip
+    assert (row.turns[1].ms_per_token, row.turns[1].stream_gigabytes_per_second) == pytest.approx((30.0, 22.05))
     row = a_row([changed], [changed])
     assert (row.above_floor_ms, row.share_of_stream, row.steady_turns) == (None, None, 0.0)
     assert row.floor_ms == pytest.approx(90 / (0.9 * 22.05))
