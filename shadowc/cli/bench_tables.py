@@ -99,7 +99,7 @@ def _show_decoding(report: BenchReport) -> None:
     )
     steady = fmean(row.steady_turns for row in report.rows)
     render.line(
-        "floor: the bytes at 0.9 of a stream right before and behind each turn; above it, of stream: where both agree "
+        "floor: the bytes at 0.9 of a stream before and behind each turn; above it, of stream: where both agree "
         f"within a fifth ({render.share(steady)} of the turns)"
     )
 

@@ -2,7 +2,7 @@
 """Decode speed at several densities, beside the bytes that the kernels read and the machine's bandwidth.
 
 In every round all settings take turns of a few tokens (rounds.py). What memory gives is measured in every round, and
-right before and behind each turn, because a shared machine drifts: medians and ratios within the run may be quoted.
+between turns, because a shared machine drifts: medians and ratios within the run may be quoted.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class TurnRow:
     """From 1 on."""
     ms_per_token: float
     stream_gigabytes_per_second: float
-    """What memory gave right before and behind them, in the mean."""
+    """What memory gave before and behind them, in the mean."""
     steady: bool
     """Whether it kept its pace, within a fifth."""
 
@@ -65,7 +65,7 @@ class BenchRow:
     megabytes_per_token: float
     """Counted by the kernels, plus the LM head, the predictor, norms and biases."""
     floor_ms: float
-    """Those bytes at FLOOR_SHARE of what memory gave right before and behind each turn; a median over the rounds."""
+    """Those bytes at FLOOR_SHARE of what memory gave before and behind each turn; a median over the rounds."""
     above_floor_ms: float | None
     """Median over the rounds of the time beyond the floor, of turns during which memory kept its pace; None without."""
     gigabytes_per_second: float

@@ -8,6 +8,7 @@ within a round are of the settings and not of the moment.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from statistics import fmean
 from time import perf_counter, sleep
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ from shadowc.measure.noise import Reading
 from shadowc.measure.turns import Text, turn_sizes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     import numpy.typing as npt
 
@@ -46,7 +47,7 @@ STEADY = 1.2
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """A few tokens of one setting, and the pace of memory right before and behind them."""
+    """A few tokens of one setting, and the pace of memory before and behind them."""
 
     seconds: float
     """Per token."""
@@ -148,7 +149,8 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
         if side.weights_bandwidth is not None:
             weights_stream.append(side.weights_bandwidth())
         decode = _decode_in_turns if side.takes_turns else _decode_one_by_one
-        for index, (taken, sizes[index]) in enumerate(decode(side, steps, tokens, counter)):
+        pace = side.pace or partial(float, stream[-1])
+        for index, (taken, sizes[index]) in enumerate(decode(side, steps, tokens, counter, pace)):
             turns[index].append(taken)
         for index, variant in enumerate(side.variants):
             sleep(REST_SECONDS)
@@ -158,19 +160,25 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
 
 
 def _decode_in_turns(
-    side: Side, prompt: npt.NDArray[np.int64], tokens: int, counter: Counter
+    side: Side, prompt: npt.NDArray[np.int64], tokens: int, counter: Counter, pace: Callable[[], float]
 ) -> list[tuple[list[Turn], float]]:
     """Of each job, its turns and bytes per token."""
     sizes = turn_sizes(tokens)
-    texts = [Text(variant.engine, prompt, setting.density, sizes) for setting, variant in side.jobs]
+    texts = [Text(variant.engine, prompt, setting.density, [0, *sizes]) for setting, variant in side.jobs]
     turns: list[list[Turn]] = [[] for _ in texts]
     try:
+        for text in texts:  # the prompt and what is not timed behind it
+            sleep(REST_SECONDS)
+            text.go_on()
+        sleep(REST_SECONDS)
+        before = pace()
         for size in sizes:
             for text, taken in zip(texts, turns, strict=True):
-                sleep(REST_SECONDS)
-                before = side.pace()
                 text.go_on()
-                taken.append(Turn(fmean(text.seconds[-size:]), size, (before, side.pace())))
+                sleep(REST_SECONDS)
+                behind = pace()
+                taken.append(Turn(fmean(text.seconds[-size:]), size, (before, behind)))
+                before = behind
                 counter.more()
     finally:
         for text in texts:
@@ -179,13 +187,13 @@ def _decode_in_turns(
 
 
 def _decode_one_by_one(
-    side: Side, prompt: npt.NDArray[np.int64], tokens: int, counter: Counter
+    side: Side, prompt: npt.NDArray[np.int64], tokens: int, counter: Counter, pace: Callable[[], float]
 ) -> list[tuple[list[Turn], float]]:
     found = []
     for setting, variant in side.jobs:
-        before = side.pace()
+        before = pace()
         seconds, size = _decode(variant.engine, prompt, tokens + 1, setting.density)
-        found.append(([Turn(seconds, tokens, (before, side.pace()))], size))
+        found.append(([Turn(seconds, tokens, (before, pace()))], size))
         counter.more(len(turn_sizes(tokens)))
     return found
 

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 STREAM_BYTES = 1 << 30
 STREAM_REPEATS = 2
 PACE_BYTES = 1 << 28
-"""Read on either side of a turn: more than caches hold, and little time beside a turn's. Of two reads the better
-counts, as of the stream: in the first, threads that have just begun were seen to take a tenth longer."""
+"""Read between two turns: more than the caches of most machines hold, and little time beside a turn's. Of two reads the
+better counts, as of the stream: in the first, threads that have just begun were seen to take a tenth longer."""
 LEAST_WEIGHTS = 1 << 29
 """Fewer bytes of weights may come out of caches, and are not measured."""
 
@@ -72,8 +72,9 @@ class Side:
     """The rows, in the order in which they are measured and shown; the first is the base of every speed-up."""
     bandwidth: Callable[[], float]
     """Measures how many bytes per second the memory gives."""
-    pace: Callable[[], float]
-    """The same in a hundredth of a second, for one moment."""
+    pace: Callable[[], float] | None
+    """The same of one moment; None where that of the round has to do: on a GPU, and for weights that caches may hold,
+    which a read between turns would push out."""
     threads: int
     isa: str
     takes_turns: bool
@@ -133,7 +134,7 @@ def on_cpu(
         variants=(*twins, *sparse),
         jobs=tuple(jobs),
         bandwidth=lambda: library.stream_read(STREAM_BYTES, used, STREAM_REPEATS),
-        pace=_pace(library, used),
+        pace=_pace(library, first.weights, used),
         threads=used,
         isa=library.isa,
         takes_turns=True,
@@ -143,10 +144,12 @@ def on_cpu(
     )
 
 
-def _pace(library: OpLibrary, threads: int) -> Callable[[], float]:
+def _pace(library: OpLibrary, weights: WeightsMemory | None, threads: int) -> Callable[[], float] | None:
     """Reads memory that is kept for it: fresh memory takes the system longer than reading it."""
     from shadowc.runtime.weights_memory import private_memory
 
+    if weights is None or weights.content.size < LEAST_WEIGHTS:
+        return None
     memory = private_memory(PACE_BYTES)
     memory[:] = 1  # or all its pages would be one page of zeros
     return lambda: library.stream_over(memory, threads, STREAM_REPEATS)
@@ -179,10 +182,8 @@ def on_gpu(folder: Path, engine: CausalEngine, densities: Sequence[Density], ski
         chosen = chosen[:1]
     variant = Variant(PER_TOKEN, "token", engine.skip_zeros, engine, chosen)
     jobs = tuple((Setting(_shares(density), density, engine.skip_zeros, "token"), variant) for density in chosen)
-    bandwidth, pace = (
-        partial(engine.copy_bandwidth, *how) for how in ((STREAM_BYTES, STREAM_REPEATS), (PACE_BYTES, STREAM_REPEATS))
-    )
-    return Side((variant,), jobs, bandwidth, pace, threads=0, isa=engine.device_name, takes_turns=False)
+    bandwidth = partial(engine.copy_bandwidth, STREAM_BYTES, STREAM_REPEATS)
+    return Side((variant,), jobs, bandwidth, None, threads=0, isa=engine.device_name, takes_turns=False)
 
 
 def _shares(density: Density) -> str:

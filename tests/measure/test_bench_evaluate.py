@@ -250,17 +250,35 @@ def test_turns_during_which_memory_changed_its_pace_say_nothing_of_the_floor() -
 
 
 @pytest.mark.usefixtures("short_stream")
-def test_memory_is_read_on_either_side_of_each_turn(sparse_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_is_read_between_turns(sparse_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paces, ran = iter(np.arange(1, 1000) * 1e9), []
     go_on = Text.go_on
-    monkeypatch.setattr(OpLibrary, "stream_over", lambda *_: ran.append("pace") or next(paces))
+    monkeypatch.setattr(settings, "_pace", lambda *_: lambda: ran.append("pace") or next(paces))
     monkeypatch.setattr(Text, "go_on", lambda text: ran.append("turn") or go_on(text))
     report = bench(sparse_engine, densities=[Density(0.5, 0.5)], rounds=1, tokens=6, skip_zeros=False)
-    assert ran == ["pace", "turn", "pace"] * 4  # two turns of the twin and of the engine
-    for row, turns in zip(report.rows, (((1.5, 4), (5.5, 2)), ((3.5, 4), (7.5, 2))), strict=True):
+    # both prompts, then two turns of the twin and of the engine
+    assert ran == ["turn", "turn", "pace", *["turn", "pace"] * 4]
+    for row, turns in zip(report.rows, (((1.5, 4), (3.5, 2)), ((2.5, 4), (4.5, 2))), strict=True):
+        assert [turn.stream_gigabytes_per_second for turn in row.turns] == pytest.approx([pace for pace, _ in turns])
         assert row.floor_ms == pytest.approx(
             sum(tokens * row.megabytes_per_token / (0.9 * pace) for pace, tokens in turns) / 6
         )
+
+
+@pytest.mark.usefixtures("short_stream")
+def test_weights_that_caches_may_hold_are_held_against_the_stream_of_the_round(
+    sparse_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick = {"densities": [Density(0.5, 0.5)], "rounds": 2, "tokens": 5, "skip_zeros": False}
+    report = bench(sparse_engine, **quick)
+    for row in report.rows:
+        assert [turn.stream_gigabytes_per_second for turn in row.turns] == pytest.approx(
+            np.repeat(report.stream_by_round, 2).tolist()
+        )
+        assert row.steady_turns == 1
+    monkeypatch.setattr(settings, "LEAST_WEIGHTS", 1)
+    paces = {turn.stream_gigabytes_per_second for row in bench(sparse_engine, **quick).rows for turn in row.turns}
+    assert len(paces) == 8  # each turn has its own
 
 
 @pytest.mark.usefixtures("short_stream")
