@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
+from shadowc.measure.rounds import STEADY
+
 STREAM_SHARE, FIXED_MS = 0.9, 1.0
 """What a token may cost at most, as shadowc's own aim: its bytes at this share of the stream, and so much more."""
 
@@ -38,7 +40,7 @@ class Sample:
     @property
     def steady(self) -> bool:
         """Whether memory kept its pace meanwhile, within a fifth: if not, neither stream is that of the sample."""
-        return max(self.streams) <= 1.2 * min(self.streams)
+        return max(self.streams) <= STEADY * min(self.streams)
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,9 @@ def _show_decoding(report: BenchReport) -> None:
             for name, row in zip(names, report.rows, strict=True)
         ],
     )
+    if not report.weights_stream_by_round:  # nor was memory read between turns
+        render.line("floor: the bytes at 0.9 of the stream of the same round")
+        return
     steady = fmean(row.steady_turns for row in report.rows)
     render.line(
         "floor: the bytes at 0.9 of a stream before and behind each turn; above it, of stream: where both agree "

@@ -65,7 +65,8 @@ class BenchRow:
     megabytes_per_token: float
     """Counted by the kernels, plus the LM head, the predictor, norms and biases."""
     floor_ms: float
-    """Those bytes at FLOOR_SHARE of what memory gave before and behind each turn; a median over the rounds."""
+    """Those bytes at FLOOR_SHARE of what memory gave before and behind each turn (of the round's stream where memory is
+    not read between turns, see `Side.pace`); a median over the rounds."""
     above_floor_ms: float | None
     """Median over the rounds of the time beyond the floor, of turns during which memory kept its pace; None without."""
     gigabytes_per_second: float

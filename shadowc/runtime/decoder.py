@@ -19,7 +19,7 @@ from shadowc.runtime.prompts import Batch, Ids
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InternalError
 from shadowc.spec.program import GRID
-from shadowc.spec.tensors import LOGITS_FROM, PAST, START, TAIL, TOKEN
+from shadowc.spec.tensors import LOGITS_FROM, MASK, PAST, START, TAIL, TOKEN
 
 if TYPE_CHECKING:
     from shadowc.runtime.session import Binding, Session
@@ -220,7 +220,7 @@ class Decoder:
         """Tell the bound graph where the next token is."""
         assert self._step is not None
         if not self._step_times:
-            self._step.give("attention_mask", self._mask(self.filled + 1))
+            self._step.give(MASK, self._mask(self.filled + 1))
         elif self.filled >= self._last_start:  # few calls of numpy, see `greedy`
             self._step_times[PAST].fill(self.filled)
             np.subtract(self.filled, self._batch.starts[:, None], out=self._step_times[TOKEN])
@@ -252,7 +252,7 @@ class Decoder:
             if name in self._session.inputs:
                 binding.give(name, value)
         if not self._step_times:
-            binding.give("attention_mask", self._mask(self.filled + S))
+            binding.give(MASK, self._mask(self.filled + S))
         for name, array in self._inputs.items():
             binding.give(name, array)
         self._bind_scores(binding, masked)

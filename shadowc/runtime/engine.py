@@ -178,11 +178,11 @@ class Engine(CausalEngine):
         Raises:
             InputError: the graph has none of this name.
         """
-        return stored.initialiser(self._session.load_model(), self.folder, name)
+        return stored.initialiser(self._stored_graph, self.folder, name)
 
     def graph(self) -> onnx.ModelProto:
         """The graph that makes a mask for every token, without its weights; do not change it."""
-        return self._session.load_model()
+        return self._stored_graph
 
     def neuron_orders(self) -> dict[int, npt.NDArray[np.int32]]:
         """Model layer -> order [F]: entry i is the checkpoint's neuron that became record i. Empty: none was moved."""
@@ -197,9 +197,13 @@ class Engine(CausalEngine):
         return Decoder(session, self.manifest.model, batch, in_place=self._in_place, shown=shown, tables=self._tables)
 
     @cached_property
+    def _stored_graph(self) -> onnx.ModelProto:
+        return self._session.load_model()
+
+    @cached_property
     def _showing(self) -> Session:
         """The graph for those who look at scores and thresholds."""
-        return rewritten(self._session, variants.told)
+        return replace(self._session, model=variants.told(self._stored_graph))
 
     @cached_property
     def _generating(self) -> Session:
@@ -212,7 +216,7 @@ class Engine(CausalEngine):
     @cached_property
     def _tables(self) -> dict[str, tuple[str, Floats]]:
         """Input of these graphs -> the density and the table of which it is the rows, see Decoder."""
-        graph, weights = self._session.load_model().graph, self._session.weights
+        graph, weights = self._stored_graph.graph, self._session.weights
         rows = rows_of_tables(name for node in graph.node for name in node.output)
         if not rows:
             return {}

@@ -75,6 +75,7 @@ def test_tables_show_floor_parts_first_token_and_break_even(shadowc: Shadowc, en
     assert result.exit_code == 0, result.output
     for word in ("floor, ms", "above it", "LM head", "framework", "prompt of 33 tokens", "first token, ms"):
         assert word in result.stdout
+    assert "floor: the bytes at 0.9 of the stream of the same round" in result.stdout
     assert "from loading the engine to the first token" in result.stdout
     assert "largest density that is faster than the dense twin" in result.stdout
     assert "0.5, the" in result.stdout
@@ -133,6 +134,10 @@ def test_weights_in_slow_memory_are_told(
     result = shadowc("bench", engine, "--densities", "0.5", "--no-skip-zeros", "--memory", memory, *quick)
     assert result.exit_code == 0, result.output
     assert f"read at {sum(speeds) / 2e9:.1f} GB/s" in result.stdout
+    assert (
+        "of a stream before and behind each turn; above it, of stream: where both agree within a fifth" in result.stdout
+    )
+    assert "(100.0 % of the turns)" in result.stdout
     assert ("slower memory than the stream: compare with --memory private" in result.stdout) == told
 
 

@@ -66,8 +66,7 @@ def a_row(mask: str, share: float, ms: float, *, neurons: float | None = None, z
         label="", density_heads=share, density_neurons=share if neurons is None else neurons, skip_zeros=zeros,
         mask=mask, ms_per_token=ms, ms_lowest=ms - 1, ms_highest=ms + 1, ms_by_round=(ms,), megabytes_per_token=1.0,
         floor_ms=ms / 2, above_floor_ms=ms / 2, gigabytes_per_second=1.0, share_of_stream=0.5, steady_turns=1.0,
-        turns=(),
-        speedup=1.0, shares=None,
+        turns=(), speedup=1.0, shares=None,
     )  # type: ignore[arg-type] # fmt: skip
 
 
