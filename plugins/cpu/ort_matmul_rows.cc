@@ -9,21 +9,15 @@ namespace {
 constexpr const char* kName = "MatMulRows";
 enum In : size_t { kX, kW, kScales, kInputs };
 
-class MatMulRowsKernel {
+class MatMulRowsKernel : public Kernel {
  public:
-  explicit MatMulRowsKernel(const Ort::ConstKernelInfo& info)
-      : node_(info.GetNodeName()), inputs_(info, kInputs) {}
-
-  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
-    return AsStatus([&] { Compute(context); });
-  }
+  explicit MatMulRowsKernel(const Node& node) : node_(node.Name()), inputs_(node, kInputs) {}
 
  private:
-  void Compute(OrtKernelContext* raw) const {
-    const Ort::KernelContext context(raw);
+  void Compute(Call& call) const override {
     Problems problems(kName, node_);
-    const Input<float> x = inputs_.Read<float>(context, kX), scales = inputs_.Read<float>(context, kScales);
-    const Input<int8_t> w = inputs_.Read<int8_t>(context, kW);
+    const Input<float> x = inputs_.Read<float>(call, kX), scales = inputs_.Read<float>(call, kScales);
+    const Input<int8_t> w = inputs_.Read<int8_t>(call, kW);
     problems.ExpectRank("x", x.shape, 3, "[B, S, E]");
     problems.ExpectRank("w", w.shape, 2, "[N, E]");
     problems.ThrowIfAny();
@@ -38,8 +32,8 @@ class MatMulRowsKernel {
     a.w = w.data;
     a.scales = scales.data;
     a.outputs = static_cast<size_t>(w.shape[0]);
-    a.y = Output<float>(context, 0, {x.shape[0], x.shape[1], w.shape[0]});
-    shadowc::MatMulRows(a, HostPool(raw));
+    a.y = Output<float>(call, 0, {x.shape[0], x.shape[1], w.shape[0]});
+    shadowc::MatMulRows(a, call.Pool());
   }
 
   std::string node_;
@@ -62,6 +56,10 @@ struct MatMulRowsOpType : OpBase<MatMulRowsOpType, MatMulRowsKernel> {
 const OrtCustomOp* MatMulRowsOp() {
   static const MatMulRowsOpType op;
   return &op;
+}
+
+std::unique_ptr<Kernel> MatMulRowsKernelOf(const Node& node) {
+  return std::make_unique<MatMulRowsKernel>(node);
 }
 
 }  // namespace shadowc

@@ -2,8 +2,7 @@
 #include "ort_op.h"
 
 #include <algorithm>
-#include <atomic>
-#include <exception>
+#include <numeric>
 
 namespace shadowc {
 
@@ -81,28 +80,58 @@ AnyInput Found(const Ort::ConstValue& value) {
 
 }  // namespace
 
-Inputs::Inputs(const Ort::ConstKernelInfo& info, size_t most)
-    : given_(std::min(info.GetInputCount(), most)), constants_(given_) {
-  for (size_t i = 0; i < given_; ++i) {
-    int constant = 0;
-    const Ort::ConstValue value = info.GetTensorConstantInput(i, &constant);
-    if (constant != 0) constants_[i] = Found(value);
-  }
+Node::Node(const Ort::ConstKernelInfo& info)
+    : info_(info), name_(info.GetNodeName()), inputs_(info.GetInputCount()), given_(inputs_.size()) {
+  std::iota(inputs_.begin(), inputs_.end(), 0);
 }
 
-AnyInput Inputs::Any(const Ort::KernelContext& context, size_t index) const {
-  if (index >= given_) return {};
-  if (constants_[index].data != nullptr) return constants_[index];
-  const Ort::ConstValue value = context.GetInput(index);
-  return value ? Found(value) : AnyInput{};
+Node Node::Step(size_t number, std::string name, std::vector<int64_t> inputs) const {
+  Node step(*this);
+  step.prefix_ = std::to_string(number) + ".";
+  step.name_ = std::move(name);
+  step.inputs_ = std::move(inputs);
+  return step;
 }
 
-Norm Inputs::ReadNorm(const Ort::KernelContext& context, size_t index, int64_t width, float epsilon,
-                      Problems* problems) const {
+bool Node::Has(size_t index) const {
+  return index < inputs_.size() && inputs_[index] >= 0 && static_cast<size_t>(inputs_[index]) < given_;
+}
+
+AnyInput Node::Constant(size_t index) const {
+  if (!Has(index)) return {};
+  int constant = 0;
+  const Ort::ConstValue value = info_.GetTensorConstantInput(static_cast<size_t>(inputs_[index]), &constant);
+  return constant != 0 ? Found(value) : AnyInput{};
+}
+
+ONNXTensorElementDataType Node::Type(size_t index) const {
+  if (!Has(index)) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  const Ort::TypeInfo type = info_.GetInputTypeInfo(static_cast<size_t>(inputs_[index]));
+  if (type.GetONNXType() != ONNX_TYPE_TENSOR) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+  return type.GetTensorTypeAndShapeInfo().GetElementType();
+}
+
+Inputs::Inputs(const Node& node, size_t most)
+    : node_(node.Name()), constants_(std::min(node.InputCount(), most)) {
+  for (size_t i = 0; i < constants_.size(); ++i) constants_[i] = node.Constant(i);
+}
+
+AnyInput Inputs::Any(Call& call, size_t index) const {
+  if (index >= constants_.size()) return {};
+  return constants_[index].data != nullptr ? constants_[index] : call.Find(index);
+}
+
+void Inputs::ThrowOfType(size_t index, ONNXTensorElementDataType found) const {
+  throw Ort::Exception("node '" + node_ + "': input " + std::to_string(index) + " is " + TypeName(found) +
+                           ", which its operator does not take",
+                       ORT_INVALID_ARGUMENT);
+}
+
+Norm Inputs::ReadNorm(Call& call, size_t index, int64_t width, float epsilon, Problems* problems) const {
   constexpr const char* kNames[] = {"norm_scale", "norm_bias"};
   const float* found[] = {nullptr, nullptr};
   for (size_t i = 0; i < 2; ++i) {
-    const Input<float> input = Read<float>(context, index + i);
+    const Input<float> input = Read<float>(call, index + i);
     found[i] = input.data;
     if (found[i] != nullptr) problems->ExpectShape(kNames[i], input.shape, {width}, "[E]");
   }
@@ -113,8 +142,8 @@ Norm Inputs::ReadNorm(const Ort::KernelContext& context, size_t index, int64_t w
   return {found[0], found[1], epsilon};
 }
 
-Weights Inputs::ReadWeights(const Ort::KernelContext& context, size_t index, Problems* problems) const {
-  const AnyInput input = Any(context, index);
+Weights Inputs::ReadWeights(Call& call, size_t index, Problems* problems) const {
+  const AnyInput input = Any(call, index);
   Weights weights;
   ExpectWeightType(input.type, &weights.type, problems);
   weights.data = input.data;
@@ -138,18 +167,18 @@ void ExpectWeights(const Weights& w, const Shape& scales, Shape rows, int64_t wi
   problems->ExpectShape("w", w.shape, rows, (open + (int4 ? ", E / 2]" : ", E]")).c_str());
 }
 
-void CheckWeightType(const Ort::ConstKernelInfo& info, size_t index, Problems* problems) {
-  const Ort::TypeInfo type = info.GetInputTypeInfo(index);
-  if (type.GetONNXType() != ONNX_TYPE_TENSOR) return;
+void CheckWeightType(const Node& node, size_t index, Problems* problems) {
+  const ONNXTensorElementDataType type = node.Type(index);
+  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED) return;
   WeightType unused;
-  ExpectWeightType(type.GetTensorTypeAndShapeInfo().GetElementType(), &unused, problems);
+  ExpectWeightType(type, &unused, problems);
 }
 
-Selection Inputs::ReadSelection(const Ort::KernelContext& context, size_t scores_index,
-                                size_t threshold_index, int64_t layer, int64_t batch, int64_t tokens,
-                                int64_t units, const char* units_text, Problems* problems) const {
-  const Input<float> scores = Read<float>(context, scores_index);
-  const Input<float> threshold = Read<float>(context, threshold_index);
+Selection Inputs::ReadSelection(Call& call, size_t scores_index, size_t threshold_index, int64_t layer,
+                                int64_t batch, int64_t tokens, int64_t units, const char* units_text,
+                                Problems* problems) const {
+  const Input<float> scores = Read<float>(call, scores_index);
+  const Input<float> threshold = Read<float>(call, threshold_index);
   problems->ExpectRank("scores", scores.shape, 4, "[1 or B, S', L, N]");
   problems->ExpectRank("threshold", threshold.shape, 3, "[1 or B, S', L]");
   problems->ThrowIfAny();
@@ -186,8 +215,8 @@ Selection Inputs::ReadSelection(const Ort::KernelContext& context, size_t scores
   return selection;
 }
 
-void WriteRead(const Ort::KernelContext& context, size_t index, const ReadCount& read) {
-  int64_t* out = Output<int64_t>(context, index, {2});
+void WriteRead(Call& call, size_t index, const ReadCount& read) {
+  int64_t* out = Output<int64_t>(call, index, {2});
   if (out == nullptr) return;
   out[0] = read.records;
   out[1] = read.bytes;
@@ -195,76 +224,86 @@ void WriteRead(const Ort::KernelContext& context, size_t index, const ReadCount&
 
 namespace {
 
-// A body whose exceptions stay inside: the host's pool knows none, and a worker that never reports back would
-// hang the call.
-struct Guarded {
-  Parallel::Body body;
-  void* closure;
-  std::atomic<bool> failed{false};
-  std::exception_ptr first = nullptr;
+class HostCall : public Call {
+ public:
+  explicit HostCall(OrtKernelContext* raw) : raw_(raw), context_(raw) {}
 
-  static void Run(void* self, size_t index) noexcept {
-    Guarded& guarded = *static_cast<Guarded*>(self);
-    if (guarded.failed.load(std::memory_order_relaxed)) return;
-    try {
-      guarded.body(guarded.closure, index);
-    } catch (...) {
-      if (!guarded.failed.exchange(true)) guarded.first = std::current_exception();
-    }
+  AnyInput Find(size_t index) override {
+    const Ort::ConstValue value = context_.GetInput(index);
+    return value ? Found(value) : AnyInput{};
   }
+  void* Give(size_t index, const Shape& shape, ONNXTensorElementDataType) override {
+    Ort::UnownedValue value = context_.GetOutput(index, shape.begin(), shape.size());
+    return value ? value.GetTensorMutableRawData() : nullptr;
+  }
+  // The intra-op pool of the session that runs the kernel.
+  Parallel Pool() override {
+    const auto run = [](void* pool, size_t total, Parallel::Body body, void* closure) {
+      Guarded guarded(body, closure);
+      // num_batch 0: one index at a time to whichever thread is free, so a disturbed thread does not hold up
+      // the rest.
+      Ort::ThrowOnError(Ort::GetApi().KernelContext_ParallelFor(static_cast<OrtKernelContext*>(pool),
+                                                                &Guarded::Run, total, 0, &guarded));
+      guarded.Rethrow();
+    };
+    return Parallel(run, raw_);
+  }
+
+ private:
+  OrtKernelContext* raw_;
+  Ort::KernelContext context_;
 };
 
 }  // namespace
 
-Parallel HostPool(OrtKernelContext* context) {
-  const auto run = [](void* pool, size_t total, Parallel::Body body, void* closure) {
-    Guarded guarded{body, closure};
-    // num_batch 0: one index at a time to whichever thread is free, so a disturbed thread does not hold up
-    // the rest.
-    Ort::ThrowOnError(Ort::GetApi().KernelContext_ParallelFor(static_cast<OrtKernelContext*>(pool),
-                                                              &Guarded::Run, total, 0, &guarded));
-    if (guarded.first) std::rethrow_exception(guarded.first);
-  };
-  return Parallel(run, context);
+OrtStatusPtr Kernel::ComputeV2(OrtKernelContext* context) const {
+  return AsStatus([&] {
+    HostCall call(context);
+    Compute(call);
+  });
 }
 
-float FloatAttribute(const Ort::ConstKernelInfo& info, const char* name, float otherwise) {
+float Node::Float(const char* name, float otherwise) const {
   float value = 0.0f;
-  const Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_float(info, name, &value));
+  const Ort::Status status(
+      Ort::GetApi().KernelInfoGetAttribute_float(info_, (prefix_ + name).c_str(), &value));
   return status.IsOK() ? value : otherwise;
 }
 
-int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name, int64_t otherwise) {
+int64_t Node::Int(const char* name, int64_t otherwise) const {
   int64_t value = 0;
-  const Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_int64(info, name, &value));
+  const Ort::Status status(
+      Ort::GetApi().KernelInfoGetAttribute_int64(info_, (prefix_ + name).c_str(), &value));
   return status.IsOK() ? value : otherwise;
 }
 
-Rounding RoundingOf(const Ort::ConstKernelInfo& info) {
-  const int64_t few_digits = IntAttribute(info, "few_digits", 0);
-  if (few_digits == 0) return Rounding::kNone;
-  return few_digits == 2 ? Rounding::kFinely : Rounding::kFreely;
-}
-
-std::string TextAttribute(const Ort::ConstKernelInfo& info, const char* name, const char* otherwise) {
+std::string Node::Text(const char* name, const char* otherwise) const {
+  const std::string full = prefix_ + name;
   size_t size = 0;
-  Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_string(info, name, nullptr, &size));
+  Ort::Status status(Ort::GetApi().KernelInfoGetAttribute_string(info_, full.c_str(), nullptr, &size));
   if (!status.IsOK()) return otherwise;
   std::string value(size, '\0');
-  Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttribute_string(info, name, value.data(), &size));
+  Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttribute_string(info_, full.c_str(), value.data(), &size));
   value.resize(size > 0 ? size - 1 : 0);  // the size counts the terminating zero
   return value;
 }
 
-std::vector<int64_t> IntsAttribute(const Ort::ConstKernelInfo& info, const char* name,
-                                   const std::vector<int64_t>& otherwise) {
+std::vector<int64_t> Node::Ints(const char* name, const std::vector<int64_t>& otherwise) const {
+  const std::string full = prefix_ + name;
+  const OrtApi& api = Ort::GetApi();
   size_t size = 0;
-  const Ort::Status status(Ort::GetApi().KernelInfoGetAttributeArray_int64(info, name, nullptr, &size));
+  const Ort::Status status(api.KernelInfoGetAttributeArray_int64(info_, full.c_str(), nullptr, &size));
   if (!status.IsOK()) return otherwise;
   std::vector<int64_t> values(size);
   if (size != 0)
-    Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAttributeArray_int64(info, name, values.data(), &size));
+    Ort::ThrowOnError(api.KernelInfoGetAttributeArray_int64(info_, full.c_str(), values.data(), &size));
   return values;
+}
+
+Rounding RoundingOf(const Node& node) {
+  const int64_t few_digits = node.Int("few_digits", 0);
+  if (few_digits == 0) return Rounding::kNone;
+  return few_digits == 2 ? Rounding::kFinely : Rounding::kFreely;
 }
 
 }  // namespace shadowc

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the ONNX Runtime operators share: reading inputs, reporting every shape problem of a call in one
-// sentence each, the host's thread pool, and turning C++ exceptions into statuses.
+// What the ONNX Runtime operators share: what a node says, what a call gives and takes, reporting every shape
+// problem of a call in one sentence each, the host's thread pool, and turning C++ exceptions into statuses.
 #pragma once
 
 #ifndef ORT_API_MANUAL_INIT
@@ -12,6 +12,7 @@
 #include <array>
 #include <cstdint>
 #include <initializer_list>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -89,30 +90,78 @@ struct Weights {
   Shape shape;
 };
 
+// An operator as the graph has it: a node, or one of those that a Chain runs one behind the other
+// (ort_chain.cc). It must not outlive the host's call that makes a kernel.
+class Node {
+ public:
+  explicit Node(const Ort::ConstKernelInfo& info);
+  // A step of a chain. `inputs`: of each of its inputs the chain's that it is, or a number that the chain
+  // lacks.
+  Node Step(size_t number, std::string name, std::vector<int64_t> inputs) const;
+
+  const std::string& Name() const { return name_; }
+  size_t InputCount() const { return inputs_.size(); }
+  // Without data unless the input is a constant of the graph.
+  AnyInput Constant(size_t index) const;
+  // As far as it is known before a call.
+  ONNXTensorElementDataType Type(size_t index) const;
+
+  float Float(const char* name, float otherwise) const;
+  int64_t Int(const char* name, int64_t otherwise) const;
+  std::string Text(const char* name, const char* otherwise) const;
+  std::vector<int64_t> Ints(const char* name, const std::vector<int64_t>& otherwise) const;
+
+ private:
+  bool Has(size_t index) const;
+
+  const Ort::ConstKernelInfo& info_;
+  std::string prefix_, name_;
+  std::vector<int64_t> inputs_;
+  size_t given_;
+};
+
+// What one call of an operator gives and takes.
+class Call {
+ public:
+  Call() = default;
+  Call(const Call&) = delete;
+  Call& operator=(const Call&) = delete;
+  virtual ~Call() = default;
+
+  // An input that is no constant; without data where an optional one is not given.
+  virtual AnyInput Find(size_t index) = 0;
+  // Memory for an output, or null if nobody asks for it.
+  virtual void* Give(size_t index, const Shape& shape, ONNXTensorElementDataType type) = 0;
+  virtual Parallel Pool() = 0;
+};
+
 // The inputs of a node. Those that are constants of the graph (weights, scales, biases, norms) are read once,
 // when the session is made: asking the host for an input and its shape costs more than looking at it.
 class Inputs {
  public:
-  Inputs(const Ort::ConstKernelInfo& info, size_t most);
+  Inputs(const Node& node, size_t most);
 
-  AnyInput Any(const Ort::KernelContext& context, size_t index) const;
+  AnyInput Any(Call& call, size_t index) const;
 
   template <class T>
-  Input<T> Read(const Ort::KernelContext& context, size_t index) const {
-    const AnyInput input = Any(context, index);
+  Input<T> Read(Call& call, size_t index) const {
+    const AnyInput input = Any(call, index);
+    if (input.data != nullptr && input.type != Ort::TypeToTensorType<T>::type) ThrowOfType(index, input.type);
     return {static_cast<const T*>(input.data), input.shape};
   }
-  Weights ReadWeights(const Ort::KernelContext& context, size_t index, Problems* problems) const;
+  Weights ReadWeights(Call& call, size_t index, Problems* problems) const;
   // Checks scores [1 or B, S', L, N] and threshold [1 or B, S', L] against x [B, S, E].
-  Selection ReadSelection(const Ort::KernelContext& context, size_t scores_index, size_t threshold_index,
-                          int64_t layer, int64_t batch, int64_t tokens, int64_t units, const char* units_text,
+  Selection ReadSelection(Call& call, size_t scores_index, size_t threshold_index, int64_t layer,
+                          int64_t batch, int64_t tokens, int64_t units, const char* units_text,
                           Problems* problems) const;
   // The optional norm of an operator, norm_scale and norm_bias [E] from input `index` on. Both or neither.
-  Norm ReadNorm(const Ort::KernelContext& context, size_t index, int64_t width, float epsilon,
-                Problems* problems) const;
+  Norm ReadNorm(Call& call, size_t index, int64_t width, float epsilon, Problems* problems) const;
 
  private:
-  size_t given_;
+  // The host sees to types, but not between the steps of a chain.
+  [[noreturn]] void ThrowOfType(size_t index, ONNXTensorElementDataType found) const;
+
+  std::string node_;
   std::vector<AnyInput> constants_;
 };
 
@@ -121,25 +170,15 @@ void ExpectWeights(const Weights& w, const Shape& scales, Shape rows, int64_t wi
                    Problems* problems);
 
 // Reports an unsupported element type as soon as a session is made, if the type is known by then.
-void CheckWeightType(const Ort::ConstKernelInfo& info, size_t index, Problems* problems);
+void CheckWeightType(const Node& node, size_t index, Problems* problems);
 
 // An output, or null if the graph does not ask for it.
 template <class T>
-T* Output(const Ort::KernelContext& context, size_t index, const Shape& shape) {
-  Ort::UnownedValue value = context.GetOutput(index, shape.begin(), shape.size());
-  return value ? value.GetTensorMutableData<T>() : nullptr;
+T* Output(Call& call, size_t index, const Shape& shape) {
+  return static_cast<T*>(call.Give(index, shape, Ort::TypeToTensorType<T>::type));
 }
 
-void WriteRead(const Ort::KernelContext& context, size_t index, const ReadCount& read);
-
-// The intra-op pool of the session that runs the kernel.
-Parallel HostPool(OrtKernelContext* context);
-
-float FloatAttribute(const Ort::ConstKernelInfo& info, const char* name, float otherwise);
-int64_t IntAttribute(const Ort::ConstKernelInfo& info, const char* name, int64_t otherwise);
-std::string TextAttribute(const Ort::ConstKernelInfo& info, const char* name, const char* otherwise);
-std::vector<int64_t> IntsAttribute(const Ort::ConstKernelInfo& info, const char* name,
-                                   const std::vector<int64_t>& otherwise);
+void WriteRead(Call& call, size_t index, const ReadCount& read);
 
 // f(), with any exception as a status.
 template <class F>
@@ -156,12 +195,33 @@ OrtStatus* AsStatus(F&& f) noexcept {
   }
 }
 
-// The parts of CustomOpBase that are the same for all of them. Kernel is constructed from the node's info and
-// has Compute(OrtKernelContext*); both may throw.
-template <class Op, class Kernel>
-struct OpBase : Ort::CustomOpBase<Op, Kernel, true> {
+// What runs an operator; made once, then called by any number of threads.
+class Kernel {
+ public:
+  Kernel() = default;
+  Kernel(const Kernel&) = delete;
+  Kernel& operator=(const Kernel&) = delete;
+  virtual ~Kernel() = default;
+
+  // May throw, as constructors may.
+  virtual void Compute(Call& call) const = 0;
+
+  OrtStatusPtr ComputeV2(OrtKernelContext* context) const;
+};
+
+template <class Made>
+OrtStatusPtr MakeKernel(const OrtKernelInfo* raw, void** kernel) {
+  return AsStatus([&] {
+    const Ort::ConstKernelInfo info(raw);
+    *kernel = new Made(Node(info));
+  });
+}
+
+// The parts of CustomOpBase that are the same for all of them. `Made` is constructed from a Node.
+template <class Op, class Made>
+struct OpBase : Ort::CustomOpBase<Op, Made, true> {
   OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
-    return AsStatus([&] { *kernel = new Kernel(Ort::ConstKernelInfo(info)); });
+    return MakeKernel<Made>(info, kernel);
   }
   OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t index) const {
     return index < Op::kRequiredInputs ? INPUT_OUTPUT_REQUIRED : INPUT_OUTPUT_OPTIONAL;
@@ -175,18 +235,26 @@ struct OpBase : Ort::CustomOpBase<Op, Kernel, true> {
 // what prompts are, may round activations and weights (panels.h); 0 not at all, 1 freely, 2 finely. Constant
 // scores that mask nothing have a tail of one token. Where 1, int4 has fewer digits in all calls
 // (Int4Digits).
-Rounding RoundingOf(const Ort::ConstKernelInfo& info);
+Rounding RoundingOf(const Node& node);
 
 // Of a norm that a sparse operator takes; the default of ONNX's LayerNormalization.
 inline constexpr const char* kEpsilon = "epsilon";
 inline constexpr float kDefaultEpsilon = 1e-5f;
 
 // The operators, one per ort_*.cc; they live as long as the library.
+const OrtCustomOp* ChainOp();
 const OrtCustomOp* MatMulRowsOp();
 const OrtCustomOp* PredictUnitsOp();
 const OrtCustomOp* SelectThresholdOp();
 const OrtCustomOp* SparseAttentionOp();         // cache of float32
 const OrtCustomOp* SparseAttentionFloat16Op();  // the same operator, cache of float16
 const OrtCustomOp* SparseFfnOp();
+
+// Their kernels, for a chain.
+std::unique_ptr<Kernel> MatMulRowsKernelOf(const Node& node);
+std::unique_ptr<Kernel> PredictUnitsKernelOf(const Node& node);
+std::unique_ptr<Kernel> SelectThresholdKernelOf(const Node& node);
+std::unique_ptr<Kernel> SparseAttentionKernelOf(const Node& node);
+std::unique_ptr<Kernel> SparseFfnKernelOf(const Node& node);
 
 }  // namespace shadowc

@@ -24,17 +24,17 @@ const char* NameOf(WeightType type) {
   return "unknown";
 }
 
-class PredictUnitsKernel {
+class PredictUnitsKernel : public Kernel {
  public:
-  explicit PredictUnitsKernel(const Ort::ConstKernelInfo& info)
-      : node_(info.GetNodeName()),
-        inputs_(info, kInputs),
-        select_(TextAttribute(info, "select", "density")),
-        column_(IntAttribute(info, "column", 0)),
-        min_active_(IntAttribute(info, "min_active", 0)),
-        relu_(IntAttribute(info, "relu", 0) != 0),
-        exempt_(IntAttribute(info, "exempt", 0) != 0),
-        epsilon_(FloatAttribute(info, kEpsilon, kDefaultEpsilon)) {
+  explicit PredictUnitsKernel(const Node& node)
+      : node_(node.Name()),
+        inputs_(node, kInputs),
+        select_(node.Text("select", "density")),
+        column_(node.Int("column", 0)),
+        min_active_(node.Int("min_active", 0)),
+        relu_(node.Int("relu", 0) != 0),
+        exempt_(node.Int("exempt", 0) != 0),
+        epsilon_(node.Float(kEpsilon, kDefaultEpsilon)) {
     Problems problems(kName, node_);
     if (column_ < 0) problems.Add("attribute column", "at least 0", std::to_string(column_));
     if (min_active_ < 0) problems.Add("attribute min_active", "at least 0", std::to_string(min_active_));
@@ -43,30 +43,25 @@ class PredictUnitsKernel {
     problems.ThrowIfAny();
   }
 
-  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
-    return AsStatus([&] { Compute(context); });
-  }
-
  private:
-  void Compute(OrtKernelContext* raw) const {
-    const Ort::KernelContext context(raw);
+  void Compute(Call& call) const override {
     Problems problems(kName, node_);
     PredictArgs a{};
-    const Shape x = ReadTokens(context, &a, &problems);
-    ReadNetwork(context, x[2], &a, &problems);
-    ReadDensity(context, x[0], &a, &problems);
+    const Shape x = ReadTokens(call, &a, &problems);
+    ReadNetwork(call, x[2], &a, &problems);
+    ReadDensity(call, x[0], &a, &problems);
     problems.ThrowIfAny();
     const int64_t tail = static_cast<int64_t>(a.tail), units = static_cast<int64_t>(a.units);
-    a.scores = Output<float>(context, kScores, {x[0], tail, 1, units});
-    a.threshold = Output<float>(context, kThreshold, {x[0], tail, 1});
-    a.active = Output<int32_t>(context, kActive, {x[0], tail, 1});
-    a.last = Output<float>(context, kLast, {x[0], 1, 1, units});
-    shadowc::PredictUnits(a, HostPool(raw));
+    a.scores = Output<float>(call, kScores, {x[0], tail, 1, units});
+    a.threshold = Output<float>(call, kThreshold, {x[0], tail, 1});
+    a.active = Output<int32_t>(call, kActive, {x[0], tail, 1});
+    a.last = Output<float>(call, kLast, {x[0], 1, 1, units});
+    shadowc::PredictUnits(a, call.Pool());
   }
 
-  Shape ReadTokens(const Ort::KernelContext& context, PredictArgs* a, Problems* problems) const {
-    const Input<float> x = inputs_.Read<float>(context, kX);
-    const Input<int64_t> tail = inputs_.Read<int64_t>(context, kTail);
+  Shape ReadTokens(Call& call, PredictArgs* a, Problems* problems) const {
+    const Input<float> x = inputs_.Read<float>(call, kX);
+    const Input<int64_t> tail = inputs_.Read<int64_t>(call, kTail);
     problems->ExpectRank("x", x.shape, 3, "[B, S, E]");
     problems->ExpectShape("tail", tail.shape, {1}, "[1]");
     problems->ThrowIfAny();
@@ -80,15 +75,14 @@ class PredictUnitsKernel {
     a->tokens = static_cast<size_t>(x.shape[1]);
     a->width = static_cast<size_t>(x.shape[2]);
     a->tail = static_cast<size_t>(tail.data[0]);
-    a->norm = inputs_.ReadNorm(context, kNorm, x.shape[2], epsilon_, problems);
+    a->norm = inputs_.ReadNorm(call, kNorm, x.shape[2], epsilon_, problems);
     return x.shape;
   }
 
-  void ReadNetwork(const Ort::KernelContext& context, int64_t width, PredictArgs* a,
-                   Problems* problems) const {
-    const Weights w1 = inputs_.ReadWeights(context, kW1, problems);
-    const Weights w2 = inputs_.ReadWeights(context, kW2, problems);
-    const auto read = [&](size_t index) { return inputs_.Read<float>(context, index); };
+  void ReadNetwork(Call& call, int64_t width, PredictArgs* a, Problems* problems) const {
+    const Weights w1 = inputs_.ReadWeights(call, kW1, problems);
+    const Weights w2 = inputs_.ReadWeights(call, kW2, problems);
+    const auto read = [&](size_t index) { return inputs_.Read<float>(call, index); };
     const Input<float> scales1 = read(kScales1), b1 = read(kB1), scales2 = read(kScales2), b2 = read(kB2);
     problems->ExpectRank("w1", w1.shape, 2, "[P, E]");
     problems->ExpectRank("b2", b2.shape, 1, "[N]");
@@ -122,9 +116,8 @@ class PredictUnitsKernel {
     a->relu = relu_;
   }
 
-  void ReadDensity(const Ort::KernelContext& context, int64_t batch, PredictArgs* a,
-                   Problems* problems) const {
-    const Input<float> density = inputs_.Read<float>(context, kDensity);
+  void ReadDensity(Call& call, int64_t batch, PredictArgs* a, Problems* problems) const {
+    const Input<float> density = inputs_.Read<float>(call, kDensity);
     problems->ExpectRank("density", density.shape, 2, "[1 or B, K]");
     problems->ThrowIfAny();
     if (density.shape[0] != 1 && density.shape[0] != batch)
@@ -169,6 +162,10 @@ struct PredictUnitsOpType : OpBase<PredictUnitsOpType, PredictUnitsKernel> {
 const OrtCustomOp* PredictUnitsOp() {
   static const PredictUnitsOpType op;
   return &op;
+}
+
+std::unique_ptr<Kernel> PredictUnitsKernelOf(const Node& node) {
+  return std::make_unique<PredictUnitsKernel>(node);
 }
 
 }  // namespace shadowc

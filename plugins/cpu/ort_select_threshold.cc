@@ -10,14 +10,14 @@ constexpr const char* kName = "SelectThreshold";
 enum In : size_t { kScores, kDensity, kInputs };
 enum Out : size_t { kThreshold, kActive, kOutputs };
 
-class SelectThresholdKernel {
+class SelectThresholdKernel : public Kernel {
  public:
-  explicit SelectThresholdKernel(const Ort::ConstKernelInfo& info)
-      : node_(info.GetNodeName()),
-        inputs_(info, kInputs),
-        scope_(TextAttribute(info, "scope", "local")),
-        exempt_(IntsAttribute(info, "exempt", {-1})),
-        min_active_(IntAttribute(info, "min_active", 0)) {
+  explicit SelectThresholdKernel(const Node& node)
+      : node_(node.Name()),
+        inputs_(node, kInputs),
+        scope_(node.Text("scope", "local")),
+        exempt_(node.Ints("exempt", {-1})),
+        min_active_(node.Int("min_active", 0)) {
     Problems problems(kName, node_);
     if (scope_ != "local" && scope_ != "global")
       problems.Add("attribute scope", "'local' or 'global'", "'" + scope_ + "'");
@@ -25,16 +25,11 @@ class SelectThresholdKernel {
     problems.ThrowIfAny();
   }
 
-  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
-    return AsStatus([&] { Compute(context); });
-  }
-
  private:
-  void Compute(OrtKernelContext* raw) const {
-    const Ort::KernelContext context(raw);
+  void Compute(Call& call) const override {
     Problems problems(kName, node_);
-    const Input<float> scores = inputs_.Read<float>(context, kScores),
-                       density = inputs_.Read<float>(context, kDensity);
+    const Input<float> scores = inputs_.Read<float>(call, kScores),
+                       density = inputs_.Read<float>(call, kDensity);
     problems.ExpectRank("scores", scores.shape, 4, "[B, S', L, N]");
     problems.ThrowIfAny();
     const int64_t batch = scores.shape[0], layers = scores.shape[2];
@@ -56,9 +51,9 @@ class SelectThresholdKernel {
     a.global = scope_ == "global";
     a.min_active = static_cast<size_t>(min_active_);
     const Shape per_layer = {scores.shape[0], scores.shape[1], scores.shape[2]};
-    a.threshold = Output<float>(context, kThreshold, per_layer);
-    a.active = Output<int32_t>(context, kActive, per_layer);
-    shadowc::SelectThreshold(a, HostPool(raw));
+    a.threshold = Output<float>(call, kThreshold, per_layer);
+    a.active = Output<int32_t>(call, kActive, per_layer);
+    shadowc::SelectThreshold(a, call.Pool());
   }
 
   std::string node_;
@@ -84,6 +79,10 @@ struct SelectThresholdOpType : OpBase<SelectThresholdOpType, SelectThresholdKern
 const OrtCustomOp* SelectThresholdOp() {
   static const SelectThresholdOpType op;
   return &op;
+}
+
+std::unique_ptr<Kernel> SelectThresholdKernelOf(const Node& node) {
+  return std::make_unique<SelectThresholdKernel>(node);
 }
 
 }  // namespace shadowc

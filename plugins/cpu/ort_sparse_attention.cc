@@ -65,35 +65,30 @@ template <CacheType kCache>
 using CacheElement = std::conditional_t<kCache == CacheType::kFloat16, Ort::Float16_t, float>;
 
 template <CacheType kCache>
-class SparseAttentionKernel {
+class SparseAttentionKernel : public Kernel {
  public:
-  explicit SparseAttentionKernel(const Ort::ConstKernelInfo& info)
-      : node_(info.GetNodeName()), inputs_(info, kInputs), layer_(IntAttribute(info, "layer", 0)) {
-    const std::string kv = TextAttribute(info, "kv", "all");
+  explicit SparseAttentionKernel(const Node& node)
+      : node_(node.Name()), inputs_(node, kInputs), layer_(node.Int("layer", 0)) {
+    const std::string kv = node.Text("kv", "all");
     Problems problems(kName, node_);
     if (kv != "all" && kv != "active") problems.Add("attribute kv", "'all' or 'active'", "'" + kv + "'");
-    CheckWeightType(info, kW, &problems);
+    CheckWeightType(node, kW, &problems);
     problems.ThrowIfAny();
     kv_active_only_ = kv == "active";
-    rounding_ = RoundingOf(info);
-    epsilon_ = FloatAttribute(info, kEpsilon, kDefaultEpsilon);
-  }
-
-  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
-    return AsStatus([&] { Compute(context); });
+    rounding_ = RoundingOf(node);
+    epsilon_ = node.Float(kEpsilon, kDefaultEpsilon);
   }
 
  private:
-  void Compute(OrtKernelContext* raw) const {
-    const Ort::KernelContext context(raw);
+  void Compute(Call& call) const override {
     Problems problems(kName, node_);
-    const Input<float> x = inputs_.Read<float>(context, kX), scales = inputs_.Read<float>(context, kScales);
-    const Input<float> bqkv = inputs_.Read<float>(context, kBqkv), bo = inputs_.Read<float>(context, kBo);
+    const Input<float> x = inputs_.Read<float>(call, kX), scales = inputs_.Read<float>(call, kScales);
+    const Input<float> bqkv = inputs_.Read<float>(call, kBqkv), bo = inputs_.Read<float>(call, kBo);
     using C = CacheElement<kCache>;
-    const Input<C> key = inputs_.Read<C>(context, kPastKey), value = inputs_.Read<C>(context, kPastValue);
-    const Input<int64_t> start = inputs_.Read<int64_t>(context, kStart),
-                         past = inputs_.Read<int64_t>(context, kPast);
-    const Weights w = inputs_.ReadWeights(context, kW, &problems);
+    const Input<C> key = inputs_.Read<C>(call, kPastKey), value = inputs_.Read<C>(call, kPastValue);
+    const Input<int64_t> start = inputs_.Read<int64_t>(call, kStart),
+                         past = inputs_.Read<int64_t>(call, kPast);
+    const Weights w = inputs_.ReadWeights(call, kW, &problems);
     problems.ExpectRank("x", x.shape, 3, "[B, S, E]");
     problems.ExpectRank("w", w.shape, 4, "[H, 4, D, E]");
     problems.ExpectRank("past_key", key.shape, 4, "[B, H, T, D]");
@@ -110,8 +105,8 @@ class SparseAttentionKernel {
     problems.ExpectShape("past_key", key.shape, {batch, heads, capacity, size}, "[B, H, T, D]");
     problems.ExpectShape("past_value", value.shape, {batch, heads, capacity, size}, "[B, H, T, D]");
     AttentionArgs a{};
-    a.norm = inputs_.ReadNorm(context, kNorm, width, epsilon_, &problems);
-    a.selection = inputs_.ReadSelection(context, kScores, kThreshold, layer_, batch, tokens, heads,
+    a.norm = inputs_.ReadNorm(call, kNorm, width, epsilon_, &problems);
+    a.selection = inputs_.ReadSelection(call, kScores, kThreshold, layer_, batch, tokens, heads,
                                         "H, axis 0 of w", &problems);
     CheckPositions(start, past, batch, tokens, capacity, &problems);
     problems.ThrowIfAny();
@@ -135,16 +130,16 @@ class SparseAttentionKernel {
     a.kv_active_only = kv_active_only_;
     a.rounding = a.selection.tail < a.tokens ? rounding_ : Rounding::kNone;
     a.int4_digits = rounding_ == Rounding::kFreely ? Int4Digits::kTwo : Int4Digits::kThree;
-    a.y = Output<float>(context, kY, x.shape);
-    a.present_key = Output<C>(context, kPresentKey, key.shape);
-    a.present_value = Output<C>(context, kPresentValue, value.shape);
+    a.y = Output<float>(call, kY, x.shape);
+    a.present_key = Output<C>(call, kPresentKey, key.shape);
+    a.present_value = Output<C>(call, kPresentValue, value.shape);
     CheckDistinct(a.past_key, a.present_key, key.shape, kCache, "present_key", &problems);
     CheckDistinct(a.past_value, a.present_value, value.shape, kCache, "present_value", &problems);
     problems.ThrowIfAny();
-    a.context = Output<float>(context, kContext, x.shape);
+    a.context = Output<float>(call, kContext, x.shape);
     CallArena arena;
     if (a.context == nullptr) a.context = arena.Take<float>(a.batch * a.tokens * a.width);
-    WriteRead(context, kRead, SparseAttention(a, HostPool(raw)));
+    WriteRead(call, kRead, SparseAttention(a, call.Pool()));
   }
 
   std::string node_;
@@ -185,6 +180,12 @@ const OrtCustomOp* SparseAttentionOp() {
 const OrtCustomOp* SparseAttentionFloat16Op() {
   static const SparseAttentionOpType<CacheType::kFloat16> op;
   return &op;
+}
+
+std::unique_ptr<Kernel> SparseAttentionKernelOf(const Node& node) {
+  if (node.Type(kPastKey) == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16)
+    return std::make_unique<SparseAttentionKernel<CacheType::kFloat16>>(node);
+  return std::make_unique<SparseAttentionKernel<CacheType::kFloat32>>(node);
 }
 
 }  // namespace shadowc

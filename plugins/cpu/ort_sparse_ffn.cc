@@ -10,33 +10,28 @@ constexpr const char* kName = "SparseFFN";
 enum In : size_t { kX, kScores, kThreshold, kW, kScales, kB1, kB2, kNorm, kNormBias, kInputs };
 enum Out : size_t { kY, kRead, kOutputs };
 
-class SparseFfnKernel {
+class SparseFfnKernel : public Kernel {
  public:
-  explicit SparseFfnKernel(const Ort::ConstKernelInfo& info)
-      : node_(info.GetNodeName()),
-        inputs_(info, kInputs),
-        layer_(IntAttribute(info, "layer", 0)),
-        block_(IntAttribute(info, "block", 1)),
-        skip_zeros_(IntAttribute(info, "skip_zeros", 0) != 0),
-        rounding_(RoundingOf(info)),
-        epsilon_(FloatAttribute(info, kEpsilon, kDefaultEpsilon)) {
+  explicit SparseFfnKernel(const Node& node)
+      : node_(node.Name()),
+        inputs_(node, kInputs),
+        layer_(node.Int("layer", 0)),
+        block_(node.Int("block", 1)),
+        skip_zeros_(node.Int("skip_zeros", 0) != 0),
+        rounding_(RoundingOf(node)),
+        epsilon_(node.Float(kEpsilon, kDefaultEpsilon)) {
     Problems problems(kName, node_);
     if (block_ < 1) problems.Add("attribute block", "at least 1", std::to_string(block_));
-    CheckWeightType(info, kW, &problems);
+    CheckWeightType(node, kW, &problems);
     problems.ThrowIfAny();
   }
 
-  OrtStatusPtr ComputeV2(OrtKernelContext* context) {
-    return AsStatus([&] { Compute(context); });
-  }
-
  private:
-  void Compute(OrtKernelContext* raw) const {
-    const Ort::KernelContext context(raw);
+  void Compute(Call& call) const override {
     Problems problems(kName, node_);
-    const Input<float> x = inputs_.Read<float>(context, kX), scales = inputs_.Read<float>(context, kScales);
-    const Input<float> b1 = inputs_.Read<float>(context, kB1), b2 = inputs_.Read<float>(context, kB2);
-    const Weights w = inputs_.ReadWeights(context, kW, &problems);
+    const Input<float> x = inputs_.Read<float>(call, kX), scales = inputs_.Read<float>(call, kScales);
+    const Input<float> b1 = inputs_.Read<float>(call, kB1), b2 = inputs_.Read<float>(call, kB2);
+    const Weights w = inputs_.ReadWeights(call, kW, &problems);
     problems.ExpectRank("x", x.shape, 3, "[B, S, E]");
     problems.ExpectRank("w", w.shape, 3, "[F, 2, E]");
     problems.ThrowIfAny();
@@ -46,9 +41,9 @@ class SparseFfnKernel {
     problems.ExpectShape("b1", b1.shape, {neurons}, "[F]");
     problems.ExpectShape("b2", b2.shape, {width}, "[E]");
     FfnArgs a{};
-    a.norm = inputs_.ReadNorm(context, kNorm, width, epsilon_, &problems);
+    a.norm = inputs_.ReadNorm(call, kNorm, width, epsilon_, &problems);
     a.selection =
-        inputs_.ReadSelection(context, kScores, kThreshold, layer_, x.shape[0], x.shape[1],
+        inputs_.ReadSelection(call, kScores, kThreshold, layer_, x.shape[0], x.shape[1],
                               neurons / block_ + (neurons % block_ != 0), "ceil(F / block)", &problems);
     problems.ThrowIfAny();
     a.x = x.data;
@@ -65,8 +60,8 @@ class SparseFfnKernel {
     a.skip_zeros = skip_zeros_;
     a.rounding = a.selection.tail < a.tokens ? rounding_ : Rounding::kNone;
     a.int4_digits = rounding_ == Rounding::kFreely ? Int4Digits::kTwo : Int4Digits::kThree;
-    a.y = Output<float>(context, kY, x.shape);
-    WriteRead(context, kRead, SparseFfn(a, HostPool(raw)));
+    a.y = Output<float>(call, kY, x.shape);
+    WriteRead(call, kRead, SparseFfn(a, call.Pool()));
   }
 
   std::string node_;
@@ -95,6 +90,10 @@ struct SparseFfnOpType : OpBase<SparseFfnOpType, SparseFfnKernel> {
 const OrtCustomOp* SparseFfnOp() {
   static const SparseFfnOpType op;
   return &op;
+}
+
+std::unique_ptr<Kernel> SparseFfnKernelOf(const Node& node) {
+  return std::make_unique<SparseFfnKernel>(node);
 }
 
 }  // namespace shadowc

@@ -11,7 +11,9 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
+#include <exception>
 #include <thread>
 #include <type_traits>
 
@@ -66,6 +68,34 @@ class Parallel {
   Run run_;
   void* pool_;
   size_t likely_threads_;
+};
+
+// A body whose exceptions stay inside, the first to be thrown when all is over: a pool may know none, and a
+// worker that never reports back would hang the call.
+class Guarded {
+ public:
+  Guarded(Parallel::Body body, void* closure) : body_(body), closure_(closure) {}
+
+  // A Parallel::Body whose closure is a Guarded. After an exception it does nothing.
+  static void Run(void* self, size_t index) noexcept {
+    Guarded& guarded = *static_cast<Guarded*>(self);
+    if (guarded.failed_.load(std::memory_order_relaxed)) return;
+    try {
+      guarded.body_(guarded.closure_, index);
+    } catch (...) {
+      if (!guarded.failed_.exchange(true)) guarded.first_ = std::current_exception();
+    }
+  }
+
+  void Rethrow() const {
+    if (first_) std::rethrow_exception(first_);
+  }
+
+ private:
+  const Parallel::Body body_;
+  void* const closure_;
+  std::atomic<bool> failed_{false};
+  std::exception_ptr first_ = nullptr;
 };
 
 }  // namespace shadowc

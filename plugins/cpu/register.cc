@@ -25,6 +25,7 @@ SHADOWC_EXPORT OrtStatus* RegisterCustomOps(OrtSessionOptions* options, const Or
     // Lives as long as the library: sessions keep pointers into it.
     static const Ort::CustomOpDomain domain = [] {
       Ort::CustomOpDomain made("shadowc");
+      made.Add(shadowc::ChainOp());
       made.Add(shadowc::MatMulRowsOp());
       made.Add(shadowc::PredictUnitsOp());
       made.Add(shadowc::SelectThresholdOp());

@@ -152,7 +152,7 @@ def without_joined_scores(model: onnx.ModelProto) -> onnx.ModelProto:
     gone = {f"{part}.{kind}" for part in ("scores", "mask_scores", "threshold") for kind in UNIT_KINDS}
     _keep(copy.graph.output, lambda value: value.name not in gone)
     _prune(copy.graph)
-    needed = {name for node in copy.graph.node for name in _inputs(node)} | {value.name for value in copy.graph.output}
+    needed = {name for node in copy.graph.node for name in inputs_of(node)} | {value.name for value in copy.graph.output}
     for node in copy.graph.node:
         if node.domain == DOMAIN and node.op_type == PREDICT_UNITS.name and node.output[-1] not in needed:
             node.output.pop()
@@ -264,18 +264,19 @@ def _prune(graph: onnx.GraphProto) -> None:
     needed = {value.name for value in graph.output}
     for node in reversed(graph.node):
         if needed.intersection(node.output):
-            needed.update(_inputs(node))
+            needed.update(inputs_of(node))
     _keep(graph.node, lambda node: bool(needed.intersection(node.output)))
     _keep(graph.initializer, lambda tensor: tensor.name in needed)
     _keep(graph.input, lambda value: value.name in needed)
     _keep(graph.value_info, lambda value: value.name in needed)
 
 
-def _inputs(node: onnx.NodeProto) -> Iterable[str]:
+def inputs_of(node: onnx.NodeProto) -> Iterable[str]:
+    """What a node reads, the graphs inside it included."""
     yield from node.input
     for attribute in node.attribute:
         for inner in attribute.g.node:
-            yield from _inputs(inner)
+            yield from inputs_of(inner)
 
 
 def _keep(field: MutableSequence[_Item], wanted: Callable[[_Item], bool]) -> None:

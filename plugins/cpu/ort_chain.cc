@@ -1,0 +1,231 @@
+// SPDX-License-Identifier: Apache-2.0
+// Chain as an ONNX Runtime operator: several of the others, one behind the other, as one node. From node to
+// node the host takes some 10 us, as behind megabytes of weights nothing that it needs is in the caches; and
+// its threads, which it has to call for every parallel section, stay for all of them here (crew.h).
+//
+// Inputs are those of all steps, outputs what is wanted of theirs. Attributes:
+//   operators, names     of the steps, one per line
+//   I.inputs, I.outputs  values of step I: one of the chain's inputs, or, from their number on, one that a
+//   step
+//                        makes; -1 for what is not given or not wanted
+//   I.NAME               attribute NAME of step I's operator
+//   results              the values that the chain puts out
+//   types, ranks         theirs
+// shadowc/runtime/chains.py makes such nodes.
+#include <array>
+#include <limits>
+#include <sstream>
+
+#include "arena.h"
+#include "crew.h"
+#include "ort_op.h"
+
+namespace shadowc {
+namespace {
+
+constexpr const char* kName = "Chain";
+constexpr size_t kNever = std::numeric_limits<size_t>::max();
+
+std::vector<std::string> LinesOf(const std::string& text) {
+  std::vector<std::string> lines;
+  std::istringstream stream(text);
+  for (std::string line; std::getline(stream, line);) lines.push_back(line);
+  return lines;
+}
+
+std::unique_ptr<Kernel> KernelOf(const std::string& op, const Node& node) {
+  if (op == "MatMulRows") return MatMulRowsKernelOf(node);
+  if (op == "PredictUnits") return PredictUnitsKernelOf(node);
+  if (op == "SelectThreshold") return SelectThresholdKernelOf(node);
+  if (op == "SparseAttention") return SparseAttentionKernelOf(node);
+  if (op == "SparseFFN") return SparseFfnKernelOf(node);
+  throw Ort::Exception("Chain: no step can be '" + op + "'", ORT_INVALID_ARGUMENT);
+}
+
+struct Step {
+  std::vector<int64_t> inputs, outputs;
+  std::unique_ptr<Kernel> kernel;
+};
+
+// A value that a step makes.
+struct Value {
+  size_t last_reader = 0;  // the step behind which its memory is free
+  size_t output = kNever;  // of the chain
+};
+
+// What the steps of one call have made so far.
+class Made {
+ public:
+  Made(Call* host, const std::vector<Value>& values, size_t given)
+      : host_(*host), values_(values), given_(given), found_(values.size()), memory_(values.size()) {}
+
+  AnyInput Find(int64_t value) {
+    if (value < 0) return {};
+    const size_t v = static_cast<size_t>(value);
+    return v < given_ ? host_.Find(v) : found_[v - given_];
+  }
+
+  void* Give(int64_t value, const Shape& shape, ONNXTensorElementDataType type) {
+    if (value < 0) return nullptr;
+    const size_t v = static_cast<size_t>(value) - given_;
+    void* data = values_[v].output != kNever ? host_.Give(values_[v].output, shape, type)
+                                             : TakeMemory(v, BytesOf(shape, type));
+    found_[v] = {data, type, shape};
+    return data;
+  }
+
+  void FreeBehind(size_t step, const std::vector<int64_t>& read) {
+    for (const int64_t value : read) {
+      if (value < static_cast<int64_t>(given_)) continue;
+      const size_t v = static_cast<size_t>(value) - given_;
+      if (values_[v].last_reader != step || memory_[v].data == nullptr) continue;
+      free_.push_back(memory_[v]);
+      memory_[v] = {};
+    }
+  }
+
+ private:
+  struct Memory {
+    std::byte* data = nullptr;
+    size_t bytes = 0;
+  };
+
+  static size_t BytesOf(const Shape& shape, ONNXTensorElementDataType type) {
+    size_t bytes = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 ? sizeof(int64_t) : sizeof(float);
+    for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
+    return bytes;
+  }
+
+  // What was used last and is large enough, so that layers share what is in the caches.
+  void* TakeMemory(size_t v, size_t bytes) {
+    const auto fits = [=](const Memory& memory) { return memory.bytes >= bytes; };
+    const auto found = std::find_if(free_.rbegin(), free_.rend(), fits);
+    if (found != free_.rend()) {
+      memory_[v] = *found;
+      free_.erase(std::next(found).base());
+    } else {
+      memory_[v] = {arena_.Take<std::byte>(bytes), bytes};
+    }
+    return memory_[v].data;
+  }
+
+  Call& host_;
+  const std::vector<Value>& values_;
+  const size_t given_;
+  std::vector<AnyInput> found_;
+  std::vector<Memory> memory_, free_;
+  CallArena arena_;
+};
+
+class StepCall : public Call {
+ public:
+  StepCall(const Step& step, Made* made, const Parallel& pool) : step_(step), made_(*made), pool_(pool) {}
+
+  AnyInput Find(size_t index) override { return made_.Find(step_.inputs[index]); }
+  void* Give(size_t index, const Shape& shape, ONNXTensorElementDataType type) override {
+    return index < step_.outputs.size() ? made_.Give(step_.outputs[index], shape, type) : nullptr;
+  }
+  Parallel Pool() override { return pool_; }
+
+ private:
+  const Step& step_;
+  Made& made_;
+  const Parallel& pool_;
+};
+
+class ChainKernel : public Kernel {
+ public:
+  explicit ChainKernel(const Node& node) : given_(node.InputCount()) {
+    const std::vector<std::string> operators = LinesOf(node.Text("operators", ""));
+    const std::vector<std::string> names = LinesOf(node.Text("names", ""));
+    if (operators.size() != names.size() || operators.empty())
+      throw Ort::Exception("Chain '" + node.Name() + "': one operator and one name per step",
+                           ORT_INVALID_ARGUMENT);
+    for (size_t i = 0; i < operators.size(); ++i) AddStep(node, operators[i], names[i]);
+    const std::vector<int64_t> results = node.Ints("results", {});
+    for (size_t i = 0; i < results.size(); ++i) ValueOf(results[i], node).output = i;
+  }
+
+  void Compute(Call& call) const override {
+    Crew::Run(call.Pool(), [&](const Parallel& pool) {
+      Made made(&call, values_, given_);
+      for (size_t i = 0; i < steps_.size(); ++i) {
+        StepCall step(steps_[i], &made, pool);
+        steps_[i].kernel->Compute(step);
+        made.FreeBehind(i, steps_[i].inputs);
+      }
+    });
+  }
+
+ private:
+  void AddStep(const Node& node, const std::string& op, const std::string& name) {
+    const size_t number = steps_.size();
+    const std::string prefix = std::to_string(number) + ".";
+    Step step;
+    step.inputs = node.Ints((prefix + "inputs").c_str(), {});
+    step.outputs = node.Ints((prefix + "outputs").c_str(), {});
+    for (const int64_t value : step.inputs) {
+      if (value >= static_cast<int64_t>(given_)) ValueOf(value, node).last_reader = number;
+    }
+    for (const int64_t value : step.outputs) {
+      if (value < 0) continue;
+      if (value != static_cast<int64_t>(given_ + values_.size()))
+        throw Ort::Exception("Chain '" + node.Name() + "': steps must number what they make in order",
+                             ORT_INVALID_ARGUMENT);
+      values_.push_back({number, kNever});
+    }
+    step.kernel = KernelOf(op, node.Step(number, name, step.inputs));
+    steps_.push_back(std::move(step));
+  }
+
+  Value& ValueOf(int64_t value, const Node& node) {
+    const size_t v = static_cast<size_t>(value) - given_;
+    if (value < static_cast<int64_t>(given_) || v >= values_.size())
+      throw Ort::Exception("Chain '" + node.Name() + "': a value that no earlier step makes",
+                           ORT_INVALID_ARGUMENT);
+    return values_[v];
+  }
+
+  const size_t given_;
+  std::vector<Step> steps_;
+  std::vector<Value> values_;
+};
+
+struct ChainOpType : Ort::CustomOpBase<ChainOpType, ChainKernel, true> {
+  OrtStatusPtr CreateKernelV2(const OrtApi&, const OrtKernelInfo* info, void** kernel) const {
+    return MakeKernel<ChainKernel>(info, kernel);
+  }
+  const char* GetName() const { return kName; }
+  size_t GetInputTypeCount() const { return 1; }
+  size_t GetOutputTypeCount() const { return 1; }
+  ONNXTensorElementDataType GetInputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
+  ONNXTensorElementDataType GetOutputType(size_t) const { return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED; }
+  OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t) const { return INPUT_OUTPUT_VARIADIC; }
+  OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t) const { return INPUT_OUTPUT_VARIADIC; }
+  bool GetVariadicInputHomogeneity() const { return false; }
+  bool GetVariadicOutputHomogeneity() const { return false; }
+
+  // Nothing that sizes could be derived from is known here; but without a type an output is refused.
+  static Ort::Status InferOutputShape(Ort::ShapeInferContext& context) {
+    const std::vector<int64_t> types = context.GetAttrInts("types"), ranks = context.GetAttrInts("ranks");
+    for (size_t i = 0; i < types.size(); ++i) {
+      std::vector<std::string> names;
+      for (int64_t axis = 0; axis < ranks.at(i); ++axis)
+        names.push_back("output " + std::to_string(i) + " axis " + std::to_string(axis));
+      Ort::ShapeInferContext::Shape shape;
+      for (const std::string& name : names) shape.emplace_back(name.c_str());
+      Ort::Status status = context.SetOutputShape(i, shape, static_cast<ONNXTensorElementDataType>(types[i]));
+      if (!status.IsOK()) return status;
+    }
+    return Ort::Status(nullptr);
+  }
+};
+
+}  // namespace
+
+const OrtCustomOp* ChainOp() {
+  static const ChainOpType op;
+  return &op;
+}
+
+}  // namespace shadowc
