@@ -7,12 +7,12 @@
 //   operators, names     of the steps, one per line
 //   I.inputs, I.outputs  values of step I: one of the chain's inputs, or, from their number on, one that a
 //   step
-//                        makes; -1 for what is not given or not wanted
+//                        makes; -1 for what is not given or not asked for
 //   I.NAME               attribute NAME of step I's operator
-//   results              the values that the chain puts out
-//   types, ranks         theirs
+//   results              the values that the chain puts out; the graph has to say their types
 // shadowc/runtime/chains.py makes such nodes.
-#include <array>
+#include <algorithm>
+#include <iterator>
 #include <limits>
 #include <sstream>
 
@@ -33,14 +33,19 @@ std::vector<std::string> LinesOf(const std::string& text) {
   return lines;
 }
 
-std::unique_ptr<Kernel> KernelOf(const std::string& op, const Node& node) {
-  if (op == "MatMulRows") return MatMulRowsKernelOf(node);
-  if (op == "PredictUnits") return PredictUnitsKernelOf(node);
-  if (op == "SelectThreshold") return SelectThresholdKernelOf(node);
-  if (op == "SparseAttention") return SparseAttentionKernelOf(node);
-  if (op == "SparseFFN") return SparseFfnKernelOf(node);
-  throw Ort::Exception("Chain: no step can be '" + op + "'", ORT_INVALID_ARGUMENT);
-}
+// What a step can be.
+struct Operator {
+  const char* name;
+  std::unique_ptr<Kernel> (*kernel_of)(const Node& node);
+  size_t outputs;  // those that it always puts out
+};
+constexpr Operator kOperators[] = {
+    {"MatMulRows", MatMulRowsKernelOf, 1},
+    {"PredictUnits", PredictUnitsKernelOf, 3},
+    {"SelectThreshold", SelectThresholdKernelOf, 2},
+    {"SparseAttention", SparseAttentionKernelOf, 3},
+    {"SparseFFN", SparseFfnKernelOf, 1},
+};
 
 struct Step {
   std::vector<int64_t> inputs, outputs;
@@ -49,7 +54,7 @@ struct Step {
 
 // A value that a step makes.
 struct Value {
-  size_t last_reader = 0;  // the step behind which its memory is free
+  size_t last_reader;      // the step behind which its memory is free; that which makes it if nobody reads it
   size_t output = kNever;  // of the chain
 };
 
@@ -74,8 +79,9 @@ class Made {
     return data;
   }
 
-  void FreeBehind(size_t step, const std::vector<int64_t>& read) {
-    for (const int64_t value : read) {
+  // Of these values, those that no step behind this one reads.
+  void FreeBehind(size_t step, const std::vector<int64_t>& seen) {
+    for (const int64_t value : seen) {
       if (value < static_cast<int64_t>(given_)) continue;
       const size_t v = static_cast<size_t>(value) - given_;
       if (values_[v].last_reader != step || memory_[v].data == nullptr) continue;
@@ -139,8 +145,7 @@ class ChainKernel : public Kernel {
     const std::vector<std::string> operators = LinesOf(node.Text("operators", ""));
     const std::vector<std::string> names = LinesOf(node.Text("names", ""));
     if (operators.size() != names.size() || operators.empty())
-      throw Ort::Exception("Chain '" + node.Name() + "': one operator and one name per step",
-                           ORT_INVALID_ARGUMENT);
+      Refuse(node, "every step has an operator and a name");
     for (size_t i = 0; i < operators.size(); ++i) AddStep(node, operators[i], names[i]);
     const std::vector<int64_t> results = node.Ints("results", {});
     for (size_t i = 0; i < results.size(); ++i) ValueOf(results[i], node).output = i;
@@ -153,12 +158,16 @@ class ChainKernel : public Kernel {
         StepCall step(steps_[i], &made, pool);
         steps_[i].kernel->Compute(step);
         made.FreeBehind(i, steps_[i].inputs);
+        made.FreeBehind(i, steps_[i].outputs);
       }
     });
   }
 
  private:
   void AddStep(const Node& node, const std::string& op, const std::string& name) {
+    const auto* known = std::find_if(std::begin(kOperators), std::end(kOperators),
+                                     [&](const Operator& one) { return op == one.name; });
+    if (known == std::end(kOperators)) Refuse(node, "no step can be '" + op + "'");
     const size_t number = steps_.size();
     const std::string prefix = std::to_string(number) + ".";
     Step step;
@@ -167,23 +176,31 @@ class ChainKernel : public Kernel {
     for (const int64_t value : step.inputs) {
       if (value >= static_cast<int64_t>(given_)) ValueOf(value, node).last_reader = number;
     }
+    const auto is_asked_for = [](int64_t value) { return value >= 0; };
+    const size_t first = std::min(known->outputs, step.outputs.size());
+    if (first < known->outputs ||
+        !std::all_of(step.outputs.begin(), step.outputs.begin() + static_cast<ptrdiff_t>(first),
+                     is_asked_for))
+      Refuse(node, "step '" + name + "' lacks an output");
     for (const int64_t value : step.outputs) {
-      if (value < 0) continue;
+      if (!is_asked_for(value)) continue;
       if (value != static_cast<int64_t>(given_ + values_.size()))
-        throw Ort::Exception("Chain '" + node.Name() + "': steps must number what they make in order",
-                             ORT_INVALID_ARGUMENT);
+        Refuse(node, "steps have to number what they make in order");
       values_.push_back({number, kNever});
     }
-    step.kernel = KernelOf(op, node.Step(number, name, step.inputs));
+    step.kernel = known->kernel_of(node.Step(number, name, step.inputs));
     steps_.push_back(std::move(step));
   }
 
   Value& ValueOf(int64_t value, const Node& node) {
     const size_t v = static_cast<size_t>(value) - given_;
     if (value < static_cast<int64_t>(given_) || v >= values_.size())
-      throw Ort::Exception("Chain '" + node.Name() + "': a value that no earlier step makes",
-                           ORT_INVALID_ARGUMENT);
+      Refuse(node, "a value that no earlier step makes");
     return values_[v];
+  }
+
+  [[noreturn]] static void Refuse(const Node& node, const std::string& why) {
+    throw Ort::Exception("Chain node '" + node.Name() + "': " + why, ORT_INVALID_ARGUMENT);
   }
 
   const size_t given_;
@@ -204,21 +221,6 @@ struct ChainOpType : Ort::CustomOpBase<ChainOpType, ChainKernel, true> {
   OrtCustomOpInputOutputCharacteristic GetOutputCharacteristic(size_t) const { return INPUT_OUTPUT_VARIADIC; }
   bool GetVariadicInputHomogeneity() const { return false; }
   bool GetVariadicOutputHomogeneity() const { return false; }
-
-  // Nothing that sizes could be derived from is known here; but without a type an output is refused.
-  static Ort::Status InferOutputShape(Ort::ShapeInferContext& context) {
-    const std::vector<int64_t> types = context.GetAttrInts("types"), ranks = context.GetAttrInts("ranks");
-    for (size_t i = 0; i < types.size(); ++i) {
-      std::vector<std::string> names;
-      for (int64_t axis = 0; axis < ranks.at(i); ++axis)
-        names.push_back("output " + std::to_string(i) + " axis " + std::to_string(axis));
-      Ort::ShapeInferContext::Shape shape;
-      for (const std::string& name : names) shape.emplace_back(name.c_str());
-      Ort::Status status = context.SetOutputShape(i, shape, static_cast<ONNXTensorElementDataType>(types[i]));
-      if (!status.IsOK()) return status;
-    }
-    return Ort::Status(nullptr);
-  }
 };
 
 }  // namespace

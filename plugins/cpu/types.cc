@@ -3,8 +3,6 @@
 
 #include <algorithm>
 
-#include "sum_tree.h"
-
 namespace shadowc {
 
 RowSelection SelectionOf(const Selection& selection, size_t tokens, size_t row) {
@@ -57,22 +55,6 @@ size_t PiecesOf(size_t bytes, size_t most) {
   size_t pieces = 1;
   while (pieces * 2 <= most && bytes >= pieces * 2 * kLeast) pieces *= 2;
   return pieces;
-}
-
-void WithBias(const float* bias, const float* residual, const float* sum, size_t rows, size_t width,
-              float* y) {
-  for (size_t r = 0; r < rows; ++r, sum += width, y += width) {
-    if (residual == nullptr) {
-      for (size_t e = 0; e < width; ++e) y[e] = bias[e] + sum[e];
-    } else {
-      for (size_t e = 0; e < width; ++e) y[e] = residual[e] + (bias[e] + sum[e]);
-      residual += width;
-    }
-  }
-}
-
-void AddTo(float* to, const float* add, size_t n) {
-  for (size_t i = 0; i < n; ++i) to[i] += add[i];
 }
 
 }  // namespace shadowc

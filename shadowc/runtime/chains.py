@@ -9,19 +9,21 @@ section to its threads. No stored graph has one: other hosts need not know the o
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from shadowc.runtime.variants import inputs_of
-from shadowc.spec.ops import CPU_OPS, DOMAIN, Operand
+from shadowc.spec.ops import CPU_OPS, DOMAIN
 
 if TYPE_CHECKING:
     import onnx
 
 CHAIN = "Chain"
 _STEPS = {spec.name: spec for spec in CPU_OPS}
+_NONE = -1
+_ByLevel = dict[int, "list[onnx.NodeProto]"]
 
 
 def chained(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -32,25 +34,23 @@ def chained(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = type(model)()
     copy.CopyFrom(model)
     graph = copy.graph
-    types = {value.name: value.type.tensor_type.elem_type for value in graph.input}
     steps, others = _levels(graph.node)
     nodes: list[onnx.NodeProto] = []
     for level in range(max((*steps, *others), default=-1) + 1):
         nodes += others[level]
         chain = steps[level]
-        if len(chain) < 2:
-            nodes += chain
-            continue
-        elsewhere = (node for part in (steps, others) for at in part for node in part[at] if part[at] is not chain)
+        elsewhere = (node for part in (steps, others) for at in part if part[at] is not chain for node in part[at])
         wanted = {name for node in elsewhere for name in inputs_of(node)} | {value.name for value in graph.output}
-        nodes.append(_chain(f"chain.{level}", chain, wanted, types))
+        results = [name for node in chain for name in node.output if name in wanted]
+        if len(chain) > 1 and results:
+            _say_types(graph, chain, results)
+            nodes.append(_chain(f"chain.{level}", chain, results))
+        else:
+            nodes += chain
     rest = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(rest)
     return copy
-
-
-_ByLevel = dict[int, "list[onnx.NodeProto]"]
 
 
 def _levels(nodes: Iterable[onnx.NodeProto]) -> tuple[_ByLevel, _ByLevel]:
@@ -67,32 +67,24 @@ def _levels(nodes: Iterable[onnx.NodeProto]) -> tuple[_ByLevel, _ByLevel]:
     return steps, others
 
 
-def _chain(
-    name: str, steps: Sequence[onnx.NodeProto], wanted: set[str], types: Mapping[str, int]
-) -> onnx.NodeProto:
-    """The node of these steps; `types` are those of the graph's inputs."""
+def _chain(name: str, steps: Sequence[onnx.NodeProto], results: Sequence[str]) -> onnx.NodeProto:
+    """The node of these steps that puts out `results`."""
     import onnx
 
     made = {output for step in steps for output in step.output}
-    read = {name for step in steps for name in step.input}
     given = list(dict.fromkeys(name for step in steps for name in step.input if name and name not in made))
     values = {name: number for number, name in enumerate(given)}
-    results: dict[str, tuple[int, int]] = {}
     attributes: dict[str, str | list[int]] = {
         "operators": "\n".join(step.op_type for step in steps),
         "names": "\n".join(step.name for step in steps),
     }
     for number, step in enumerate(steps):
-        attributes[f"{number}.inputs"] = [values.get(name, -1) for name in step.input]
-        for operand, output in zip(_STEPS[step.op_type].outputs, step.output, strict=False):
-            if output in read | wanted:
-                values[output] = len(values)
-            if output in wanted:
-                results[output] = _type_of(operand, step, types), len(operand.shape)
-        attributes[f"{number}.outputs"] = [values.get(name, -1) for name in step.output]
+        attributes[f"{number}.inputs"] = [values.get(name, _NONE) for name in step.input]
+        for output in filter(None, step.output):
+            values[output] = len(values)
+        attributes[f"{number}.outputs"] = [values.get(name, _NONE) for name in step.output]
     attributes["results"] = [values[name] for name in results]
-    attributes["types"], attributes["ranks"] = ([kind[i] for kind in results.values()] for i in (0, 1))
-    chain = onnx.helper.make_node(CHAIN, given, list(results), name, domain=DOMAIN, **attributes)
+    chain = onnx.helper.make_node(CHAIN, given, results, name, domain=DOMAIN, **attributes)
     for number, step in enumerate(steps):
         for attribute in step.attribute:
             chain.attribute.add().CopyFrom(attribute)
@@ -100,11 +92,19 @@ def _chain(
     return chain
 
 
-def _type_of(operand: Operand, step: onnx.NodeProto, types: Mapping[str, int]) -> int:
-    """ONNX's number of an output's type; one that may have several has that of an input, the cache."""
+def _say_types(graph: onnx.GraphProto, steps: Iterable[onnx.NodeProto], results: Iterable[str]) -> None:
+    """Write down what ONNX Runtime derives for steps, and cannot for a chain."""
     import onnx
 
-    if len(operand.types) == 1:
-        return int(onnx.helper.np_dtype_to_tensor_dtype(np.dtype(operand.types[0])))
-    inputs = _STEPS[step.op_type].inputs
-    return types[next(name for name, like in zip(step.input, inputs, strict=False) if like.types == operand.types)]
+    known = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    missing = set(results) - known.keys()
+    for step in steps:
+        spec = _STEPS[step.op_type]
+        for operand, name in zip(spec.outputs, step.output, strict=False):
+            if name not in missing:
+                continue
+            kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(operand.types[0]))
+            if len(operand.types) > 1:  # that of the cache which it was
+                inputs = zip(spec.inputs, step.input, strict=False)
+                kind = next(known[other] for like, other in inputs if like.types == operand.types)
+            graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, None))

@@ -11,6 +11,7 @@ from uuid import uuid4
 
 import numpy as np
 
+from shadowc.runtime.chains import chained
 from shadowc.runtime.graph_file import read_graph
 from shadowc.runtime.library import REINSTALL
 from shadowc.runtime.ort_package import to_install
@@ -133,7 +134,7 @@ class Session:
         options = self._options()
         if self.weights is not None:
             self.weights.lend(options, self.load_model())
-        source: Any = str(self.path) if self.model is None else self.model.SerializeToString()
+        source: Any = self._source()
         try:
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -149,6 +150,12 @@ class Session:
             VerificationError: the file is damaged.
         """
         return self.model if self.model is not None else read_graph(self.path)
+
+    def _source(self) -> str | bytes:
+        """What ONNX Runtime reads. Chains, unless there is a profile, which is to tell of every operator."""
+        if self.library is not None and self.profile is None:
+            return chained(self.load_model()).SerializeToString()
+        return str(self.path) if self.model is None else self.model.SerializeToString()
 
     def bind(self) -> Binding:
         """A new, empty binding.

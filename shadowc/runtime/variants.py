@@ -152,7 +152,9 @@ def without_joined_scores(model: onnx.ModelProto) -> onnx.ModelProto:
     gone = {f"{part}.{kind}" for part in ("scores", "mask_scores", "threshold") for kind in UNIT_KINDS}
     _keep(copy.graph.output, lambda value: value.name not in gone)
     _prune(copy.graph)
-    needed = {name for node in copy.graph.node for name in inputs_of(node)} | {value.name for value in copy.graph.output}
+    needed = {name for node in copy.graph.node for name in inputs_of(node)} | {
+        value.name for value in copy.graph.output
+    }
     for node in copy.graph.node:
         if node.domain == DOMAIN and node.op_type == PREDICT_UNITS.name and node.output[-1] not in needed:
             node.output.pop()

@@ -4,16 +4,46 @@
 //   threads  of each caller's pool (2)
 //   callers  that make this call at the same time, all on the same inputs; they have to agree to the bit (1)
 //   twice    1: the pool runs every index on two threads, a planted race (0)
+//   crew     1: the pool's threads form a crew, which runs the sections (0)
+//   throws   1: a section of the crew throws (0)
 #include <cstdio>
 #include <exception>
 #include <iostream>
 #include <stdexcept>
 
+#include "crew.h"
 #include "isa.h"
 #include "operators.h"
 #include "pool.h"
 
 namespace {
+
+// A crew's sections, spoilt: every index once more, in another thread's share, or an exception.
+struct Spoilt {
+  const shadowc::Parallel& crew;
+  bool twice, throws;
+
+  shadowc::Parallel Handle() {
+    const auto run = [](void* self, size_t total, shadowc::Parallel::Body body, void* closure) {
+      const Spoilt& spoilt = *static_cast<Spoilt*>(self);
+      spoilt.crew.For(spoilt.twice ? 2 * total : total, [&](size_t i) {
+        if (spoilt.throws && i + 1 == total) throw std::runtime_error("thrown in a section");
+        body(closure, i % total);
+      });
+    };
+    return shadowc::Parallel(run, this, crew.LikelyThreads());
+  }
+};
+
+Tensors RunIn(Pool* pool, const Call& call) {
+  const bool twice = call.Int("twice", 0) != 0;
+  if (call.Int("crew", 0) == 0) return Run(call, pool->Handle());
+  Tensors outputs;
+  shadowc::Crew::Run(pool->Handle(), [&](const shadowc::Parallel& crew) {
+    outputs = Run(call, Spoilt{crew, twice, call.Int("throws", 0) != 0}.Handle());
+  });
+  return outputs;
+}
 
 Tensors RunAtOnce(const Call& call) {
   const size_t callers = static_cast<size_t>(call.Int("callers", 1));
@@ -23,8 +53,9 @@ Tensors RunAtOnce(const Call& call) {
   for (size_t c = 0; c < callers; ++c) {
     threads.emplace_back([&, c] {
       try {
-        Pool pool(static_cast<size_t>(call.Int("threads", 2)), call.Int("twice", 0) != 0);
-        outputs[c] = Run(call, pool.Handle());
+        const bool twice = call.Int("twice", 0) != 0 && call.Int("crew", 0) == 0;
+        Pool pool(static_cast<size_t>(call.Int("threads", 2)), twice);
+        outputs[c] = RunIn(&pool, call);
       } catch (...) {
         problems[c] = std::current_exception();
       }

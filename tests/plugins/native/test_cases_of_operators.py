@@ -59,15 +59,23 @@ def kernels_of_the_build(request: pytest.FixtureRequest) -> Iterator[None]:
         start = BUILDS[request.param]()
     except build.UnavailableError as reason:
         pytest.skip(str(reason))
-    with start as driver, elsewhere.kernels_run_by(checked(driver, callers=2 if request.param == "tsan" else 1)):
+    with start as driver, elsewhere.kernels_run_by(checked(driver, threads=request.param == "tsan")):
         yield
 
 
-def checked(driver: process.Driver, callers: int) -> elsewhere.Run:
-    """So many calls at once, and attention also with past and present in one memory; the same bits every time."""
+def checked(driver: process.Driver, *, threads: bool) -> elsewhere.Run:
+    """Attention also with past and present in one memory; the same bits every time.
+
+    Where `threads` are what it is about, also two calls at once, and threads that form a crew.
+    """
+    callers = 2 if threads else 1
 
     def run(spec: OpSpec, arrays: dict[str, np.ndarray], **attributes: object) -> dict[str, np.ndarray]:
         found = driver.run(spec, arrays, callers=callers, **attributes)
+        if threads:
+            for name, array in driver.run(spec, arrays, **(attributes | {"crew": 1, "threads": 3})).items():
+                if not name.startswith("present_"):  # of which the rest is anything
+                    np.testing.assert_array_equal(array, found[name])
         if spec is SPARSE_ATTENTION:
             again = driver.run(spec, arrays, callers=callers, in_place=1, **attributes)
             np.testing.assert_array_equal(again["y"], found["y"])

@@ -57,3 +57,18 @@ def test_a_planted_race_ends_the_run_and_is_reported_in_the_kernel(driver, case)
         for _ in range(20):  # an atomic of the kernel's may order the two threads of one run
             driver.run(spec, arrays, twice=1)
     assert f"plugins/cpu/{case.split(',')[0]}" in str(raised.value)
+
+
+def test_a_planted_race_in_a_crew_is_reported_too(driver):
+    arrays = test_sparse_ffn.operands(np.random.default_rng(40), F=4000, E=256)
+    assert driver.run(SPARSE_FFN, arrays, crew=1)
+    with pytest.raises(process.DriverError, match="WARNING: ThreadSanitizer: data race") as raised:  # noqa: PT012
+        for _ in range(20):
+            driver.run(SPARSE_FFN, arrays, crew=1, twice=1)
+    assert "plugins/cpu/sparse_ffn.cc" in str(raised.value)
+
+
+def test_what_a_section_of_a_crew_throws_is_thrown_by_the_call(driver):
+    arrays = test_sparse_ffn.operands(np.random.default_rng(40), F=4000, E=256)
+    with pytest.raises(process.DriverError, match="thrown in a section"):
+        driver.run(SPARSE_FFN, arrays, crew=1, threads=3, throws=1)

@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compiled engines run as chains of operators, and give what they give operator by operator."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from shadowc.runtime import session as sessions
+from shadowc.runtime.chains import CHAIN, chained
+from shadowc.runtime.load import load, load_cpu
+from shadowc.spec.ops import DOMAIN, SPARSE_FFN
+from tests.runtime.test_chains import step_names
+from tests.runtime.test_told import results
+
+ENGINES = ("sparse_engine", "sequence_engine", "int8_engine")
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_engines_give_the_same_bits_with_chains_and_without(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder: Path = request.getfixturevalue(name)
+    with_chains = results(folder)
+    monkeypatch.setattr(sessions, "chained", lambda model: model)
+    for found, wanted in zip(with_chains, results(folder), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_chain_one_of_whose_steps_reads_what_another_has_to_read_gives_other_logits(
+    int8_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def miswired(model: onnx.ModelProto) -> onnx.ModelProto:
+        made = chained(model)
+        for chain in (node for node in made.graph.node if node.op_type == CHAIN):
+            wiring = {attribute.name: attribute for attribute in chain.attribute}
+            operators = wiring["operators"].s.decode().split("\n")
+            ffns = [number for number, name in enumerate(operators) if name == SPARSE_FFN.name]
+            if len(ffns) > 1:
+                wiring[f"{ffns[1]}.inputs"].ints[0] = wiring[f"{ffns[0]}.inputs"].ints[0]
+        return made
+
+    ids = np.arange(4, 24)[None]
+    wanted = load(int8_engine).logits(ids, 0.5)
+    monkeypatch.setattr(sessions, "chained", miswired)
+    assert np.abs(load(int8_engine).logits(ids, 0.5) - wanted).max() > 1e-3
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_the_threads_of_a_session_do_not_change_what_a_chain_gives(int8_engine: Path, threads: int) -> None:
+    ids = np.arange(4, 24)[None]
+    wanted = load(int8_engine, threads=3).logits(ids, 0.5)
+    np.testing.assert_array_equal(load(int8_engine, threads=threads).logits(ids, 0.5), wanted)
+
+
+def test_all_operators_are_in_as_few_chains_as_the_predictor_leaves(int8_engine: Path) -> None:
+    engine = load_cpu(int8_engine)
+    graph = chained(engine._generating.load_model()).graph
+    first, *_, last = (step_names(node) for node in graph.node if node.op_type == CHAIN)
+    layers = range(1, engine.manifest.model.layers)
+    behind = [f"layers.{layer}.{part}" for layer in layers for part in ("attention", "ffn")]
+    assert first == ["layers.0.attention", "layers.0.ffn"]  # the predictor reads what it makes
+    assert [name for name in last if name.startswith("layers.")] == behind
+    assert {"select.heads", "select.neurons"} == set(last) - set(behind)
+    twin = chained(engine.dense_twin()._generating.load_model()).graph
+    assert [len(step_names(node)) for node in twin.node if node.op_type == CHAIN] == [2 * (len(layers) + 1)]
+
+
+def test_a_profile_tells_of_every_operator(int8_engine: Path, tmp_path: Path) -> None:
+    engine = load_cpu(int8_engine).profiled(tmp_path)
+    engine.generate(np.arange(4, 9)[None], max_new_tokens=2, min_new_tokens=2)
+    ((*_, step),) = engine.recordings()
+    operators = {node.operator for node in step.nodes}
+    assert {"SparseAttention", "SparseFFN"} <= operators
+    assert CHAIN not in operators
+
+
+def test_no_stored_graph_has_a_chain(int8_engine: Path, sequence_engine: Path) -> None:
+    for folder in (int8_engine, sequence_engine):
+        for path in folder.glob("*.onnx"):
+            nodes = onnx.load(path, load_external_data=False).graph.node
+            assert CHAIN not in {node.op_type for node in nodes if node.domain == DOMAIN}

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Chains compute what their steps compute one by one, to the bit, and refuse what they cannot be."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper
+
+from shadowc.runtime import session as sessions
+from shadowc.runtime.chains import CHAIN, chained
+from shadowc.runtime.library import OpLibrary
+from shadowc.runtime.load import load
+from shadowc.spec.errors import IncompatibleEngineError
+from shadowc.spec.ops import CPU_OPS, DOMAIN
+
+WIDTH = 8
+
+
+def step_names(chain: onnx.NodeProto) -> list[str]:
+    return next(attribute.s.decode() for attribute in chain.attribute if attribute.name == "names").split("\n")
+
+
+def product(x: str, y: str) -> onnx.NodeProto:
+    return helper.make_node("MatMulRows", [x, "w", "scales"], [y], y, domain=DOMAIN)
+
+
+def model_of(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> onnx.ModelProto:
+    rng = np.random.default_rng(1)
+    weights = {
+        "w": rng.integers(-127, 128, (WIDTH, WIDTH), np.int8),
+        "scales": np.full(WIDTH, 0.003, np.float32),
+        "half": np.array([0.5], np.float32),
+    }
+    shape = ["B", "S", "E"]
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs],
+        [onnx.numpy_helper.from_array(array, name) for name, array in weights.items()],
+    )
+    opsets = [helper.make_opsetid("", 18), helper.make_opsetid(DOMAIN, 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=10)
+
+
+def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 2
+    options.register_custom_ops_library(str(OpLibrary.installed().path))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    found: list[Any] = session.run(None, {"x": x})
+    return found
+
+
+@st.composite
+def graphs(draw: st.DrawFn) -> onnx.ModelProto:
+    """Products, thresholds and ONNX's own operators on what there is by then; some values are outputs."""
+    nodes, values, flat = [], ["x"], []
+    for number in range(draw(st.integers(1, 14))):
+        name, of = f"v{number}", draw(st.sampled_from(values))
+        kind = draw(st.sampled_from(["product", "product", "Relu", "Add", "select"]))
+        if kind == "product":
+            nodes.append(product(of, name))
+        elif kind == "select":
+            nodes.append(helper.make_node("Unsqueeze", [of, "axis"], [f"{name}.scores"]))
+            made = [f"{name}.threshold", f"{name}.active"]
+            nodes.append(helper.make_node("SelectThreshold", [f"{name}.scores", "half"], made, name, domain=DOMAIN))
+            flat.append(made[0])
+            continue
+        else:
+            others = [draw(st.sampled_from(values))] if kind == "Add" else []
+            nodes.append(helper.make_node(kind, [of, *others], [name]))
+        values.append(name)
+    outputs = draw(st.lists(st.sampled_from([*values[1:], *flat] or ["x"]), min_size=1, max_size=4, unique=True))
+    if outputs == ["x"]:
+        nodes, outputs = [product("x", "v")], ["v"]
+    model = model_of(nodes, outputs)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2]), "axis"))
+    return model
+
+
+@given(graphs(), st.integers(1, 3), st.integers(1, 3))
+def test_any_graph_gives_the_same_bits_with_chains_and_without(model: onnx.ModelProto, rows: int, tokens: int) -> None:
+    x = np.random.default_rng(2).standard_normal((rows, tokens, WIDTH), np.float32)
+    before = model.SerializeToString()
+    rewritten = chained(model)
+    assert model.SerializeToString() == before  # it got a copy
+    for found, wanted in zip(run(rewritten, x), run(model, x), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_steps_one_behind_the_other_are_one_node_and_what_is_between_them_stays_inside() -> None:
+    nodes = [product("x", "a"), product("a", "b"), helper.make_node("Relu", ["b"], ["c"]), product("c", "d")]
+    (chain, relu, last) = chained(model_of(nodes, ["d"])).graph.node
+    assert (chain.op_type, step_names(chain), list(chain.output)) == (CHAIN, ["a", "b"], ["b"])
+    assert (relu.op_type, last.op_type) == ("Relu", "MatMulRows")  # one step alone stays as it is
+
+
+def test_every_operator_of_the_cpu_can_be_a_step() -> None:
+    source = (Path(__file__).parents[2] / "plugins" / "cpu" / "ort_chain.cc").read_text(encoding="utf-8")
+    assert [spec.name for spec in CPU_OPS if f'"{spec.name}"' not in source] == []
+
+
+# ---- what is refused
+
+
+def two_products() -> tuple[onnx.ModelProto, onnx.NodeProto]:
+    model = chained(model_of([product("x", "a"), product("a", "b")], ["b"]))
+    return model, model.graph.node[0]
+
+
+def set_attribute(node: onnx.NodeProto, name: str, value: Any) -> None:
+    (old,) = (attribute for attribute in node.attribute if attribute.name == name)
+    old.CopyFrom(helper.make_attribute(name, value))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("0.inputs", [3, 1, 2], "a value that no earlier step makes"),
+        ("1.inputs", [9, 1, 2], "a value that no earlier step makes"),
+        ("results", [7], "a value that no earlier step makes"),
+        ("results", [0], "a value that no earlier step makes"),
+        ("0.outputs", [4], "have to number what they make in order"),
+        ("1.outputs", [-1], "step 'b' lacks an output"),
+        ("operators", "MatMulRows", "every step has an operator and a name"),
+        ("operators", "MatMulRows\nRelu", "no step can be 'Relu'"),
+        ("1.inputs", [3], r"MatMulRows node 'b': w must be \[N, E\], found \[\]"),
+    ],
+)
+def test_a_chain_whose_wiring_is_wrong_is_refused(name: str, value: Any, says: str) -> None:
+    model, chain = two_products()
+    set_attribute(chain, name, value)
+    with pytest.raises(Exception, match=says):
+        run(model, np.ones((1, 1, WIDTH), np.float32))
+
+
+def test_a_step_refuses_shapes_under_its_own_name_as_a_node_does() -> None:
+    model, _ = two_products()
+    with pytest.raises(Exception, match=r"MatMulRows node 'a': w must be \[N, E\] = \[8, 7\], found \[8, 8\]"):
+        run(model, np.ones((1, 1, WIDTH - 1), np.float32))
+
+
+def test_a_step_refuses_an_input_of_another_type() -> None:
+    model, chain = two_products()
+    set_attribute(chain, "1.inputs", [3, 2, 2])  # scales as w
+    with pytest.raises(Exception, match="node 'b': input 1 is float32, which its operator does not take"):
+        run(model, np.ones((1, 1, WIDTH), np.float32))
+
+
+def test_a_chain_that_its_library_does_not_know_is_an_error_for_the_reader(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(model: onnx.ModelProto) -> onnx.ModelProto:
+        made = chained(model)
+        next(node for node in made.graph.node if node.op_type == CHAIN).op_type = "Chains"
+        return made
+
+    monkeypatch.setattr(sessions, "chained", spoilt)
+    with pytest.raises(IncompatibleEngineError, match="Chains"):
+        load(folders["int8"]).generate(np.arange(4, 9)[None], max_new_tokens=1)
