@@ -4,11 +4,11 @@
 // them do.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "parallel.h"
 
@@ -22,7 +22,8 @@ class Crew {
   template <class F>
   static void Run(const Parallel& pool, F&& work) {
     Crew crew(pool.LikelyThreads());
-    pool.For(crew.members_, [&](size_t) {
+    // How many threads there are is a guess: whoever is more helps too, and who comes late goes at once.
+    pool.For(std::max(crew.members_, kMost), [&](size_t) {
       if (crew.led_.exchange(true)) {
         crew.Help();
         return;

@@ -6,8 +6,7 @@
 // Inputs are those of all steps, outputs what is wanted of theirs. Attributes:
 //   operators, names     of the steps, one per line
 //   I.inputs, I.outputs  values of step I: one of the chain's inputs, or, from their number on, one that a
-//   step
-//                        makes; -1 for what is not given or not asked for
+//                        step makes; -1 for what is not given or not asked for
 //   I.NAME               attribute NAME of step I's operator
 //   results              the values that the chain puts out; the graph has to say their types
 // shadowc/runtime/chains.py makes such nodes.
@@ -56,6 +55,7 @@ struct Step {
 struct Value {
   size_t last_reader;      // the step behind which its memory is free; that which makes it if nobody reads it
   size_t output = kNever;  // of the chain
+  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // that the graph says it has
 };
 
 // What the steps of one call have made so far.
@@ -73,8 +73,13 @@ class Made {
   void* Give(int64_t value, const Shape& shape, ONNXTensorElementDataType type) {
     if (value < 0) return nullptr;
     const size_t v = static_cast<size_t>(value) - given_;
-    void* data = values_[v].output != kNever ? host_.Give(values_[v].output, shape, type)
-                                             : TakeMemory(v, BytesOf(shape, type));
+    const Value& wanted = values_[v];
+    if (wanted.output != kNever && wanted.type != type)
+      throw Ort::Exception(
+          "Chain: output " + std::to_string(wanted.output) + " is of another type in the graph",
+          ORT_INVALID_ARGUMENT);
+    void* data = wanted.output != kNever ? host_.Give(wanted.output, shape, type)
+                                         : TakeMemory(v, BytesOf(shape, type));
     found_[v] = {data, type, shape};
     return data;
   }
@@ -148,7 +153,14 @@ class ChainKernel : public Kernel {
       Refuse(node, "every step has an operator and a name");
     for (size_t i = 0; i < operators.size(); ++i) AddStep(node, operators[i], names[i]);
     const std::vector<int64_t> results = node.Ints("results", {});
-    for (size_t i = 0; i < results.size(); ++i) ValueOf(results[i], node).output = i;
+    const std::vector<ONNXTensorElementDataType> types = node.OutputTypes();
+    if (results.size() != types.size()) Refuse(node, "results have to be as many as outputs");
+    for (size_t i = 0; i < results.size(); ++i) {
+      Value& value = ValueOf(results[i], node);
+      if (value.output != kNever) Refuse(node, "a result is there twice");
+      value.output = i;
+      value.type = types[i];
+    }
   }
 
   void Compute(Call& call) const override {
@@ -186,7 +198,7 @@ class ChainKernel : public Kernel {
       if (!is_asked_for(value)) continue;
       if (value != static_cast<int64_t>(given_ + values_.size()))
         Refuse(node, "steps have to number what they make in order");
-      values_.push_back({number, kNever});
+      values_.push_back({number});
     }
     step.kernel = known->kernel_of(node.Step(number, name, step.inputs));
     steps_.push_back(std::move(step));

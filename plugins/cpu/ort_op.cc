@@ -111,6 +111,13 @@ ONNXTensorElementDataType Node::Type(size_t index) const {
   return type.GetTensorTypeAndShapeInfo().GetElementType();
 }
 
+std::vector<ONNXTensorElementDataType> Node::OutputTypes() const {
+  std::vector<ONNXTensorElementDataType> types;
+  for (size_t i = 0; i < info_.GetOutputCount(); ++i)
+    types.push_back(info_.GetOutputTypeInfo(i).GetTensorTypeAndShapeInfo().GetElementType());
+  return types;
+}
+
 Inputs::Inputs(const Node& node, size_t most)
     : node_(node.Name()), constants_(std::min(node.InputCount(), most)) {
   for (size_t i = 0; i < constants_.size(); ++i) constants_[i] = node.Constant(i);
@@ -121,9 +128,10 @@ AnyInput Inputs::Any(Call& call, size_t index) const {
   return constants_[index].data != nullptr ? constants_[index] : call.Find(index);
 }
 
-void Inputs::ThrowOfType(size_t index, ONNXTensorElementDataType found) const {
-  throw Ort::Exception("node '" + node_ + "': input " + std::to_string(index) + " is " + TypeName(found) +
-                           ", which its operator does not take",
+void Inputs::ThrowOfType(size_t index, ONNXTensorElementDataType expected,
+                         ONNXTensorElementDataType found) const {
+  throw Ort::Exception("node '" + node_ + "': input " + std::to_string(index) + " must be " +
+                           TypeName(expected) + ", found " + TypeName(found),
                        ORT_INVALID_ARGUMENT);
 }
 

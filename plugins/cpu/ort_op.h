@@ -105,6 +105,8 @@ class Node {
   AnyInput Constant(size_t index) const;
   // As far as it is known before a call.
   ONNXTensorElementDataType Type(size_t index) const;
+  // Of the host's node.
+  std::vector<ONNXTensorElementDataType> OutputTypes() const;
 
   float Float(const char* name, float otherwise) const;
   int64_t Int(const char* name, int64_t otherwise) const;
@@ -146,7 +148,8 @@ class Inputs {
   template <class T>
   Input<T> Read(Call& call, size_t index) const {
     const AnyInput input = Any(call, index);
-    if (input.data != nullptr && input.type != Ort::TypeToTensorType<T>::type) ThrowOfType(index, input.type);
+    constexpr ONNXTensorElementDataType kType = Ort::TypeToTensorType<T>::type;
+    if (input.data != nullptr && input.type != kType) ThrowOfType(index, kType, input.type);
     return {static_cast<const T*>(input.data), input.shape};
   }
   Weights ReadWeights(Call& call, size_t index, Problems* problems) const;
@@ -159,7 +162,8 @@ class Inputs {
 
  private:
   // The host sees to types, but not between the steps of a chain.
-  [[noreturn]] void ThrowOfType(size_t index, ONNXTensorElementDataType found) const;
+  [[noreturn]] void ThrowOfType(size_t index, ONNXTensorElementDataType expected,
+                                ONNXTensorElementDataType found) const;
 
   std::string node_;
   std::vector<AnyInput> constants_;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The kernels' only view of threads: run body(0) ... body(total - 1) on whatever pool the host owns.
+// The kernels' only view of threads: run body(0) ... body(total - 1) on whatever pool the host owns, or a
+// crew of its threads (crew.h).
 //
 // Kernels cut their sums by the size of the work alone, never by the number of threads (the ONNX Runtime API
 // does not even tell it), and combine them in one order; which thread computes how many of them is free

@@ -104,7 +104,7 @@ inline size_t TreeWidth(size_t count) {
 }
 
 // Leaves in runs that one thread adds up by itself, in its own cache. A run is a whole subtree, so the sum is
-// the same, bit for bit, however leaves are cut into runs. The host's pool cuts the runs into a range of as
+// the same, bit for bit, however leaves are cut into runs. Pool and crew cut the runs into a range of as
 // many for each thread, and a thread that is done takes from the others' ranges: so there is a share of the
 // work for each thread, in which long runs come first and single leaves last. A run of its own costs some
 // 2 us, most of them for lines that the other core holds, and a long one at the end would leave the other

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which part of a token's time is predictor, selection, attention, FFN and LM head, and what is left.
 
-A session of its own runs under ONNX Runtime's profiler, which costs time itself: shares are of that run, never of the
-timed ones. A token's time is from the end of one step to the end of the next, so that gaps between nodes and the loop
+A session of its own runs under ONNX Runtime's profiler, which costs time itself, and with a node for every operator,
+where timed runs have chains of them: shares are of that run, never of the timed ones, and what is between nodes is
+more in it. A token's time is from the end of one step to the end of the next, so that gaps between nodes and the loop
 around the graph are in it.
 """
 

@@ -41,7 +41,7 @@ def chained(model: onnx.ModelProto) -> onnx.ModelProto:
         chain = steps[level]
         elsewhere = (node for part in (steps, others) for at in part if part[at] is not chain for node in part[at])
         wanted = {name for node in elsewhere for name in inputs_of(node)} | {value.name for value in graph.output}
-        results = [name for node in chain for name in node.output if name in wanted]
+        results = [name for node in chain for name in node.output if name and name in wanted]
         if len(chain) > 1 and results:
             _say_types(graph, chain, results)
             nodes.append(_chain(f"chain.{level}", chain, results))
@@ -63,7 +63,7 @@ def _levels(nodes: Iterable[onnx.NodeProto]) -> tuple[_ByLevel, _ByLevel]:
         found = [level_of[name] for name in inputs_of(node) if name in level_of]
         level = max((at + (of_step and not is_step) for at, of_step in found), default=0)
         (steps if is_step else others)[level].append(node)
-        level_of.update(dict.fromkeys(node.output, (level, is_step)))
+        level_of.update(dict.fromkeys(filter(None, node.output), (level, is_step)))
     return steps, others
 
 
@@ -76,13 +76,13 @@ def _chain(name: str, steps: Sequence[onnx.NodeProto], results: Sequence[str]) -
     values = {name: number for number, name in enumerate(given)}
     attributes: dict[str, str | list[int]] = {
         "operators": "\n".join(step.op_type for step in steps),
-        "names": "\n".join(step.name for step in steps),
+        "names": "\n".join(step.name or step.output[0] for step in steps),
     }
     for number, step in enumerate(steps):
-        attributes[f"{number}.inputs"] = [values.get(name, _NONE) for name in step.input]
+        attributes[f"{number}.inputs"] = [values[name] if name else _NONE for name in step.input]
         for output in filter(None, step.output):
             values[output] = len(values)
-        attributes[f"{number}.outputs"] = [values.get(name, _NONE) for name in step.output]
+        attributes[f"{number}.outputs"] = [values[name] if name else _NONE for name in step.output]
     attributes["results"] = [values[name] for name in results]
     chain = onnx.helper.make_node(CHAIN, given, results, name, domain=DOMAIN, **attributes)
     for number, step in enumerate(steps):
@@ -96,7 +96,8 @@ def _say_types(graph: onnx.GraphProto, steps: Iterable[onnx.NodeProto], results:
     """Write down what ONNX Runtime derives for steps, and cannot for a chain."""
     import onnx
 
-    known = {value.name: value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info)}
+    said = (*graph.input, *graph.output, *graph.value_info)
+    known = {value.name: kind for value in said if (kind := value.type.tensor_type.elem_type)}
     missing = set(results) - known.keys()
     for step in steps:
         spec = _STEPS[step.op_type]

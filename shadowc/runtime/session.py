@@ -11,12 +11,13 @@ from uuid import uuid4
 
 import numpy as np
 
-from shadowc.runtime.chains import chained
+from shadowc.runtime.chains import CHAIN, chained
 from shadowc.runtime.graph_file import read_graph
 from shadowc.runtime.library import REINSTALL
 from shadowc.runtime.ort_package import to_install
 from shadowc.runtime.recording import Run, read_recording
 from shadowc.spec.errors import IncompatibleEngineError, InternalError, SetupError
+from shadowc.spec.ops import DOMAIN
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -127,6 +128,7 @@ class Session:
         Raises:
             SetupError: the op library cannot be loaded.
             IncompatibleEngineError: this ONNX Runtime cannot run the graph.
+            VerificationError: its file is damaged.
         """
         import onnxruntime as ort
 
@@ -138,9 +140,11 @@ class Session:
         try:
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
+            without_chains = f"{DOMAIN}:{CHAIN}(" in str(error)  # it "is not a registered function/op"
+            again = "compile it again with this version: shadowc compile --model NAME --out FOLDER"
             raise IncompatibleEngineError(
                 f"ONNX Runtime {ort.__version__} cannot run {self.path}: {_first_line(error)}",
-                hint="compile it again with this version: shadowc compile --model NAME --out FOLDER",
+                hint=REINSTALL if without_chains else again,
             ) from error
 
     def load_model(self) -> onnx.ModelProto:

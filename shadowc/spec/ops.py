@@ -263,7 +263,7 @@ MATMUL_ROWS = OpSpec(
 )
 
 CPU_OPS = (*OPS, PREDICT_UNITS, MATMUL_ROWS)
-"""What the compiled library for the CPU has."""
+"""What the compiled library for the CPU has, beside chains of them (`runtime/chains.py`)."""
 
 ACTIVATION_TYPES = ("float32", "float16", "bfloat16")
 """Types of x, y, context and K/V on TensorRT; matrices have the same type, or int8."""

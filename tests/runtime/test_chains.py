@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from onnx import TensorProto, helper
 
 from shadowc.runtime import session as sessions
 from shadowc.runtime.chains import CHAIN, chained
-from shadowc.runtime.library import OpLibrary
+from shadowc.runtime.library import REINSTALL, OpLibrary
 from shadowc.runtime.load import load
 from shadowc.spec.errors import IncompatibleEngineError
 from shadowc.spec.ops import CPU_OPS, DOMAIN
@@ -52,13 +53,16 @@ def model_of(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> onnx.Mo
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
+def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 2
     options.register_custom_ops_library(str(OpLibrary.installed().path))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    found: list[Any] = session.run(None, {"x": x})
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
+    found: list[Any] = session_of(model).run(None, {"x": x})
     return found
 
 
@@ -78,7 +82,7 @@ def graphs(draw: st.DrawFn) -> onnx.ModelProto:
             flat.append(made[0])
             continue
         else:
-            others = [draw(st.sampled_from(values))] if kind == "Add" else []
+            others = [draw(st.sampled_from([*values, *flat]))] if kind == "Add" else []
             nodes.append(helper.make_node(kind, [of, *others], [name]))
         values.append(name)
     outputs = draw(st.lists(st.sampled_from([*values[1:], *flat] or ["x"]), min_size=1, max_size=4, unique=True))
@@ -133,6 +137,7 @@ def set_attribute(node: onnx.NodeProto, name: str, value: Any) -> None:
         ("results", [0], "a value that no earlier step makes"),
         ("0.outputs", [4], "have to number what they make in order"),
         ("1.outputs", [-1], "step 'b' lacks an output"),
+        ("results", [4, 4], "as many as outputs"),
         ("operators", "MatMulRows", "every step has an operator and a name"),
         ("operators", "MatMulRows\nRelu", "no step can be 'Relu'"),
         ("1.inputs", [3], r"MatMulRows node 'b': w must be \[N, E\], found \[\]"),
@@ -154,8 +159,57 @@ def test_a_step_refuses_shapes_under_its_own_name_as_a_node_does() -> None:
 def test_a_step_refuses_an_input_of_another_type() -> None:
     model, chain = two_products()
     set_attribute(chain, "1.inputs", [3, 2, 2])  # scales as w
-    with pytest.raises(Exception, match="node 'b': input 1 is float32, which its operator does not take"):
+    with pytest.raises(Exception, match="node 'b': input 1 must be int8, found float32"):
         run(model, np.ones((1, 1, WIDTH), np.float32))
+
+
+def test_an_output_of_which_the_graph_says_another_type_is_refused() -> None:
+    model, _ = two_products()
+    model.graph.output[0].type.tensor_type.elem_type = TensorProto.FLOAT16
+    with pytest.raises(Exception, match="output 0 is of another type in the graph"):
+        run(model, np.ones((1, 1, WIDTH), np.float32))
+
+
+def test_a_result_is_there_once() -> None:
+    model, chain = two_products()
+    chain.output.append("c")
+    model.graph.output.append(helper.make_tensor_value_info("c", TensorProto.FLOAT, None))
+    set_attribute(chain, "results", [4, 4])
+    with pytest.raises(Exception, match="a result is there twice"):
+        run(model, np.ones((1, 1, WIDTH), np.float32))
+
+
+def test_outputs_that_are_not_asked_for_and_say_no_type_are_none_of_a_chains_business() -> None:
+    clip = helper.make_node("Clip", ["b", "", "limit"], ["c"])
+    select = helper.make_node("SelectThreshold", ["s", "half"], ["t", "n"], "s", domain=DOMAIN)
+    unsqueeze = helper.make_node("Unsqueeze", ["x", "axis"], ["s"])
+    model = model_of([product("x", "a"), product("a", "b"), clip, unsqueeze, select], ["c", "b"])
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2]), "axis"))
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(0.01, np.float32), "limit"))
+    model.graph.output[1].ClearField("type")  # as those that `variants.with_outputs` adds
+    x = np.random.default_rng(3).standard_normal((1, 2, WIDTH), np.float32)
+    for found, wanted in zip(run(chained(model), x), run(model, x), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_a_step_without_a_name_is_called_by_what_it_makes() -> None:
+    nodes = [product("x", "a"), product("a", "b")]
+    nodes[1].ClearField("name")
+    assert step_names(chained(model_of(nodes, ["b"])).graph.node[0]) == ["a", "b"]
+
+
+def test_one_chain_may_be_called_by_many_at_once() -> None:
+    model, _ = two_products()
+    session = session_of(model)
+    inputs = [np.random.default_rng(seed).standard_normal((1, 3, WIDTH), np.float32) for seed in range(8)]
+    wanted = [session.run(None, {"x": x})[0] for x in inputs]
+
+    def often(number: int) -> bool:
+        x = inputs[number]
+        return all(np.array_equal(session.run(None, {"x": x})[0], wanted[number]) for _ in range(100))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(often, range(len(inputs))))
 
 
 def test_a_chain_that_its_library_does_not_know_is_an_error_for_the_reader(
@@ -167,5 +221,7 @@ def test_a_chain_that_its_library_does_not_know_is_an_error_for_the_reader(
         return made
 
     monkeypatch.setattr(sessions, "chained", spoilt)
-    with pytest.raises(IncompatibleEngineError, match="Chains"):
+    monkeypatch.setattr(sessions, "CHAIN", "Chains")
+    with pytest.raises(IncompatibleEngineError, match="Chain") as raised:
         load(folders["int8"]).generate(np.arange(4, 9)[None], max_new_tokens=1)
+    assert raised.value.hint == REINSTALL

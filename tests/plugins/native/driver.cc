@@ -5,6 +5,7 @@
 //   callers  that make this call at the same time, all on the same inputs; they have to agree to the bit (1)
 //   twice    1: the pool runs every index on two threads, a planted race (0)
 //   crew     1: the pool's threads form a crew, which runs the sections (0)
+//   likely   how many threads the crew is told that there are (as many as threads)
 //   throws   1: a section of the crew throws (0)
 #include <cstdio>
 #include <exception>
@@ -39,7 +40,8 @@ Tensors RunIn(Pool* pool, const Call& call) {
   const bool twice = call.Int("twice", 0) != 0;
   if (call.Int("crew", 0) == 0) return Run(call, pool->Handle());
   Tensors outputs;
-  shadowc::Crew::Run(pool->Handle(), [&](const shadowc::Parallel& crew) {
+  const size_t likely = static_cast<size_t>(call.Int("likely", call.Int("threads", 2)));
+  shadowc::Crew::Run(pool->Handle(likely), [&](const shadowc::Parallel& crew) {
     outputs = Run(call, Spoilt{crew, twice, call.Int("throws", 0) != 0}.Handle());
   });
   return outputs;

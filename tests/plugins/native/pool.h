@@ -29,10 +29,12 @@ class Pool {
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
-  shadowc::Parallel Handle() {
+  shadowc::Parallel Handle() { return Handle(threads_); }
+  // One that says that there are so many.
+  shadowc::Parallel Handle(size_t likely) {
     return shadowc::Parallel([](void* pool, size_t total, shadowc::Parallel::Body body,
                                 void* closure) { static_cast<Pool*>(pool)->Run(total, body, closure); },
-                             this, threads_);
+                             this, likely);
   }
 
  private:

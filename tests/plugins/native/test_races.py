@@ -72,3 +72,12 @@ def test_what_a_section_of_a_crew_throws_is_thrown_by_the_call(driver):
     arrays = test_sparse_ffn.operands(np.random.default_rng(40), F=4000, E=256)
     with pytest.raises(process.DriverError, match="thrown in a section"):
         driver.run(SPARSE_FFN, arrays, crew=1, threads=3, throws=1)
+
+
+@pytest.mark.parametrize(("threads", "likely"), [(1, 4), (2, 1), (2, 5), (3, 40)])
+def test_a_crew_gives_the_same_bits_whatever_it_is_told_of_its_threads(driver, threads, likely):
+    arrays = test_sparse_ffn.operands(np.random.default_rng(40), F=4000, E=256)
+    wanted = driver.run(SPARSE_FFN, arrays)
+    for _ in range(5):
+        found = driver.run(SPARSE_FFN, arrays, crew=1, threads=threads, likely=likely)
+        np.testing.assert_array_equal(found["y"], wanted["y"])
