@@ -84,7 +84,8 @@ def _chain(name: str, steps: Sequence[onnx.NodeProto], results: Sequence[str]) -
             values[output] = len(values)
         attributes[f"{number}.outputs"] = [values[name] if name else _NONE for name in step.output]
     attributes["results"] = [values[name] for name in results]
-    chain = onnx.helper.make_node(CHAIN, given, results, name, domain=DOMAIN, **attributes)
+    chain = onnx.helper.make_node(CHAIN, given, results, name, domain=DOMAIN)
+    chain.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in attributes.items())
     for number, step in enumerate(steps):
         for attribute in step.attribute:
             chain.attribute.add().CopyFrom(attribute)

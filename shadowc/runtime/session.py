@@ -136,7 +136,7 @@ class Session:
         options = self._options()
         if self.weights is not None:
             self.weights.lend(options, self.load_model())
-        source: Any = self._source()
+        source = self._source()
         try:
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -156,10 +156,11 @@ class Session:
         return self.model if self.model is not None else read_graph(self.path)
 
     def _source(self) -> str | bytes:
-        """What ONNX Runtime reads. Chains, unless there is a profile, which is to tell of every operator."""
+        """What ONNX Runtime reads. With chains, unless there is a profile, which is to tell of every operator."""
+        model = self.model
         if self.library is not None and self.profile is None:
-            return chained(self.load_model()).SerializeToString()
-        return str(self.path) if self.model is None else self.model.SerializeToString()
+            model = chained(self.load_model())
+        return str(self.path) if model is None else bytes(model.SerializeToString())
 
     def bind(self) -> Binding:
         """A new, empty binding.
