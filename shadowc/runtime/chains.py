@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shadowc.runtime.variants import inputs_of
-from shadowc.spec.ops import CPU_OPS, DOMAIN
+from shadowc.spec.ops import CHAIN, CPU_OPS, DOMAIN
 
 if TYPE_CHECKING:
     import onnx
 
-CHAIN = "Chain"
 _STEPS = {spec.name: spec for spec in CPU_OPS}
 _NONE = -1
 _ByLevel = dict[int, "list[onnx.NodeProto]"]

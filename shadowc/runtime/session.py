@@ -11,13 +11,13 @@ from uuid import uuid4
 
 import numpy as np
 
-from shadowc.runtime.chains import CHAIN, chained
+from shadowc.runtime.chains import chained
 from shadowc.runtime.graph_file import read_graph
 from shadowc.runtime.library import REINSTALL
 from shadowc.runtime.ort_package import to_install
 from shadowc.runtime.recording import Run, read_recording
 from shadowc.spec.errors import IncompatibleEngineError, InternalError, SetupError
-from shadowc.spec.ops import DOMAIN
+from shadowc.spec.ops import CHAIN, DOMAIN
 
 if TYPE_CHECKING:
     import numpy.typing as npt

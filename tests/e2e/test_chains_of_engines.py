@@ -10,9 +10,9 @@ import onnx
 import pytest
 
 from shadowc.runtime import session as sessions
-from shadowc.runtime.chains import CHAIN, chained
+from shadowc.runtime.chains import chained
 from shadowc.runtime.load import load, load_cpu
-from shadowc.spec.ops import DOMAIN, SPARSE_FFN
+from shadowc.spec.ops import CHAIN, DOMAIN, SPARSE_FFN
 from tests.runtime.test_chains import step_names
 from tests.runtime.test_told import results
 

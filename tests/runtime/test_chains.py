@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from shadowc.runtime import session as sessions
-from shadowc.runtime.chains import CHAIN, chained
+from shadowc.runtime.chains import chained
 from shadowc.runtime.library import REINSTALL, OpLibrary
 from shadowc.runtime.load import load
 from shadowc.spec.errors import IncompatibleEngineError
-from shadowc.spec.ops import CPU_OPS, DOMAIN
+from shadowc.spec.ops import CHAIN, CPU_OPS, DOMAIN
 
 WIDTH = 8
 
