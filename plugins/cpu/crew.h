@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Threads that stay together for a whole run of kernels. A token of a large model has some 200 parallel
-// sections, most of them of a few microseconds; to hand each to the host's pool takes it as long as some of
-// them do.
+// Threads that stay together for a whole run of kernels, and are not called by the host's pool for each of
+// its parallel sections.
 #pragma once
 
 #include <algorithm>

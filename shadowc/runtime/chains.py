@@ -2,8 +2,8 @@
 """Operators of shadowc one behind the other as one node: what ONNX Runtime runs on the CPU in place of a stored graph.
 
 A Chain (plugins/cpu/ort_chain.cc) computes what its steps compute, to the bit. ONNX Runtime takes some 10 us from node
-to node, because behind megabytes of weights nothing that it needs is in the caches, and more to hand each parallel
-section to its threads. No stored graph has one: other hosts need not know the operator.
+to node, because behind megabytes of weights nothing that it needs is in the caches. No stored graph has one: other
+hosts need not know the operator.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _say_types(graph: onnx.GraphProto, steps: Iterable[onnx.NodeProto], results:
             if name not in missing:
                 continue
             kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(operand.types[0]))
-            if len(operand.types) > 1:  # that of the cache which it was
+            if len(operand.types) > 1:  # that of the past that it continues
                 inputs = zip(spec.inputs, step.input, strict=False)
                 kind = next(known[other] for like, other in inputs if like.types == operand.types)
             graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, None))
