@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chain as an ONNX Runtime operator: several of the others, one behind the other, as one node. From node to
-// node the host takes some 10 us, as behind megabytes of weights nothing that it needs is in the caches; and
-// its threads, which it has to call for every parallel section, stay for all of them here (crew.h).
+// Chain as an ONNX Runtime operator: several of the others, one behind the other, and what joins their results,
+// as one node. From node to node the host takes some 10 us, as behind megabytes of weights nothing that it
+// needs is in the caches; and its threads, which it has to call for every parallel section, stay for all of
+// them here (crew.h).
 //
 // Inputs are those of all steps, outputs what is wanted of theirs. Attributes:
 //   operators, names     of the steps, one per line
@@ -39,6 +40,7 @@ struct Operator {
   size_t outputs;  // those that it always puts out
 };
 constexpr Operator kOperators[] = {
+    {"Concat", ConcatKernelOf, 1},
     {"MatMulRows", MatMulRowsKernelOf, 1},
     {"PredictUnits", PredictUnitsKernelOf, 3},
     {"SelectThreshold", SelectThresholdKernelOf, 2},
@@ -79,7 +81,7 @@ class Made {
           "Chain: output " + std::to_string(wanted.output) + " is of another type in the graph",
           ORT_INVALID_ARGUMENT);
     void* data = wanted.output != kNever ? host_.Give(wanted.output, shape, type)
-                                         : TakeMemory(v, BytesOf(shape, type));
+                                         : TakeMemory(v, MemoryOf(shape, type));
     found_[v] = {data, type, shape};
     return data;
   }
@@ -101,8 +103,8 @@ class Made {
     size_t bytes = 0;
   };
 
-  static size_t BytesOf(const Shape& shape, ONNXTensorElementDataType type) {
-    size_t bytes = type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 ? sizeof(int64_t) : sizeof(float);
+  static size_t MemoryOf(const Shape& shape, ONNXTensorElementDataType type) {
+    size_t bytes = BytesOf(type);
     for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
     return bytes;
   }

@@ -16,6 +16,21 @@ std::string ToText(const Shape& shape) {
   return "[" + text + (shape.size() > Shape::kMost ? ", ...]" : "]");
 }
 
+size_t BytesOf(ONNXTensorElementDataType type) {
+  switch (type) {
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
+      return sizeof(int64_t);
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT:
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32:
+      return sizeof(float);
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return sizeof(uint16_t);
+    default:
+      throw Ort::Exception("no operator makes elements of type " + std::to_string(type),
+                           ORT_INVALID_ARGUMENT);
+  }
+}
+
 void Problems::Add(const std::string& name, const std::string& expected, const std::string& found) {
   found_.push_back(name + " must be " + expected + ", found " + found);
 }

@@ -35,7 +35,7 @@ class Shape {
 
   size_t size() const { return rank_; }
   int64_t operator[](size_t axis) const { return sizes_[axis]; }
-  int64_t& back() { return sizes_[rank_ - 1]; }
+  int64_t& operator[](size_t axis) { return sizes_[axis]; }
   void push_back(int64_t size) { sizes_[rank_++] = size; }
   const int64_t* begin() const { return sizes_.data(); }
   const int64_t* end() const { return sizes_.data() + std::min(rank_, kMost); }
@@ -49,6 +49,9 @@ class Shape {
 };
 
 std::string ToText(const Shape& shape);
+
+// Of an element, as the operators have them between each other.
+size_t BytesOf(ONNXTensorElementDataType type);
 
 // Problems found in one call, with the operator and node they belong to. Every call checks: the callers put
 // sentences together only where something is wrong.
@@ -254,7 +257,8 @@ const OrtCustomOp* SparseAttentionOp();         // cache of float32
 const OrtCustomOp* SparseAttentionFloat16Op();  // the same operator, cache of float16
 const OrtCustomOp* SparseFfnOp();
 
-// Their kernels, for a chain.
+// Their kernels, for a chain, and what only chains have.
+std::unique_ptr<Kernel> ConcatKernelOf(const Node& node);
 std::unique_ptr<Kernel> MatMulRowsKernelOf(const Node& node);
 std::unique_ptr<Kernel> PredictUnitsKernelOf(const Node& node);
 std::unique_ptr<Kernel> SelectThresholdKernelOf(const Node& node);

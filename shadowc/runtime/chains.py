@@ -2,14 +2,14 @@
 """Operators of shadowc one behind the other as one node: what ONNX Runtime runs on the CPU in place of a stored graph.
 
 A Chain (plugins/cpu/ort_chain.cc) computes what its steps compute, to the bit. ONNX Runtime takes some 10 us from node
-to node, because behind megabytes of weights nothing that it needs is in the caches. No stored graph has one: other
-hosts need not know the operator.
+to node, because behind megabytes of weights nothing that it needs is in the caches. What joins their counts is one of
+the steps. No stored graph has a chain: other hosts need not know the operator.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import onnx
 
 _STEPS = {spec.name: spec for spec in CPU_OPS}
+_JOIN = "Concat"
 _NONE = -1
 _ByLevel = dict[int, "list[onnx.NodeProto]"]
 
@@ -58,8 +59,10 @@ def _levels(nodes: Iterable[onnx.NodeProto]) -> tuple[_ByLevel, _ByLevel]:
     others: _ByLevel = defaultdict(list)
     level_of: dict[str, tuple[int, bool]] = {}
     for node in nodes:
-        is_step = node.domain == DOMAIN and node.op_type in _STEPS
         found = [level_of[name] for name in inputs_of(node) if name in level_of]
+        joins = (node.domain, node.op_type) == ("", _JOIN)
+        is_step = node.domain == DOMAIN and node.op_type in _STEPS
+        is_step |= joins and len(found) == len(node.input) and all(of_step for _, of_step in found)
         level = max((at + (of_step and not is_step) for at, of_step in found), default=0)
         (steps if is_step else others)[level].append(node)
         level_of.update(dict.fromkeys(filter(None, node.output), (level, is_step)))
@@ -100,12 +103,26 @@ def _say_types(graph: onnx.GraphProto, steps: Iterable[onnx.NodeProto], results:
     known = {value.name: kind for value in said if (kind := value.type.tensor_type.elem_type)}
     missing = set(results) - known.keys()
     for step in steps:
-        spec = _STEPS[step.op_type]
-        for operand, name in zip(spec.outputs, step.output, strict=False):
-            if name not in missing:
-                continue
-            kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(operand.types[0]))
-            if len(operand.types) > 1:  # that of the past that it continues
-                inputs = zip(spec.inputs, step.input, strict=False)
-                kind = next(known[other] for like, other in inputs if like.types == operand.types)
-            graph.value_info.append(onnx.helper.make_tensor_value_info(name, kind, None))
+        for name, kind in zip(step.output, _types_of(step, known), strict=False):
+            if name:
+                known.setdefault(name, kind)
+    for name in sorted(missing):
+        graph.value_info.append(onnx.helper.make_tensor_value_info(name, known[name], None))
+
+
+def _types_of(step: onnx.NodeProto, known: Mapping[str, int]) -> Iterator[int]:
+    """Of the outputs of a step, of which `known` has the types of those inputs that they follow."""
+    import onnx
+
+    if step.op_type == _JOIN:
+        yield known[step.input[0]]
+        return
+    spec = _STEPS[step.op_type]
+    for operand in spec.outputs:
+        if len(operand.types) > 1:  # that of the past that it continues
+            inputs = zip(spec.inputs, step.input, strict=False)
+            yield next(
+                known.get(other, onnx.TensorProto.UNDEFINED) for like, other in inputs if like.types == operand.types
+            )
+        else:
+            yield onnx.helper.np_dtype_to_tensor_dtype(np.dtype(operand.types[0]))

@@ -68,11 +68,11 @@ def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
 
 @st.composite
 def graphs(draw: st.DrawFn) -> onnx.ModelProto:
-    """Products, thresholds and ONNX's own operators on what there is by then; some values are outputs."""
-    nodes, values, flat = [], ["x"], []
+    """Products, thresholds, joins and ONNX's own operators on what there is by then; some values are outputs."""
+    nodes, values, flat, joined = [], ["x"], [], []
     for number in range(draw(st.integers(1, 14))):
         name, of = f"v{number}", draw(st.sampled_from(values))
-        kind = draw(st.sampled_from(["product", "product", "Relu", "Add", "select"]))
+        kind = draw(st.sampled_from(["product", "product", "Relu", "Add", "select", "Concat"]))
         if kind == "product":
             nodes.append(product(of, name))
         elif kind == "select":
@@ -81,11 +81,19 @@ def graphs(draw: st.DrawFn) -> onnx.ModelProto:
             nodes.append(helper.make_node("SelectThreshold", [f"{name}.scores", "half"], made, name, domain=DOMAIN))
             flat.append(made[0])
             continue
+        elif kind == "Concat":
+            axis, more = draw(st.integers(-3, 2)), draw(st.lists(st.sampled_from([*values, *flat]), max_size=3))
+            parts = [of, *(other for other in more if axis in (-1, 2) or other not in flat)]
+            nodes.append(helper.make_node(kind, parts, [name], axis=axis))
+            joined.append(name)
+            continue
         else:
             others = [draw(st.sampled_from([*values, *flat]))] if kind == "Add" else []
             nodes.append(helper.make_node(kind, [of, *others], [name]))
         values.append(name)
-    outputs = draw(st.lists(st.sampled_from([*values[1:], *flat] or ["x"]), min_size=1, max_size=4, unique=True))
+    outputs = draw(
+        st.lists(st.sampled_from([*values[1:], *flat, *joined] or ["x"]), min_size=1, max_size=4, unique=True)
+    )
     if outputs == ["x"]:
         nodes, outputs = [product("x", "v")], ["v"]
     model = model_of(nodes, outputs)
@@ -108,6 +116,31 @@ def test_steps_one_behind_the_other_are_one_node_and_what_is_between_them_stays_
     (chain, relu, last) = chained(model_of(nodes, ["d"])).graph.node
     assert (chain.op_type, step_names(chain), list(chain.output)) == (CHAIN, ["a", "b"], ["b"])
     assert (relu.op_type, last.op_type) == ("Relu", "MatMulRows")  # one step alone stays as it is
+
+
+def test_what_joins_results_of_steps_is_a_step_and_of_other_values_a_node() -> None:
+    def join(values: list[str], y: str) -> onnx.NodeProto:
+        return helper.make_node("Concat", values, [y], y, axis=-1)
+
+    nodes = [product("x", "a"), product("a", "b"), join(["a", "b"], "of_steps"), join(["b", "x"], "of_others")]
+    (chain, other) = chained(model_of(nodes, ["of_steps", "of_others"])).graph.node
+    assert (step_names(chain), list(chain.output)) == (["a", "b", "of_steps"], ["b", "of_steps"])
+    assert list(other.output) == ["of_others"]
+
+
+def test_results_of_which_the_graph_says_no_type_are_joined_with_their_own() -> None:
+    nodes = [helper.make_node("Unsqueeze", ["x", "axis"], ["s"])]
+    for name in ("t", "u"):
+        made = [name, f"{name}.active"]
+        nodes.append(helper.make_node("SelectThreshold", ["s", "half"], made, name, domain=DOMAIN))
+    nodes.append(helper.make_node("Concat", ["t.active", "u.active"], ["active"], "active", axis=2))
+    nodes.append(helper.make_node("Cast", ["active"], ["y"], to=TensorProto.FLOAT))
+    model = model_of(nodes, ["y"])
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2]), "axis"))
+    x = np.random.default_rng(3).standard_normal((2, 3, WIDTH), np.float32)
+    (y,) = run(chained(model), x)
+    assert [node.op_type for node in chained(model).graph.node] == ["Unsqueeze", CHAIN, "Cast"]
+    np.testing.assert_array_equal(y, np.full((2, 3, 2), WIDTH // 2, np.float32))
 
 
 def test_every_operator_of_the_cpu_can_be_a_step() -> None:
@@ -154,6 +187,29 @@ def test_a_step_refuses_shapes_under_its_own_name_as_a_node_does() -> None:
     model, _ = two_products()
     with pytest.raises(Exception, match=r"MatMulRows node 'a': w must be \[N, E\] = \[8, 7\], found \[8, 8\]"):
         run(model, np.ones((1, 1, WIDTH - 1), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("parts", "axis", "says"),
+    [
+        (
+            ["a", "t"],
+            1,
+            r"Concat node 'j': input 1 must be \[1, 1, 8\], as input 0 but for the axis, found \[1, 1, 1\]",
+        ),
+        (["a", "t.active"], 2, r"Concat node 'j': the type of input 1 must be that of input 0, 1, found 6"),
+        (["a", "b"], 3, r"Concat node 'j': attribute axis must be an axis of input 0, \[1, 1, 8\], found 3"),
+        (["a", "b"], -4, r"found -4"),
+    ],
+)
+def test_a_join_refuses_what_does_not_fit(parts: list[str], axis: int, says: str) -> None:
+    select = helper.make_node("SelectThreshold", ["s", "half"], ["t", "t.active"], "t", domain=DOMAIN)
+    steps = [product("x", "a"), product("a", "b"), helper.make_node("Unsqueeze", ["x", "axis"], ["s"]), select]
+    join = helper.make_node("Concat", parts, ["j"], "j", axis=axis)
+    model = model_of([*steps, join], ["j", "b"])
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2]), "axis"))
+    with pytest.raises(Exception, match=says):
+        run(chained(model), np.ones((1, 1, WIDTH), np.float32))
 
 
 def test_a_step_refuses_an_input_of_another_type() -> None:
