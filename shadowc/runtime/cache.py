@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The key/value cache of one batch: fixed capacity, updated in place, enlarged in steps.
+"""The key/value cache of one batch: fixed capacity, updated in place, enlarged in steps where nobody knows the end.
 
 Letters: B batch, H heads, T capacity in slots, D head size.
 """
@@ -11,24 +11,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
+from shadowc.runtime.weights_memory import private_memory
 from shadowc.spec.errors import InternalError
 
 if TYPE_CHECKING:
     from shadowc.runtime.session import Binding
 
 STEP_SLOTS = 256
-_ALIGNMENT = 64
-"""A cache line, so that a vector load never straddles two."""
-
 Floats = npt.NDArray[np.floating[Any]]
 
 
-def aligned_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Floats:
-    """Zeros that start at a cache line; the system commits their memory only when it is written."""
+def paged_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Floats:
+    """Zeros that take memory as they are written.
+
+    Not in large pages: the first token, which writes a slot of every head, would commit nearly all of a cache.
+    """
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
-    raw = np.zeros(size + _ALIGNMENT, np.uint8)
-    skip = -raw.ctypes.data % _ALIGNMENT
-    return raw[skip : skip + size].view(dtype).reshape(shape)
+    return private_memory(size, large=False).view(dtype).reshape(shape)
 
 
 class KvCache:
@@ -38,6 +37,8 @@ class KvCache:
         layers: number of layers.
         shape: (B, H, D).
         limit: the largest capacity in slots.
+        likely: slots that will be filled if nothing ends early. In place, room for them is made at once, for to grow is
+            to copy; a graph of standard operators computes with all the room there is.
         dtype: float32 or float16, as the graph has it.
         in_place: one buffer is both past and present, which the kernels allow. False: two buffers take turns, for
             graphs of standard operators.
@@ -49,6 +50,7 @@ class KvCache:
         shape: tuple[int, int, int],
         limit: int,
         *,
+        likely: int = 0,
         dtype: npt.DTypeLike = np.float32,
         in_place: bool = True,
     ) -> None:
@@ -57,6 +59,7 @@ class KvCache:
         self._names = [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
         self._shape = shape
         self._limit = limit
+        self._likely = likely if in_place else 0
         self._dtype = np.dtype(dtype)
         self._in_place = in_place
         self._past: dict[str, Floats] = {}
@@ -73,14 +76,14 @@ class KvCache:
         if slots > self._limit:
             raise InternalError(f"cache of {slots} slots asked for, the context has {self._limit}")
         B, H, D = self._shape
-        capacity = min(-(-slots // STEP_SLOTS) * STEP_SLOTS, self._limit)
+        capacity = min(-(-max(slots, self._likely) // STEP_SLOTS) * STEP_SLOTS, self._limit)
         for name in self._names:
             old = self._past.get(name)
-            new = aligned_zeros((B, H, capacity, D), self._dtype)
+            new = paged_zeros((B, H, capacity, D), self._dtype)
             if old is not None:
                 new[:, :, : self.filled] = old[:, :, : self.filled]
             self._past[name] = new
-            self._present[name] = new if self._in_place else aligned_zeros(new.shape, self._dtype)
+            self._present[name] = new if self._in_place else paged_zeros(new.shape, self._dtype)
         self.capacity = capacity
         return True
 

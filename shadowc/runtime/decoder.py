@@ -68,7 +68,7 @@ class Decoder:
         session: the graph.
         model: its sizes.
         batch: where each row starts; only `starts` and the number of rows are used.
-        in_place: see KvCache.
+        likely, in_place: see KvCache.
         scores: for a graph whose scores are inputs.
         shown: units of a layer, "heads" and "neurons", if `masks` will be asked for; None: it will not.
         tables: what the graph asks for in place of densities.
@@ -80,6 +80,7 @@ class Decoder:
         model: ModelSizes,
         batch: Batch,
         *,
+        likely: int = 0,
         in_place: bool = True,
         scores: ScoreSource | None = None,
         shown: Mapping[str, int] | None = None,
@@ -96,6 +97,7 @@ class Decoder:
             model.layers,
             (batch.rows, model.heads, model.head_size),
             model.positions,
+            likely=likely,
             dtype=session.cache_type,
             in_place=in_place,
         )

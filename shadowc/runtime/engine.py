@@ -194,7 +194,10 @@ class Engine(CausalEngine):
 
     def _decoder(self, batch: Batch, slots: int, *, masks: bool = False) -> Decoder:
         session, shown = (self._showing, self._units) if masks else (self._generating, None)
-        return Decoder(session, self.manifest.model, batch, in_place=self._in_place, shown=shown, tables=self._tables)
+        return Decoder(
+            session, self.manifest.model, batch,
+            likely=slots, in_place=self._in_place, shown=shown, tables=self._tables,
+        )  # fmt: skip
 
     @cached_property
     def _stored_graph(self) -> onnx.ModelProto:
@@ -245,8 +248,9 @@ class Engine(CausalEngine):
     ) -> tuple[Floats, list[Outputs]]:
         def decoder_of(batch: Batch) -> Decoder:
             return Decoder(
-                session, self.manifest.model, batch, in_place=self._in_place, scores=scores, tables=self._tables
-            )
+                session, self.manifest.model, batch,
+                likely=batch.slots, in_place=self._in_place, scores=scores, tables=self._tables,
+            )  # fmt: skip
 
         names = [name for name in wanted if name in session.outputs]
         return self._teacher_forced(decoder_of, names, ids, density, protocol, prompt_tokens, attention_mask)

@@ -92,7 +92,7 @@ class SequenceDecoder(Decoder):
         origins_B: slot of the token of each row that makes its mask, the last one of its prompt.
         refresh: later tokens make the mask anew, each so many after the one before, for itself and those that follow;
             0: none does.
-        in_place: see KvCache.
+        likely, in_place: see KvCache.
         control: replaces the predictor.
     """
 
@@ -105,10 +105,11 @@ class SequenceDecoder(Decoder):
         units: Mapping[str, int],
         origins_B: Ids,
         refresh: int = 0,
+        likely: int = 0,
         in_place: bool = True,
         control: ScoreSource | None = None,
     ) -> None:
-        super().__init__(graphs.decoding, model, batch, in_place=in_place)
+        super().__init__(graphs.decoding, model, batch, likely=likely, in_place=in_place)
         B, L = batch.rows, model.layers - 1
         self._scores_held = {f"mask_scores.{kind}": np.zeros((B, 1, L, units[kind]), np.float32) for kind in UNIT_KINDS}
         self._selected: Outputs = {

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import numpy as np
 import pytest
 
 from shadowc.runtime import cache
-from shadowc.runtime.cache import KvCache, aligned_zeros
+from shadowc.runtime.cache import KvCache, paged_zeros
 from shadowc.runtime.decoder import Decoder
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import load_cpu, read_manifest
@@ -51,7 +53,22 @@ def text(tokens: int = 40) -> np.ndarray:
 
 def test_buffers_start_at_a_cache_line() -> None:
     for size in (1, 3, 1000):
-        assert aligned_zeros((2, size)).ctypes.data % 64 == 0
+        assert paged_zeros((2, size)).ctypes.data % 64 == 0
+    assert paged_zeros((0, 3)).shape == (0, 3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is committed")
+def test_room_takes_memory_as_it_is_filled() -> None:
+    def committed() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+    kv = KvCache(1, (1, 32, 64), limit=4096, likely=4096)  # a key and a value of 32 MiB
+    before = committed()
+    kv.reserve(1)
+    for buffer in kv._past.values():
+        buffer[:, :, 0] = 1.0
+    assert kv.capacity == 4096
+    assert committed() - before < 4 << 20
 
 
 def test_the_buffer_is_updated_in_place(engine: Engine) -> None:
@@ -93,6 +110,15 @@ def test_capacity_grows_in_steps_up_to_the_context() -> None:
     assert kv.capacity == 20
     with pytest.raises(InternalError, match="21 slots"):
         kv.reserve(21)
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_room_that_will_be_needed_is_made_at_once_but_not_where_a_graph_computes_with_all_of_it() -> None:
+    kv = KvCache(2, (1, 4, 16), 50, likely=30)
+    assert [kv.reserve(slots) for slots in (1, 30, 33)] == [True, False, True]
+    reference = KvCache(2, (1, 4, 16), 50, likely=30, in_place=False)
+    assert reference.reserve(1)
+    assert reference.capacity == 8
 
 
 @pytest.mark.usefixtures("small_steps")

@@ -66,19 +66,18 @@ def greedy(model: TorchOpt | MaskedTorch, ids: np.ndarray, tokens: int) -> np.nd
     return found.numpy()
 
 
-def allocations(engine: Engine, prompt: int, patch: pytest.MonkeyPatch) -> list[int]:
-    """Capacities of the buffers that are allocated while a text is generated to the end of the context."""
+def allocations(engine: Engine, prompt: int, patch: pytest.MonkeyPatch, most: int = CONTEXT) -> list[int]:
+    """Capacities of the buffers that are allocated while a text of `most` tokens, prompt included, is generated."""
     made: list[int] = []
-    real = cache.aligned_zeros
+    real = cache.paged_zeros
 
     def counting(shape: tuple[int, ...], dtype: object = np.float32) -> np.ndarray:
         made.append(shape[2])
         return real(shape, dtype)
 
-    patch.setattr(cache, "aligned_zeros", counting)
-    found = engine.generate(text(prompt), max_new_tokens=CONTEXT, min_new_tokens=CONTEXT, density=DENSITY)
-    assert found.shape == (1, CONTEXT)
-    assert engine.last_stats.finish == ("context",)
+    patch.setattr(cache, "paged_zeros", counting)
+    new = most - prompt
+    assert engine.generate(text(prompt), max_new_tokens=new, min_new_tokens=new, density=DENSITY).shape == (1, most)
     return made
 
 
@@ -118,24 +117,33 @@ def test_one_token_more_is_refused_with_both_numbers(long_engines: dict[str, Eng
         OPTForCausalLM(engine).generate(torch.from_numpy(text(CONTEXT)), max_new_tokens=1)
 
 
-def test_the_cache_grows_in_steps_and_not_with_every_token(
+def decoders_are_not_told_where_texts_end(patch: pytest.MonkeyPatch) -> None:
+    honest = Engine._decoder
+    patch.setattr(Engine, "_decoder", lambda engine, batch, _, masks: honest(engine, batch, 0, masks=masks))
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+@pytest.mark.parametrize(
+    ("prompt", "most", "capacity"), [(5, CONTEXT, CONTEXT), (600, CONTEXT, CONTEXT), (5, 300, 512)]
+)
+def test_room_for_a_text_is_made_once(
+    long_engines: dict[str, Engine], kind: str, prompt: int, most: int, capacity: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert allocations(long_engines[kind], prompt, monkeypatch, most) == [capacity] * 2 * LAYERS
+
+
+def test_room_that_is_made_again_while_a_text_grows_is_caught(
     long_engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made = allocations(long_engines["token"], 5, monkeypatch)
+    decoders_are_not_told_where_texts_end(monkeypatch)
     buffers = 2 * LAYERS
-    assert made == [256] * buffers + [512] * buffers + [CONTEXT] * buffers
-
-
-def test_a_long_prompt_allocates_once_for_every_chunk_that_it_is_read_in(
-    long_engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = allocations(long_engines["sequence"], 600, monkeypatch)
-    assert sorted(set(made)) == [512, CONTEXT]
-    assert len(made) == 2 * 2 * LAYERS
+    made = allocations(long_engines["token"], 5, monkeypatch)
+    assert made == [256] * buffers + [512] * buffers + [CONTEXT] * buffers  # in steps, where the end is not known
 
 
 def test_a_cache_that_grows_with_every_token_is_caught(
     long_engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    decoders_are_not_told_where_texts_end(monkeypatch)
     monkeypatch.setattr(cache, "STEP_SLOTS", 1)
     assert len(allocations(long_engines["token"], CONTEXT - 20, monkeypatch)) == 2 * LAYERS * (2 + 19)
