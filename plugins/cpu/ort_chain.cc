@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Chain as an ONNX Runtime operator: several of the others, one behind the other, and what joins their results,
-// as one node. From node to node the host takes some 10 us, as behind megabytes of weights nothing that it
-// needs is in the caches; and its threads, which it has to call for every parallel section, stay for all of
-// them here (crew.h).
+// Chain as an ONNX Runtime operator: several of the others, one behind the other, and what joins their
+// results, as one node. From node to node the host takes some 10 us, as behind megabytes of weights nothing
+// that it needs is in the caches; and its threads, which it has to call for every parallel section, stay for
+// all of them here (crew.h).
 //
 // Inputs are those of all steps, outputs what is wanted of theirs. Attributes:
 //   operators, names     of the steps, one per line
@@ -102,6 +102,7 @@ class Made {
     std::byte* data = nullptr;
     size_t bytes = 0;
   };
+  static constexpr size_t kSmall = 256;  // bytes
 
   static size_t MemoryOf(const Shape& shape, ONNXTensorElementDataType type) {
     size_t bytes = BytesOf(type);
@@ -109,9 +110,12 @@ class Made {
     return bytes;
   }
 
-  // What was used last and is large enough, so that layers share what is in the caches.
+  // What was used last and is large enough, so that layers share what is in the caches. Not much larger: what
+  // layers count stays until it is joined, and each would hold what the next layer computes in.
   void* TakeMemory(size_t v, size_t bytes) {
-    const auto fits = [=](const Memory& memory) { return memory.bytes >= bytes; };
+    const auto fits = [=](const Memory& memory) {
+      return memory.bytes >= bytes && memory.bytes <= std::max(2 * bytes, kSmall);
+    };
     const auto found = std::find_if(free_.rbegin(), free_.rend(), fits);
     if (found != free_.rend()) {
       memory_[v] = *found;

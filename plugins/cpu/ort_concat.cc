@@ -25,6 +25,7 @@ class ConcatKernel : public Kernel {
     }
     const size_t stride = static_cast<size_t>(joint[axis]) * inner;
     std::byte* to = static_cast<std::byte*>(call.Give(0, joint, first.type));
+    if (outer == 0 || stride == 0) return;
     for (size_t n = 0; n < count_; ++n) {
       const AnyInput part = inputs_.Any(call, n);
       const std::byte* from = static_cast<const std::byte*>(part.data);
@@ -37,6 +38,7 @@ class ConcatKernel : public Kernel {
   size_t AxisOf(const Shape& shape) const {
     const int64_t rank = static_cast<int64_t>(shape.size()), axis = axis_ < 0 ? axis_ + rank : axis_;
     Problems problems("Concat", node_);
+    if (shape.size() > Shape::kMost) problems.Add("input 0", "of at most 6 axes", ToText(shape));
     if (axis < 0 || axis >= rank)
       problems.Add("attribute axis", "an axis of input 0, " + ToText(shape), std::to_string(axis_));
     problems.ThrowIfAny();
@@ -55,7 +57,7 @@ class ConcatKernel : public Kernel {
       }
       if (part.type != first.type)
         problems.Add("the type of input " + std::to_string(n),
-                     "that of input 0, " + std::to_string(first.type), std::to_string(part.type));
+                     std::string("that of input 0, ") + TypeName(first.type), TypeName(part.type));
       else if (!(part.shape == like))
         problems.Add("input " + std::to_string(n), ToText(like) + ", as input 0 but for the axis",
                      ToText(part.shape));

@@ -16,6 +16,17 @@ std::string ToText(const Shape& shape) {
   return "[" + text + (shape.size() > Shape::kMost ? ", ...]" : "]");
 }
 
+const char* TypeName(ONNXTensorElementDataType type) {
+  static const char* const kNames[] = {
+      "undefined", "float32", "uint8",   "int8",   "uint16", "int16",     "int32",      "int64",   "string",
+      "bool",      "float16", "float64", "uint32", "uint64", "complex64", "complex128", "bfloat16"};
+  const size_t i = static_cast<size_t>(type);
+  if (i < sizeof(kNames) / sizeof(kNames[0])) return kNames[i];
+  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4) return "uint4";
+  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4) return "int4";
+  return "a float8 type";
+}
+
 size_t BytesOf(ONNXTensorElementDataType type) {
   switch (type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
@@ -70,17 +81,6 @@ bool WeightTypeOf(ONNXTensorElementDataType type, WeightType* out) {
     default:
       return false;
   }
-}
-
-const char* TypeName(ONNXTensorElementDataType type) {
-  static const char* const kNames[] = {
-      "undefined", "float32", "uint8",   "int8",   "uint16", "int16",     "int32",      "int64",   "string",
-      "bool",      "float16", "float64", "uint32", "uint64", "complex64", "complex128", "bfloat16"};
-  const size_t i = static_cast<size_t>(type);
-  if (i < sizeof(kNames) / sizeof(kNames[0])) return kNames[i];
-  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT4) return "uint4";
-  if (type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4) return "int4";
-  return "a float8 type";
 }
 
 void ExpectWeightType(ONNXTensorElementDataType type, WeightType* out, Problems* problems) {

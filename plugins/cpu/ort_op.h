@@ -50,6 +50,7 @@ class Shape {
 
 std::string ToText(const Shape& shape);
 
+const char* TypeName(ONNXTensorElementDataType type);
 // Of an element, as the operators have them between each other.
 size_t BytesOf(ONNXTensorElementDataType type);
 

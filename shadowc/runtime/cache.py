@@ -75,17 +75,23 @@ class KvCache:
             return False
         if slots > self._limit:
             raise InternalError(f"cache of {slots} slots asked for, the context has {self._limit}")
-        B, H, D = self._shape
-        capacity = min(-(-max(slots, self._likely) // STEP_SLOTS) * STEP_SLOTS, self._limit)
-        for name in self._names:
-            old = self._past.get(name)
-            new = paged_zeros((B, H, capacity, D), self._dtype)
-            if old is not None:
-                new[:, :, : self.filled] = old[:, :, : self.filled]
-            self._past[name] = new
-            self._present[name] = new if self._in_place else paged_zeros(new.shape, self._dtype)
-        self.capacity = capacity
+        try:
+            self._enlarge(max(slots, self._likely))
+        except OSError:  # the system refuses address space for what may never be filled
+            self._likely = 0
+            self._enlarge(slots)
         return True
+
+    def _enlarge(self, slots: int) -> None:
+        B, H, D = self._shape
+        capacity = min(-(-slots // STEP_SLOTS) * STEP_SLOTS, self._limit)
+        room = {name: paged_zeros((B, H, capacity, D), self._dtype) for name in self._names}
+        present = room
+        if not self._in_place:
+            present = {name: paged_zeros(buffer.shape, self._dtype) for name, buffer in room.items()}
+        for name, old in self._past.items():
+            room[name][:, :, : self.filled] = old[:, :, : self.filled]
+        self._past, self._present, self.capacity = room, present, capacity
 
     def reorder(self, rows_B: npt.NDArray[np.integer[Any]]) -> None:
         """Let row b hold what row rows_B[b] holds now; the buffers stay where they are."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shadowc.runtime.variants import inputs_of
+from shadowc.spec.errors import InternalError
 from shadowc.spec.ops import CHAIN, CPU_OPS, DOMAIN
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ def chained(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = type(model)()
     copy.CopyFrom(model)
     graph = copy.graph
+    kinds = _kinds(graph)
     steps, others = _levels(graph.node)
     nodes: list[onnx.NodeProto] = []
     for level in range(max((*steps, *others), default=-1) + 1):
@@ -43,7 +45,7 @@ def chained(model: onnx.ModelProto) -> onnx.ModelProto:
         wanted = {name for node in elsewhere for name in inputs_of(node)} | {value.name for value in graph.output}
         results = [name for node in chain for name in node.output if name and name in wanted]
         if len(chain) > 1 and results:
-            _say_types(graph, chain, results)
+            _say_types(graph, results, kinds)
             nodes.append(_chain(f"chain.{level}", chain, results))
         else:
             nodes += chain
@@ -60,9 +62,8 @@ def _levels(nodes: Iterable[onnx.NodeProto]) -> tuple[_ByLevel, _ByLevel]:
     level_of: dict[str, tuple[int, bool]] = {}
     for node in nodes:
         found = [level_of[name] for name in inputs_of(node) if name in level_of]
-        joins = (node.domain, node.op_type) == ("", _JOIN)
-        is_step = node.domain == DOMAIN and node.op_type in _STEPS
-        is_step |= joins and len(found) == len(node.input) and all(of_step for _, of_step in found)
+        joins_steps = len(found) == len(node.input) and all(of_step for _, of_step in found)
+        is_step = _is_operator(node) or (_is_join(node) and joins_steps)
         level = max((at + (of_step and not is_step) for at, of_step in found), default=0)
         (steps if is_step else others)[level].append(node)
         level_of.update(dict.fromkeys(filter(None, node.output), (level, is_step)))
@@ -95,34 +96,54 @@ def _chain(name: str, steps: Sequence[onnx.NodeProto], results: Sequence[str]) -
     return chain
 
 
-def _say_types(graph: onnx.GraphProto, steps: Iterable[onnx.NodeProto], results: Iterable[str]) -> None:
-    """Write down what ONNX Runtime derives for steps, and cannot for a chain."""
-    import onnx
+def _kinds(graph: onnx.GraphProto) -> dict[str, int]:
+    """Element types: those that the graph says, and of steps those that ONNX Runtime derives."""
+    kinds = _said(graph)
+    for node in graph.node:
+        if _is_join(node) or _is_operator(node):
+            for name, kind in zip(node.output, _kinds_of(node, kinds), strict=False):
+                if name and kind is not None:
+                    kinds.setdefault(name, kind)
+    return kinds
 
+
+def _said(graph: onnx.GraphProto) -> dict[str, int]:
     said = (*graph.input, *graph.output, *graph.value_info)
-    known = {value.name: kind for value in said if (kind := value.type.tensor_type.elem_type)}
-    missing = set(results) - known.keys()
-    for step in steps:
-        for name, kind in zip(step.output, _types_of(step, known), strict=False):
-            if name:
-                known.setdefault(name, kind)
-    for name in sorted(missing):
-        graph.value_info.append(onnx.helper.make_tensor_value_info(name, known[name], None))
+    return {value.name: kind for value in said if (kind := value.type.tensor_type.elem_type)}
 
 
-def _types_of(step: onnx.NodeProto, known: Mapping[str, int]) -> Iterator[int]:
-    """Of the outputs of a step, of which `known` has the types of those inputs that they follow."""
+def _kinds_of(step: onnx.NodeProto, known: Mapping[str, int]) -> Iterator[int | None]:
+    """Of the outputs of a step; `known` may have the types of those inputs that they follow."""
     import onnx
 
-    if step.op_type == _JOIN:
-        yield known[step.input[0]]
+    if _is_join(step):
+        yield known.get(step.input[0])
         return
     spec = _STEPS[step.op_type]
     for operand in spec.outputs:
         if len(operand.types) > 1:  # that of the past that it continues
             inputs = zip(spec.inputs, step.input, strict=False)
-            yield next(
-                known.get(other, onnx.TensorProto.UNDEFINED) for like, other in inputs if like.types == operand.types
-            )
+            yield next((known.get(other) for like, other in inputs if like.types == operand.types), None)
         else:
             yield onnx.helper.np_dtype_to_tensor_dtype(np.dtype(operand.types[0]))
+
+
+def _say_types(graph: onnx.GraphProto, results: Iterable[str], kinds: Mapping[str, int]) -> None:
+    """Write down what ONNX Runtime derives for steps, and cannot for a chain."""
+    import onnx
+
+    said = _said(graph)
+    for name in results:
+        if name in said:
+            continue
+        if name not in kinds:
+            raise InternalError(f"a chain puts out {name}, whose type nothing in the graph says")
+        graph.value_info.append(onnx.helper.make_tensor_value_info(name, kinds[name], None))
+
+
+def _is_operator(node: onnx.NodeProto) -> bool:
+    return node.domain == DOMAIN and node.op_type in _STEPS
+
+
+def _is_join(node: onnx.NodeProto) -> bool:
+    return (node.domain, node.op_type) == ("", _JOIN)

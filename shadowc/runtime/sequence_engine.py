@@ -97,7 +97,7 @@ class SequenceEngine(Engine):
 
         def decoder_of(batch: Batch) -> SequenceDecoder:
             ends_B = np.minimum(batch.starts + dense_tokens, batch.slots)
-            return self._sequence_decoder(batch, batch.slots, ends_B - 1, scores)
+            return self._sequence_decoder(batch, ends_B - 1, scores, likely=batch.slots)
 
         names = [name for name in ("logits", *COUNTED) if name in (*self._graphs.decoding.outputs, *SELECTED)]
         logits_BSV, _ = self._teacher_forced(
@@ -166,14 +166,14 @@ class SequenceEngine(Engine):
         )
 
     def _decoder(self, batch: Batch, slots: int, *, masks: bool = False) -> SequenceDecoder:
-        return self._sequence_decoder(batch, slots, np.full(batch.rows, batch.slots - 1))
+        return self._sequence_decoder(batch, np.full(batch.rows, batch.slots - 1), likely=slots)
 
     def _sequence_decoder(
-        self, batch: Batch, slots: int, origins_B: Ids, control: ScoreSource | None = None
+        self, batch: Batch, origins_B: Ids, control: ScoreSource | None = None, *, likely: int = 0
     ) -> SequenceDecoder:
         return SequenceDecoder(
             self._graphs, self.manifest.model, batch, units=self._units, origins_B=origins_B,
-            refresh=self.refresh, likely=slots, in_place=self._in_place, control=control,
+            refresh=self.refresh, likely=likely, in_place=self._in_place, control=control,
         )  # fmt: skip
 
     def _dense_tokens(self, protocol: EvaluationProtocol, prompt_tokens: int | None) -> int | None:

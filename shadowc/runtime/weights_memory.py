@@ -255,16 +255,17 @@ def _mapped(file: int, size: int, ahead: bool, offset: int = 0) -> mmap.mmap:
 
 
 def private_memory(size: int, large: bool = True) -> npt.NDArray[np.uint8]:
-    """Zeros [size] of this process from the start of a large page on, in large pages where the system has some.
+    """Zeros [size] of this process from the start of a page on, in large pages where the system has some.
 
     Not `large`: in small ones, each of which takes memory when it is first written.
     """
     # Private: shared anonymous memory is a file to the system, and files rarely get large pages.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    memory = mmap.mmap(-1, size + LARGE_PAGE, **flags)
+    page = LARGE_PAGE if large else mmap.PAGESIZE
+    memory = mmap.mmap(-1, size + page, **flags)
     _advise(memory, getattr(mmap, "MADV_HUGEPAGE" if large else "MADV_NOHUGEPAGE", None))
     whole = np.frombuffer(memory, np.uint8)
-    start = -whole.ctypes.data % LARGE_PAGE
+    start = -whole.ctypes.data % page
     return whole[start : start + size]
 
 

@@ -64,9 +64,9 @@ def test_all_operators_are_in_as_few_chains_as_the_predictor_leaves(int8_engine:
     behind = [f"layers.{layer}.{part}" for layer in layers for part in ("attention", "ffn")]
     assert first == ["layers.0.attention", "layers.0.ffn"]  # the predictor reads what it makes
     assert [name for name in last if name.startswith("layers.")] == behind
-    assert {"select.heads", "select.neurons"} == set(last) - set(behind)
+    assert {"select.heads", "select.neurons", "read.flat"} == set(last) - set(behind)
     twin = chained(engine.dense_twin()._generating.load_model()).graph
-    assert [len(step_names(node)) for node in twin.node if node.op_type == CHAIN] == [2 * (len(layers) + 1)]
+    assert [len(step_names(node)) for node in twin.node if node.op_type == CHAIN] == [2 * (len(layers) + 1) + 1]
 
 
 def test_a_profile_tells_of_every_operator(int8_engine: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from shadowc.runtime import cache
-from shadowc.runtime.cache import KvCache, paged_zeros
+from shadowc.runtime.cache import KvCache
 from shadowc.runtime.decoder import Decoder
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import load_cpu, read_manifest
@@ -49,12 +49,6 @@ def error_of_steps(engine: Engine, decoder: Decoder, ids: np.ndarray) -> float:
 
 def text(tokens: int = 40) -> np.ndarray:
     return np.random.default_rng(11).integers(4, TINY["vocab_size"], (1, tokens), dtype=np.int64)
-
-
-def test_buffers_start_at_a_cache_line() -> None:
-    for size in (1, 3, 1000):
-        assert paged_zeros((2, size)).ctypes.data % 64 == 0
-    assert paged_zeros((0, 3)).shape == (0, 3)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is committed")
@@ -119,6 +113,26 @@ def test_room_that_will_be_needed_is_made_at_once_but_not_where_a_graph_computes
     reference = KvCache(2, (1, 4, 16), 50, likely=30, in_place=False)
     assert reference.reserve(1)
     assert reference.capacity == 8
+
+
+@pytest.mark.usefixtures("small_steps")
+def test_where_the_system_refuses_room_for_a_whole_text_it_is_made_in_steps(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = cache.paged_zeros
+
+    def refusing(shape: tuple[int, ...], dtype: object) -> np.ndarray:
+        if shape[2] > 32:
+            raise OSError(12, "Cannot allocate memory")
+        return honest(shape, dtype)
+
+    monkeypatch.setattr(cache, "paged_zeros", refusing)
+    batch = Batch(np.zeros((1, 1), np.int64), np.zeros(1, np.int64))
+    decoder = Decoder(engine._session, engine.manifest.model, batch, likely=40)
+    assert error_of_steps(engine, decoder, text(30)) <= TOLERANCE
+    assert decoder._cache.capacity == 32
+    with pytest.raises(OSError, match="allocate"):
+        decoder._cache.reserve(33)
 
 
 @pytest.mark.usefixtures("small_steps")

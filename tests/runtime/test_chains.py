@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -69,10 +70,10 @@ def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
 @st.composite
 def graphs(draw: st.DrawFn) -> onnx.ModelProto:
     """Products, thresholds, joins and ONNX's own operators on what there is by then; some values are outputs."""
-    nodes, values, flat, joined = [], ["x"], [], []
+    nodes, values, flat, joined, others = [], ["x"], [], [], []  # joined: of the same width
     for number in range(draw(st.integers(1, 14))):
         name, of = f"v{number}", draw(st.sampled_from(values))
-        kind = draw(st.sampled_from(["product", "product", "Relu", "Add", "select", "Concat"]))
+        kind = draw(st.sampled_from(["product", "product", "Relu", "Add", "select", "Concat", "of_join"]))
         if kind == "product":
             nodes.append(product(of, name))
         elif kind == "select":
@@ -85,14 +86,21 @@ def graphs(draw: st.DrawFn) -> onnx.ModelProto:
             axis, more = draw(st.integers(-3, 2)), draw(st.lists(st.sampled_from([*values, *flat]), max_size=3))
             parts = [of, *(other for other in more if axis in (-1, 2) or other not in flat)]
             nodes.append(helper.make_node(kind, parts, [name], axis=axis))
-            joined.append(name)
+            (others if axis in (-1, 2) else joined).append(name)
+            continue
+        elif kind == "of_join" and joined:  # steps and joins that read one
+            of = draw(st.sampled_from(joined))
+            again = helper.make_node("Concat", [of, of], [name], axis=draw(st.integers(0, 2)))
+            nodes.append(draw(st.sampled_from([product(of, name), again])))
+            (others if nodes[-1] is again else joined).append(name)
             continue
         else:
-            others = [draw(st.sampled_from([*values, *flat]))] if kind == "Add" else []
-            nodes.append(helper.make_node(kind, [of, *others], [name]))
+            kind = "Relu" if kind == "of_join" else kind
+            more = [draw(st.sampled_from([*values, *flat]))] if kind == "Add" else []
+            nodes.append(helper.make_node(kind, [of, *more], [name]))
         values.append(name)
     outputs = draw(
-        st.lists(st.sampled_from([*values[1:], *flat, *joined] or ["x"]), min_size=1, max_size=4, unique=True)
+        st.lists(st.sampled_from([*values[1:], *flat, *joined, *others] or ["x"]), min_size=1, max_size=4, unique=True)
     )
     if outputs == ["x"]:
         nodes, outputs = [product("x", "v")], ["v"]
@@ -141,6 +149,46 @@ def test_results_of_which_the_graph_says_no_type_are_joined_with_their_own() -> 
     (y,) = run(chained(model), x)
     assert [node.op_type for node in chained(model).graph.node] == ["Unsqueeze", CHAIN, "Cast"]
     np.testing.assert_array_equal(y, np.full((2, 3, 2), WIDTH // 2, np.float32))
+
+
+def test_a_part_that_a_step_alone_has_made_tells_its_type() -> None:
+    join = helper.make_node("Concat", ["a", "b"], ["j"], "j", axis=-1)
+    nodes = [product("x", "a"), helper.make_node("Relu", ["a"], ["r"]), product("r", "b"), join]
+    cast = helper.make_node("Cast", ["j"], ["y"], to=TensorProto.FLOAT)
+    model, x = model_of([*nodes, cast], ["y"]), np.random.default_rng(3).standard_normal((1, 2, WIDTH), np.float32)
+    assert [node.op_type for node in chained(model).graph.node] == ["MatMulRows", "Relu", CHAIN, "Cast"]
+    np.testing.assert_array_equal(run(chained(model), x), run(model, x))
+
+
+def peak_memory(*, reset: bool = False) -> int:
+    """Most bytes that this process has had in memory, since the last reset."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5")
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is in memory")
+def test_what_is_counted_holds_no_memory_that_layers_compute_in() -> None:
+    nodes = [helper.make_node("Slice", ["x", "zero", "one", "one"], ["first"])]
+    nodes.append(helper.make_node("Unsqueeze", ["first", "one"], ["s"]))
+    last, layers, tokens = "x", 40, 1 << 16
+    for layer in range(layers):
+        nodes.append(product(last, f"y{layer}"))
+        counts = [f"t{layer}", f"n{layer}"]
+        nodes.append(helper.make_node("SelectThreshold", ["s", "half"], counts, counts[0], domain=DOMAIN))
+        last = f"y{layer}"
+    nodes.append(helper.make_node("Concat", [f"t{layer}" for layer in range(layers)], ["thresholds"], axis=2))
+    model = model_of(nodes, [last, "thresholds"])
+    model.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.array([n]), name) for n, name in enumerate(("zero", "one"))
+    )
+    chain = session_of(chained(model))
+    x = np.random.default_rng(3).standard_normal((1, tokens, WIDTH), np.float32)
+    chain.run(None, {"x": x[:, :1]})
+    before = peak_memory(reset=True)
+    assert chain.run(None, {"x": x})[1].shape == (1, 1, layers)
+    assert peak_memory() - before < 12 * x.nbytes
 
 
 def test_every_operator_of_the_cpu_can_be_a_step() -> None:
@@ -197,7 +245,7 @@ def test_a_step_refuses_shapes_under_its_own_name_as_a_node_does() -> None:
             1,
             r"Concat node 'j': input 1 must be \[1, 1, 8\], as input 0 but for the axis, found \[1, 1, 1\]",
         ),
-        (["a", "t.active"], 2, r"Concat node 'j': the type of input 1 must be that of input 0, 1, found 6"),
+        (["a", "t.active"], 2, r"Concat node 'j': the type of input 1 must be that of input 0, float32, found int32"),
         (["a", "b"], 3, r"Concat node 'j': attribute axis must be an axis of input 0, \[1, 1, 8\], found 3"),
         (["a", "b"], -4, r"found -4"),
     ],
