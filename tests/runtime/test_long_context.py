@@ -66,8 +66,8 @@ def greedy(model: TorchOpt | MaskedTorch, ids: np.ndarray, tokens: int) -> np.nd
     return found.numpy()
 
 
-def allocations(engine: Engine, prompt: int, patch: pytest.MonkeyPatch, most: int = CONTEXT) -> list[int]:
-    """Capacities of the buffers that are allocated while a text of `most` tokens, prompt included, is generated."""
+def counted(patch: pytest.MonkeyPatch) -> list[int]:
+    """Capacities of the buffers that are allocated from now on."""
     made: list[int] = []
     real = cache.paged_zeros
 
@@ -76,7 +76,12 @@ def allocations(engine: Engine, prompt: int, patch: pytest.MonkeyPatch, most: in
         return real(shape, dtype)
 
     patch.setattr(cache, "paged_zeros", counting)
-    new = most - prompt
+    return made
+
+
+def allocations(engine: Engine, prompt: int, patch: pytest.MonkeyPatch, most: int = CONTEXT) -> list[int]:
+    """The same while a text of `most` tokens, prompt included, is generated."""
+    made, new = counted(patch), most - prompt
     assert engine.generate(text(prompt), max_new_tokens=new, min_new_tokens=new, density=DENSITY).shape == (1, most)
     return made
 
@@ -130,6 +135,23 @@ def test_room_for_a_text_is_made_once(
     long_engines: dict[str, Engine], kind: str, prompt: int, most: int, capacity: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert allocations(long_engines[kind], prompt, monkeypatch, most) == [capacity] * 2 * LAYERS
+
+
+@pytest.mark.parametrize("kind", ["token", "sequence"])
+def test_room_for_a_text_that_is_given_is_made_once(
+    long_engines: dict[str, Engine], kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = counted(monkeypatch)
+    long_engines[kind].logits(text(600), DENSITY, protocol="decode", prompt_tokens=20)
+    assert made == [CONTEXT] * 2 * LAYERS, "600 slots are more than two steps: the whole context"
+
+
+def test_room_for_what_transformers_generates_is_made_once(
+    long_engines: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = counted(monkeypatch)
+    OPTForCausalLM(long_engines["token"]).generate(torch.from_numpy(text(5)), max_new_tokens=3)
+    assert made == [CONTEXT] * 2 * LAYERS
 
 
 def test_room_that_is_made_again_while_a_text_grows_is_caught(
