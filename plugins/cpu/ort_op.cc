@@ -37,7 +37,7 @@ size_t BytesOf(ONNXTensorElementDataType type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
       return sizeof(uint16_t);
     default:
-      throw Ort::Exception("no operator makes elements of type " + std::to_string(type),
+      throw Ort::Exception(std::string("no operator makes elements of type ") + TypeName(type),
                            ORT_INVALID_ARGUMENT);
   }
 }

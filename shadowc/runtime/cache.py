@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shadowc.runtime.weights_memory import private_memory
-from shadowc.spec.errors import InternalError
+from shadowc.spec.errors import InputError, InternalError
 
 if TYPE_CHECKING:
     from shadowc.runtime.session import Binding
@@ -70,6 +70,7 @@ class KvCache:
 
         Raises:
             InternalError: more slots than the limit (callers check the context first).
+            InputError: the system has no memory for them.
         """
         if slots <= self.capacity:
             return False
@@ -79,8 +80,20 @@ class KvCache:
             self._enlarge(max(slots, self._likely))
         except OSError:  # the system refuses address space for what may never be filled
             self._likely = 0
-            self._enlarge(slots)
+            self._enlarge_or_refuse(slots)
         return True
+
+    def _enlarge_or_refuse(self, slots: int) -> None:
+        try:
+            self._enlarge(slots)
+        except OSError as error:
+            B, H, D = self._shape
+            size = len(self._names) * B * H * slots * D * self._dtype.itemsize
+            raise InputError(
+                f"keys and values of {slots:,} tokens, batch {B}, take {size / 1e9:.1f} GB, which the system does not "
+                "have",
+                hint="give fewer prompts at once, or fewer tokens",
+            ) from error
 
     def _enlarge(self, slots: int) -> None:
         B, H, D = self._shape

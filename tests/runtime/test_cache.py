@@ -17,7 +17,7 @@ from shadowc.runtime.decoder import Decoder
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import load_cpu, read_manifest
 from shadowc.runtime.prompts import Batch
-from shadowc.spec.errors import InternalError
+from shadowc.spec.errors import InputError, InternalError
 from tests.conftest import TINY
 
 TOLERANCE = 2e-5
@@ -131,7 +131,7 @@ def test_where_the_system_refuses_room_for_a_whole_text_it_is_made_in_steps(
     decoder = Decoder(engine._session, engine.manifest.model, batch, likely=40)
     assert error_of_steps(engine, decoder, text(30)) <= TOLERANCE
     assert decoder._cache.capacity == 32
-    with pytest.raises(OSError, match="allocate"):
+    with pytest.raises(InputError, match=r"keys and values of 33 tokens, batch 1, take 0\.0 GB, which the system"):
         decoder._cache.reserve(33)
 
 
