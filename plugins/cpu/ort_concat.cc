@@ -38,7 +38,8 @@ class ConcatKernel : public Kernel {
   size_t AxisOf(const Shape& shape) const {
     const int64_t rank = static_cast<int64_t>(shape.size()), axis = axis_ < 0 ? axis_ + rank : axis_;
     Problems problems("Concat", node_);
-    if (shape.size() > Shape::kMost) problems.Add("input 0", "of at most 6 axes", ToText(shape));
+    if (shape.size() > Shape::kMost)
+      problems.Add("input 0", "of at most " + std::to_string(Shape::kMost) + " axes", ToText(shape));
     if (axis < 0 || axis >= rank)
       problems.Add("attribute axis", "an axis of input 0, " + ToText(shape), std::to_string(axis_));
     problems.ThrowIfAny();

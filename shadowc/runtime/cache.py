@@ -88,23 +88,28 @@ class KvCache:
             self._enlarge(slots)
         except OSError as error:
             B, H, D = self._shape
-            size = len(self._names) * B * H * slots * D * self._dtype.itemsize
+            buffers = len(self._names) * (1 if self._in_place else 2)
+            size = buffers * B * H * self._capacity_of(slots) * D * self._dtype.itemsize
             raise InputError(
-                f"keys and values of {slots:,} tokens, batch {B}, take {size / 1e9:.1f} GB, which the system does not "
-                "have",
+                f"keys and values of {slots:,} tokens, batch {B}, take {size / 1e6:,.1f} MB, and the system does not "
+                "give so much",
                 hint="give fewer prompts at once, or fewer tokens",
             ) from error
 
     def _enlarge(self, slots: int) -> None:
         B, H, D = self._shape
-        capacity = min(-(-slots // STEP_SLOTS) * STEP_SLOTS, self._limit)
+        capacity = self._capacity_of(slots)
         room = {name: paged_zeros((B, H, capacity, D), self._dtype) for name in self._names}
         present = room
         if not self._in_place:
             present = {name: paged_zeros(buffer.shape, self._dtype) for name, buffer in room.items()}
-        for name, old in self._past.items():
-            room[name][:, :, : self.filled] = old[:, :, : self.filled]
+        self._present = {}
+        for name in list(self._past):  # one by one, so that not all are there twice
+            room[name][:, :, : self.filled] = self._past.pop(name)[:, :, : self.filled]
         self._past, self._present, self.capacity = room, present, capacity
+
+    def _capacity_of(self, slots: int) -> int:
+        return min(-(-slots // STEP_SLOTS) * STEP_SLOTS, self._limit)
 
     def reorder(self, rows_B: npt.NDArray[np.integer[Any]]) -> None:
         """Let row b hold what row rows_B[b] holds now; the buffers stay where they are."""

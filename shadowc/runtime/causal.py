@@ -80,7 +80,8 @@ class CausalEngine(ABC):
                 [1,Z,L,H] and of neuron units [1,Z,L,N] (or with B rows).
 
         Raises:
-            InputError: an argument is out of range, or the ids are longer than the context.
+            InputError: an argument is out of range, the ids are longer than the context, or no memory is there for
+                keys and values.
             UnsupportedError: the protocol needs another kind of mask than the engine's, or its graph takes no scores.
         """
 
@@ -164,7 +165,8 @@ class CausalEngine(ABC):
             behind rows that ended early.
 
         Raises:
-            InputError: an argument is out of range, the prompt leaves no room in the context, or there are no masks.
+            InputError: an argument is out of range, the prompt leaves no room in the context, there are no masks, or no
+                memory for keys and values.
             UnsupportedError: the engine's target does not show its masks.
         """
         if watch is not None:

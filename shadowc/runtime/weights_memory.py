@@ -255,13 +255,13 @@ def _mapped(file: int, size: int, ahead: bool, offset: int = 0) -> mmap.mmap:
 
 
 def private_memory(size: int, large: bool = True) -> npt.NDArray[np.uint8]:
-    """Zeros [size] of this process from the start of a page on, in large pages where the system has some.
+    """Zeros [size] of this process from the start of a large page on, in large pages where the system has some.
 
-    Not `large`: in small ones, each of which takes memory when it is first written.
+    Not `large`: of small pages, each of which takes memory when it is first written.
     """
     # Private: shared anonymous memory is a file to the system, and files rarely get large pages.
     flags = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_ANONYMOUS") else {}
-    page = LARGE_PAGE if large else mmap.PAGESIZE
+    page = LARGE_PAGE if large else 1
     memory = mmap.mmap(-1, size + page, **flags)
     _advise(memory, getattr(mmap, "MADV_HUGEPAGE" if large else "MADV_NOHUGEPAGE", None))
     whole = np.frombuffer(memory, np.uint8)

@@ -163,7 +163,10 @@ def test_a_part_that_a_step_alone_has_made_tells_its_type() -> None:
 def peak_memory(*, reset: bool = False) -> int:
     """Most bytes that this process has had in memory, since the last reset."""
     if reset:
-        Path("/proc/self/clear_refs").write_text("5")
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+        except OSError as error:
+            pytest.skip(f"the peak cannot be reset here: {error}")
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) << 10 for line in status.splitlines() if line.startswith("VmHWM:"))
 
@@ -172,7 +175,7 @@ def peak_memory(*, reset: bool = False) -> int:
 def test_what_is_counted_holds_no_memory_that_layers_compute_in() -> None:
     nodes = [helper.make_node("Slice", ["x", "zero", "one", "one"], ["first"])]
     nodes.append(helper.make_node("Unsqueeze", ["first", "one"], ["s"]))
-    last, layers, tokens = "x", 40, 1 << 16
+    last, layers, tokens = "x", 150, 1 << 16
     for layer in range(layers):
         nodes.append(product(last, f"y{layer}"))
         counts = [f"t{layer}", f"n{layer}"]
