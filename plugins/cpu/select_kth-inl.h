@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// The k-th largest of many scores, once per SIMD target. Scores become order-preserving integer keys; then
-// one side of a pivot is kept, again and again, until few keys or only equal ones are left. The result is a
-// score, so it does not depend on the pivots, and is the same on every target.
+// The k-th largest of many scores, once per SIMD target. Scores become order-preserving integer keys. Of
+// many, a sample says between which two keys the k-th should be, and only what lies there is kept; then one
+// side of a pivot is kept, again and again, until few keys or only equal ones are left. The result is a
+// score, so it does not depend on samples and pivots, and is the same on every target.
 
 #if defined(SHADOWC_CPU_SELECT_KTH_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SHADOWC_CPU_SELECT_KTH_INL_H_
@@ -58,22 +59,25 @@ struct Keys {
   }
 };
 
+// The keys of a vector of scores.
+HWY_INLINE hn::Vec<DKeys> KeysOf(hn::Vec<DScores> score) {
+  const DKeys du;
+  const hn::RebindToSigned<DKeys> di;
+  score = hn::IfThenElse(hn::IsNaN(score), hn::Inf(DScores()), score);
+  const auto negative = hn::BitCast(du, hn::ShiftRight<31>(hn::BitCast(di, score)));
+  return hn::Xor(hn::BitCast(du, score), hn::Or(negative, hn::Set(du, kSignBit)));
+}
+
 // Appends the keys of n scores.
 HWY_INLINE void AppendKeys(const float* scores, size_t n, Keys* keys) {
   const DScores df;
   const DKeys du;
-  const hn::RebindToSigned<DKeys> di;
   const size_t lanes = hn::Lanes(df);
-  const auto infinity = hn::Inf(df);
-  const auto sign = hn::Set(du, kSignBit);
   auto low = hn::Set(du, ~uint32_t{0}), high = hn::Zero(du);
   uint32_t* to = keys->key + keys->count;
   size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
-    auto score = hn::LoadU(df, scores + i);
-    score = hn::IfThenElse(hn::IsNaN(score), infinity, score);
-    const auto negative = hn::BitCast(du, hn::ShiftRight<31>(hn::BitCast(di, score)));
-    const auto key = hn::Xor(hn::BitCast(du, score), hn::Or(negative, sign));
+    const auto key = KeysOf(hn::LoadU(df, scores + i));
     hn::StoreU(key, du, to + i);
     low = hn::Min(low, key), high = hn::Max(high, key);
   }
@@ -151,6 +155,82 @@ HWY_INLINE float KthLargest(Keys* keys, size_t k) {
     }
   }
   return ScoreOf(keys->low);
+}
+
+// Scores of some layers, as many of each.
+struct Scores {
+  const float* const* layer;
+  size_t layers, each;
+
+  size_t Count() const { return layers * each; }
+};
+
+// Between which scores, both included, the k-th largest should be.
+struct Bracket {
+  float low = -std::numeric_limits<float>::infinity(), high = std::numeric_limits<float>::infinity();
+};
+
+// From a sample, two of its standard deviations to either side. `room` holds the keys of all scores.
+HWY_INLINE Bracket BracketOf(const Scores& scores, size_t k, uint32_t* room) {
+  constexpr size_t kSampled = 512;
+  const size_t every = scores.Count() / kSampled | 1;  // odd: scores may repeat in powers of two
+  const size_t count = (scores.Count() + every - 1) / every;
+  float* sample = reinterpret_cast<float*>(room + count);
+  for (size_t layer = 0, i = 0, taken = 0; layer < scores.layers; ++layer, i -= scores.each) {
+    for (; i < scores.each; i += every) sample[taken++] = scores.layer[layer][i];
+  }
+  const double share = static_cast<double>(k) / static_cast<double>(scores.Count());
+  const double rank = share * static_cast<double>(count), off = 2.0 * std::sqrt(rank * (1.0 - share)) + 1.0;
+  const auto score = [&](double place) {
+    Keys keys{room};
+    AppendKeys(sample, count, &keys);
+    return KthLargest(&keys, static_cast<size_t>(place));
+  };
+  Bracket bracket;
+  if (rank - off >= 1.0) bracket.high = score(rank - off);
+  if (rank + off <= static_cast<double>(count)) bracket.low = score(rank + off);
+  return bracket;
+}
+
+// Writes those of n scores that are within the bracket to `to`, which holds n, and adds their number to
+// `within`; returns how many are above it, NaN among them.
+HWY_INLINE size_t TakeWithin(const float* scores, size_t n, Bracket bracket, float* to, size_t* within) {
+  const DScores df;
+  const size_t lanes = hn::Lanes(df);
+  const auto low = hn::Set(df, bracket.low), high = hn::Set(df, bracket.high);
+  size_t not_above = 0, taken = 0, i = 0;
+  for (; i + lanes <= n; i += lanes) {
+    const auto score = hn::LoadU(df, scores + i);
+    const auto reached = hn::Le(score, high);
+    not_above += hn::CountTrue(df, reached);
+    taken += hn::CompressStore(score, hn::AndNot(hn::Lt(score, low), reached), df, to + taken);
+  }
+  for (; i < n; ++i) {
+    if (!(scores[i] <= bracket.high)) continue;
+    ++not_above;
+    if (scores[i] >= bracket.low) to[taken++] = scores[i];
+  }
+  *within += taken;
+  return n - not_above;
+}
+
+// The k-th largest score, 1 <= k <= their number. `room` holds the keys of all.
+HWY_INLINE float KthOf(const Scores& scores, size_t k, uint32_t* room) {
+  constexpr size_t kMany = 2048;  // of fewer a sample costs more than it saves
+  Keys keys{room};
+  if (scores.Count() >= kMany) {
+    const Bracket bracket = BracketOf(scores, k, room);
+    float* to = reinterpret_cast<float*>(room);
+    size_t within = 0, above = 0;
+    for (size_t layer = 0; layer < scores.layers; ++layer)
+      above += TakeWithin(scores.layer[layer], scores.each, bracket, to + within, &within);
+    if (above < k && k <= above + within) {
+      AppendKeys(to, within, &keys);
+      return KthLargest(&keys, k - above);
+    }
+  }
+  for (size_t layer = 0; layer < scores.layers; ++layer) AppendKeys(scores.layer[layer], scores.each, &keys);
+  return KthLargest(&keys, k);
 }
 
 // How many scores are not below the threshold, NaN among them.

@@ -66,6 +66,9 @@ UNEVEN = {
     "one far away": lambda rng, n: np.where(np.arange(n) == n // 2, 3e38, rng.standard_normal(n)),
     "infinities and NaN": lambda rng, n: rng.choice([-np.inf, np.inf, np.nan, 0.0, -0.0, 1e-45], n),
     "ascending": lambda rng, n: np.arange(n),
+    # Of many scores a sample is read first, of 8192 every 17th, of twice as many every 33rd: it must not decide.
+    "others in a sample": lambda rng, n: rng.random(n) + (np.arange(n) % 17 == 0),
+    "others in a larger sample": lambda rng, n: rng.random(n) - (np.arange(n) % 33 == 0),
 }
 
 
