@@ -6,10 +6,13 @@
 //
 // Inputs are those of all steps, outputs what is wanted of theirs. Attributes:
 //   operators, names     of the steps, one per line
-//   I.inputs, I.outputs  values of step I: one of the chain's inputs, or, from their number on, one that a
-//                        step makes; -1 for what is not given or not asked for
+//   stored               number of the input, constant bytes, in which weights lie; -1, the default: none do
+//   stored.N             weights number N: element type (as in ONNX), first byte, sizes of the axes
+//   I.inputs, I.outputs  values of step I: first the chain's inputs are numbered, then the weights, then what
+//                        steps make; -1 for what is not given or not asked for
 //   I.NAME               attribute NAME of step I's operator
 //   results              the values that the chain puts out; the graph has to say their types
+// Weights are no inputs of their own, for the host takes and gives back each of a node's in every call.
 // shadowc/runtime/chains.py makes such nodes.
 #include <algorithm>
 #include <iterator>
@@ -150,9 +153,41 @@ class StepCall : public Call {
   const Parallel& pool_;
 };
 
+[[noreturn]] void Refuse(const Node& node, const std::string& why) {
+  throw Ort::Exception("Chain node '" + node.Name() + "': " + why, ORT_INVALID_ARGUMENT);
+}
+
+// The weights that lie in one constant of the graph.
+std::vector<AnyInput> StoredOf(const Node& node) {
+  const int64_t number = node.Int("stored", -1);
+  std::vector<AnyInput> stored;
+  if (number < 0) return stored;
+  const AnyInput all = node.Constant(static_cast<size_t>(number));
+  if (all.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 || all.shape.size() != 1)
+    Refuse(node, "weights have to lie in a constant of uint8 [bytes]");
+  const auto next = [&] { return node.Ints(("stored." + std::to_string(stored.size())).c_str(), {}); };
+  for (std::vector<int64_t> place = next(); !place.empty(); place = next()) {
+    if (place.size() < 2 || place.size() > 2 + Shape::kMost || place[1] < 0)
+      Refuse(node, "weights have a type, a first byte and at most " + std::to_string(Shape::kMost) + " axes");
+    AnyInput weights{nullptr, static_cast<ONNXTensorElementDataType>(place[0]), {}};
+    uint64_t room = static_cast<uint64_t>(all.shape[0]), bytes = BytesOf(weights.type);
+    bool fits = static_cast<uint64_t>(place[1]) <= room;
+    for (size_t i = 2; i < place.size(); ++i) {
+      weights.shape.push_back(place[i]);
+      fits = fits && place[i] >= 0 && !__builtin_mul_overflow(bytes, static_cast<uint64_t>(place[i]), &bytes);
+    }
+    if (!fits || bytes > room - static_cast<uint64_t>(place[1]))
+      Refuse(node, "weights number " + std::to_string(stored.size()) + " do not lie in its constant");
+    weights.data = static_cast<const std::byte*>(all.data) + place[1];
+    stored.push_back(weights);
+  }
+  return stored;
+}
+
 class ChainKernel : public Kernel {
  public:
-  explicit ChainKernel(const Node& node) : given_(node.InputCount()) {
+  explicit ChainKernel(const Node& node)
+      : stored_(StoredOf(node)), given_(node.InputCount() + stored_.size()) {
     const std::vector<std::string> operators = LinesOf(node.Text("operators", ""));
     const std::vector<std::string> names = LinesOf(node.Text("names", ""));
     if (operators.size() != names.size() || operators.empty())
@@ -206,7 +241,7 @@ class ChainKernel : public Kernel {
         Refuse(node, "steps have to number what they make in order");
       values_.push_back({number});
     }
-    step.kernel = known->kernel_of(node.Step(number, name, step.inputs));
+    step.kernel = known->kernel_of(node.Step(number, name, step.inputs, &stored_));
     steps_.push_back(std::move(step));
   }
 
@@ -217,10 +252,7 @@ class ChainKernel : public Kernel {
     return values_[v];
   }
 
-  [[noreturn]] static void Refuse(const Node& node, const std::string& why) {
-    throw Ort::Exception("Chain node '" + node.Name() + "': " + why, ORT_INVALID_ARGUMENT);
-  }
-
+  const std::vector<AnyInput> stored_;
   const size_t given_;
   std::vector<Step> steps_;
   std::vector<Value> values_;

@@ -35,9 +35,13 @@ size_t BytesOf(ONNXTensorElementDataType type) {
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT32:
       return sizeof(float);
     case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16:
       return sizeof(uint16_t);
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8:
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8:
+      return sizeof(uint8_t);
     default:
-      throw Ort::Exception(std::string("no operator makes elements of type ") + TypeName(type),
+      throw Ort::Exception(std::string("no operator has elements of type ") + TypeName(type),
                            ORT_INVALID_ARGUMENT);
   }
 }
@@ -100,8 +104,10 @@ Node::Node(const Ort::ConstKernelInfo& info)
   std::iota(inputs_.begin(), inputs_.end(), 0);
 }
 
-Node Node::Step(size_t number, std::string name, std::vector<int64_t> inputs) const {
+Node Node::Step(size_t number, std::string name, std::vector<int64_t> inputs,
+                const std::vector<AnyInput>* stored) const {
   Node step(*this);
+  step.stored_ = stored;
   step.prefix_ = std::to_string(number) + ".";
   step.name_ = std::move(name);
   step.inputs_ = std::move(inputs);
@@ -112,7 +118,15 @@ bool Node::Has(size_t index) const {
   return index < inputs_.size() && inputs_[index] >= 0 && static_cast<size_t>(inputs_[index]) < given_;
 }
 
+const AnyInput* Node::Stored(size_t index) const {
+  if (stored_ == nullptr || index >= inputs_.size() || inputs_[index] < static_cast<int64_t>(given_))
+    return nullptr;
+  const size_t number = static_cast<size_t>(inputs_[index]) - given_;
+  return number < stored_->size() ? &(*stored_)[number] : nullptr;
+}
+
 AnyInput Node::Constant(size_t index) const {
+  if (const AnyInput* stored = Stored(index)) return *stored;
   if (!Has(index)) return {};
   int constant = 0;
   const Ort::ConstValue value = info_.GetTensorConstantInput(static_cast<size_t>(inputs_[index]), &constant);
@@ -120,6 +134,7 @@ AnyInput Node::Constant(size_t index) const {
 }
 
 ONNXTensorElementDataType Node::Type(size_t index) const {
+  if (const AnyInput* stored = Stored(index)) return stored->type;
   if (!Has(index)) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   const Ort::TypeInfo type = info_.GetInputTypeInfo(static_cast<size_t>(inputs_[index]));
   if (type.GetONNXType() != ONNX_TYPE_TENSOR) return ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;

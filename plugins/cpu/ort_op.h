@@ -51,7 +51,7 @@ class Shape {
 std::string ToText(const Shape& shape);
 
 const char* TypeName(ONNXTensorElementDataType type);
-// Of an element, as the operators have them between each other.
+// Of an element that an operator makes or a file of weights has.
 size_t BytesOf(ONNXTensorElementDataType type);
 
 // Problems found in one call, with the operator and node they belong to. Every call checks: the callers put
@@ -99,9 +99,10 @@ struct Weights {
 class Node {
  public:
   explicit Node(const Ort::ConstKernelInfo& info);
-  // A step of a chain. `inputs`: of each of its inputs the chain's that it is, or a number that the chain
-  // lacks.
-  Node Step(size_t number, std::string name, std::vector<int64_t> inputs) const;
+  // A step of a chain. `inputs`: of each of its inputs the chain's that it is, or, from their number on, one
+  // of `stored`, which has to outlive the node, or a number that both lack.
+  Node Step(size_t number, std::string name, std::vector<int64_t> inputs,
+            const std::vector<AnyInput>* stored) const;
 
   const std::string& Name() const { return name_; }
   size_t InputCount() const { return inputs_.size(); }
@@ -119,11 +120,14 @@ class Node {
 
  private:
   bool Has(size_t index) const;
+  // Null unless the input is one of the stored ones.
+  const AnyInput* Stored(size_t index) const;
 
   const Ort::ConstKernelInfo& info_;
   std::string prefix_, name_;
   std::vector<int64_t> inputs_;
   size_t given_;
+  const std::vector<AnyInput>* stored_ = nullptr;
 };
 
 // What one call of an operator gives and takes.

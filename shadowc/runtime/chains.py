@@ -3,7 +3,9 @@
 
 A Chain (plugins/cpu/ort_chain.cc) computes what its steps compute, to the bit. ONNX Runtime takes some 10 us from node
 to node, because behind megabytes of weights nothing that it needs is in the caches. What joins their counts is one of
-the steps. No stored graph has a chain: other hosts need not know the operator.
+the steps. And it takes and gives back every initialiser in every call, which are hundreds: of what lies in a file a
+chain gets all as one, and finds the weights of its steps in there. No stored graph has a chain: other hosts need not
+know the operator.
 """
 
 from __future__ import annotations
@@ -24,6 +26,8 @@ if TYPE_CHECKING:
 _STEPS = {spec.name: spec for spec in CPU_OPS}
 _JOIN = "Concat"
 _NONE = -1
+_STORED = "chain.weights"
+"""The initialiser that is a whole file of weights."""
 _ByLevel = dict[int, "list[onnx.NodeProto]"]
 
 
@@ -35,7 +39,7 @@ def chained(model: onnx.ModelProto) -> onnx.ModelProto:
     copy = type(model)()
     copy.CopyFrom(model)
     graph = copy.graph
-    kinds = _kinds(graph)
+    kinds, stored = _kinds(graph), _stored(graph)
     steps, others = _levels(graph.node)
     nodes: list[onnx.NodeProto] = []
     for level in range(max((*steps, *others), default=-1) + 1):
@@ -46,13 +50,53 @@ def chained(model: onnx.ModelProto) -> onnx.ModelProto:
         results = [name for node in chain for name in node.output if name and name in wanted]
         if len(chain) > 1 and results:
             _say_types(graph, results, kinds)
-            nodes.append(_chain(f"chain.{level}", chain, results))
+            nodes.append(_chain(f"chain.{level}", chain, results, stored))
         else:
             nodes += chain
     rest = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(rest)
+    _keep_whole(graph, stored.values())
     return copy
+
+
+def _stored(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
+    """Those initialisers that lie in one file."""
+    import onnx
+
+    known = {value.name for value in graph.input}  # a caller may give others
+    found = {
+        tensor.name: tensor
+        for tensor in graph.initializer
+        if tensor.data_location == onnx.TensorProto.EXTERNAL and tensor.name not in known
+    }
+    return found if len({_place(tensor)[0] for tensor in found.values()}) == 1 else {}
+
+
+def _place(tensor: onnx.TensorProto) -> tuple[str, int, int]:
+    """In which file an initialiser lies, its first byte, and that behind its last one."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    start = int(place.get("offset", 0))
+    return place["location"], start, start + int(place["length"])
+
+
+def _keep_whole(graph: onnx.GraphProto, stored: Iterable[onnx.TensorProto]) -> None:
+    """Let the file be an initialiser, and drop those that nodes no longer read."""
+    import onnx
+
+    read = {name for node in graph.node for name in inputs_of(node)}
+    if _STORED in read:
+        places = [_place(tensor) for tensor in stored]
+        size = max(end for _, _, end in places)
+        whole = graph.initializer.add(
+            name=_STORED, data_type=onnx.TensorProto.UINT8, dims=[size], data_location=onnx.TensorProto.EXTERNAL
+        )
+        for key, value in (("location", places[0][0]), ("offset", "0"), ("length", str(size))):
+            whole.external_data.add(key=key, value=value)
+    read.update(value.name for value in graph.output)
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
 
 
 def _levels(nodes: Iterable[onnx.NodeProto]) -> tuple[_ByLevel, _ByLevel]:
@@ -70,17 +114,24 @@ def _levels(nodes: Iterable[onnx.NodeProto]) -> tuple[_ByLevel, _ByLevel]:
     return steps, others
 
 
-def _chain(name: str, steps: Sequence[onnx.NodeProto], results: Sequence[str]) -> onnx.NodeProto:
-    """The node of these steps that puts out `results`."""
+def _chain(
+    name: str, steps: Sequence[onnx.NodeProto], results: Sequence[str], stored: Mapping[str, onnx.TensorProto]
+) -> onnx.NodeProto:
+    """The node of these steps that puts out `results`, whose weights may lie in `_STORED`."""
     import onnx
 
     made = {output for step in steps for output in step.output}
-    given = list(dict.fromkeys(name for step in steps for name in step.input if name and name not in made))
-    values = {name: number for number, name in enumerate(given)}
-    attributes: dict[str, str | list[int]] = {
+    read = list(dict.fromkeys(name for step in steps for name in step.input if name and name not in made))
+    weights = [name for name in read if name in stored]
+    given = [name for name in read if name not in stored] + [_STORED] * bool(weights)
+    values = {name: number for number, name in enumerate([*given, *weights])}
+    attributes: dict[str, str | int | list[int]] = {
         "operators": "\n".join(step.op_type for step in steps),
         "names": "\n".join(step.name or step.output[0] for step in steps),
+        "stored": values.get(_STORED, _NONE),
     }
+    for number, tensor in enumerate(stored[name] for name in weights):
+        attributes[f"stored.{number}"] = [tensor.data_type, _place(tensor)[1], *tensor.dims]
     for number, step in enumerate(steps):
         attributes[f"{number}.inputs"] = [values[name] if name else _NONE for name in step.input]
         for output in filter(None, step.output):

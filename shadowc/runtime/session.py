@@ -134,9 +134,10 @@ class Session:
 
         ort.set_default_logger_severity(_ERRORS_ONLY)
         options = self._options()
+        model = self._model_to_run()
         if self.weights is not None:
-            self.weights.lend(options, self.load_model())
-        source = self._source()
+            self.weights.lend(options, self.load_model() if model is None else model)
+        source = str(self.path) if model is None else bytes(model.SerializeToString())
         try:
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -155,12 +156,11 @@ class Session:
         """
         return self.model if self.model is not None else read_graph(self.path)
 
-    def _source(self) -> str | bytes:
-        """What ONNX Runtime reads. With chains, unless there is a profile, which is to tell of every operator."""
-        model = self.model
+    def _model_to_run(self) -> onnx.ModelProto | None:
+        """What ONNX Runtime gets; None: the file. With chains, unless there is a profile, which tells of operators."""
         if self.library is not None and self.profile is None:
-            model = chained(self.load_model())
-        return str(self.path) if model is None else bytes(model.SerializeToString())
+            return chained(self.load_model())
+        return self.model
 
     def bind(self) -> Binding:
         """A new, empty binding.

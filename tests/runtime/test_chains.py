@@ -54,17 +54,36 @@ def model_of(nodes: Sequence[onnx.NodeProto], outputs: Sequence[str]) -> onnx.Mo
     return helper.make_model(graph, opset_imports=opsets, ir_version=10)
 
 
-def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+def session_of(model: onnx.ModelProto, folder: Path | None = None) -> onnxruntime.InferenceSession:
+    """`folder`: where the weights lie that are not in the model."""
     options = onnxruntime.SessionOptions()
+    if folder is not None:
+        options.add_session_config_entry(sessions._EXTERNAL_FOLDER, str(folder))
     options.log_severity_level = 4
     options.intra_op_num_threads = 2
     options.register_custom_ops_library(str(OpLibrary.installed().path))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def run(model: onnx.ModelProto, x: np.ndarray) -> list[np.ndarray]:
-    found: list[Any] = session_of(model).run(None, {"x": x})
+def run(model: onnx.ModelProto, x: np.ndarray, folder: Path | None = None) -> list[np.ndarray]:
+    found: list[Any] = session_of(model, folder).run(None, {"x": x})
     return found
+
+
+def stored(model: onnx.ModelProto, folder: Path, names: Sequence[str] = ("w", "scales")) -> onnx.ModelProto:
+    """The model, these initialisers of which lie in a file of the folder, 64 bytes apart."""
+    copy, content = onnx.ModelProto(), b""
+    copy.CopyFrom(model)
+    for tensor in copy.graph.initializer:
+        if tensor.name in names:
+            start, raw = len(content), tensor.raw_data
+            content += raw + bytes(-len(raw) % 64)
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+            for key, value in (("location", "weights.bin"), ("offset", start), ("length", len(raw))):
+                tensor.external_data.add(key=key, value=str(value))
+    (folder / "weights.bin").write_bytes(content)
+    return copy
 
 
 @st.composite
@@ -186,6 +205,24 @@ def test_what_is_counted_holds_no_memory_that_layers_compute_in() -> None:
     assert resources._peak_bytes() - before < 12 * x.nbytes
 
 
+def test_weights_in_a_file_reach_a_chain_as_one_input(tmp_path: Path) -> None:
+    model = model_of([product("x", "a"), product("a", "b"), helper.make_node("Mul", ["b", "scales"], ["c"])], ["c"])
+    rewritten, x = chained(stored(model, tmp_path)), np.random.default_rng(3).standard_normal((1, 2, WIDTH), np.float32)
+    assert list(rewritten.graph.node[0].input) == ["x", "chain.weights"]
+    assert {tensor.name for tensor in rewritten.graph.initializer} == {"chain.weights", "scales"}  # Mul reads it too
+    np.testing.assert_array_equal(run(rewritten, x, tmp_path), run(model, x))
+
+
+def test_weights_that_a_caller_may_give_or_that_lie_in_two_files_stay_inputs_of_their_own(tmp_path: Path) -> None:
+    steps = [product("x", "a"), product("a", "b")]
+    by_caller = stored(model_of(steps, ["b"]), tmp_path)
+    by_caller.graph.input.append(helper.make_tensor_value_info("scales", TensorProto.FLOAT, [WIDTH]))
+    assert list(chained(by_caller).graph.node[0].input) == ["x", "scales", "chain.weights"]
+    two = stored(model_of(steps, ["b"]), tmp_path)
+    two.graph.initializer[0].external_data[0].value = "others.bin"
+    assert list(chained(two).graph.node[0].input) == ["x", "w", "scales"]
+
+
 def test_every_operator_of_the_cpu_can_be_a_step() -> None:
     source = (Path(__file__).parents[2] / "plugins" / "cpu" / "ort_chain.cc").read_text(encoding="utf-8")
     assert [spec.name for spec in CPU_OPS if f'"{spec.name}"' not in source] == []
@@ -224,6 +261,29 @@ def test_a_chain_whose_wiring_is_wrong_is_refused(name: str, value: Any, says: s
     set_attribute(chain, name, value)
     with pytest.raises(Exception, match=says):
         run(model, np.ones((1, 1, WIDTH), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("stored.0", [TensorProto.INT8, 33, 8, 8], "weights number 0 do not lie in its constant"),
+        ("stored.0", [TensorProto.INT8, -1, 8, 8], "weights have a type, a first byte and at most 6 axes"),
+        ("stored.0", [TensorProto.INT8, 0, 8, -8], "weights number 0 do not lie in its constant"),
+        ("stored.0", [TensorProto.INT8, 97], "weights number 0 do not lie in its constant"),
+        ("stored.0", [TensorProto.INT8, 0, 1 << 62, 4], "weights number 0 do not lie in its constant"),
+        ("stored.0", [TensorProto.INT8, 0, *[1] * 7], "weights have a type, a first byte and at most 6 axes"),
+        ("stored.0", [TensorProto.STRING, 0, 8], "no operator has elements of type string"),
+        ("stored.1", [TensorProto.INT8, 64, 8], "node 'a': input 2 must be float32, found int8"),
+        ("stored", 0, r"weights have to lie in a constant of uint8 \[bytes\]"),
+        ("stored", 2, r"weights have to lie in a constant of uint8 \[bytes\]"),
+        ("stored", -1, "a value that no earlier step makes"),
+    ],
+)
+def test_weights_that_are_not_where_a_chain_looks_are_refused(tmp_path: Path, name: str, value: Any, says: str) -> None:
+    model = chained(stored(model_of([product("x", "a"), product("a", "b")], ["b"]), tmp_path))
+    set_attribute(model.graph.node[0], name, value)
+    with pytest.raises(Exception, match=says):
+        run(model, np.ones((1, 1, WIDTH), np.float32), tmp_path)
 
 
 def test_a_step_refuses_shapes_under_its_own_name_as_a_node_does() -> None:
