@@ -4,7 +4,8 @@
 // that it needs is in the caches; and its threads, which it has to call for every parallel section, stay for
 // all of them here (crew.h).
 //
-// Inputs are those of all steps, outputs what is wanted of theirs. Attributes:
+// Inputs are those of all steps, but for weights that are stored, outputs what is wanted of theirs.
+// Attributes:
 //   operators, names     of the steps, one per line
 //   stored               number of the input, constant bytes, in which weights lie; -1, the default: none do
 //   stored.N             weights number N: element type (as in ONNX), first byte, sizes of the axes
@@ -66,18 +67,18 @@ struct Value {
 // What the steps of one call have made so far.
 class Made {
  public:
-  Made(Call* host, const std::vector<Value>& values, size_t given)
-      : host_(*host), values_(values), given_(given), found_(values.size()), memory_(values.size()) {}
+  Made(Call* host, const std::vector<Value>& values, size_t before)
+      : host_(*host), values_(values), before_(before), found_(values.size()), memory_(values.size()) {}
 
   AnyInput Find(int64_t value) {
     if (value < 0) return {};
-    const size_t v = static_cast<size_t>(value);
-    return v < given_ ? host_.Find(v) : found_[v - given_];
+    const size_t v = static_cast<size_t>(value);  // no weights: those are constants, which operators keep
+    return v < before_ ? host_.Find(v) : found_[v - before_];
   }
 
   void* Give(int64_t value, const Shape& shape, ONNXTensorElementDataType type) {
     if (value < 0) return nullptr;
-    const size_t v = static_cast<size_t>(value) - given_;
+    const size_t v = static_cast<size_t>(value) - before_;
     const Value& wanted = values_[v];
     if (wanted.output != kNever && wanted.type != type)
       throw Ort::Exception(
@@ -92,8 +93,8 @@ class Made {
   // Of these values, those that no step behind this one reads.
   void FreeBehind(size_t step, const std::vector<int64_t>& seen) {
     for (const int64_t value : seen) {
-      if (value < static_cast<int64_t>(given_)) continue;
-      const size_t v = static_cast<size_t>(value) - given_;
+      if (value < static_cast<int64_t>(before_)) continue;
+      const size_t v = static_cast<size_t>(value) - before_;
       if (values_[v].last_reader != step || memory_[v].data == nullptr) continue;
       free_.push_back(memory_[v]);
       memory_[v] = {};
@@ -131,7 +132,7 @@ class Made {
 
   Call& host_;
   const std::vector<Value>& values_;
-  const size_t given_;
+  const size_t before_;  // so many are inputs or weights
   std::vector<AnyInput> found_;
   std::vector<Memory> memory_, free_;
   CallArena arena_;
@@ -163,22 +164,23 @@ std::vector<AnyInput> StoredOf(const Node& node) {
   std::vector<AnyInput> stored;
   if (number < 0) return stored;
   const AnyInput all = node.Constant(static_cast<size_t>(number));
-  if (all.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 || all.shape.size() != 1)
+  if (all.data == nullptr || all.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UINT8 || all.shape.size() != 1)
     Refuse(node, "weights have to lie in a constant of uint8 [bytes]");
   const auto next = [&] { return node.Ints(("stored." + std::to_string(stored.size())).c_str(), {}); };
   for (std::vector<int64_t> place = next(); !place.empty(); place = next()) {
     if (place.size() < 2 || place.size() > 2 + Shape::kMost || place[1] < 0)
       Refuse(node, "weights have a type, a first byte and at most " + std::to_string(Shape::kMost) + " axes");
     AnyInput weights{nullptr, static_cast<ONNXTensorElementDataType>(place[0]), {}};
-    uint64_t room = static_cast<uint64_t>(all.shape[0]), bytes = BytesOf(weights.type);
-    bool fits = static_cast<uint64_t>(place[1]) <= room;
+    const uint64_t room = static_cast<uint64_t>(all.shape[0]), first = static_cast<uint64_t>(place[1]);
+    uint64_t bytes = BytesOf(weights.type);
+    bool fits = first <= room && first % bytes == 0;
     for (size_t i = 2; i < place.size(); ++i) {
       weights.shape.push_back(place[i]);
       fits = fits && place[i] >= 0 && !__builtin_mul_overflow(bytes, static_cast<uint64_t>(place[i]), &bytes);
     }
-    if (!fits || bytes > room - static_cast<uint64_t>(place[1]))
+    if (!fits || bytes > room - first)
       Refuse(node, "weights number " + std::to_string(stored.size()) + " do not lie in its constant");
-    weights.data = static_cast<const std::byte*>(all.data) + place[1];
+    weights.data = static_cast<const std::byte*>(all.data) + first;
     stored.push_back(weights);
   }
   return stored;
@@ -187,7 +189,7 @@ std::vector<AnyInput> StoredOf(const Node& node) {
 class ChainKernel : public Kernel {
  public:
   explicit ChainKernel(const Node& node)
-      : stored_(StoredOf(node)), given_(node.InputCount() + stored_.size()) {
+      : stored_(StoredOf(node)), before_(node.InputCount() + stored_.size()) {
     const std::vector<std::string> operators = LinesOf(node.Text("operators", ""));
     const std::vector<std::string> names = LinesOf(node.Text("names", ""));
     if (operators.size() != names.size() || operators.empty())
@@ -206,7 +208,7 @@ class ChainKernel : public Kernel {
 
   void Compute(Call& call) const override {
     Crew::Run(call.Pool(), [&](const Parallel& pool) {
-      Made made(&call, values_, given_);
+      Made made(&call, values_, before_);
       for (size_t i = 0; i < steps_.size(); ++i) {
         StepCall step(steps_[i], &made, pool);
         steps_[i].kernel->Compute(step);
@@ -227,7 +229,7 @@ class ChainKernel : public Kernel {
     step.inputs = node.Ints((prefix + "inputs").c_str(), {});
     step.outputs = node.Ints((prefix + "outputs").c_str(), {});
     for (const int64_t value : step.inputs) {
-      if (value >= static_cast<int64_t>(given_)) ValueOf(value, node).last_reader = number;
+      if (value >= static_cast<int64_t>(before_)) ValueOf(value, node).last_reader = number;
     }
     const auto is_asked_for = [](int64_t value) { return value >= 0; };
     const size_t first = std::min(known->outputs, step.outputs.size());
@@ -237,7 +239,7 @@ class ChainKernel : public Kernel {
       Refuse(node, "step '" + name + "' lacks an output");
     for (const int64_t value : step.outputs) {
       if (!is_asked_for(value)) continue;
-      if (value != static_cast<int64_t>(given_ + values_.size()))
+      if (value != static_cast<int64_t>(before_ + values_.size()))
         Refuse(node, "steps have to number what they make in order");
       values_.push_back({number});
     }
@@ -246,14 +248,14 @@ class ChainKernel : public Kernel {
   }
 
   Value& ValueOf(int64_t value, const Node& node) {
-    const size_t v = static_cast<size_t>(value) - given_;
-    if (value < static_cast<int64_t>(given_) || v >= values_.size())
+    const size_t v = static_cast<size_t>(value) - before_;
+    if (value < static_cast<int64_t>(before_) || v >= values_.size())
       Refuse(node, "a value that no earlier step makes");
     return values_[v];
   }
 
   const std::vector<AnyInput> stored_;
-  const size_t given_;
+  const size_t before_;  // inputs and weights, which are numbered before what steps make
   std::vector<Step> steps_;
   std::vector<Value> values_;
 };

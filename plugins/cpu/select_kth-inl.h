@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The k-th largest of many scores, once per SIMD target. Scores become order-preserving integer keys. Of
-// many, a sample says between which two keys the k-th should be, and only what lies there is kept; then one
+// many, a sample says between which two scores the k-th should be, and only what lies there is kept; then one
 // side of a pivot is kept, again and again, until few keys or only equal ones are left. The result is a
 // score, so it does not depend on samples and pivots, and is the same on every target.
 
@@ -31,21 +31,28 @@ using DKeys = hn::ScalableTag<uint32_t>;
 
 inline constexpr uint32_t kSignBit = 0x80000000u;
 
-// Larger scores have larger keys; NaN ranks as +inf. -0 ranks just below +0, which changes no comparison with
-// the threshold found.
-HWY_INLINE uint32_t KeyOf(float score) {
-  if (score != score) score = std::numeric_limits<float>::infinity();
+HWY_INLINE uint32_t BitsOf(float score) {
   uint32_t bits;
   std::memcpy(&bits, &score, sizeof bits);
-  return (bits & kSignBit) != 0 ? ~bits : bits | kSignBit;
+  return bits;
 }
 
-HWY_INLINE float ScoreOf(uint32_t key) {
-  const uint32_t bits = (key & kSignBit) != 0 ? key & ~kSignBit : ~key;
+HWY_INLINE float OfBits(uint32_t bits) {
   float score;
   std::memcpy(&score, &bits, sizeof score);
   return score;
 }
+HWY_INLINE float OfBits(float score) { return score; }
+
+// Larger scores have larger keys; NaN ranks as +inf. -0 ranks just below +0, which changes no comparison with
+// the threshold found.
+HWY_INLINE uint32_t KeyOf(float score) {
+  if (score != score) score = std::numeric_limits<float>::infinity();
+  const uint32_t bits = BitsOf(score);
+  return (bits & kSignBit) != 0 ? ~bits : bits | kSignBit;
+}
+
+HWY_INLINE float ScoreOf(uint32_t key) { return OfBits((key & kSignBit) != 0 ? key & ~kSignBit : ~key); }
 
 // Some keys and the smallest and largest of them.
 struct Keys {
@@ -68,8 +75,9 @@ HWY_INLINE hn::Vec<DKeys> KeysOf(hn::Vec<DScores> score) {
   return hn::Xor(hn::BitCast(du, score), hn::Or(negative, hn::Set(du, kSignBit)));
 }
 
-// Appends the keys of n scores.
-HWY_INLINE void AppendKeys(const float* scores, size_t n, Keys* keys) {
+// Appends the keys of n scores, or of n scores' bits, which may be where the keys go.
+template <class T>
+HWY_INLINE void AppendKeys(const T* scores, size_t n, Keys* keys) {
   const DScores df;
   const DKeys du;
   const size_t lanes = hn::Lanes(df);
@@ -77,13 +85,13 @@ HWY_INLINE void AppendKeys(const float* scores, size_t n, Keys* keys) {
   uint32_t* to = keys->key + keys->count;
   size_t i = 0;
   for (; i + lanes <= n; i += lanes) {
-    const auto key = KeysOf(hn::LoadU(df, scores + i));
+    const auto key = KeysOf(hn::BitCast(df, hn::LoadU(hn::ScalableTag<T>(), scores + i)));
     hn::StoreU(key, du, to + i);
     low = hn::Min(low, key), high = hn::Max(high, key);
   }
   if (i != 0) keys->Include(hn::ReduceMin(du, low), hn::ReduceMax(du, high));
   for (; i < n; ++i) {
-    to[i] = KeyOf(scores[i]);
+    to[i] = KeyOf(OfBits(scores[i]));
     keys->Include(to[i], to[i]);
   }
   keys->count += n;
@@ -175,9 +183,9 @@ HWY_INLINE Bracket BracketOf(const Scores& scores, size_t k, uint32_t* room) {
   constexpr size_t kSampled = 512;
   const size_t every = scores.Count() / kSampled | 1;  // odd: scores may repeat in powers of two
   const size_t count = (scores.Count() + every - 1) / every;
-  float* sample = reinterpret_cast<float*>(room + count);
+  uint32_t* sample = room + count;  // bits
   for (size_t layer = 0, i = 0, taken = 0; layer < scores.layers; ++layer, i -= scores.each) {
-    for (; i < scores.each; i += every) sample[taken++] = scores.layer[layer][i];
+    for (; i < scores.each; i += every) sample[taken++] = BitsOf(scores.layer[layer][i]);
   }
   const double share = static_cast<double>(k) / static_cast<double>(scores.Count());
   const double rank = share * static_cast<double>(count), off = 2.0 * std::sqrt(rank * (1.0 - share)) + 1.0;
@@ -192,10 +200,11 @@ HWY_INLINE Bracket BracketOf(const Scores& scores, size_t k, uint32_t* room) {
   return bracket;
 }
 
-// Writes those of n scores that are within the bracket to `to`, which holds n, and adds their number to
-// `within`; returns how many are above it, NaN among them.
-HWY_INLINE size_t TakeWithin(const float* scores, size_t n, Bracket bracket, float* to, size_t* within) {
+// Writes the bits of those of n scores that are within the bracket to `to`, which holds n and may be
+// overwritten behind them, and adds their number to `within`; returns how many are above it, NaN among them.
+HWY_INLINE size_t TakeWithin(const float* scores, size_t n, Bracket bracket, uint32_t* to, size_t* within) {
   const DScores df;
+  const DKeys du;
   const size_t lanes = hn::Lanes(df);
   const auto low = hn::Set(df, bracket.low), high = hn::Set(df, bracket.high);
   size_t not_above = 0, taken = 0, i = 0;
@@ -203,12 +212,13 @@ HWY_INLINE size_t TakeWithin(const float* scores, size_t n, Bracket bracket, flo
     const auto score = hn::LoadU(df, scores + i);
     const auto reached = hn::Le(score, high);
     not_above += hn::CountTrue(df, reached);
-    taken += hn::CompressStore(score, hn::AndNot(hn::Lt(score, low), reached), df, to + taken);
+    const auto takes = hn::RebindMask(du, hn::AndNot(hn::Lt(score, low), reached));
+    taken += hn::CompressStore(hn::BitCast(du, score), takes, du, to + taken);
   }
   for (; i < n; ++i) {
     if (!(scores[i] <= bracket.high)) continue;
     ++not_above;
-    if (scores[i] >= bracket.low) to[taken++] = scores[i];
+    if (scores[i] >= bracket.low) to[taken++] = BitsOf(scores[i]);
   }
   *within += taken;
   return n - not_above;
@@ -220,12 +230,11 @@ HWY_INLINE float KthOf(const Scores& scores, size_t k, uint32_t* room) {
   Keys keys{room};
   if (scores.Count() >= kMany) {
     const Bracket bracket = BracketOf(scores, k, room);
-    float* to = reinterpret_cast<float*>(room);
     size_t within = 0, above = 0;
     for (size_t layer = 0; layer < scores.layers; ++layer)
-      above += TakeWithin(scores.layer[layer], scores.each, bracket, to + within, &within);
+      above += TakeWithin(scores.layer[layer], scores.each, bracket, room + within, &within);
     if (above < k && k <= above + within) {
-      AppendKeys(to, within, &keys);
+      AppendKeys(room, within, &keys);
       return KthLargest(&keys, k - above);
     }
   }

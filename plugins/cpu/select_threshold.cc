@@ -58,22 +58,24 @@ float LocalThreshold(const SelectArgs& a, size_t row, size_t layer, uint32_t* ro
 }
 
 // By one thread: 23 layers of 8192 scores take it some 35 us, and most are in blocks.
-float GlobalThreshold(const SelectArgs& a, size_t row, const std::vector<size_t>& layers, uint32_t* room) {
+float GlobalThreshold(const SelectArgs& a, size_t row, const std::vector<size_t>& layers, Arena* arena,
+                      uint32_t* room) {
   const size_t n = layers.size() * a.units, k = Wanted(a, row, n);
   if (k == n) return kEverything;
   if (k == 0) return kNothing;
-  std::vector<const float*> scores;
-  for (const size_t layer : layers) scores.push_back(ScoresOf(a, row, layer));
-  return KthOf({scores.data(), scores.size(), a.units}, k, room);
+  const float** scores = arena->Take<const float*>(layers.size());
+  for (size_t i = 0; i < layers.size(); ++i) scores[i] = ScoresOf(a, row, layers[i]);
+  return KthOf({scores, layers.size(), a.units}, k, room);
 }
 
-void GlobalRow(const SelectArgs& a, size_t row, const std::vector<size_t>& layers, uint32_t* room) {
-  const float threshold = GlobalThreshold(a, row, layers, room);
+void GlobalRow(const SelectArgs& a, size_t row, const std::vector<size_t>& layers, Arena* arena) {
+  uint32_t* room = arena->Take<uint32_t>(std::max<size_t>(1, layers.size()) * a.units);
+  const float threshold = GlobalThreshold(a, row, layers, arena, room);
   for (size_t layer = 0; layer < a.layers; ++layer) Finish(a, row, layer, threshold, room);
 }
 
 void Run(const SelectArgs& a, const Parallel& parallel) {
-  constexpr size_t kWorthThreads = 32768;  // scores: some 10 us of one core
+  constexpr size_t kWorthThreads = 32768;  // scores: some 6 us of one core
   const size_t rows = a.batch * a.tail;
   const Parallel serial = Parallel::Serial();
   const Parallel& outer = rows * a.layers * a.units < kWorthThreads ? serial : parallel;
@@ -88,9 +90,7 @@ void Run(const SelectArgs& a, const Parallel& parallel) {
   for (size_t layer = 0; layer < a.layers; ++layer) {
     if (a.exempt[layer] == 0) layers.push_back(layer);
   }
-  outer.For(rows, [&](size_t row) {
-    GlobalRow(a, row, layers, ThreadArena().Take<uint32_t>(std::max<size_t>(1, layers.size()) * a.units));
-  });
+  outer.For(rows, [&](size_t row) { GlobalRow(a, row, layers, &ThreadArena()); });
 }
 
 }  // namespace

@@ -56,7 +56,7 @@ def chained(model: onnx.ModelProto) -> onnx.ModelProto:
     rest = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(rest)
-    _keep_whole(graph, stored.values())
+    _keep_whole(graph, stored)
     return copy
 
 
@@ -80,23 +80,23 @@ def _place(tensor: onnx.TensorProto) -> tuple[str, int, int]:
     return place["location"], start, start + int(place["length"])
 
 
-def _keep_whole(graph: onnx.GraphProto, stored: Iterable[onnx.TensorProto]) -> None:
-    """Let the file be an initialiser, and drop those that nodes no longer read."""
+def _keep_whole(graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto]) -> None:
+    """Let the file be an initialiser, if chains read it, and drop what only they read of it."""
     import onnx
 
-    read = {name for node in graph.node for name in inputs_of(node)}
-    if _STORED in read:
-        places = [_place(tensor) for tensor in stored]
-        size = max(end for _, _, end in places)
-        whole = graph.initializer.add(
-            name=_STORED, data_type=onnx.TensorProto.UINT8, dims=[size], data_location=onnx.TensorProto.EXTERNAL
-        )
-        for key, value in (("location", places[0][0]), ("offset", "0"), ("length", str(size))):
-            whole.external_data.add(key=key, value=value)
-    read.update(value.name for value in graph.output)
-    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    read = {name for node in graph.node for name in inputs_of(node)} | {value.name for value in graph.output}
+    if _STORED not in read:
+        return
+    places = [_place(tensor) for tensor in stored.values()]
+    size = max(end for _, _, end in places)
+    kept = [tensor for tensor in graph.initializer if tensor.name in read or tensor.name not in stored]
+    whole = onnx.TensorProto(
+        name=_STORED, data_type=onnx.TensorProto.UINT8, dims=[size], data_location=onnx.TensorProto.EXTERNAL
+    )
+    for key, value in (("location", places[0][0]), ("offset", "0"), ("length", str(size))):
+        whole.external_data.add(key=key, value=value)
     del graph.initializer[:]
-    graph.initializer.extend(kept)
+    graph.initializer.extend([*kept, whole])
 
 
 def _levels(nodes: Iterable[onnx.NodeProto]) -> tuple[_ByLevel, _ByLevel]:

@@ -141,7 +141,8 @@ class Session:
         try:
             return ort.InferenceSession(source, options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            without_chains = f"{DOMAIN}:{CHAIN}(" in str(error)  # it "is not a registered function/op"
+            # It "is not a registered function/op", or one of before, which knows less of them.
+            without_chains = f"{DOMAIN}:{CHAIN}(" in str(error) or f"{CHAIN} node '" in str(error)
             again = "compile it again with this version: shadowc compile --model NAME --out FOLDER"
             raise IncompatibleEngineError(
                 f"ONNX Runtime {ort.__version__} cannot run {self.path}: {_first_line(error)}",

@@ -69,6 +69,16 @@ def test_all_operators_are_in_as_few_chains_as_the_predictor_leaves(int8_engine:
     assert [len(step_names(node)) for node in twin.node if node.op_type == CHAIN] == [2 * (len(layers) + 1) + 1]
 
 
+def test_a_chain_reads_all_its_weights_as_one_input(int8_engine: Path) -> None:
+    engine = load_cpu(int8_engine)
+    for runs in (engine, engine.dense_twin()):
+        graph = chained(runs._generating.load_model()).graph
+        stored = {tensor.name for tensor in graph.initializer if tensor.external_data}
+        chains = [node for node in graph.node if node.op_type == CHAIN]
+        assert all(stored & set(node.input) == {"chain.weights"} for node in chains)
+        assert stored <= {name for node in graph.node for name in node.input}
+
+
 def test_a_profile_tells_of_every_operator(int8_engine: Path, tmp_path: Path) -> None:
     engine = load_cpu(int8_engine).profiled(tmp_path)
     engine.generate(np.arange(4, 9)[None], max_new_tokens=2, min_new_tokens=2)

@@ -73,6 +73,8 @@ SCORES = st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 1e-45, 0.5, 1.0, np.inf, np.
 """Few values: ties, and scores that equal their threshold, are then common."""
 SIZES = st.integers(1, 300) | st.sampled_from([16, 32, 64, 128, 256]).flatmap(lambda n: st.integers(n - 1, n + 1))
 """With and without a remainder at every vector length."""
+SAMPLED = st.sampled_from([2047, 2048, 2049, 2500, 4099])
+"""So many scores that a sample of them is read first."""
 BATCHES = st.tuples(st.integers(1, 3), st.sampled_from([1, 1, 2, 9, 40]), st.floats(0, 1), st.booleans())
 """Rows B and S, the share of tokens with a mask, and whether all of the batch share it."""
 SEEDS = st.integers(0, 2**32 - 1)
@@ -107,12 +109,16 @@ def attentions(draw):
 
 @st.composite
 def selections(draw):
-    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(SIZES))
-    noise = np.random.default_rng(draw(SEEDS)).standard_normal(shape, dtype=np.float32)
-    ties = draw(hnp.arrays(np.float32, shape, elements=SCORES, fill=SCORES))
+    shape = (draw(st.integers(1, 3)), draw(st.integers(1, 2)), draw(st.integers(1, 4)), draw(SIZES | SAMPLED))
+    rng = np.random.default_rng(draw(SEEDS))
+    noise = rng.standard_normal(shape, dtype=np.float32)
+    if shape[-1] < 2000:
+        ties = draw(hnp.arrays(np.float32, shape, elements=SCORES, fill=SCORES))
+    else:
+        ties = rng.choice(np.float32([-np.inf, -1.0, -0.0, 0.0, 1e-45, 0.5, np.inf, np.nan]), shape)
     attributes = {
         "scope": draw(st.sampled_from(["local", "global"])),
-        "exempt": draw(st.sampled_from([[-1], [0], [0, 2]])),
+        "exempt": draw(st.sampled_from([[-1], [0], [1], [0, 2]])),
         "min_active": draw(st.sampled_from([0, 1, 50])),
     }
     scores = np.where(noise < draw(st.sampled_from([-9, 0, 9])), ties, noise)

@@ -47,7 +47,7 @@ def test_select_equals_the_onnx_function_and_numpy(scores, density, scope, exemp
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("shape", [(1, 1, 5, 9000), (2, 9, 3, 1500), (9, 1, 1, 4096)])
+@pytest.mark.parametrize("shape", [(1, 1, 5, 9000), (2, 9, 3, 1500), (9, 1, 1, 4096), (1, 2, 600, 4)])
 def test_select_equals_numpy_when_threads_share_the_work(scope, shape):
     rng = np.random.default_rng(1)
     scores = rng.standard_normal(shape, dtype=np.float32)
@@ -76,7 +76,7 @@ UNEVEN = {
 @pytest.mark.parametrize("kind", UNEVEN)
 def test_select_finds_the_threshold_among_unevenly_spread_scores(kind, scope):
     rng = np.random.default_rng(2)
-    for n in (49, 1000, 8192):
+    for n in (49, 1000, 8191, 8192):
         scores = np.stack([UNEVEN[kind](rng, n).astype(np.float32) for _ in range(2)])[None, None]
         for density in (1 / n, 0.03, 0.5, 0.9, 1 - 1 / n):
             threshold, active = select(scores, [density], scope=scope, exempt=[-1], min_active=n // 3)

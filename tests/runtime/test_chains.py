@@ -209,7 +209,8 @@ def test_weights_in_a_file_reach_a_chain_as_one_input(tmp_path: Path) -> None:
     model = model_of([product("x", "a"), product("a", "b"), helper.make_node("Mul", ["b", "scales"], ["c"])], ["c"])
     rewritten, x = chained(stored(model, tmp_path)), np.random.default_rng(3).standard_normal((1, 2, WIDTH), np.float32)
     assert list(rewritten.graph.node[0].input) == ["x", "chain.weights"]
-    assert {tensor.name for tensor in rewritten.graph.initializer} == {"chain.weights", "scales"}  # Mul reads it too
+    in_file = {tensor.name for tensor in rewritten.graph.initializer if tensor.external_data}
+    assert in_file == {"chain.weights", "scales"}  # Mul reads it too
     np.testing.assert_array_equal(run(rewritten, x, tmp_path), run(model, x))
 
 
@@ -218,6 +219,9 @@ def test_weights_that_a_caller_may_give_or_that_lie_in_two_files_stay_inputs_of_
     by_caller = stored(model_of(steps, ["b"]), tmp_path)
     by_caller.graph.input.append(helper.make_tensor_value_info("scales", TensorProto.FLOAT, [WIDTH]))
     assert list(chained(by_caller).graph.node[0].input) == ["x", "scales", "chain.weights"]
+    unread = stored(model_of(steps, ["b"]), tmp_path)
+    unread.graph.input.append(helper.make_tensor_value_info("half", TensorProto.FLOAT, [1]))
+    assert "half" in {tensor.name for tensor in chained(unread).graph.initializer}  # an input without one must be given
     two = stored(model_of(steps, ["b"]), tmp_path)
     two.graph.initializer[0].external_data[0].value = "others.bin"
     assert list(chained(two).graph.node[0].input) == ["x", "w", "scales"]
@@ -270,6 +274,7 @@ def test_a_chain_whose_wiring_is_wrong_is_refused(name: str, value: Any, says: s
         ("stored.0", [TensorProto.INT8, -1, 8, 8], "weights have a type, a first byte and at most 6 axes"),
         ("stored.0", [TensorProto.INT8, 0, 8, -8], "weights number 0 do not lie in its constant"),
         ("stored.0", [TensorProto.INT8, 97], "weights number 0 do not lie in its constant"),
+        ("stored.0", [TensorProto.FLOAT, 2, 8], "weights number 0 do not lie in its constant"),
         ("stored.0", [TensorProto.INT8, 0, 1 << 62, 4], "weights number 0 do not lie in its constant"),
         ("stored.0", [TensorProto.INT8, 0, *[1] * 7], "weights have a type, a first byte and at most 6 axes"),
         ("stored.0", [TensorProto.STRING, 0, 8], "no operator has elements of type string"),
@@ -371,16 +376,24 @@ def test_one_chain_may_be_called_by_many_at_once() -> None:
         assert all(pool.map(often, range(len(inputs))))
 
 
-def test_a_chain_that_its_library_does_not_know_is_an_error_for_the_reader(
-    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def spoilt(model: onnx.ModelProto) -> onnx.ModelProto:
-        made = chained(model)
-        next(node for node in made.graph.node if node.op_type == CHAIN).op_type = "Chains"
-        return made
+def unknown(model: onnx.ModelProto) -> onnx.ModelProto:
+    made = chained(model)
+    next(node for node in made.graph.node if node.op_type == CHAIN).op_type = "Chains"
+    return made
 
+
+def of_another_version(model: onnx.ModelProto) -> onnx.ModelProto:
+    made = chained(model)
+    set_attribute(next(node for node in made.graph.node if node.op_type == CHAIN), "stored", -1)
+    return made
+
+
+@pytest.mark.parametrize(("spoilt", "name"), [(unknown, "Chains"), (of_another_version, "Chain")])
+def test_a_chain_that_its_library_does_not_know_is_an_error_for_the_reader(
+    spoilt: Any, name: str, folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(sessions, "chained", spoilt)
-    monkeypatch.setattr(sessions, "CHAIN", "Chains")
+    monkeypatch.setattr(sessions, "CHAIN", name)
     with pytest.raises(IncompatibleEngineError, match="Chain") as raised:
         load(folders["int8"]).generate(np.arange(4, 9)[None], max_new_tokens=1)
     assert raised.value.hint == REINSTALL
