@@ -47,7 +47,7 @@ def test_select_equals_the_onnx_function_and_numpy(scores, density, scope, exemp
 
 
 @pytest.mark.parametrize("scope", ["local", "global"])
-@pytest.mark.parametrize("shape", [(1, 1, 5, 9000), (2, 9, 3, 1500), (9, 1, 1, 4096), (1, 2, 600, 4)])
+@pytest.mark.parametrize("shape", [(1, 1, 5, 9000), (2, 9, 3, 1500), (9, 1, 1, 4096), (1, 2, 60, 40)])
 def test_select_equals_numpy_when_threads_share_the_work(scope, shape):
     rng = np.random.default_rng(1)
     scores = rng.standard_normal(shape, dtype=np.float32)
@@ -56,6 +56,14 @@ def test_select_equals_numpy_when_threads_share_the_work(scope, shape):
         expected = numpy_reference.select_threshold(scores, np.array(density, np.float32), scope)
         np.testing.assert_array_equal(threshold, expected[0])
         np.testing.assert_array_equal(active, expected[1])
+
+
+def test_select_ranks_layers_together_of_which_some_are_in_no_sample():
+    scores = np.random.default_rng(1).standard_normal((1, 2, 600, 4), dtype=np.float32)
+    threshold, active = select(scores, [0.2], scope="global")
+    expected = numpy_reference.select_threshold(scores, np.float32([0.2]), "global")
+    np.testing.assert_array_equal(threshold, expected[0])
+    np.testing.assert_array_equal(active, expected[1])
 
 
 UNEVEN = {
