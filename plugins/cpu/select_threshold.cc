@@ -57,7 +57,7 @@ float LocalThreshold(const SelectArgs& a, size_t row, size_t layer, uint32_t* ro
   return KthOf({&scores, 1, a.units}, k, room);
 }
 
-// By one thread: 23 layers of 8192 scores take it some 35 us, and most are in blocks.
+// By one thread: 23 layers of 8192 scores take it some 40 us, and most are in blocks.
 float GlobalThreshold(const SelectArgs& a, size_t row, const std::vector<size_t>& layers, Arena* arena,
                       uint32_t* room) {
   const size_t n = layers.size() * a.units, k = Wanted(a, row, n);
@@ -75,7 +75,7 @@ void GlobalRow(const SelectArgs& a, size_t row, const std::vector<size_t>& layer
 }
 
 void Run(const SelectArgs& a, const Parallel& parallel) {
-  constexpr size_t kWorthThreads = 32768;  // scores: some 6 us of one core
+  constexpr size_t kWorthThreads = 32768;  // scores: some 10 us of one core
   const size_t rows = a.batch * a.tail;
   const Parallel serial = Parallel::Serial();
   const Parallel& outer = rows * a.layers * a.units < kWorthThreads ? serial : parallel;

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shadowc.runtime.variants import inputs_of
+from shadowc.runtime.weights_memory import place_of
 from shadowc.spec.errors import InternalError
 from shadowc.spec.ops import CHAIN, CPU_OPS, DOMAIN
 
@@ -70,14 +71,7 @@ def _stored(graph: onnx.GraphProto) -> dict[str, onnx.TensorProto]:
         for tensor in graph.initializer
         if tensor.data_location == onnx.TensorProto.EXTERNAL and tensor.name not in known
     }
-    return found if len({_place(tensor)[0] for tensor in found.values()}) == 1 else {}
-
-
-def _place(tensor: onnx.TensorProto) -> tuple[str, int, int]:
-    """In which file an initialiser lies, its first byte, and that behind its last one."""
-    place = {entry.key: entry.value for entry in tensor.external_data}
-    start = int(place.get("offset", 0))
-    return place["location"], start, start + int(place["length"])
+    return found if len({place_of(tensor)[0] for tensor in found.values()}) == 1 else {}
 
 
 def _keep_whole(graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto]) -> None:
@@ -87,7 +81,7 @@ def _keep_whole(graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto]) 
     read = {name for node in graph.node for name in inputs_of(node)} | {value.name for value in graph.output}
     if _STORED not in read:
         return
-    places = [_place(tensor) for tensor in stored.values()]
+    places = [place_of(tensor) for tensor in stored.values()]
     size = max(end for _, _, end in places)
     kept = [tensor for tensor in graph.initializer if tensor.name in read or tensor.name not in stored]
     whole = onnx.TensorProto(
@@ -131,7 +125,7 @@ def _chain(
         "stored": values.get(_STORED, _NONE),
     }
     for number, tensor in enumerate(stored[name] for name in weights):
-        attributes[f"stored.{number}"] = [tensor.data_type, _place(tensor)[1], *tensor.dims]
+        attributes[f"stored.{number}"] = [tensor.data_type, place_of(tensor)[1], *tensor.dims]
     for number, step in enumerate(steps):
         attributes[f"{number}.inputs"] = [values[name] if name else _NONE for name in step.input]
         for output in filter(None, step.output):

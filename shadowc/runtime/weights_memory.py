@@ -176,14 +176,20 @@ class WeightsMemory:
 
     def _bytes_of(self, tensor: onnx.TensorProto) -> npt.NDArray[np.uint8]:
         """Where an initialiser lies that is stored in the file."""
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        start, length = int(place.get("offset", 0)), int(place["length"])
-        return self.content[start : start + length]
+        _, start, end = place_of(tensor)
+        return self.content[start:end]
 
     @property
     def large_pages(self) -> float | None:
         """Share of the bytes that lie in large pages; None where the system does not tell."""
         return _large_share(self.content)
+
+
+def place_of(tensor: onnx.TensorProto) -> tuple[str, int, int]:
+    """In which file an initialiser lies, its first byte there, and that behind its last one."""
+    place = {entry.key: entry.value for entry in tensor.external_data}
+    start = int(place.get("offset", 0))
+    return place["location"], start, start + int(place["length"])
 
 
 def renew_pages(path: Path) -> None:

@@ -69,7 +69,8 @@ def kernels_of_the_level(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
 
 
-SCORES = st.sampled_from([-np.inf, -1.0, -0.0, 0.0, 1e-45, 0.5, 1.0, np.inf, np.nan])
+TIED = np.float32([-np.inf, -1.0, -0.0, 0.0, 1e-45, 0.5, 1.0, np.inf, np.nan])
+SCORES = st.sampled_from(TIED.tolist())
 """Few values: ties, and scores that equal their threshold, are then common."""
 SIZES = st.integers(1, 300) | st.sampled_from([16, 32, 64, 128, 256]).flatmap(lambda n: st.integers(n - 1, n + 1))
 """With and without a remainder at every vector length."""
@@ -115,7 +116,7 @@ def selections(draw):
     if shape[-1] < 2000:
         ties = draw(hnp.arrays(np.float32, shape, elements=SCORES, fill=SCORES))
     else:
-        ties = rng.choice(np.float32([-np.inf, -1.0, -0.0, 0.0, 1e-45, 0.5, np.inf, np.nan]), shape)
+        ties = rng.choice(TIED, shape)
     attributes = {
         "scope": draw(st.sampled_from(["local", "global"])),
         "exempt": draw(st.sampled_from([[-1], [0], [1], [0, 2]])),

@@ -70,12 +70,12 @@ def run(model: onnx.ModelProto, x: np.ndarray, folder: Path | None = None) -> li
     return found
 
 
-def stored(model: onnx.ModelProto, folder: Path, names: Sequence[str] = ("w", "scales")) -> onnx.ModelProto:
-    """The model, these initialisers of which lie in a file of the folder, 64 bytes apart."""
+def stored(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
+    """The model, whose w and scales lie in a file of the folder, 64 bytes apart."""
     copy, content = onnx.ModelProto(), b""
     copy.CopyFrom(model)
     for tensor in copy.graph.initializer:
-        if tensor.name in names:
+        if tensor.name in ("w", "scales"):
             start, raw = len(content), tensor.raw_data
             content += raw + bytes(-len(raw) % 64)
             tensor.ClearField("raw_data")
