@@ -13,14 +13,21 @@
 //                        steps make; -1 for what is not given or not asked for
 //   I.NAME               attribute NAME of step I's operator
 //   results              the values that the chain puts out; the graph has to say their types
+//   times                number of the input, int64 [room, runs], that says how often all steps run; -1, the
+//                        default: once
+//   carried              pairs of an input and a value: from the second run on the input is what the run
+//                        before has made
+//   each                 of `results` those with the values of all runs one behind the other along their
+//   first
+//                        axis, which has room for `room` of them; of others there is what the last run made
+//   until                a value and an input, of one number each: a run in which they are equal is the last
 // Weights are no inputs of their own, for the host takes and gives back each of a node's in every call.
 // shadowc/runtime/chains.py makes such nodes.
 #include <algorithm>
 #include <iterator>
-#include <limits>
 #include <sstream>
 
-#include "arena.h"
+#include "chain_runs.h"
 #include "crew.h"
 #include "ort_op.h"
 
@@ -28,7 +35,6 @@ namespace shadowc {
 namespace {
 
 constexpr const char* kName = "Chain";
-constexpr size_t kNever = std::numeric_limits<size_t>::max();
 
 std::vector<std::string> LinesOf(const std::string& text) {
   std::vector<std::string> lines;
@@ -37,105 +43,21 @@ std::vector<std::string> LinesOf(const std::string& text) {
   return lines;
 }
 
-// What a step can be.
+// What a step can be, beside ONNX's own.
 struct Operator {
   const char* name;
-  std::unique_ptr<Kernel> (*kernel_of)(const Node& node);
+  KernelOf kernel_of;
   size_t outputs;  // those that it always puts out
 };
 constexpr Operator kOperators[] = {
-    {"Concat", ConcatKernelOf, 1},
-    {"MatMulRows", MatMulRowsKernelOf, 1},
-    {"PredictUnits", PredictUnitsKernelOf, 3},
-    {"SelectThreshold", SelectThresholdKernelOf, 2},
-    {"SparseAttention", SparseAttentionKernelOf, 3},
-    {"SparseFFN", SparseFfnKernelOf, 1},
+    {"MatMulRows", MatMulRowsKernelOf, 1},           {"NextToken", NextTokenKernelOf, 1},
+    {"PredictUnits", PredictUnitsKernelOf, 3},       {"SelectThreshold", SelectThresholdKernelOf, 2},
+    {"SparseAttention", SparseAttentionKernelOf, 3}, {"SparseFFN", SparseFfnKernelOf, 1},
 };
 
 struct Step {
   std::vector<int64_t> inputs, outputs;
   std::unique_ptr<Kernel> kernel;
-};
-
-// A value that a step makes.
-struct Value {
-  size_t last_reader;      // the step behind which its memory is free; that which makes it if nobody reads it
-  size_t output = kNever;  // of the chain
-  ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;  // that the graph says it has
-};
-
-// What the steps of one call have made so far.
-class Made {
- public:
-  Made(Call* host, const std::vector<Value>& values, size_t before)
-      : host_(*host), values_(values), before_(before), found_(values.size()), memory_(values.size()) {}
-
-  AnyInput Find(int64_t value) {
-    if (value < 0) return {};
-    const size_t v = static_cast<size_t>(value);  // no weights: those are constants, which operators keep
-    return v < before_ ? host_.Find(v) : found_[v - before_];
-  }
-
-  void* Give(int64_t value, const Shape& shape, ONNXTensorElementDataType type) {
-    if (value < 0) return nullptr;
-    const size_t v = static_cast<size_t>(value) - before_;
-    const Value& wanted = values_[v];
-    if (wanted.output != kNever && wanted.type != type)
-      throw Ort::Exception(
-          "Chain: output " + std::to_string(wanted.output) + " is of another type in the graph",
-          ORT_INVALID_ARGUMENT);
-    void* data = wanted.output != kNever ? host_.Give(wanted.output, shape, type)
-                                         : TakeMemory(v, MemoryOf(shape, type));
-    found_[v] = {data, type, shape};
-    return data;
-  }
-
-  // Of these values, those that no step behind this one reads.
-  void FreeBehind(size_t step, const std::vector<int64_t>& seen) {
-    for (const int64_t value : seen) {
-      if (value < static_cast<int64_t>(before_)) continue;
-      const size_t v = static_cast<size_t>(value) - before_;
-      if (values_[v].last_reader != step || memory_[v].data == nullptr) continue;
-      free_.push_back(memory_[v]);
-      memory_[v] = {};
-    }
-  }
-
- private:
-  struct Memory {
-    std::byte* data = nullptr;
-    size_t bytes = 0;
-  };
-  static constexpr size_t kSmall = 256;  // bytes
-
-  static size_t MemoryOf(const Shape& shape, ONNXTensorElementDataType type) {
-    size_t bytes = BytesOf(type);
-    for (const int64_t size : shape) bytes *= static_cast<size_t>(size);
-    return bytes;
-  }
-
-  // What was used last and is large enough, so that layers share what is in the caches. Not much larger: what
-  // layers count stays until it is joined, and each would hold what the next layer computes in.
-  void* TakeMemory(size_t v, size_t bytes) {
-    const auto fits = [=](const Memory& memory) {
-      return memory.bytes >= bytes && memory.bytes <= std::max(2 * bytes, kSmall);
-    };
-    const auto found = std::find_if(free_.rbegin(), free_.rend(), fits);
-    if (found != free_.rend()) {
-      memory_[v] = *found;
-      free_.erase(std::next(found).base());
-    } else {
-      memory_[v] = {arena_.Take<std::byte>(bytes), bytes};
-    }
-    return memory_[v].data;
-  }
-
-  Call& host_;
-  const std::vector<Value>& values_;
-  const size_t before_;  // so many are inputs or weights
-  std::vector<AnyInput> found_;
-  std::vector<Memory> memory_, free_;
-  CallArena arena_;
 };
 
 class StepCall : public Call {
@@ -189,7 +111,10 @@ std::vector<AnyInput> StoredOf(const Node& node) {
 class ChainKernel : public Kernel {
  public:
   explicit ChainKernel(const Node& node)
-      : stored_(StoredOf(node)), before_(node.InputCount() + stored_.size()) {
+      : stored_(StoredOf(node)),
+        inputs_(node.InputCount()),
+        results_(node.OutputTypes().size()),
+        before_(inputs_ + stored_.size()) {
     const std::vector<std::string> operators = LinesOf(node.Text("operators", ""));
     const std::vector<std::string> names = LinesOf(node.Text("names", ""));
     if (operators.size() != names.size() || operators.empty())
@@ -204,25 +129,82 @@ class ChainKernel : public Kernel {
       value.output = i;
       value.type = types[i];
     }
+    ReadRuns(node);
   }
 
   void Compute(Call& call) const override {
+    Runs runs(&call, inputs_, results_);
+    const size_t most = MostRuns(&runs);
     Crew::Run(call.Pool(), [&](const Parallel& pool) {
-      Made made(&call, values_, before_);
-      for (size_t i = 0; i < steps_.size(); ++i) {
-        StepCall step(steps_[i], &made, pool);
-        steps_[i].kernel->Compute(step);
-        made.FreeBehind(i, steps_[i].inputs);
-        made.FreeBehind(i, steps_[i].outputs);
+      for (; runs.run < most; ++runs.run) {
+        Made made(&runs, values_, before_);
+        for (size_t i = 0; i < steps_.size(); ++i) {
+          StepCall step(steps_[i], &made, pool);
+          steps_[i].kernel->Compute(step);
+          made.FreeBehind(i, steps_[i].inputs);
+          made.FreeBehind(i, steps_[i].outputs);
+        }
+        if (runs.run + 1 == most || IsLast(&made)) return;
+        for (const Pair& pair : carried_) runs.Carry(pair.input, made.Find(pair.value));
       }
     });
   }
 
  private:
+  struct Pair {
+    size_t input;
+    int64_t value;
+  };
+
+  // How often, and what runs leave to the next.
+  void ReadRuns(const Node& node) {
+    times_ = node.Int("times", -1);
+    if (times_ >= static_cast<int64_t>(inputs_)) Refuse(node, "how often it runs is no input");
+    const std::vector<int64_t> carried = node.Ints("carried", {}), until = node.Ints("until", {});
+    if (carried.size() % 2 != 0 || (!until.empty() && until.size() != 2))
+      Refuse(node, "values and inputs go in pairs");
+    const auto keep = [&](int64_t input, int64_t value) {
+      if (input < 0 || input >= static_cast<int64_t>(inputs_)) Refuse(node, "a pair without an input");
+      ValueOf(value, node).last_reader = steps_.size();
+      return Pair{static_cast<size_t>(input), value};
+    };
+    for (size_t i = 0; i < carried.size(); i += 2) carried_.push_back(keep(carried[i], carried[i + 1]));
+    if (!until.empty()) until_.push_back(keep(until[1], until[0]));
+    for (const int64_t value : node.Ints("each", {})) {
+      if (ValueOf(value, node).output == kNever) Refuse(node, "what each run puts out is no result");
+      ValueOf(value, node).each = true;
+    }
+  }
+
+  size_t MostRuns(Runs* runs) const {
+    if (times_ < 0) return 1;
+    const AnyInput times = runs->Find(static_cast<size_t>(times_));
+    const int64_t* found = static_cast<const int64_t*>(times.data);
+    if (times.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 || !(times.shape == Shape{2}) || found[1] < 1 ||
+        found[1] > found[0])
+      throw Ort::Exception("Chain: runs must be int64 [2], room for them and how many, at least 1",
+                           ORT_INVALID_ARGUMENT);
+    runs->room = static_cast<size_t>(found[0]);
+    return static_cast<size_t>(found[1]);
+  }
+
+  bool IsLast(Made* made) const {
+    for (const Pair& pair : until_) {
+      const AnyInput value = made->Find(pair.value), end = made->Find(static_cast<int64_t>(pair.input));
+      const auto is_number = [](const AnyInput& one) {
+        return one.type == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64 &&
+               MemoryOf(one.shape, one.type) == sizeof(int64_t);
+      };
+      if (!is_number(value) || !is_number(end))
+        throw Ort::Exception("Chain: what ends its runs must be one int64", ORT_INVALID_ARGUMENT);
+      if (*static_cast<const int64_t*>(value.data) == *static_cast<const int64_t*>(end.data)) return true;
+    }
+    return false;
+  }
+
   void AddStep(const Node& node, const std::string& op, const std::string& name) {
-    const auto* known = std::find_if(std::begin(kOperators), std::end(kOperators),
-                                     [&](const Operator& one) { return op == one.name; });
-    if (known == std::end(kOperators)) Refuse(node, "no step can be '" + op + "'");
+    const Operator known = OperatorOf(op);
+    if (known.kernel_of == nullptr) Refuse(node, "no step can be '" + op + "'");
     const size_t number = steps_.size();
     const std::string prefix = std::to_string(number) + ".";
     Step step;
@@ -232,8 +214,8 @@ class ChainKernel : public Kernel {
       if (value >= static_cast<int64_t>(before_)) ValueOf(value, node).last_reader = number;
     }
     const auto is_asked_for = [](int64_t value) { return value >= 0; };
-    const size_t first = std::min(known->outputs, step.outputs.size());
-    if (first < known->outputs ||
+    const size_t first = std::min(known.outputs, step.outputs.size());
+    if (first < known.outputs ||
         !std::all_of(step.outputs.begin(), step.outputs.begin() + static_cast<ptrdiff_t>(first),
                      is_asked_for))
       Refuse(node, "step '" + name + "' lacks an output");
@@ -243,8 +225,15 @@ class ChainKernel : public Kernel {
         Refuse(node, "steps have to number what they make in order");
       values_.push_back({number});
     }
-    step.kernel = known->kernel_of(node.Step(number, name, step.inputs, &stored_));
+    step.kernel = known.kernel_of(node.Step(number, name, step.inputs, &stored_));
     steps_.push_back(std::move(step));
+  }
+
+  static Operator OperatorOf(const std::string& op) {
+    for (const Operator& one : kOperators) {
+      if (op == one.name) return one;
+    }
+    return {"", StandardKernelOf(op), 1};
   }
 
   Value& ValueOf(int64_t value, const Node& node) {
@@ -255,9 +244,12 @@ class ChainKernel : public Kernel {
   }
 
   const std::vector<AnyInput> stored_;
+  const size_t inputs_, results_;
   const size_t before_;  // inputs and weights, which are numbered before what steps make
   std::vector<Step> steps_;
   std::vector<Value> values_;
+  int64_t times_ = -1;
+  std::vector<Pair> carried_, until_;
 };
 
 struct ChainOpType : Ort::CustomOpBase<ChainOpType, ChainKernel, true> {

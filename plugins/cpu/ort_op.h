@@ -263,11 +263,15 @@ const OrtCustomOp* SparseAttentionFloat16Op();  // the same operator, cache of f
 const OrtCustomOp* SparseFfnOp();
 
 // Their kernels, for a chain, and what only chains have.
+using KernelOf = std::unique_ptr<Kernel> (*)(const Node& node);
 std::unique_ptr<Kernel> ConcatKernelOf(const Node& node);
 std::unique_ptr<Kernel> MatMulRowsKernelOf(const Node& node);
+std::unique_ptr<Kernel> NextTokenKernelOf(const Node& node);
 std::unique_ptr<Kernel> PredictUnitsKernelOf(const Node& node);
 std::unique_ptr<Kernel> SelectThresholdKernelOf(const Node& node);
 std::unique_ptr<Kernel> SparseAttentionKernelOf(const Node& node);
 std::unique_ptr<Kernel> SparseFfnKernelOf(const Node& node);
+// ONNX's own operators (ort_standard.cc); null: this one can be no step.
+KernelOf StandardKernelOf(const std::string& op);
 
 }  // namespace shadowc

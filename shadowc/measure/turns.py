@@ -27,7 +27,7 @@ def turn_sizes(tokens: int) -> list[int]:
 
 
 def tokens_generated(tokens: int) -> int:
-    """New tokens of a text of which so many are timed: the first comes from the prompt, the second right behind it."""
+    """New tokens of a text of which so many are timed: the first is the prompt's, the second comes right behind it."""
     return 2 + tokens
 
 
@@ -49,11 +49,12 @@ class Text:
         self, engine: CausalEngine, prompt: npt.NDArray[np.int64], density: Density, sizes: Sequence[int]
     ) -> None:
         self.seconds: list[float] = []
-        """Of every token that was timed."""
+        """Of every token that was timed; those of a run all at its first."""
         self.bytes_read = 0.0
         """Per token, known after the last turn."""
         self._engine, self._prompt, self._density, self._sizes = engine, prompt, density, sizes
         self._ends = list(accumulate(sizes))
+        self._known = 0
         self._began: float | None = None
         self._error: BaseException | None = None
         self._closed = False
@@ -84,7 +85,8 @@ class Text:
         self._mine.acquire()
         try:
             new = tokens_generated(sum(self._sizes))
-            self._engine.generate(self._prompt, new, new, self._density, self._behind_a_token)
+            stream = self._behind_a_token
+            self._engine.generate(self._prompt, new, new, self._density, stream, stream_every=TURN_TOKENS)
             self.bytes_read = self._engine.last_stats.bytes_read
         except BaseException as error:  # raised where the turn was given
             self._error = error
@@ -93,8 +95,9 @@ class Text:
 
     def _behind_a_token(self, _: Any) -> None:
         self._leave_if_closed()
-        if len(self.seconds) == self._ends[-1]:
-            return  # the last id needs no step
+        self._known += 1
+        if self._known == 1:
+            return
         if self._began is not None:
             self.seconds.append(perf_counter() - self._began)
         if len(self.seconds) == self._ends[0] and len(self._ends) > 1:

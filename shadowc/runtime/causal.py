@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shadowc.runtime import prompts, stored
+from shadowc.runtime.decoder import AT_ONCE
 from shadowc.runtime.generation import TokenDecoder, Watch, greedy, limits_of, teacher_forced
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.runtime.stats import Meter, RunStats
@@ -122,21 +123,21 @@ class CausalEngine(ABC):
     def generate(
         self, prompt: str, max_new_tokens: int = ..., min_new_tokens: int = ...,
         density: float | Density | None = ..., stream: Stream | None = ..., attention_mask: object = ...,
-        watch: Watch | None = ...,
+        watch: Watch | None = ..., stream_every: int = ...,
     ) -> str: ...  # fmt: skip
 
     @overload
     def generate(
         self, prompt: list[str], max_new_tokens: int = ..., min_new_tokens: int = ...,
         density: float | Density | None = ..., stream: Stream | None = ..., attention_mask: object = ...,
-        watch: Watch | None = ...,
+        watch: Watch | None = ..., stream_every: int = ...,
     ) -> list[str]: ...  # fmt: skip
 
     @overload
     def generate(
         self, prompt: npt.NDArray[Any], max_new_tokens: int = ..., min_new_tokens: int = ...,
         density: float | Density | None = ..., stream: Stream | None = ..., attention_mask: object = ...,
-        watch: Watch | None = ...,
+        watch: Watch | None = ..., stream_every: int = ...,
     ) -> Ids: ...  # fmt: skip
 
     def generate(
@@ -148,6 +149,7 @@ class CausalEngine(ABC):
         stream: Stream | None = None,
         attention_mask: object = None,
         watch: Watch | None = None,
+        stream_every: int = 1,
     ) -> str | list[str] | Ids:
         """Continue prompts greedily; a row ends at the end token, at `max_new_tokens` or where the context ends.
 
@@ -159,6 +161,8 @@ class CausalEngine(ABC):
             stream: called with each new piece: text; for several texts a list of them; for ids the next ids [B].
             attention_mask: for ids, zeros, then ones in each row; None: leading pad tokens are padding.
             watch: called with the masks of every new token but the first, which the prompt's dense pass gives.
+            stream_every: with `stream`, tokens that may be computed before it is told of them, for a single prompt:
+                without one it is several, which saves some 0.3 ms of each.
 
         Returns:
             For text the new text (a list for several); for ids the ids [B,S+n], prompt included, and the pad token
@@ -171,20 +175,22 @@ class CausalEngine(ABC):
         """
         if watch is not None:
             self._require_sparse()
-        require_whole(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens)
+        require_whole(max_new_tokens=max_new_tokens, min_new_tokens=min_new_tokens, stream_every=stream_every)
+        if stream_every < 1:
+            raise InputError(f"stream_every is {stream_every}, expected at least 1", hint="use stream_every=1")
         if max_new_tokens < 1 or not 0 <= min_new_tokens <= max_new_tokens:
             raise InputError(
                 "expected max_new_tokens of at least 1 and min_new_tokens from 0 to that; "
                 f"found {max_new_tokens} and {min_new_tokens}",
                 hint="for example max_new_tokens=64, min_new_tokens=0",
             )
-        chosen = self._density(density)
+        chosen, at_once = self._density(density), AT_ONCE if stream is None else stream_every
         model = self.model
         texts = [prompt] if isinstance(prompt, str) else prompt
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             batch = prompts.from_ids(prompt, attention_mask, model)
             return np.concatenate(
-                [batch.ids, self._generate(batch, max_new_tokens, min_new_tokens, chosen, stream, watch)], axis=1
+                [batch.ids, self._generate(batch, max_new_tokens, min_new_tokens, chosen, at_once, stream, watch)], axis=1
             )
         if attention_mask is not None:
             raise InputError("attention_mask belongs to ids, the prompt is text", hint="leave attention_mask out")
@@ -193,7 +199,7 @@ class CausalEngine(ABC):
         if isinstance(prompt, str) and stream is not None:
             show = _only_row(stream)
         text = TextBatch(self.tokenizer, batch.ids, model.eos, show)
-        self._generate(batch, max_new_tokens, min_new_tokens, chosen, text.push, watch)
+        self._generate(batch, max_new_tokens, min_new_tokens, chosen, at_once, text.push, watch)
         rows = text.finish()
         return rows[0] if isinstance(prompt, str) else rows
 
@@ -219,15 +225,16 @@ class CausalEngine(ABC):
         refuse_if_calibrated(fingerprint(text.encode(), [text]), sparsity.predictor)
 
     def _generate(
-        self, batch: Batch, most: int, least: int, density: Density, stream: Stream | None, watch: Watch | None
-    ) -> Ids:
+        self, batch: Batch, most: int, least: int, density: Density, at_once: int, stream: Stream | None,
+        watch: Watch | None,
+    ) -> Ids:  # fmt: skip
         model = self.model
         batch = batch.trimmed()
         prompts.check_length(batch, model, room=1)
         limits = limits_of(model, most, least)
         meter = Meter(self.manifest)
         decoder = self._decoder(batch, min(batch.slots + most, model.positions), masks=watch is not None)
-        new, finish = greedy(decoder, batch, limits, density, meter, stream, watch)
+        new, finish = greedy(decoder, batch, limits, density, meter, stream, watch, at_once)
         self._stats = meter.stats(new_tokens=new.shape[1], finish=finish)
         return new
 

@@ -2,10 +2,14 @@
 """Operators of shadowc one behind the other as one node: what ONNX Runtime runs on the CPU in place of a stored graph.
 
 A Chain (plugins/cpu/ort_chain.cc) computes what its steps compute, to the bit. ONNX Runtime takes some 10 us from node
-to node, because behind megabytes of weights nothing that it needs is in the caches. What joins their counts is one of
-the steps. And it takes and gives back every initialiser in every call, which are hundreds: of what lies in a file a
+to node, because behind megabytes of weights nothing that it needs is in the caches. And it takes and gives back every initialiser in every call, which are hundreds: of what lies in a file a
 chain gets all as one, and finds the weights of its steps in there. No stored graph has a chain: other hosts need not
 know the operator.
+
+ONNX's own operators (`runtime/standard_steps.py`) are steps where they read what steps have made. A graph all of whose
+nodes can be steps is one chain; if it makes text, one call of it may compute several tokens, each from the id that the one
+before has chosen (`runtime/token_runs.py`). The last norm is the only one that is no part of an operator: as a step it
+differs from ONNX Runtime's in the last bits.
 """
 
 from __future__ import annotations
@@ -16,6 +20,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from shadowc.runtime.standard_steps import is_standard_step
+from shadowc.runtime.token_runs import TokenRuns, add_token_runs
 from shadowc.runtime.variants import inputs_of
 from shadowc.runtime.weights_memory import place_of
 from shadowc.spec.errors import InternalError
@@ -25,7 +31,6 @@ if TYPE_CHECKING:
     import onnx
 
 _STEPS = {spec.name: spec for spec in CPU_OPS}
-_JOIN = "Concat"
 _NONE = -1
 _STORED = "chain.weights"
 """The initialiser that is a whole file of weights."""
@@ -41,7 +46,9 @@ def chained(model: onnx.ModelProto) -> onnx.ModelProto:
     copy.CopyFrom(model)
     graph = copy.graph
     kinds, stored = _kinds(graph), _stored(graph)
-    steps, others = _levels(graph.node)
+    whole = all(_is_operator(node) or is_standard_step(node, kinds) for node in graph.node)
+    runs = add_token_runs(graph) if whole else None
+    steps, others = _levels(graph.node, kinds, whole=whole)
     nodes: list[onnx.NodeProto] = []
     for level in range(max((*steps, *others), default=-1) + 1):
         nodes += others[level]
@@ -51,7 +58,7 @@ def chained(model: onnx.ModelProto) -> onnx.ModelProto:
         results = [name for node in chain for name in node.output if name and name in wanted]
         if len(chain) > 1 and results:
             _say_types(graph, results, kinds)
-            nodes.append(_chain(f"chain.{level}", chain, results, stored))
+            nodes.append(_chain(f"chain.{level}", chain, results, stored, runs))
         else:
             nodes += chain
     rest = [type(node).FromString(node.SerializeToString()) for node in nodes]
@@ -93,15 +100,20 @@ def _keep_whole(graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto]) 
     graph.initializer.extend([*kept, whole])
 
 
-def _levels(nodes: Iterable[onnx.NodeProto]) -> tuple[_ByLevel, _ByLevel]:
-    """Steps and other nodes by level: no step needs an other node that needs a step of its level."""
+def _levels(
+    nodes: Iterable[onnx.NodeProto], kinds: Mapping[str, int], *, whole: bool
+) -> tuple[_ByLevel, _ByLevel]:
+    """Steps and other nodes by level: no step needs an other node that needs a step of its level.
+
+    ONNX's own operators are steps where they read what steps have made, and if all nodes can be steps (`whole`).
+    """
     steps: _ByLevel = defaultdict(list)
     others: _ByLevel = defaultdict(list)
     level_of: dict[str, tuple[int, bool]] = {}
     for node in nodes:
         found = [level_of[name] for name in inputs_of(node) if name in level_of]
-        joins_steps = len(found) == len(node.input) and all(of_step for _, of_step in found)
-        is_step = _is_operator(node) or (_is_join(node) and joins_steps)
+        of_steps = bool(found) and all(of_step for _, of_step in found) and is_standard_step(node, kinds)
+        is_step = whole or of_steps or _is_operator(node)
         level = max((at + (of_step and not is_step) for at, of_step in found), default=0)
         (steps if is_step else others)[level].append(node)
         level_of.update(dict.fromkeys(filter(None, node.output), (level, is_step)))
@@ -109,13 +121,18 @@ def _levels(nodes: Iterable[onnx.NodeProto]) -> tuple[_ByLevel, _ByLevel]:
 
 
 def _chain(
-    name: str, steps: Sequence[onnx.NodeProto], results: Sequence[str], stored: Mapping[str, onnx.TensorProto]
+    name: str,
+    steps: Sequence[onnx.NodeProto],
+    results: Sequence[str],
+    stored: Mapping[str, onnx.TensorProto],
+    runs: TokenRuns | None,
 ) -> onnx.NodeProto:
-    """The node of these steps that puts out `results`, whose weights may lie in `_STORED`."""
+    """The node of these steps that puts out `results`, whose weights may lie in `_STORED`; `runs`: many times."""
     import onnx
 
     made = {output for step in steps for output in step.output}
-    read = list(dict.fromkeys(name for step in steps for name in step.input if name and name not in made))
+    asked = [name for step in steps for name in step.input if name and name not in made]
+    read = list(dict.fromkeys([*asked, *(runs.inputs if runs else ())]))
     weights = [name for name in read if name in stored]
     given = [name for name in read if name not in stored] + [_STORED] * bool(weights)
     values = {name: number for number, name in enumerate([*given, *weights])}
@@ -132,6 +149,8 @@ def _chain(
             values[output] = len(values)
         attributes[f"{number}.outputs"] = [values[name] if name else _NONE for name in step.output]
     attributes["results"] = [values[name] for name in results]
+    if runs is not None:
+        attributes |= runs.attributes(values)
     chain = onnx.helper.make_node(CHAIN, given, results, name, domain=DOMAIN)
     chain.attribute.extend(onnx.helper.make_attribute(key, value) for key, value in attributes.items())
     for number, step in enumerate(steps):
@@ -143,9 +162,9 @@ def _chain(
 
 def _kinds(graph: onnx.GraphProto) -> dict[str, int]:
     """Element types: those that the graph says, and of steps those that ONNX Runtime derives."""
-    kinds = _said(graph)
+    kinds = {tensor.name: tensor.data_type for tensor in graph.initializer} | _said(graph)
     for node in graph.node:
-        if _is_join(node) or _is_operator(node):
+        if is_standard_step(node, kinds) or _is_operator(node):
             for name, kind in zip(node.output, _kinds_of(node, kinds), strict=False):
                 if name and kind is not None:
                     kinds.setdefault(name, kind)
@@ -161,8 +180,8 @@ def _kinds_of(step: onnx.NodeProto, known: Mapping[str, int]) -> Iterator[int | 
     """Of the outputs of a step; `known` may have the types of those inputs that they follow."""
     import onnx
 
-    if _is_join(step):
-        yield known.get(step.input[0])
+    if step.domain == "":
+        yield onnx.TensorProto.INT64 if step.op_type == "Shape" else known.get(step.input[0])
         return
     spec = _STEPS[step.op_type]
     for operand in spec.outputs:
@@ -189,6 +208,3 @@ def _say_types(graph: onnx.GraphProto, results: Iterable[str], kinds: Mapping[st
 def _is_operator(node: onnx.NodeProto) -> bool:
     return node.domain == DOMAIN and node.op_type in _STEPS
 
-
-def _is_join(node: onnx.NodeProto) -> bool:
-    return (node.domain, node.op_type) == ("", _JOIN)

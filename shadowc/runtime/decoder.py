@@ -8,6 +8,7 @@ H heads, D head size, N units of neurons.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -19,7 +20,7 @@ from shadowc.runtime.prompts import Batch, Ids
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.errors import InternalError
 from shadowc.spec.program import GRID
-from shadowc.spec.tensors import LOGITS_FROM, MASK, PAST, START, TAIL, TOKEN
+from shadowc.spec.tensors import BANNED, END, LOGITS_FROM, MASK, NEXT, PAST, RUNS, START, TAIL, TOKEN
 
 if TYPE_CHECKING:
     from shadowc.runtime.session import Binding, Session
@@ -36,6 +37,9 @@ CHUNK_TOKENS = 128
 """Tokens per run, all rows together at most twice that: bounds the memory of logits and scores."""
 PROMPT_CHUNKS = 4
 """Of a prompt, which needs the logits of its last token only, so many chunks are one run: weights pass once for all."""
+AT_ONCE = 8
+"""Tokens that one run of a graph may compute: of the 0.4 ms between two runs each has an eighth."""
+NO_ID = -1
 AUTOMATIC = -1
 """sparse_tail: one masked token when one token comes in, none otherwise."""
 
@@ -59,6 +63,18 @@ class ModelSizes(Protocol):
     def vocab(self) -> int: ...  # noqa: D102
     @property
     def positions(self) -> int: ...  # noqa: D102
+
+
+@dataclass(frozen=True, slots=True)
+class TokensRun:
+    """What one run of several tokens gave."""
+
+    ids: list[int]
+    """The token that each of them chose, in order."""
+    outputs: Outputs
+    """Counts, one row of one token for each; overwritten by the next run."""
+    predictions: int
+    """So many of them asked the predictor."""
 
 
 class Decoder:
@@ -109,13 +125,23 @@ class Decoder:
         self._look_up()
         self._whole_mask: Ids = np.zeros((batch.rows, 0), np.int64)
         self._step: Binding | None = None
+        self._many = RUNS in session.inputs and batch.rows == 1 and in_place and scores is None and not self._shown
+        self._runs: Ids = np.array([AT_ONCE if self._many else 1, 1], np.int64)
+        self._ends: Times = {name: np.array([NO_ID], np.int64) for name in (BANNED, END)}
         self._step_ids: Ids = np.zeros((batch.rows, 1), np.int64)
         self._step_times: Times = {}
         self._last_start = int(batch.starts.max())
         self._step_outputs: Outputs = {}
+        self._run_outputs: Outputs = {}
+        """Of all tokens of a run; the former are the first token's."""
 
     predicts = True
     """Whether the last run asked the predictor."""
+
+    @property
+    def at_once(self) -> int:
+        """Most tokens of `run_on`; 1: there is `step` alone."""
+        return int(self._runs[0])
 
     @property
     def filled(self) -> int:
@@ -185,16 +211,41 @@ class Decoder:
     def step(self, ids_B: Ids) -> Outputs:
         """Run one masked token per row; the arrays returned are overwritten by the next step."""
         self._reserve(1)
+        self._run_step(ids_B, 1)
+        if self._cache.advance(1):
+            assert self._step is not None
+            self._cache.bind(self._step)
+        return self._step_outputs
+
+    def run_on(self, token: int, most: int, *, end: int, banned: int = NO_ID) -> TokensRun:
+        """Run a masked token of the only row and go on from the largest logit, `most` tokens in one run.
+
+        Args:
+            token: id of the first.
+            most: 1 to `at_once`.
+            end: id behind which there are none; NO_ID: there is none.
+            banned: id that is not chosen; NO_ID: all may be.
+        """
+        self._reserve(most)
+        self._ends[END][0], self._ends[BANNED][0] = end, banned
+        self._run_step(np.array([token]), most)
+        ids = self._run_outputs[NEXT][:most, 0].tolist()
+        count = ids.index(end) + 1 if end in ids else most
+        self._cache.advance(count)
+        rows = {name: self._run_outputs[name][: count * len(one)] for name, one in self._step_outputs.items()}
+        rows.pop("logits")
+        return TokensRun(ids[:count], rows, count * self.predicts)
+
+    def _run_step(self, ids_B: Ids, runs: int) -> None:
+        """Run the graph of a step so many times."""
         self._step_ids[:, 0] = ids_B
+        self._runs[1] = runs
         if self._step is None:
             self._step = self._bind_step()
         else:
             self._move_on()
             self._bind_scores(self._step, 1)
         self._step.run_in_place()
-        if self._cache.advance(1):
-            self._cache.bind(self._step)
-        return self._step_outputs
 
     def _begin_prompt(self, tokens: int) -> None:
         """So many tokens of a prompt come next; nothing is kept of where it ends."""
@@ -267,6 +318,10 @@ class Decoder:
             shape = (self._batch.rows, *scores.shape[1:])
             binding.give(f"scores.{kind}", np.ascontiguousarray(np.broadcast_to(scores, shape), np.float32))
 
+    def _room(self, output: str) -> int:
+        """Tokens of one run that an output has room for."""
+        return 1 if output == "logits" else self.at_once
+
     def _bind_step(self) -> Binding:
         """A binding whose outputs lie in buffers that all steps share."""
         model, rows = self._model, self._batch.rows
@@ -280,9 +335,15 @@ class Decoder:
         for kind, units in self._shown.items():
             shapes[f"scores.{kind}"] = ((rows, 1, model.layers - 1, units), np.float32)
             shapes[f"threshold.{kind}"] = ((rows, 1, model.layers - 1), np.float32)
-        self._step_outputs = {name: np.zeros(*shapes[name]) for name in shapes if name in known}
+        whole = {name: shapes[name] for name in shapes if name in known}
+        self._run_outputs = {name: np.zeros((size[0] * self._room(name), *size[1:]), kind) for name, (size, kind) in whole.items()}
+        self._step_outputs = {name: self._run_outputs[name][: size[0]] for name, (size, _) in whole.items()}
         binding = self._bind(self._step_ids, AUTOMATIC)
-        for name, array in self._step_outputs.items():
+        if RUNS in self._session.inputs:
+            self._run_outputs[NEXT] = np.zeros((rows * self.at_once, 1), np.int64)
+            for name, array in {RUNS: self._runs, **self._ends}.items():
+                binding.give(name, array)
+        for name, array in self._run_outputs.items():
             binding.take(name, array)
         self._cache.bind(binding)
         return binding

@@ -7,14 +7,14 @@ Letters: B rows, S tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter
 from typing import Protocol
 
 import numpy as np
 
-from shadowc.runtime.decoder import Floats, Outputs, chunks
+from shadowc.runtime.decoder import AT_ONCE, NO_ID, Decoder, Floats, Outputs, chunks
 from shadowc.runtime.mask_trace import TokenMasks
 from shadowc.runtime.prompts import Batch, Ids
 from shadowc.runtime.stats import Meter
@@ -73,8 +73,9 @@ def greedy(
     meter: Meter,
     stream: Callable[[Ids], object] | None,
     watch: Watch | None = None,
+    at_once: int = AT_ONCE,
 ) -> tuple[Ids, tuple[str, ...]]:
-    """Dense pass over the prompt, then one masked token at a time.
+    """Dense pass over the prompt, then one masked token at a time; of one row up to `at_once` in one run.
 
     Returns:
         The new ids [B,n], pad tokens after a row's end, and why each row ended.
@@ -84,14 +85,15 @@ def greedy(
     meter.prefill_seconds = perf_counter() - started
     decoder.set_density(density.heads, density.neurons)
     room = min(limits.most, limits.positions - batch.slots)
+    cut = "length" if room == limits.most else "context"
+    if isinstance(decoder, Decoder) and watch is None and min(decoder.at_once, at_once) > 1:
+        ids = _in_runs(decoder, logits_BV, replace(limits, most=room), min(decoder.at_once, at_once), meter, stream)
+        return np.array([ids], np.int64), ("eos" if ids[-1] == limits.eos else cut,)
     new_BN = np.full((batch.rows, room), limits.pad, np.int64)
     live_B, living, all_live = np.ones(batch.rows, np.bool_), True, True
     for count in range(1, room + 1):
         began = perf_counter()
-        if count <= limits.least:
-            logits_BV[:, limits.eos] = -np.inf
-        # Few calls of numpy: between two tokens its code and data have left the caches, and each takes 10 us.
-        ids_B = logits_BV.argmax(axis=1)
+        ids_B = _choose(logits_BV, limits, count)
         if not all_live:
             ids_B[~live_B] = limits.pad
         new_BN[:, count - 1] = ids_B
@@ -100,21 +102,51 @@ def greedy(
                 live_B[row] = False
                 decoder.mute(int(row))
             living, all_live = bool(live_B.any()), bool(live_B.all())
-        going_on = count < room and living
-        if going_on:
-            outputs = decoder.step(ids_B)
-            meter.add(outputs, live_B[:, None], predicted=decoder.predicts)
-            logits_BV = outputs["logits"][:, 0]
-            meter.seconds += perf_counter() - began
-            if watch is not None:
-                watch(decoder.masks())
         if stream is not None:
+            spent = perf_counter() - began
             stream(ids_B)
-        if not going_on:
+            began = perf_counter() - spent
+        if count == room or not living:
             new_BN = new_BN[:, :count]
             break
-    cut = "length" if room == limits.most else "context"
+        outputs = decoder.step(ids_B)
+        meter.add(outputs, live_B[:, None], predictions=int(decoder.predicts))
+        logits_BV = outputs["logits"][:, 0]
+        meter.seconds += perf_counter() - began
+        if watch is not None:
+            watch(decoder.masks())
     return new_BN, tuple(cut if live else "eos" for live in live_B)
+
+
+def _choose(logits_BV: Floats, limits: Limits, count: int) -> Ids:
+    """The ids [B] of token number `count`; the end token is none of them before it may be."""
+    if count <= limits.least:
+        logits_BV[:, limits.eos] = -np.inf
+    # Few calls of numpy: between two tokens its code and data have left the caches, and each takes 10 us.
+    return logits_BV.argmax(axis=1)
+
+
+def _in_runs(
+    decoder: Decoder, logits_1V: Floats, limits: Limits, at_once: int, meter: Meter,
+    stream: Callable[[Ids], object] | None,
+) -> list[int]:  # fmt: skip
+    """The new tokens of the only row, several of them in one run of the graph but the first two."""
+    ids: list[int] = []
+    new, most = _choose(logits_1V, limits, 1).tolist(), 1
+    while True:
+        ids += new
+        for token in new if stream is not None else ():
+            stream(np.array([token], np.int64))
+        if len(ids) == limits.most or ids[-1] == limits.eos:
+            return ids
+        began, most = perf_counter(), min(most, limits.most - len(ids))
+        banned = NO_ID
+        if len(ids) < limits.least:
+            banned, most = limits.eos, min(most, limits.least - len(ids))
+        run = decoder.run_on(ids[-1], most, end=limits.eos, banned=banned)
+        meter.add(run.outputs, np.ones((len(run.ids), 1), np.bool_), calls=len(run.ids), predictions=run.predictions)
+        meter.seconds += perf_counter() - began
+        new, most = run.ids, at_once
 
 
 def teacher_forced(
@@ -141,7 +173,7 @@ def teacher_forced(
             result = decoder.feed(batch.ids[:, start:stop], sparse_tail=tail, outputs=outputs)
             if tail:
                 meter.seconds += perf_counter() - began
-                meter.add(result, np.repeat(masked_B[:, None], tail, axis=1), predicted=decoder.predicts)
+                meter.add(result, np.repeat(masked_B[:, None], tail, axis=1), predictions=int(decoder.predicts))
             else:
                 meter.prefill_seconds += perf_counter() - began
             yield start, tail, result

@@ -11,13 +11,13 @@ Letters: B rows, S new tokens, L predicted layers, N units of a kind.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from shadowc.runtime.decoder import Decoder
+from shadowc.runtime.decoder import NO_ID, Decoder, TokensRun
 from shadowc.runtime.mask_trace import TokenMasks
 from shadowc.runtime.variants import CONTEXT_READ
 from shadowc.spec.density import UNIT_KINDS
@@ -171,6 +171,21 @@ class SequenceDecoder(Decoder):
 
     def step(self, ids_B: Ids) -> Outputs:
         """See Decoder.step."""
+        read = self._prepare(ids_B)
+        return _with_read(super().step(ids_B) | self._selected, read)
+
+    def run_on(self, token: int, most: int, *, end: int, banned: int = NO_ID) -> TokensRun:
+        """See Decoder.run_on; it ends where masks have to be made."""
+        read = self._prepare(np.array([token]))
+        if self._refresh:
+            most = min(most, self._refresh - int(self.filled - self._origins_B[0]) % self._refresh)
+        run = super().run_on(token, most, end=end, banned=banned)
+        active = (name for name in SELECTED if name.startswith("active."))
+        counts = {name: np.repeat(self._selected[name], len(run.ids), axis=0) for name in active}
+        return replace(run, outputs=_with_read(run.outputs | counts, read), predictions=int(self.predicts))
+
+    def _prepare(self, ids_B: Ids) -> Read | None:
+        """Have masks for the next tokens, of which these are the first; what making them read, if they were made."""
         self.predicts, read = False, None
         if self._refresh:
             making_B = (self.filled - self._origins_B) % self._refresh == 0
@@ -181,7 +196,7 @@ class SequenceDecoder(Decoder):
             for name, array_B1L in self._select(self._scores_held).items():
                 self._selected[name][:] = array_B1L
             self._stale = False
-        return _with_read(super().step(ids_B) | self._selected, read)
+        return read
 
     def _begin_prompt(self, tokens: int) -> None:
         """Let the last of the next tokens make the masks from there on."""

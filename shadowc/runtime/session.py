@@ -18,6 +18,7 @@ from shadowc.runtime.ort_package import to_install
 from shadowc.runtime.recording import Run, read_recording
 from shadowc.spec.errors import IncompatibleEngineError, InternalError, SetupError
 from shadowc.spec.ops import CHAIN, DOMAIN
+from shadowc.spec.tensors import NEXT
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -198,8 +199,9 @@ class Session:
 
     @cached_property
     def outputs(self) -> tuple[str, ...]:
-        """Names of the graph outputs other than the cache."""
-        return tuple(value.name for value in self.ort.get_outputs() if not value.name.startswith("present."))
+        """Names of the graph outputs other than the cache and what a chain chose."""
+        names = (value.name for value in self.ort.get_outputs())
+        return tuple(name for name in names if name != NEXT and not name.startswith("present."))
 
     def _options(self) -> onnxruntime.SessionOptions:
         import onnxruntime as ort

@@ -97,17 +97,23 @@ class Meter:
     """Runs that are not yet in the sums."""
 
     def add(
-        self, outputs: Mapping[str, npt.NDArray[Any]], live_BZ: npt.NDArray[np.bool_], *, predicted: bool = True
+        self,
+        outputs: Mapping[str, npt.NDArray[Any]],
+        live_BZ: npt.NDArray[np.bool_],
+        *,
+        calls: int = 1,
+        predictions: int = 1,
     ) -> None:
-        """Count one run.
+        """Count one run, or several.
 
         Args:
             outputs: graph outputs by name; `active.*` [B,Z,L] and `read` [n,2,2] count, others do not matter.
             live_BZ: which rows and masked tokens are real.
-            predicted: the run asked the predictor.
+            calls: so many runs of one token; of the outputs, one row of one token for each.
+            predictions: so many of them asked the predictor.
         """
-        self.calls += 1
-        self.predictions += predicted
+        self.calls += calls
+        self.predictions += predictions
         # Kept, and added up many at a time: behind a token that read hundreds of MB each call of numpy is ten times as
         # slow as behind another one.
         self._kept.append(({name: outputs[name].copy() for name in _COUNTED if name in outputs}, live_BZ.copy()))

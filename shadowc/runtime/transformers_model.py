@@ -102,7 +102,7 @@ class EngineCache:
         self._require_room(ids_B[:, None])
         began = perf_counter()
         outputs = self._decoder.step(ids_B)
-        self.meter.add(outputs, np.ones((len(ids_B), 1), np.bool_), predicted=self._decoder.predicts)
+        self.meter.add(outputs, np.ones((len(ids_B), 1), np.bool_), predictions=int(self._decoder.predicts))
         self.meter.seconds += perf_counter() - began
         self.tokens += 1
         return torch.from_numpy(np.array(outputs["logits"], np.float32))  # the next step overwrites them

@@ -266,8 +266,10 @@ CPU_OPS = (*OPS, PREDICT_UNITS, MATMUL_ROWS)
 """What the compiled library for the CPU has."""
 
 CHAIN = "Chain"
-"""Several of them one behind the other, and ONNX's Concat of what they count, which that library has besides; no
-stored graph has one, see `runtime/chains.py`."""
+"""Several of them one behind the other, and operators of ONNX, which that library has besides; no stored graph has one,
+see `runtime/chains.py`."""
+NEXT_TOKEN = "NextToken"
+"""A step that only chains have: the ids of the largest logits."""
 
 ACTIVATION_TYPES = ("float32", "float16", "bfloat16")
 """Types of x, y, context and K/V on TensorRT; matrices have the same type, or int8."""

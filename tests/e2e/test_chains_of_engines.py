@@ -10,12 +10,15 @@ import onnx
 import pytest
 
 from shadowc.runtime import session as sessions
+from shadowc.runtime import standard_steps
 from shadowc.runtime.chains import chained
 from shadowc.runtime.load import load, load_cpu
 from shadowc.spec.ops import CHAIN, DOMAIN, SPARSE_FFN
 from tests.runtime.test_chains import step_names
 from tests.runtime.test_told import results
 
+LAST_NORM = 1e-5
+"""Of logits, whose norm is ONNX Runtime's or a step; ids and counts are whole numbers."""
 ENGINES = ("sparse_engine", "sequence_engine", "int8_engine")
 
 
@@ -25,9 +28,13 @@ def test_engines_give_the_same_bits_with_chains_and_without(
 ) -> None:
     folder: Path = request.getfixturevalue(name)
     with_chains = results(folder)
+    monkeypatch.delitem(standard_steps._STEPS, "LayerNormalization")  # whose last bits differ
+    but_for_the_norm = results(folder)
     monkeypatch.setattr(sessions, "chained", lambda model: model)
-    for found, wanted in zip(with_chains, results(folder), strict=True):
+    for found, wanted in zip(but_for_the_norm, results(folder), strict=True):
         np.testing.assert_array_equal(found, wanted)
+    for found, wanted in zip(with_chains, but_for_the_norm, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=LAST_NORM)
 
 
 def test_a_chain_one_of_whose_steps_reads_what_another_has_to_read_gives_other_logits(
@@ -56,17 +63,13 @@ def test_the_threads_of_a_session_do_not_change_what_a_chain_gives(int8_engine: 
     np.testing.assert_array_equal(load(int8_engine, threads=threads).logits(ids, 0.5), wanted)
 
 
-def test_all_operators_are_in_as_few_chains_as_the_predictor_leaves(int8_engine: Path) -> None:
+def test_a_graph_that_makes_text_is_one_chain(int8_engine: Path) -> None:
     engine = load_cpu(int8_engine)
-    graph = chained(engine._generating.load_model()).graph
-    first, *_, last = (step_names(node) for node in graph.node if node.op_type == CHAIN)
-    layers = range(1, engine.manifest.model.layers)
-    behind = [f"layers.{layer}.{part}" for layer in layers for part in ("attention", "ffn")]
-    assert first == ["layers.0.attention", "layers.0.ffn"]  # the predictor reads what it makes
-    assert [name for name in last if name.startswith("layers.")] == behind
-    assert {"select.heads", "select.neurons", "read.flat"} == set(last) - set(behind)
-    twin = chained(engine.dense_twin()._generating.load_model()).graph
-    assert [len(step_names(node)) for node in twin.node if node.op_type == CHAIN] == [2 * (len(layers) + 1) + 1]
+    for runs in (engine, engine.dense_twin()):
+        model = runs._generating.load_model()
+        (chain,) = chained(model).graph.node
+        chosen = ["next_ids", "past.next", "slot.clipped.next"]
+        assert step_names(chain) == [*(node.name or node.output[0] for node in model.graph.node), *chosen]
 
 
 def test_a_chain_reads_all_its_weights_as_one_input(int8_engine: Path) -> None:

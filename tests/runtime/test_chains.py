@@ -21,10 +21,14 @@ from shadowc.runtime import session as sessions
 from shadowc.runtime.chains import chained
 from shadowc.runtime.library import REINSTALL, OpLibrary
 from shadowc.runtime.load import load
+from shadowc.runtime.standard_steps import is_standard_step
 from shadowc.spec.errors import IncompatibleEngineError
 from shadowc.spec.ops import CHAIN, CPU_OPS, DOMAIN
 
 WIDTH = 8
+NORM = 1e-6
+"""What a norm may differ by, of values of about 1: its sums are in another order than ONNX Runtime's."""
+STANDARD = ("Add", "Sub", "Max", "Div", "Relu", "Slice", "ReduceMax", "ReduceMin", "Reshape")
 
 
 def step_names(chain: onnx.NodeProto) -> list[str]:
@@ -88,11 +92,14 @@ def stored(model: onnx.ModelProto, folder: Path) -> onnx.ModelProto:
 
 @st.composite
 def graphs(draw: st.DrawFn) -> onnx.ModelProto:
-    """Products, thresholds, joins and ONNX's own operators on what there is by then; some values are outputs."""
+    """Products, thresholds, joins and ONNX's own operators on what there is by then; some values are outputs.
+
+    Neg is no step, the others are where they read what steps have made.
+    """
     nodes, values, flat, joined, others = [], ["x"], [], [], []  # joined: of the same width
     for number in range(draw(st.integers(1, 14))):
         name, of = f"v{number}", draw(st.sampled_from(values))
-        kind = draw(st.sampled_from(["product", "product", "Relu", "Add", "select", "Concat", "of_join"]))
+        kind = draw(st.sampled_from(["product", "product", "Neg", *STANDARD, "select", "Concat", "of_join"]))
         if kind == "product":
             nodes.append(product(of, name))
         elif kind == "select":
@@ -113,10 +120,24 @@ def graphs(draw: st.DrawFn) -> onnx.ModelProto:
             nodes.append(draw(st.sampled_from([product(of, name), again])))
             (others if nodes[-1] is again else joined).append(name)
             continue
+        elif kind == "Div":
+            nodes.append(helper.make_node(kind, [of, draw(st.sampled_from(["row", "number"]))], [name]))
+        elif kind in ("Add", "Sub", "Max"):
+            other = draw(st.sampled_from([*values, *flat, "row", "number"]))
+            nodes.append(helper.make_node(kind, draw(st.permutations([of, other])), [name]))
+        elif kind == "Slice":  # all, or one, which is as good as all
+            start, axis = draw(st.sampled_from(["i0", "i-1"])), draw(st.sampled_from(["i0", "i1"]))
+            nodes.append(helper.make_node(kind, [of, start, "i5", axis], [f"{name}.part"]))
+            nodes.append(helper.make_node("Add", [of, f"{name}.part"], [name]))
+        elif kind in ("ReduceMax", "ReduceMin"):
+            nodes.append(helper.make_node(kind, [of, "i-1"], [f"{name}.of_row"], keepdims=1))
+            nodes.append(helper.make_node("Sub", [of, f"{name}.of_row"], [name]))
+        elif kind == "Reshape":
+            nodes.append(helper.make_node(kind, [of, "as_columns"], [f"{name}.flat"]))
+            nodes.append(helper.make_node("Shape", [of], [f"{name}.shape"]))
+            nodes.append(helper.make_node(kind, [f"{name}.flat", f"{name}.shape"], [name]))
         else:
-            kind = "Relu" if kind == "of_join" else kind
-            more = [draw(st.sampled_from([*values, *flat]))] if kind == "Add" else []
-            nodes.append(helper.make_node(kind, [of, *more], [name]))
+            nodes.append(helper.make_node("Neg" if kind == "of_join" else kind, [of], [name]))
         values.append(name)
     outputs = draw(
         st.lists(st.sampled_from([*values[1:], *flat, *joined, *others] or ["x"]), min_size=1, max_size=4, unique=True)
@@ -124,7 +145,10 @@ def graphs(draw: st.DrawFn) -> onnx.ModelProto:
     if outputs == ["x"]:
         nodes, outputs = [product("x", "v")], ["v"]
     model = model_of(nodes, outputs)
-    model.graph.initializer.append(onnx.numpy_helper.from_array(np.array([2]), "axis"))
+    numbers = {"row": np.linspace(0.5, 2, WIDTH, dtype=np.float32), "number": np.array(0.3, np.float32)}
+    numbers |= {f"i{index}": np.array([index]) for index in (-1, 0, 1, 5)}
+    numbers |= {"axis": np.array([2]), "as_columns": np.array([WIDTH, -1, 1])}
+    model.graph.initializer.extend(onnx.numpy_helper.from_array(array, name) for name, array in numbers.items())
     return model
 
 
@@ -139,20 +163,77 @@ def test_any_graph_gives_the_same_bits_with_chains_and_without(model: onnx.Model
 
 
 def test_steps_one_behind_the_other_are_one_node_and_what_is_between_them_stays_inside() -> None:
-    nodes = [product("x", "a"), product("a", "b"), helper.make_node("Relu", ["b"], ["c"]), product("c", "d")]
-    (chain, relu, last) = chained(model_of(nodes, ["d"])).graph.node
+    nodes = [product("x", "a"), product("a", "b"), helper.make_node("Neg", ["b"], ["c"]), product("c", "d")]
+    (chain, neg, last) = chained(model_of(nodes, ["d"])).graph.node
     assert (chain.op_type, step_names(chain), list(chain.output)) == (CHAIN, ["a", "b"], ["b"])
-    assert (relu.op_type, last.op_type) == ("Relu", "MatMulRows")  # one step alone stays as it is
+    assert (neg.op_type, last.op_type) == ("Neg", "MatMulRows")  # one step alone stays as it is
 
 
-def test_what_joins_results_of_steps_is_a_step_and_of_other_values_a_node() -> None:
+def test_onnxs_own_operators_are_steps_where_they_read_what_steps_have_made() -> None:
     def join(values: list[str], y: str) -> onnx.NodeProto:
         return helper.make_node("Concat", values, [y], y, axis=-1)
 
-    nodes = [product("x", "a"), product("a", "b"), join(["a", "b"], "of_steps"), join(["b", "x"], "of_others")]
-    (chain, other) = chained(model_of(nodes, ["of_steps", "of_others"])).graph.node
+    neg = helper.make_node("Neg", ["b"], ["n"])
+    nodes = [product("x", "a"), product("a", "b"), join(["a", "b"], "of_steps"), neg, join(["b", "n"], "of_others")]
+    (chain, *others) = chained(model_of(nodes, ["of_steps", "of_others"])).graph.node
     assert (step_names(chain), list(chain.output)) == (["a", "b", "of_steps"], ["b", "of_steps"])
-    assert list(other.output) == ["of_others"]
+    assert [node.op_type for node in others] == ["Neg", "Concat"]
+
+
+def test_a_graph_is_one_chain_if_all_its_nodes_can_be_steps() -> None:
+    nodes = [helper.make_node("Relu", ["x"], ["r"]), product("r", "b"), helper.make_node("Add", ["b", "x"], ["c"])]
+    (chain,) = chained(model_of(nodes, ["c"])).graph.node
+    assert step_names(chain) == ["r", "b", "c"]
+    besides = [*nodes, helper.make_node("Neg", ["x"], ["n"])]
+    assert [node.op_type for node in chained(model_of(besides, ["c", "n"])).graph.node] == ["Relu", "Neg", CHAIN]
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        helper.make_node("LayerNormalization", ["a", "row", "row"], ["b"], axis=1),
+        helper.make_node("LayerNormalization", ["a", "row"], ["b"]),
+        helper.make_node("LayerNormalization", ["a", "row", "row"], ["b", "mean"]),
+        helper.make_node("ReduceMax", ["a", "i-1"], ["b"], keepdims=0),
+        helper.make_node("ReduceMax", ["a"], ["b"]),
+        helper.make_node("Slice", ["a", "i0", "i5", "i1", "i1"], ["b"]),
+        helper.make_node("Max", ["a", "row", "row"], ["b"]),
+        helper.make_node("Reshape", ["a", "i-1"], ["b"], allowzero=1),
+        helper.make_node("Gather", ["a", "i0"], ["b"], axis=1),
+        helper.make_node("Cast", ["a"], ["b"], to=TensorProto.FLOAT16),
+    ],
+    ids=lambda node: f"{node.op_type}-{len(node.input)}-{len(node.output)}",
+)
+def test_what_steps_cannot_do_stays_a_node(node: onnx.NodeProto) -> None:
+    assert not is_standard_step(node, {"a": TensorProto.FLOAT})
+
+
+def test_doubles_are_no_steps() -> None:
+    assert is_standard_step(helper.make_node("Relu", ["a"], ["b"]), {"a": TensorProto.FLOAT})
+    assert not is_standard_step(helper.make_node("Relu", ["a"], ["b"]), {"a": TensorProto.DOUBLE})
+    assert not is_standard_step(helper.make_node("Relu", ["a"], ["b"]), {})
+
+
+def test_rows_of_a_table_and_a_norm_are_those_of_onnx_runtime() -> None:
+    rng = np.random.default_rng(4)
+    table = onnx.numpy_helper.from_array(rng.standard_normal((5, WIDTH), np.float32), "table")
+    gather = helper.make_node("Gather", ["table", "ids"], ["rows"])
+    norm = helper.make_node("LayerNormalization", ["rows", "row", "bias"], ["normal"], epsilon=0.1)
+    model = model_of([gather, norm, product("normal", "y")], ["rows", "normal", "y"])
+    model.graph.initializer.append(table)
+    for name in ("row", "bias"):
+        model.graph.initializer.append(onnx.numpy_helper.from_array(rng.standard_normal(WIDTH, np.float32), name))
+    del model.graph.input[:]
+    model.graph.input.append(helper.make_tensor_value_info("ids", TensorProto.INT64, ["B", "S"]))
+    (chain,) = chained(model).graph.node
+    assert chain.op_type == CHAIN
+    ids = np.array([[0, 4, -1], [-5, 2, 2]])
+    found, wanted = (session_of(one).run(None, {"ids": ids}) for one in (chained(model), model))
+    np.testing.assert_array_equal(found[0], wanted[0])
+    for one, other in zip(found[1:], wanted[1:], strict=True):
+        np.testing.assert_allclose(one, other, rtol=0, atol=NORM)
+    with pytest.raises(Exception, match=r"Gather node '.*': indices must be within 5 rows, found 5"):
+        session_of(chained(model)).run(None, {"ids": ids + 1})
 
 
 def test_results_of_which_the_graph_says_no_type_are_joined_with_their_own() -> None:
@@ -172,10 +253,10 @@ def test_results_of_which_the_graph_says_no_type_are_joined_with_their_own() -> 
 
 def test_a_part_that_a_step_alone_has_made_tells_its_type() -> None:
     join = helper.make_node("Concat", ["a", "b"], ["j"], "j", axis=-1)
-    nodes = [product("x", "a"), helper.make_node("Relu", ["a"], ["r"]), product("r", "b"), join]
+    nodes = [product("x", "a"), helper.make_node("Neg", ["a"], ["r"]), product("r", "b"), join]
     cast = helper.make_node("Cast", ["j"], ["y"], to=TensorProto.FLOAT)
     model, x = model_of([*nodes, cast], ["y"]), np.random.default_rng(3).standard_normal((1, 2, WIDTH), np.float32)
-    assert [node.op_type for node in chained(model).graph.node] == ["MatMulRows", "Relu", CHAIN, "Cast"]
+    assert [node.op_type for node in chained(model).graph.node] == ["MatMulRows", "Neg", CHAIN, "Cast"]
     np.testing.assert_array_equal(run(chained(model), x), run(model, x))
 
 
@@ -256,7 +337,7 @@ def set_attribute(node: onnx.NodeProto, name: str, value: Any) -> None:
         ("1.outputs", [-1], "step 'b' lacks an output"),
         ("results", [4, 4], "as many as outputs"),
         ("operators", "MatMulRows", "every step has an operator and a name"),
-        ("operators", "MatMulRows\nRelu", "no step can be 'Relu'"),
+        ("operators", "MatMulRows\nNeg", "no step can be 'Neg'"),
         ("1.inputs", [3], r"MatMulRows node 'b': w must be \[N, E\], found \[\]"),
     ],
 )

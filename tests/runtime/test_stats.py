@@ -35,7 +35,7 @@ def test_runs_are_counted_once_however_many_there_are(meter: Meter) -> None:
         outputs["active.neurons"][:] = run
         outputs["read"][:, :, 1] = run + 1
         live_B[1] = run < 100
-        meter.add(outputs, live_B[:, None], predicted=run % 2 == 0)
+        meter.add(outputs, live_B[:, None], predictions=int(run % 2 == 0))
         tokens += 1 + (run < 100)
         heads += run % 3 + (run < 100)
         size += (run + 1) * 2 * layers
