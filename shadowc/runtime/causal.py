@@ -190,7 +190,8 @@ class CausalEngine(ABC):
         if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
             batch = prompts.from_ids(prompt, attention_mask, model)
             return np.concatenate(
-                [batch.ids, self._generate(batch, max_new_tokens, min_new_tokens, chosen, at_once, stream, watch)], axis=1
+                [batch.ids, self._generate(batch, max_new_tokens, min_new_tokens, chosen, at_once, stream, watch)],
+                axis=1,
             )
         if attention_mask is not None:
             raise InputError("attention_mask belongs to ids, the prompt is text", hint="leave attention_mask out")

@@ -100,9 +100,7 @@ def _keep_whole(graph: onnx.GraphProto, stored: Mapping[str, onnx.TensorProto]) 
     graph.initializer.extend([*kept, whole])
 
 
-def _levels(
-    nodes: Iterable[onnx.NodeProto], kinds: Mapping[str, int], *, whole: bool
-) -> tuple[_ByLevel, _ByLevel]:
+def _levels(nodes: Iterable[onnx.NodeProto], kinds: Mapping[str, int], *, whole: bool) -> tuple[_ByLevel, _ByLevel]:
     """Steps and other nodes by level: no step needs an other node that needs a step of its level.
 
     ONNX's own operators are steps where they read what steps have made, and if all nodes can be steps (`whole`).
@@ -207,4 +205,3 @@ def _say_types(graph: onnx.GraphProto, results: Iterable[str], kinds: Mapping[st
 
 def _is_operator(node: onnx.NodeProto) -> bool:
     return node.domain == DOMAIN and node.op_type in _STEPS
-

@@ -336,7 +336,9 @@ class Decoder:
             shapes[f"scores.{kind}"] = ((rows, 1, model.layers - 1, units), np.float32)
             shapes[f"threshold.{kind}"] = ((rows, 1, model.layers - 1), np.float32)
         whole = {name: shapes[name] for name in shapes if name in known}
-        self._run_outputs = {name: np.zeros((size[0] * self._room(name), *size[1:]), kind) for name, (size, kind) in whole.items()}
+        self._run_outputs = {
+            name: np.zeros((size[0] * self._room(name), *size[1:]), kind) for name, (size, kind) in whole.items()
+        }
         self._step_outputs = {name: self._run_outputs[name][: size[0]] for name, (size, _) in whole.items()}
         binding = self._bind(self._step_ids, AUTOMATIC)
         if RUNS in self._session.inputs:
