@@ -24,7 +24,6 @@
 // Weights are no inputs of their own, for the host takes and gives back each of a node's in every call.
 // shadowc/runtime/chains.py makes such nodes.
 #include <algorithm>
-#include <iterator>
 #include <sstream>
 
 #include "chain_runs.h"

@@ -73,7 +73,7 @@ class BinaryKernel : public StandardKernel {
     if (count == 0) return;
     // Along the last axis in one loop, all others as an odometer counts.
     const auto of_a = Strides(given_a.shape, rank), of_b = Strides(given_b.shape, rank);
-    const size_t last = rank - 1, width = static_cast<size_t>(shape[last]);  // one has an axis that is not 1
+    const size_t last = rank - 1, width = static_cast<size_t>(shape[last]);
     std::array<size_t, Shape::kMost> at{};
     for (size_t done = 0; done < count; done += width, y += width) {
       Along(a, of_a[last], b, of_b[last], width, y);
@@ -119,7 +119,7 @@ struct Divided {
   static float Of(float a, float b) { return a / b; }
   static int64_t Of(int64_t a, int64_t b) { return b == 0 ? 0 : a / b; }  // ONNX leaves that open
 };
-// NaN if one of them is, as the host has it.
+// NaN if one of them is.
 struct Larger {
   static constexpr const char *kName = "Max", *kReduce = "ReduceMax";
   template <class T>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // ONNX's own operators as steps of a chain, as far as what runs once per token has them: around a chain each
-// would be a node, and take the host some 10 us. What they take less of than ONNX allows, chains.py knows.
+// would be a node, and take the host some 10 us. What they take less of than ONNX allows, standard_steps.py
+// knows.
 #include <algorithm>
 #include <cstring>
 
@@ -97,6 +98,9 @@ class ReshapeKernel : public StandardKernel {
     size_t known = 1, open = Shape::kMost;
     for (size_t i = 0; i < std::min<size_t>(static_cast<size_t>(sizes.shape[0]), Shape::kMost); ++i) {
       shape.push_back(sizes.data[i] == 0 && i < x.size() ? x[i] : sizes.data[i]);
+      if (shape[i] < -1 || (shape[i] == -1 && open != Shape::kMost))
+        problems.Add("shape", "sizes of which one may be -1", ToText(shape));
+      problems.ThrowIfAny();
       if (shape[i] < 0) {
         open = i;
       } else {

@@ -25,10 +25,11 @@ class StandardKernel : public Kernel {
   Problems NoProblems() const { return {op_, node_}; }
   AnyInput Any(Call& call, size_t index) const {
     const AnyInput input = inputs_.Any(call, index);
-    if (input.shape.size() <= Shape::kMost) return input;
+    const bool given = input.type != ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
+    if (given && input.shape.size() <= Shape::kMost) return input;
     Problems problems = NoProblems();
     problems.Add("input " + std::to_string(index), "of at most " + std::to_string(Shape::kMost) + " axes",
-                 ToText(input.shape));
+                 given ? ToText(input.shape) : "nothing");
     problems.ThrowIfAny();
     return input;
   }

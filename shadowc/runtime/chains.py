@@ -2,14 +2,14 @@
 """Operators of shadowc one behind the other as one node: what ONNX Runtime runs on the CPU in place of a stored graph.
 
 A Chain (plugins/cpu/ort_chain.cc) computes what its steps compute, to the bit. ONNX Runtime takes some 10 us from node
-to node, because behind megabytes of weights nothing that it needs is in the caches. And it takes and gives back every initialiser in every call, which are hundreds: of what lies in a file a
-chain gets all as one, and finds the weights of its steps in there. No stored graph has a chain: other hosts need not
-know the operator.
+to node, because behind megabytes of weights nothing that it needs is in the caches. And it takes and gives back every
+initialiser in every call, which are hundreds: of what lies in a file a chain gets all as one, and finds the weights of
+its steps in there. No stored graph has a chain: other hosts need not know the operator.
 
 ONNX's own operators (`runtime/standard_steps.py`) are steps where they read what steps have made. A graph all of whose
-nodes can be steps is one chain; if it makes text, one call of it may compute several tokens, each from the id that the one
-before has chosen (`runtime/token_runs.py`). The last norm is the only one that is no part of an operator: as a step it
-differs from ONNX Runtime's in the last bits.
+nodes can be steps is one chain; if it makes text, one call of it may compute several tokens, each from the id that the
+one before has chosen (`runtime/token_runs.py`). In such a graph norms that are no part of an operator, which is the last
+one or, where norms come last in a layer, all of them, are steps too, and differ from ONNX Runtime's in the last bits.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 _STEPS = {spec.name: spec for spec in CPU_OPS}
 _NONE = -1
+_NORM = "LayerNormalization"
 _STORED = "chain.weights"
 """The initialiser that is a whole file of weights."""
 _ByLevel = dict[int, "list[onnx.NodeProto]"]
@@ -111,6 +112,7 @@ def _levels(nodes: Iterable[onnx.NodeProto], kinds: Mapping[str, int], *, whole:
     for node in nodes:
         found = [level_of[name] for name in inputs_of(node) if name in level_of]
         of_steps = bool(found) and all(of_step for _, of_step in found) and is_standard_step(node, kinds)
+        of_steps = of_steps and node.op_type != _NORM
         is_step = whole or of_steps or _is_operator(node)
         level = max((at + (of_step and not is_step) for at, of_step in found), default=0)
         (steps if is_step else others)[level].append(node)

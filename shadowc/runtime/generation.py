@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The two loops over a decoder: greedy generation, and teacher forcing in chunks.
+"""The loops over a decoder: greedy generation, token by token or several in a run, and teacher forcing in chunks.
 
 Letters: B rows, S tokens, V vocabulary.
 """
@@ -104,7 +104,7 @@ def greedy(
             living, all_live = bool(live_B.any()), bool(live_B.all())
         if stream is not None:
             spent = perf_counter() - began
-            stream(ids_B)
+            stream(ids_B.copy())  # the next step reads them
             began = perf_counter() - spent
         if count == room or not living:
             new_BN = new_BN[:, :count]
@@ -123,7 +123,8 @@ def _choose(logits_BV: Floats, limits: Limits, count: int) -> Ids:
     if count <= limits.least:
         logits_BV[:, limits.eos] = -np.inf
     # Few calls of numpy: between two tokens its code and data have left the caches, and each takes 10 us.
-    return logits_BV.argmax(axis=1)
+    ids_B: Ids = logits_BV.argmax(axis=1)
+    return ids_B
 
 
 def _in_runs(
@@ -135,8 +136,9 @@ def _in_runs(
     new, most = _choose(logits_1V, limits, 1).tolist(), 1
     while True:
         ids += new
-        for token in new if stream is not None else ():
-            stream(np.array([token], np.int64))
+        if stream is not None:
+            for token in new:
+                stream(np.array([token], np.int64))
         if len(ids) == limits.most or ids[-1] == limits.eos:
             return ids
         began, most = perf_counter(), min(most, limits.most - len(ids))
@@ -146,7 +148,8 @@ def _in_runs(
         run = decoder.run_on(ids[-1], most, end=limits.eos, banned=banned)
         meter.add(run.outputs, np.ones((len(run.ids), 1), np.bool_), calls=len(run.ids), predictions=run.predictions)
         meter.seconds += perf_counter() - began
-        new, most = run.ids, at_once
+        # What masks made anew cut short the next run makes good, so that whoever counts tokens finds whole runs.
+        new, most = run.ids, at_once - (len(ids) + len(run.ids) - 2) % at_once
 
 
 def teacher_forced(

@@ -43,8 +43,10 @@ _STEPS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...], Callable[[_Attribut
     "Slice": ((4,), (_FLOAT, _INT64), _no_more),
     "Sub": ((2,), (_FLOAT, _INT64), _no_more),
 }
-"""Operator -> how many inputs, which types of the first, which attributes. Further axes of Slice and others than the last
-of a reduction are refused when they come."""
+"""Operator -> how many inputs, which types of the first, which attributes. A Slice of several axes, and reductions of
+others than the last, are refused when they come."""
+_READ_NUMBERS = ("Gather", "ReduceMax", "ReduceMin", "Reshape", "Slice")
+"""Operators whose other inputs are int64, which ONNX lets be int32 too."""
 
 
 def is_standard_step(node: onnx.NodeProto, kinds: Mapping[str, int]) -> bool:
@@ -52,5 +54,8 @@ def is_standard_step(node: onnx.NodeProto, kinds: Mapping[str, int]) -> bool:
     if node.domain or node.op_type not in _STEPS or len(node.output) != 1:
         return False
     inputs, types, fits = _STEPS[node.op_type]
+    first, *others = [kinds.get(name) for name in node.input] or [None]
+    if node.op_type in _READ_NUMBERS and any(kind != _INT64 for kind in others):
+        return False
     given = all(node.input) and len(node.input) in inputs
-    return given and kinds.get(node.input[0]) in types and fits({one.name: one for one in node.attribute})
+    return given and first in types and fits({one.name: one for one in node.attribute})

@@ -164,7 +164,7 @@ def test_texts_end_at_the_end_token_in_the_middle_of_a_run(int8_engine: Path) ->
         return found
 
     free = text(14, 14)
-    eos = next(token for at, token in enumerate(free) if 4 <= at and token not in free[:at])
+    eos = next(token for at, token in enumerate(free) if at >= 4 and token not in free[:at])
     model = engine.manifest.model.model_copy(update={"eos": eos})
     engine.manifest = engine.manifest.model_copy(update={"model": model})
     short = text(14)
@@ -216,12 +216,40 @@ def test_graphs_that_are_no_chain_rows_and_masks_that_are_looked_at_go_token_by_
     assert engine._decoder(Batch(PROMPT, np.zeros(1, np.int64)), 60, masks=True).at_once == 1
 
 
-def test_bench_times_turns_of_several_tokens_a_run(by_name: dict[str, Engine]) -> None:
-    text = Text(by_name["int8"], PROMPT, MASKED, [0, *turn_sizes(10)])
-    for _ in range(4):
+@pytest.mark.parametrize("name", ["int8", "refresh"])
+def test_a_turn_of_bench_has_the_time_of_its_own_tokens(
+    by_name: dict[str, Engine], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    run_on = Decoder.run_on
+
+    def told(self: Decoder, *arguments: Any, **named: Any) -> Any:
+        run = run_on(self, *arguments, **named)
+        computed.extend(run.ids)
+        return run
+
+    monkeypatch.setattr(Decoder, "run_on", told)
+    text = Text(by_name[name], PROMPT, MASKED, [0, *turn_sizes(10)])
+    for done in (1, 5, 9, 11):  # the second token, and then four a turn
         text.go_on()
+        assert len(computed) == done
     assert len(text.seconds) == 10
     assert all(seconds > 0 for seconds in text.seconds)
+
+
+def test_texts_that_nobody_waits_for_are_computed_in_runs_of_as_many_as_there_can_be(
+    by_name: dict[str, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    run_on = Decoder.run_on
+
+    def told(self: Decoder, token: int, most: int, **named: Any) -> Any:
+        asked.append(most)
+        return run_on(self, token, most, **named)
+
+    monkeypatch.setattr(Decoder, "run_on", told)
+    by_name["int8"].generate(PROMPT, 20, 20, MASKED)
+    assert asked == [1, AT_ONCE, AT_ONCE, 2]
 
 
 def test_names_of_runs_are_those_of_the_graph(by_name: dict[str, Engine]) -> None:

@@ -205,13 +205,24 @@ def test_a_graph_is_one_chain_if_all_its_nodes_can_be_steps() -> None:
     ids=lambda node: f"{node.op_type}-{len(node.input)}-{len(node.output)}",
 )
 def test_what_steps_cannot_do_stays_a_node(node: onnx.NodeProto) -> None:
-    assert not is_standard_step(node, {"a": TensorProto.FLOAT})
+    kinds = {"a": TensorProto.FLOAT, "row": TensorProto.FLOAT}
+    assert not is_standard_step(node, kinds | dict.fromkeys(("i-1", "i0", "i1", "i5"), TensorProto.INT64))
 
 
 def test_doubles_are_no_steps() -> None:
     assert is_standard_step(helper.make_node("Relu", ["a"], ["b"]), {"a": TensorProto.FLOAT})
     assert not is_standard_step(helper.make_node("Relu", ["a"], ["b"]), {"a": TensorProto.DOUBLE})
     assert not is_standard_step(helper.make_node("Relu", ["a"], ["b"]), {})
+
+
+@pytest.mark.parametrize("kind", [TensorProto.INT64, TensorProto.INT32])
+def test_steps_take_indices_of_int64(kind: int) -> None:
+    kinds = {"a": TensorProto.FLOAT, "i": kind}
+    for node in (
+        helper.make_node("Gather", ["a", "i"], ["b"]),
+        helper.make_node("Slice", ["a", "i", "i", "i"], ["b"]),
+    ):
+        assert is_standard_step(node, kinds) == (kind == TensorProto.INT64)
 
 
 def test_rows_of_a_table_and_a_norm_are_those_of_onnx_runtime() -> None:

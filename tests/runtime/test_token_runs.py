@@ -181,9 +181,23 @@ def test_a_call_that_asks_for_what_cannot_be_is_refused(of: dict[str, Any], says
         counted(model, **of)
 
 
-def test_what_each_run_puts_out_is_a_result_and_has_an_axis() -> None:
+def test_what_each_run_puts_out_is_a_result() -> None:
     model, chain = looped()
     set_attribute(chain, "results", [7])
     del chain.output[1], model.graph.output[1]
     with pytest.raises(Exception, match="what each run puts out is no result"):
+        counted(model)
+
+
+def test_what_each_run_puts_out_has_an_axis() -> None:
+    model, _ = looped()
+    model.graph.initializer[-1].CopyFrom(onnx.numpy_helper.from_array(np.array(1), "one"))
+    with pytest.raises(Exception, match="output 1 has no axis for its runs"):
+        counted(model, count=10)
+
+
+def test_steps_of_onnx_refuse_what_is_not_given() -> None:
+    model, chain = looped()
+    set_attribute(chain, "1.inputs", [1, -1])
+    with pytest.raises(Exception, match="Add node 'next': input 1 must be of at most 6 axes, found nothing"):
         counted(model)
