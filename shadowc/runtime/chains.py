@@ -8,8 +8,8 @@ its steps in there. No stored graph has a chain: other hosts need not know the o
 
 ONNX's own operators (`runtime/standard_steps.py`) are steps where they read what steps have made. A graph all of whose
 nodes can be steps is one chain; if it makes text, one call of it may compute several tokens, each from the id that the
-one before has chosen (`runtime/token_runs.py`). In such a graph norms that are no part of an operator, which is the last
-one or, where norms come last in a layer, all of them, are steps too, and differ from ONNX Runtime's in the last bits.
+one before has chosen (`runtime/token_runs.py`). In such a graph norms that are no part of an operator are steps too:
+the last one or, where they come last in a layer, all. They differ from ONNX Runtime's in the last bits.
 """
 
 from __future__ import annotations
