@@ -12,6 +12,7 @@ import pytest
 
 import shadowc
 from shadowc.measure.turns import Text, turn_sizes
+from shadowc.runtime import cache
 from shadowc.runtime import session as sessions
 from shadowc.runtime.chains import chained
 from shadowc.runtime.decoder import AT_ONCE, NO_ID, Decoder
@@ -250,6 +251,26 @@ def test_texts_that_nobody_waits_for_are_computed_in_runs_of_as_many_as_there_ca
     monkeypatch.setattr(Decoder, "run_on", told)
     by_name["int8"].generate(PROMPT, 20, 20, MASKED)
     assert asked == [1, AT_ONCE, AT_ONCE, 2]
+
+
+@pytest.mark.parametrize("name", ["int8", "refresh"])
+def test_room_for_keys_may_grow_between_two_runs(
+    by_name: dict[str, Engine], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = by_name[name]
+    wanted, counts, _ = one_by_one(engine, 20)
+    monkeypatch.setattr(cache, "STEP_SLOTS", 4)
+    decoder = engine._decoder(Batch(PROMPT, np.zeros(1, np.int64)), 1)
+    assert isinstance(decoder, Decoder)
+    last = int(decoder.prefill(PROMPT).argmax())
+    decoder.set_density(MASKED.heads, MASKED.neurons)
+    ids: list[int] = []
+    while len(ids) < 20:
+        run = decoder.run_on(last, min(3, 20 - len(ids)), end=NO_ID)
+        ids += run.ids
+        last = ids[-1]
+        np.testing.assert_array_equal(run.outputs["active.neurons"][-1:], counts[len(ids) - 1]["active.neurons"])
+    assert ids == wanted
 
 
 def test_names_of_runs_are_those_of_the_graph(by_name: dict[str, Engine]) -> None:
