@@ -17,9 +17,8 @@
 //                        default: once
 //   carried              pairs of an input and a value: from the second run on the input is what the run
 //                        before has made
-//   each                 of `results` those with the values of all runs one behind the other along their
-//   first
-//                        axis, which has room for `room` of them; of others there is what the last run made
+//   each                 of `results` those with the values of all runs, one behind the other along the
+//                        first axis, which has room for `room` of them; of others what the last run made
 //   until                a value and an input, of one number each: a run in which they are equal is the last
 // Weights are no inputs of their own, for the host takes and gives back each of a node's in every call.
 // shadowc/runtime/chains.py makes such nodes.

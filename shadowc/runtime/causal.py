@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 Floats = npt.NDArray[np.float32]
 Stream = Callable[[Any], object]
 EvaluationProtocol = Literal["decode", "dense", "prompt"]
-COUNTED = ("active.heads", "active.neurons", "read")
-"""Graph outputs that the statistics are made of."""
 
 
 SEQUENCE_FLAGS = "--target cpu --mask sequence"

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from shadowc.runtime import stored, variants
-from shadowc.runtime.causal import COUNTED, CausalEngine, EvaluationProtocol, Floats, Stream
+from shadowc.runtime.causal import CausalEngine, EvaluationProtocol, Floats, Stream
 from shadowc.runtime.decoder import Decoder, Outputs, ScoreSource
 from shadowc.runtime.mask_trace import SEEN, MaskTrace
 from shadowc.runtime.probe import Probe
@@ -25,7 +25,7 @@ from shadowc.runtime.session import Session
 from shadowc.runtime.stored import Ranking
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError, UnsupportedError
-from shadowc.spec.tensors import rows_of_tables
+from shadowc.spec.tensors import COUNTED, rows_of_tables
 
 if TYPE_CHECKING:
     import onnx

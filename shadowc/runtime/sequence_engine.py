@@ -20,12 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from shadowc.runtime import variants
-from shadowc.runtime.causal import COUNTED
 from shadowc.runtime.engine import Engine, rewritten
 from shadowc.runtime.probe import SequenceProbe
 from shadowc.runtime.sequence import SELECTED, Graphs, SequenceDecoder
 from shadowc.spec.density import Density
 from shadowc.spec.errors import InputError
+from shadowc.spec.tensors import COUNTED
 from shadowc.spec.whole import require_whole
 
 if TYPE_CHECKING:

@@ -15,10 +15,10 @@ import numpy.typing as npt
 
 from shadowc.spec.density import UNIT_KINDS
 from shadowc.spec.manifest import EngineManifest
+from shadowc.spec.tensors import COUNTED
 
 Floats = npt.NDArray[np.float64]
 
-_COUNTED = ("read", *(f"active.{kind}" for kind in UNIT_KINDS))
 _MOST_KEPT = 64
 
 
@@ -116,7 +116,7 @@ class Meter:
         self.predictions += predictions
         # Kept, and added up many at a time: behind a token that read hundreds of MB each call of numpy is ten times as
         # slow as behind another one.
-        self._kept.append(({name: outputs[name].copy() for name in _COUNTED if name in outputs}, live_BZ.copy()))
+        self._kept.append(({name: outputs[name].copy() for name in COUNTED if name in outputs}, live_BZ.copy()))
         if len(self._kept) >= _MOST_KEPT:
             self._add_up()
 

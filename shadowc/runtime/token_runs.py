@@ -14,14 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from shadowc.spec.ops import DOMAIN, NEXT_TOKEN
-from shadowc.spec.tensors import BANNED, END, NEXT, PAST, RUNS, TOKEN
+from shadowc.spec.tensors import BANNED, COUNTED, END, NEXT, PAST, RUNS, TOKEN
 
 if TYPE_CHECKING:
     import onnx
 
 _IDS, _LOGITS, _ONE = "input_ids", "logits", "runs.one"
-_COUNTS = ("active.heads", "active.neurons", "read")
-"""Outputs that every run adds to; of others the last run's are put out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +62,7 @@ def add_token_runs(graph: onnx.GraphProto) -> TokenRuns | None:
     for name in (PAST, TOKEN):
         graph.node.append(make("Add", [name, _ONE], [f"{name}.next"], f"{name}.next"))
     graph.output.append(onnx.helper.make_tensor_value_info(NEXT, int64, None))
-    each = (NEXT, *(name for name in _COUNTS if name in outputs))
+    each = (NEXT, *(name for name in COUNTED if name in outputs))
     for value in (*graph.output, *graph.value_info):
         if value.name in each:
             value.type.tensor_type.ClearField("shape")  # the first size depends on how many runs there are

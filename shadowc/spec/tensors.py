@@ -16,6 +16,8 @@ TOKEN = "slot.clipped"
 """Which token of its sequence each new token is, from 0 on; -1 for padding, [B,S]."""
 TAIL = "tail"
 """How many of the new tokens, the last ones, are masked, [1]."""
+COUNTED = ("active.heads", "active.neurons", "read")
+"""Outputs that statistics are made of."""
 RUNS, BANNED, END, NEXT = "runs", "banned", "end", "next_ids"
 """Of a graph that may compute several tokens in one call: for how many there is room and how many there are, [2]; an id
 that is not chosen, and the one behind which there are none, [1], -1 for no id; the ids that came out, [B * room,1]."""

@@ -15,7 +15,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Literal
 
-from shadowc.runtime.causal import COUNTED, CausalEngine
+from shadowc.runtime.causal import CausalEngine
 from shadowc.runtime.tensorrt import layout
 from shadowc.runtime.tensorrt.decoder import DeviceDecoder
 from shadowc.runtime.tensorrt.device import Arena, Device, Plan, with_room
@@ -25,6 +25,7 @@ from shadowc.runtime.tensorrt.weights import load_weights
 from shadowc.runtime.tensorrt.workspace import GRAPHS_VARIABLE, Prefill, Workspace, check_request
 from shadowc.spec.errors import InputError, InternalError, UnsupportedError
 from shadowc.spec.manifest import WEIGHTS_FILE
+from shadowc.spec.tensors import COUNTED
 
 if TYPE_CHECKING:
     import numpy.typing as npt
