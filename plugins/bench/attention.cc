@@ -46,7 +46,7 @@ Operator Attention(shadowc::WeightType type, Layers* layers, const Case& what, s
     a.past_key = a.present_key = layers->key.data(), a.past_value = a.present_value = layers->value.data();
     a.start = &start, a.past = &what.past, a.kv_active_only = what.active_only;
     a.rounding = what.few_digits ? shadowc::Rounding::kFreely : shadowc::Rounding::kNone;
-    a.int4_digits = what.few_digits ? shadowc::Int4Digits::kTwo : shadowc::Int4Digits::kThree;
+    a.int4_digits = what.few_digits ? shadowc::Int4Digits::kOne : shadowc::Int4Digits::kThree;
     a.y = y->data();
     a.context = y->data() + what.tokens * kWidth;
     const double weights = static_cast<double>(shadowc::SparseAttention(a, ThePool()).bytes);

@@ -35,7 +35,7 @@ Operator Ffn(shadowc::WeightType type, const Layers& layers, const Case& what, s
     a.scales = layers.scales.data(), a.b1 = layers.b1.data(), a.b2 = layers.b2.data();
     a.neurons = kNeurons, a.block = 1, a.skip_zeros = what.skip_zeros, a.y = y->data();
     a.rounding = what.few_digits ? shadowc::Rounding::kFreely : shadowc::Rounding::kNone;
-    a.int4_digits = what.few_digits ? shadowc::Int4Digits::kTwo : shadowc::Int4Digits::kThree;
+    a.int4_digits = what.few_digits ? shadowc::Int4Digits::kOne : shadowc::Int4Digits::kThree;
     return static_cast<double>(shadowc::SparseFfn(a, ThePool()).bytes);
   };
 }

@@ -18,6 +18,7 @@
 #include "attention_tile-inl.h"
 #include "digits-inl.h"
 #include "int4-inl.h"
+#include "int4_in_order-inl.h"
 #include "int4_sum-inl.h"
 #include "rows-inl.h"
 #include "sparse_attention.h"
@@ -60,19 +61,32 @@ HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, 
                                 : std::max(kColumns, kAheadBytes / (RowElements<W>(width) * sizeof(W)));
   const Pointer<W> w = head.w + part * head.part_size;
   const size_t last = (following + 1) * d_end - 1;  // row of the last part that will be read
+  const auto row_at = [&](size_t row) HWY_ATTR {
+    return row <= last             ? w + row * width
+           : head.after == nullptr ? w + last * width
+                                   : head.after + (row - last - 1) * width;
+  };
   const float *scales = head.scales + part * d_end, *bias = head.bias + part * d_end;
   for (size_t d = 0; d < d_end; d += kColumns) {
     const size_t here = std::min(kColumns, d_end - d);
     Pointer<W> rows[kColumns], ahead[kColumns];
     for (size_t c = 0; c < kColumns; ++c) {
       rows[c] = w + (d + std::min(c, here - 1)) * width;
-      const size_t row = d + ahead_rows + c;
-      ahead[c] = row <= last             ? w + row * width
-                 : head.after == nullptr ? w + last * width
-                                         : head.after + (row - last - 1) * width;
+      ahead[c] = row_at(d + ahead_rows + c);
     }
     const Pointer<W>* later = ahead;
     float dots[kTileRows * kColumns];
+#if SHADOWC_DIGITS
+    if constexpr (kReadInOrder && kIsInt4<W>) {
+      if (count == 1 && x[0]->Exact() && ReadsInOrder<int8_t>(width)) {
+        Pointer<W> once[kColumns];
+        for (size_t c = 0; c < kColumns; ++c) once[c] = row_at(d + ahead_rows / 2 + c);
+        DotDigits(*x[0], rows, width, RowsAhead<kColumns>{ahead, once}, dots);
+        for (size_t c = 0; c < here; ++c) out[0][d + c] = (dots[c] + bias[d + c]) * factor;
+        continue;
+      }
+    }
+#endif
     ForRowGroups(count, [&](auto group, size_t r) HWY_ATTR {
       DotRows<group()>(x + r, rows, width, later, dots + r * kColumns, kColumns);
       later = nullptr;
@@ -84,6 +98,27 @@ HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, 
   }
 }
 
+#if SHADOWC_DIGITS
+
+// y += h [head_size] times `width` columns of the head's output rows, at w, eight at a time.
+HWY_INLINE void ProjectOutInOrder(const AttentionArgs& a, const Head<Int4Pair>& head, Int4Pointer w,
+                                  const float* h, size_t width, float* y) {
+  for (size_t d = 0; d < a.head_size; d += 8) {
+    Int4Pointer rows[8], once[8], twice[8];
+    for (size_t c = 0; c < 8; ++c) {
+      const auto row_at = [&](size_t row) HWY_ATTR {
+        return row < a.head_size       ? w + row * a.width
+               : head.after == nullptr ? w + (a.head_size - 1) * a.width
+                                       : head.after + (row - a.head_size) * a.width;
+      };
+      rows[c] = w + (d + c) * a.width, once[c] = row_at(d + 8 + c), twice[c] = row_at(d + 16 + c);
+    }
+    AddDigits(y, rows, 8, h + d, width, a.int4_digits, RowsAhead<8>{twice, once});
+  }
+}
+
+#endif  // SHADOWC_DIGITS
+
 // y[r][begin ... end) += context[r] (head_size values) times these columns of the head's output rows.
 template <class W>
 HWY_INLINE void ProjectOut(const AttentionArgs& a, const Head<W>& head, const float* const* context,
@@ -94,6 +129,12 @@ HWY_INLINE void ProjectOut(const AttentionArgs& a, const Head<W>& head, const fl
   for (size_t r = 0; r < count; ++r) {
     for (size_t d = 0; d < a.head_size; ++d) h[r * a.head_size + d] = context[r][d] * RowScale<W>(scales, d);
   }
+#if SHADOWC_DIGITS
+  if constexpr (kReadInOrder && kIsInt4<W>) {
+    if (count == 1 && ReadsInOrder<int8_t>(end - begin) && a.head_size % 8 == 0)
+      return ProjectOutInOrder(a, head, w, h, end - begin, y[0]);
+  }
+#endif
   for (size_t d = 0; d < a.head_size; d += kRowsAtOnce) {
     const size_t rows = std::min(kRowsAtOnce, a.head_size - d);
     const bool last = d + kRowsAtOnce >= a.head_size;

@@ -2,8 +2,8 @@
 // Exact dot products of activations with int8 weights, once per SIMD target that has an 8-bit dot
 // instruction; and the digits of a row, for int4 with AVX2 too.
 //
-// A row x becomes integers X = round(x / step) of 24 bits (of 16 for int4, if it may), written in three
-// balanced digits of base 256, each in -128 ... 127: X = 65536 a + 256 b + c. A product with int8 weights is
+// A row x becomes integers X = round(x / step) of 24 bits, written in three balanced digits of base 256, each
+// in -128 ... 127: X = 65536 a + 256 b + c. A product with int8 weights is
 // then three sums of 8-bit products, exact in int32, and independent of the order in which they are added.
 // What is lost is the rounding of x to max|x| * 6e-8, no more than a float32 sum loses anywhere. Four weights
 // and four digits are one lane of one instruction, where converting the weights to float takes three
@@ -82,6 +82,30 @@ HWY_INLINE float LargestOf(const float* x, size_t n) {
   return hn::GetLane(hn::BitCast(df, hn::MaxOfLanes(di, most)));
 }
 
+// The 8 bits of a group of x, which meets int4: digits of its first and of its second half, what x / digit
+// is, and 8 * sum of x as rounded. Its rounding is at most 0.018 of it (root mean squares; one value that is
+// not zero), 0.006 of normal values. x is finite.
+HWY_INLINE void RoundGroup(const float* x, int8_t* first, int8_t* second, float* step, float* offset) {
+  constexpr size_t kHalf = kInt4Group / 2;
+  const DF df;
+  const hn::RebindToSigned<DF> di;
+  const hn::Rebind<int8_t, DF> d8;
+  const float largest = LargestOf(x, kInt4Group);
+  const bool some = largest > kLeastWithDigits;  // what is less beside others is nothing
+  const VF scale = hn::Set(df, some ? kMostOneDigit / largest : 0.0f);
+  auto sum = hn::Zero(di);
+  for (size_t i = 0; i < kHalf; i += hn::Lanes(df)) {
+    const auto round = [&](const float* from, int8_t* to) HWY_ATTR {
+      const auto digits = hn::NearestInt(hn::Mul(hn::LoadU(df, from), scale));
+      hn::StoreU(hn::DemoteTo(d8, digits), d8, to);
+      sum = hn::Add(sum, digits);
+    };
+    round(x + i, first + i), round(x + kHalf + i, second + i);
+  }
+  *step = some ? largest / kMostOneDigit : 0.0f;
+  *offset = 8.0f * static_cast<float>(hn::ReduceSum(di, sum)) * *step;
+}
+
 // A row as digits.
 struct DigitRow {
   const float* x = nullptr;
@@ -92,20 +116,21 @@ struct DigitRow {
 
   static size_t Bytes(size_t n) { return 3 * hwy::RoundUpTo(n, hn::Lanes(hn::ScalableTag<int8_t>())); }
   // `memory` holds Bytes(n).
-  // `most`: what the largest value becomes.
-  void Prepare(const float* row, size_t n, int8_t* memory, float most) {
+  void Prepare(const float* row, size_t n, int8_t* memory, Int4Digits = Int4Digits::kThree) {
     x = row;
     digits = memory;
     stride = Bytes(n) / 3;
-    exact_ = n <= kMostInDigits && Split(n, memory, most);
+    exact_ = n <= kMostInDigits && Split(n, memory);
   }
   bool Exact() const {
     return exact_;
   }  // false: x has no digits (it is too long, not finite, or tiny), floats are used
 
- private:
+ protected:
   bool exact_ = false;
-  bool Split(size_t n, int8_t* to, float most) {
+
+ private:
+  bool Split(size_t n, int8_t* to) {
     const DF df;
     const hn::RebindToSigned<DF> di;
     const hn::RebindToUnsigned<DF> du;
@@ -113,8 +138,8 @@ struct DigitRow {
     const size_t lanes = hn::Lanes(df);
     const float largest = LargestOf(x, n);
     if (!HasDigits(largest)) return false;
-    step = largest / most;
-    const VF scale = hn::Set(df, most / largest);
+    step = largest / kMostDigits;
+    const VF scale = hn::Set(df, kMostDigits / largest);
     const auto half = hn::Set(di, 128);
     auto sum = hn::Zero(hn::RepartitionToWide<decltype(di)>());
     for (size_t i = 0; i < stride; i += lanes) {
@@ -139,11 +164,7 @@ struct DigitRow {
 #if SHADOWC_DIGITS
 
 template <>
-struct Activations<int8_t> : DigitRow {
-  void Prepare(const float* row, size_t n, int8_t* memory, Int4Digits) {
-    DigitRow::Prepare(row, n, memory, kMostDigits);
-  }
-};
+struct Activations<int8_t> : DigitRow {};
 
 // The sums of a row's digits times one weight row.
 struct DigitSums {

@@ -13,8 +13,8 @@ inline constexpr size_t kMostInDigits = size_t{1} << 16;
 // The largest value of a row becomes this integer. Three digits reach 127 * 65793 = 8355711; a little less
 // leaves room for the rounding of x * scale.
 inline constexpr float kMostDigits = 8355000.0f;
-// The same of two digits, which reach 127 * 257 = 32639.
-inline constexpr float kMostTwoDigits = 32600.0f;
+// The same of two digits, which reach 127 * 257 = 32639, and of one.
+inline constexpr float kMostTwoDigits = 32600.0f, kMostOneDigit = 127.0f;
 
 // Whether a row with this largest magnitude has digits. Not if it is tiny, infinite or NaN: it stays in
 // floats.

@@ -13,6 +13,7 @@
 
 #include "digits-inl.h"
 #include "int4-inl.h"
+#include "int4_in_order-inl.h"
 #include "int4_sum-inl.h"
 #include "norm-inl.h"
 #include "rows-inl.h"
@@ -109,6 +110,50 @@ void FoursInOrder(const FfnArgs& a, const Activations<W>& row, const Neurons& ne
   }
 }
 
+#if SHADOWC_DIGITS
+
+// The k-th neuron and the seven after it; at the end of a piece the last one several times.
+HWY_INLINE EightRecords EightOf(const FfnArgs& a, const Neurons& neurons, size_t k) {
+  EightRecords records;
+  const Int4Pointer w = PointerOf<Int4Pair>(a.w, a.scales);
+  for (size_t c = 0; c < 8; ++c) {
+    const size_t f = k < neurons.count ? neurons.Own(k + c) : neurons[k + c];
+    records.first[c] = w + f * 2 * a.width;
+    records.second[c] = records.first[c] + a.width;
+    PrefetchFactors<Int4Pair>(a, f);
+  }
+  return records;
+}
+
+// As FoursInOrder, with eight records of int4.
+inline void EightsInOrder(const FfnArgs& a, const Activations<Int4Pair>& row, const Neurons& neurons,
+                          float* y) {
+  std::fill(y, y + a.width, 0.0f);
+  EightRecords now = EightOf(a, neurons, 0);
+  for (size_t k = 0; k < neurons.count; k += 8) {
+    const size_t after = std::min(k + 8, neurons.count);
+    const EightRecords next = EightOf(a, neurons, after);  // the last one, where nothing is known to follow
+    float h[8];
+    DotEight(row, now, next, a.width, h);
+    Activate<8, Int4Pair>(a, neurons, k, h);
+    std::fill(h + (after - k), h + 8, 0.0f);
+    if (a.int4_digits == Int4Digits::kOne) {
+      AddEight<1>(y, now, next, h, a.width);
+    } else {
+      AddEight<3>(y, now, next, h, a.width);
+    }
+    now = next;
+  }
+}
+
+#endif  // SHADOWC_DIGITS
+
+// Whether whole records are read so.
+template <class W>
+HWY_INLINE bool RecordsInOrder(size_t width) {
+  return ReadsInOrder<W>(width) || (kIsInt4<W> && ReadsInOrder<int8_t>(width));
+}
+
 // Sets y to what at least one neuron adds. Whole records; while they are read, as many later ones are fetched
 // into L2, line by line.
 template <class W>
@@ -119,7 +164,7 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
   const size_t width = a.width, ahead = std::max(kCount, Ahead(2 * RowElements<W>(width) * sizeof(W)));
   x.Prefetch();
   // What no loop before has fetched.
-  for (size_t k = 0; !(ReadsInOrder<W>(width) && neurons.fetched) && k < std::min(ahead, neurons.with_next);
+  for (size_t k = 0; !(RecordsInOrder<W>(width) && neurons.fetched) && k < std::min(ahead, neurons.with_next);
        ++k)
     PrefetchStep(w + size_t{neurons[k]} * 2 * width, 2 * width);
   const Activations<W>* row = x.Get();
@@ -129,6 +174,14 @@ ReadCount RowWholeRecords(const FfnArgs& a, const OneRowOfX<W>& x, const Neurons
       return CountRead<W>(neurons.count, neurons.count, a.width);
     }
   }
+#if SHADOWC_DIGITS
+  if constexpr (kReadInOrder && kIsInt4<W>) {
+    if (RecordsInOrder<W>(width) && row->Exact()) {
+      EightsInOrder(a, *row, neurons, y);
+      return CountRead<W>(neurons.count, neurons.count, a.width);
+    }
+  }
+#endif
   std::fill(y, y + width, 0.0f);
   for (size_t k = 0; k < neurons.count; k += kCount) {
     // The first half of `later` is fetched while first halves of records are read, the other with second

@@ -2,12 +2,12 @@
 // Int4 weight rows added to rows of y, once per SIMD target.
 //
 // With AVX-512, up to kInt4Rows rows are added together. The factors h * scale of one group of columns become
-// integers X of some 21 bits, relative to the largest of them, in three digits (see digits-inl.h), or of 16
-// in two. The bytes of four rows are woven into lanes of four pairs, one of each row, and multiplied with
+// integers X of some 21 bits, relative to the largest of them, in three digits (int4_factors-inl.h), or of 8
+// in one. The bytes of four rows are woven into lanes of four pairs, one of each row, and multiplied with
 // four digits at once: as they are, low + 16 * high, and their low halves alone; 16 times the sum of the high
 // halves is the difference. All are exact integers: the result depends on which rows with factors other than
 // zero share a call, not on where they stand in it. With AVX2 it is two rows and two digits of X of 24 bits
-// (or of 16, in two).
+// (or of 8).
 
 #if defined(SHADOWC_CPU_INT4_SUM_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SHADOWC_CPU_INT4_SUM_INL_H_
@@ -19,129 +19,14 @@
 #include <algorithm>
 
 #include "digits-inl.h"
-#include "digits.h"
 #include "int4-inl.h"
+#include "int4_factors-inl.h"
+#include "int4_fetch-inl.h"
 #include "rows-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace shadowc {
 namespace HWY_NAMESPACE {
-
-// Rows of int4 that are added together; callers that want the same bits with some rows of zeros left out must
-// leave the others where they are. On an Intel core 16 take less time than 8; on Zen 4 0.99 of it
-// from L2, and 1.01 from memory.
-inline constexpr size_t kInt4Rows = SHADOWC_DIGITS && HWY_TARGET != HWY_AVX3_ZEN4 ? 16 : 8;
-
-#if SHADOWC_DIGITS || SHADOWC_PAIRS
-
-// The factors of up to kInt4Rows rows for kGroups groups of columns.
-struct GroupFactors {
-  static constexpr size_t kGroups = hn::MaxLanes(DF());
-#if SHADOWC_DIGITS
-  static constexpr size_t kInWord = 4;
-  // 16 times the largest sum of 8 * X fits an int32. Before 8 is taken from the weights sums may wrap.
-  static constexpr float kMost = 0x7fffffff / (16 * 8 * kInt4Rows) - 1;
-#else
-  static constexpr size_t kInWord = 2;  // and again in the upper half
-  static constexpr float kMost = kMostDigits;
-#endif
-  // Digits, most significant first, of kInWord rows in a word.
-  alignas(64) uint32_t words[kInt4Rows / kInWord][3][kGroups];
-  alignas(64) int32_t offset[kGroups];  // 8 * sum of X: weights are stored plus 8
-  alignas(64) float step[kGroups];      // a factor is about step * X
-
-  // Of groups g ... g + count, in so many digits. False if a factor has none: it is tiny, infinite or NaN.
-  template <class Row>
-  HWY_INLINE bool Split(Row row, size_t rows, const float* h, size_t g, size_t count, size_t places) {
-    const float reach = places == 2 ? kMostTwoDigits : kMost;
-    const DF df;
-    const hn::RebindToSigned<DF> di;
-    VF factors[kInt4Rows];
-    auto most = hn::Zero(di);
-    for (size_t k = 0; k < rows; ++k) {
-      factors[k] = hn::Mul(hn::Set(df, h[k]), hn::LoadN(df, row(k).scales + g, count));
-      // Bits of non-negative floats are ordered as the floats are, infinities and NaN last.
-      most = hn::Max(most, hn::BitCast(di, hn::Abs(factors[k])));
-    }
-    for (size_t k = rows; k < kInt4Rows; ++k) factors[k] = hn::Zero(df);
-    const VF largest = hn::BitCast(df, most);
-    const auto some = hn::RebindMask(df, hn::Gt(most, hn::Zero(di)));
-    const auto fits = hn::And(hn::Gt(largest, hn::Set(df, kLeastWithDigits)),
-                              hn::Lt(largest, hn::Set(df, kMostWithDigits)));
-    if (!hn::AllTrue(df, hn::Or(hn::Not(some), fits))) return false;
-    hn::StoreU(hn::Mul(largest, hn::Set(df, 1.0f / reach)), df, step);
-    Store(factors, hn::IfThenElseZero(some, hn::Div(hn::Set(df, reach), largest)));
-    return true;
-  }
-
- private:
-#if SHADOWC_DIGITS
-  // Four rows' digits change places with the three digits of each.
-  HWY_INLINE void Store(const VF* factors, VF scale) {
-    const hn::RebindToSigned<DF> di;
-    const hn::Repartition<uint8_t, DF> d8;
-    const hn::Repartition<uint16_t, DF> d16;
-    const hn::Repartition<uint32_t, DF> d32;
-    const hn::Repartition<uint64_t, DF> d64;
-    // Plus this, a number's bytes are its digits plus 128.
-    const auto places = hn::Set(di, 0x808080);
-    auto sum = hn::Zero(di);
-    for (size_t word = 0; word < kInt4Rows / kInWord; ++word) {
-      const auto digits = [&](size_t k) HWY_ATTR {
-        // None is out of range, which NearestInt would look for.
-        const hn::Vec<decltype(di)> x{_mm512_cvtps_epi32(hn::Mul(factors[word * kInWord + k], scale).raw)};
-        sum = hn::Add(sum, x);
-        return hn::BitCast(d8, hn::Xor(hn::Add(x, places), places));
-      };
-      const auto w0 = digits(0), w1 = digits(1), w2 = digits(2), w3 = digits(3);
-      const auto a = hn::BitCast(d16, hn::InterleaveLower(d8, w0, w1)),
-                 b = hn::BitCast(d16, hn::InterleaveUpper(d8, w0, w1));
-      const auto c = hn::BitCast(d16, hn::InterleaveLower(d8, w2, w3)),
-                 d = hn::BitCast(d16, hn::InterleaveUpper(d8, w2, w3));
-      // Of one group in four: the words of the last digits, of the upper ones, of the top ones, and zeros.
-      const auto g0 = hn::BitCast(d32, hn::InterleaveLower(d16, a, c)),
-                 g1 = hn::BitCast(d32, hn::InterleaveUpper(d16, a, c));
-      const auto g2 = hn::BitCast(d32, hn::InterleaveLower(d16, b, d)),
-                 g3 = hn::BitCast(d32, hn::InterleaveUpper(d16, b, d));
-      const auto lower01 = hn::BitCast(d64, hn::InterleaveLower(d32, g0, g1)),
-                 lower23 = hn::BitCast(d64, hn::InterleaveLower(d32, g2, g3));
-      const auto upper01 = hn::BitCast(d64, hn::InterleaveUpper(d32, g0, g1)),
-                 upper23 = hn::BitCast(d64, hn::InterleaveUpper(d32, g2, g3));
-      const auto store = [=](auto digits, uint32_t* to)
-                             HWY_ATTR { hn::StoreU(hn::BitCast(d32, digits), d32, to); };
-      store(hn::InterleaveLower(d64, upper01, upper23), words[word][0]);
-      store(hn::InterleaveUpper(d64, lower01, lower23), words[word][1]);
-      store(hn::InterleaveLower(d64, lower01, lower23), words[word][2]);
-    }
-    hn::StoreU(hn::ShiftLeft<3>(sum), di, offset);
-  }
-#else
-  HWY_INLINE void Store(const VF* factors, VF scale) {
-    const hn::RebindToSigned<DF> di;
-    const auto half = hn::Set(di, 128), byte = hn::Set(di, 255);
-    auto sum = hn::Zero(di);
-    for (size_t word = 0; word < kInt4Rows / kInWord; ++word) {
-      auto top = hn::Zero(di), upper = top, all = top;
-      for (size_t k = kInWord; k-- > 0;) {
-        const auto x = hn::NearestInt(hn::Mul(factors[word * kInWord + k], scale));
-        const auto x1 = hn::ShiftRight<8>(hn::Add(x, half)), x2 = hn::ShiftRight<8>(hn::Add(x1, half));
-        all = hn::Or(hn::ShiftLeft<8>(all), hn::And(x, byte));
-        upper = hn::Or(hn::ShiftLeft<8>(upper), hn::And(x1, byte));
-        top = hn::Or(hn::ShiftLeft<8>(top), hn::And(x2, byte));
-        sum = hn::Add(sum, x);
-      }
-      const auto store = [&](auto digits, size_t digit) HWY_ATTR {
-        hn::StoreU(hn::Or(digits, hn::ShiftLeft<16>(digits)), di,
-                   reinterpret_cast<int32_t*>(words[word][digit]));
-      };
-      store(top, 0), store(upper, 1), store(all, 2);
-    }
-    hn::StoreU(hn::ShiftLeft<3>(sum), di, offset);
-  }
-#endif
-};
-
-#endif  // SHADOWC_DIGITS || SHADOWC_PAIRS
 
 #if SHADOWC_DIGITS
 
@@ -188,12 +73,18 @@ HWY_INLINE void AddPair(const GroupFactors& factors, size_t j, Row row, size_t c
       woven[f][1] = hn::BitCast(du8, hn::InterleaveUpper(d16, a, b));
       fetch(4 * f + 2 * half), fetch(4 * f + 2 * half + 1);
     }
+    const auto low_start = hn::Set(d32, factors.low_start[j + half]);
+    const auto both_start = hn::Set(d32, factors.both_start[j + half]);
     auto both0 = hn::Zero(d32), both1 = both0, low0 = both0, low1 = both0;
     HWY_UNROLL(3)
     for (size_t digit = 3 - kPlaces; digit < 3; ++digit) {
       if (digit != 3 - kPlaces) {
         both0 = hn::ShiftLeft<8>(both0), both1 = hn::ShiftLeft<8>(both1);
         low0 = hn::ShiftLeft<8>(low0), low1 = hn::ShiftLeft<8>(low1);
+      }
+      if (digit == 2) {
+        both0 = hn::Add(both0, both_start), both1 = hn::Add(both1, both_start);
+        low0 = hn::Add(low0, low_start), low1 = hn::Add(low1, low_start);
       }
       HWY_UNROLL(4)
       for (size_t f = 0; f < kFours; ++f) {
@@ -204,15 +95,13 @@ HWY_INLINE void AddPair(const GroupFactors& factors, size_t j, Row row, size_t c
         low1 = hn::SumOfMulQuadAccumulate(d32, LowHalves(woven[f][1]), x, low1);
       }
     }
-    const auto offset = hn::Set(d32, factors.offset[j + half]), offset16 = hn::ShiftLeft<4>(offset);
-    const VF step = hn::Set(df, factors.step[j + half]), step16 = hn::Mul(step, hn::Set(df, 1.0f / 16));
+    const VF step = hn::Set(df, factors.step[j + half]), step16 = hn::Set(df, factors.step16[j + half]);
     float* to = y + half * kInt4Group;
     const auto add = [=](auto sums, VF scale, float* at) HWY_ATTR {
       hn::StoreU(hn::MulAdd(hn::ConvertTo(df, sums), scale, hn::LoadU(df, at)), df, at);
     };
-    add(hn::Sub(low0, offset), step, to), add(hn::Sub(low1, offset), step, to + 16);
-    add(hn::Sub(hn::Sub(both0, low0), offset16), step16, to + 32);
-    add(hn::Sub(hn::Sub(both1, low1), offset16), step16, to + 48);
+    add(low0, step, to), add(low1, step, to + 16);
+    add(hn::Sub(both0, low0), step16, to + 32), add(hn::Sub(both1, low1), step16, to + 48);
   };
   group(0), group(1);
 }
@@ -315,8 +204,8 @@ HWY_INLINE void AddGroups(const GroupFactors& factors, size_t j, Row row, size_t
         of_low = hn::Add(of_low, hn::SatWidenMulPairwiseAdd(d16, low_bytes, x));
         of_high = hn::Add(of_high, hn::SatWidenMulPairwiseAdd(d16, high_bytes, x));
       };
-      if constexpr (kPlaces == 3) add(0, low.top, high.top);
-      add(1, low.upper, high.upper), add(2, low.all, high.all);
+      if constexpr (kPlaces == 3) add(0, low.top, high.top), add(1, low.upper, high.upper);
+      add(2, low.all, high.all);
     }
     AddWords<kPlaces>(low, factors.offset[j], factors.step[j], y + side * 8);
     AddWords<kPlaces>(high, factors.offset[j], factors.step[j], y + side * 8 + kInt4Group / 2);
@@ -335,36 +224,39 @@ HWY_INLINE void LookUpGroup(Row row, size_t count, const float* h, size_t g, flo
 
 #if SHADOWC_DIGITS || SHADOWC_PAIRS
 
-// As AxpyTile, for one row and at most kInt4Rows weight rows, with factors of kPlaces digits.
-template <size_t kPlaces, class Row, class Later>
-HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const float* h, size_t n,
-                           size_t later_count, Later later) {
-  const size_t groups = n / kInt4Group;
+// As AxpyTile, for one row and at most kInt4Rows weight rows, with factors of kPlaces digits. fetch.At(g),
+// and what it gives with every c below kInt4Rows, is called while groups g and g + 1 are read.
+template <size_t kPlaces, class Row, class Fetch>
+HWY_INLINE void AxpyDigits(float* HWY_RESTRICT y, Row row, size_t count, const float* h, size_t begin,
+                           size_t end_group, Fetch fetch) {
   GroupFactors factors;
-  for (size_t first = 0; first < groups; first += GroupFactors::kGroups) {
-    const size_t here = std::min(GroupFactors::kGroups, groups - first);
-    const bool split = count != 0 && factors.Split(row, count, h, first, here, kPlaces);
+  for (size_t first = begin; first < end_group; first += GroupFactors::kGroups) {
+    const size_t here = std::min(GroupFactors::kGroups, end_group - first);
+    const bool split = count != 0 && factors.Split<kPlaces>(row, count, h, first, here);
     for (size_t j = 0; j < here; j += 2) {
-      const size_t g = first + j;
-      // Where as many rows follow as are read.
-      const bool one_by_one = kPrefetchOneByOne && later_count == kInt4Rows && count + 4 > kInt4Rows;
-      if (!one_by_one) PrefetchGroups(later, later_count, g, groups);
-      const auto fetch = [=](size_t c) HWY_ATTR {
-        if (one_by_one) PrefetchGroupsOf(later(c), c, g, groups);
-      };
       const size_t end = std::min(here, j + 2);
+      const auto step = fetch.At(first + j);
+      const bool within = kGroupsAtOnce == 2 && split && j + 2 == end;  // between what is read
+      for (size_t c = 0; !within && c < kInt4Rows; ++c) step(c);
       for (size_t i = j; i < end;) {
         const bool add = split && i + kGroupsAtOnce <= end;
         float* to = y + (first + i) * kInt4Group;
-        if (add) AddGroups<kPlaces>(factors, i, row, count, first + i, to, fetch);
-        if (!add) {
-          for (size_t c = 0; c < kInt4Rows; ++c) fetch(c);
+        if (add) {
+          AddGroups<kPlaces>(factors, i, row, count, first + i, to, step);
+        } else {
           LookUpGroup(row, count, h, first + i, to);
         }
         i += add ? kGroupsAtOnce : 1;
       }
     }
   }
+}
+
+template <size_t kPlaces, class Row, class Later>
+HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const float* h, size_t n,
+                           size_t later_count, Later later) {
+  const size_t groups = n / kInt4Group;
+  AxpyDigits<kPlaces>(y, row, count, h, 0, groups, RowsFetch<Later>(later, later_count, count, groups));
 }
 
 template <size_t kRows, class Row, class Later>
@@ -374,8 +266,8 @@ HWY_INLINE void AxpyRows(float* const* y, Row row, size_t count, const float* h,
     for (size_t r = 0; r < kRows; ++r) {
       const float* factors = h + r * h_stride;
       const size_t fetched = r == 0 ? later_count : 0;
-      if (digits == Int4Digits::kTwo) {
-        AxpyGroups<2>(y[r], row, count, factors, n, fetched, later);
+      if (digits == Int4Digits::kOne) {
+        AxpyGroups<1>(y[r], row, count, factors, n, fetched, later);
       } else {
         AxpyGroups<3>(y[r], row, count, factors, n, fetched, later);
       }

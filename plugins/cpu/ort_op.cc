@@ -344,4 +344,8 @@ Rounding RoundingOf(const Node& node) {
   return few_digits == 2 ? Rounding::kFinely : Rounding::kFreely;
 }
 
+Int4Digits Int4DigitsOf(const Node& node) {
+  return node.Int("few_digits", 0) == 1 ? Int4Digits::kOne : Int4Digits::kThree;
+}
+
 }  // namespace shadowc

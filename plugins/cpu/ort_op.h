@@ -244,10 +244,10 @@ struct OpBase : Ort::CustomOpBase<Op, Made, true> {
 };
 
 // Attribute `few_digits` of both sparse operators: whether calls with tokens that are not masked, which is
-// what prompts are, may round activations and weights (panels.h); 0 not at all, 1 freely, 2 finely. Constant
-// scores that mask nothing have a tail of one token. Where 1, int4 has fewer digits in all calls
-// (Int4Digits).
+// what prompts are, may round activations and weights (panels.h); 0 not at all, 1 and 3 freely, 2 finely.
+// Constant scores that mask nothing have a tail of one token. Where 1, int4 has one digit in all calls.
 Rounding RoundingOf(const Node& node);
+Int4Digits Int4DigitsOf(const Node& node);
 
 // Of a norm that a sparse operator takes; the default of ONNX's LayerNormalization.
 inline constexpr const char* kEpsilon = "epsilon";

@@ -76,6 +76,7 @@ class SparseAttentionKernel : public Kernel {
     problems.ThrowIfAny();
     kv_active_only_ = kv == "active";
     rounding_ = RoundingOf(node);
+    int4_digits_ = Int4DigitsOf(node);
     epsilon_ = node.Float(kEpsilon, kDefaultEpsilon);
   }
 
@@ -129,7 +130,7 @@ class SparseAttentionKernel : public Kernel {
     a.past = past.data;
     a.kv_active_only = kv_active_only_;
     a.rounding = a.selection.tail < a.tokens ? rounding_ : Rounding::kNone;
-    a.int4_digits = rounding_ == Rounding::kFreely ? Int4Digits::kTwo : Int4Digits::kThree;
+    a.int4_digits = int4_digits_;
     a.y = Output<float>(call, kY, x.shape);
     a.present_key = Output<C>(call, kPresentKey, key.shape);
     a.present_value = Output<C>(call, kPresentValue, value.shape);
@@ -147,6 +148,7 @@ class SparseAttentionKernel : public Kernel {
   int64_t layer_;
   bool kv_active_only_ = false;
   Rounding rounding_ = Rounding::kNone;
+  Int4Digits int4_digits_ = Int4Digits::kThree;
   float epsilon_ = kDefaultEpsilon;
 };
 

@@ -19,6 +19,7 @@ class SparseFfnKernel : public Kernel {
         block_(node.Int("block", 1)),
         skip_zeros_(node.Int("skip_zeros", 0) != 0),
         rounding_(RoundingOf(node)),
+        int4_digits_(Int4DigitsOf(node)),
         epsilon_(node.Float(kEpsilon, kDefaultEpsilon)) {
     Problems problems(kName, node_);
     if (block_ < 1) problems.Add("attribute block", "at least 1", std::to_string(block_));
@@ -59,7 +60,7 @@ class SparseFfnKernel : public Kernel {
     a.block = static_cast<size_t>(block_);
     a.skip_zeros = skip_zeros_;
     a.rounding = a.selection.tail < a.tokens ? rounding_ : Rounding::kNone;
-    a.int4_digits = rounding_ == Rounding::kFreely ? Int4Digits::kTwo : Int4Digits::kThree;
+    a.int4_digits = int4_digits_;
     a.y = Output<float>(call, kY, x.shape);
     WriteRead(call, kRead, SparseFfn(a, call.Pool()));
   }
@@ -69,6 +70,7 @@ class SparseFfnKernel : public Kernel {
   int64_t layer_, block_;
   bool skip_zeros_;
   Rounding rounding_;
+  Int4Digits int4_digits_;
   float epsilon_;
 };
 

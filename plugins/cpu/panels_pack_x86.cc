@@ -121,7 +121,7 @@ RowDigits MeasureRow(const float* x, const float* factor, size_t n, Rounding rou
 void SplitRow(const float* x, const float* factor, size_t n, const RowDigits& digits, const Panels& panels,
               size_t p, size_t r) {
   // The largest integer of one, two and three digits, and what the place after the last digit is worth.
-  static constexpr float kMost[] = {127.0f, kMostTwoDigits, kMostDigits};
+  static constexpr float kMost[] = {kMostOneDigit, kMostTwoDigits, kMostDigits};
   static constexpr float kPlace[] = {1.0f, 0x1p-8f, 0x1p-16f};
   const size_t places = panels.Places(p), own = digits.places, block = places * kPanelBlock;
   if (x == nullptr || digits.largest == 0.0f) return SplitZeros(panels, p, r);

@@ -119,9 +119,9 @@ size_t PiecesOf(size_t bytes, size_t most);
 // depend on the result; or so finely that the masks of all later layers hardly change.
 enum class Rounding : uint8_t { kNone, kFreely, kFinely };
 
-// How many digits rows and factors have at most where they meet int4 weights row by row; with two they keep
-// 16 bits (int4-inl.h). Kernels that meet int4 with floats round nothing.
-enum class Int4Digits : uint8_t { kThree, kTwo };
+// How many digits rows and factors have where they meet int4 weights row by row; one is 8 bits, in steps of
+// each group (int4-inl.h). Kernels that meet int4 with floats round nothing.
+enum class Int4Digits : uint8_t { kThree, kOne };
 
 // A layer norm in front of an operator, [E] each: the operator reads LayerNorm(x) and adds x to its result.
 // Null: there is none, x is read as it is and not added.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What makes prompts fast in a graph of target cpu, whatever program runs it.
 
-Logits that nobody asks for are left out, and operators may round; where they may freely, int4 tokens round as well.
+Logits that nobody asks for are left out, and operators may round; where no mask depends on it, int4 tokens do too.
 Letters: B rows, S new tokens, V vocabulary.
 """
 
@@ -17,7 +17,7 @@ from shadowc.spec.tensors import LOGITS_FROM, scores_of_one_layer
 if TYPE_CHECKING:
     import onnx
 
-FREELY, FINELY = 1, 2
+FREELY, FINELY, FREELY_IN_PROMPTS = 1, 2, 3
 """Values of the attribute FEW_DIGITS."""
 _FREELY_FROM = {SPARSE_FFN.name: 3 / 8, SPARSE_ATTENTION.name: 5 / 8}
 _INT4_FREELY_FROM = {SPARSE_FFN.name: 4 / 8, SPARSE_ATTENTION.name: 6 / 8}
@@ -45,11 +45,11 @@ def give_logits_a_start(model: onnx.ModelProto) -> None:
 
 
 def give_prompts_few_digits(model: onnx.ModelProto) -> None:
-    """Let operators compute prompts in blocks that may round (plugins/cpu/panels.h), and int4 tokens with 16 bits.
+    """Let operators compute prompts in blocks that may round (plugins/cpu/panels.h), and int4 tokens with 8 bits.
 
     Layer 0's attention does not: what it gives decides the masks. Where every layer makes masks of its own (styles
     dejavu and shadow+), what a layer rounds reaches only the masks behind it: the first layers round finely, attention,
-    whose rounding changes most masks, in more of them than FFNs.
+    whose rounding changes most masks, in more of them than FFNs; int4 tokens do not round.
     """
     import onnx
 
@@ -63,6 +63,8 @@ def give_prompts_few_digits(model: onnx.ModelProto) -> None:
         layer += node.op_type == SPARSE_ATTENTION.name
         if not own and layer == 0 and node.op_type == SPARSE_ATTENTION.name:
             continue
-        share = (_INT4_FREELY_FROM if packed & set(node.input) else _FREELY_FROM)[node.op_type]
-        freely = not own or layer >= share * layers
-        node.attribute.append(onnx.helper.make_attribute(FEW_DIGITS, FREELY if freely else FINELY))
+        int4 = bool(packed & set(node.input))
+        share = (_INT4_FREELY_FROM if int4 else _FREELY_FROM)[node.op_type]
+        freely = FREELY_IN_PROMPTS if own and int4 else FREELY
+        rounding = freely if not own or layer >= share * layers else FINELY
+        node.attribute.append(onnx.helper.make_attribute(FEW_DIGITS, rounding))

@@ -106,8 +106,9 @@ _ROUNDING = Attribute(
     FEW_DIGITS,
     "int",
     0,
-    "whether activations may be rounded: 0 not at all; 1 freely in calls with unmasked tokens, and to 16 bits in any "
-    "call that meets int4 row by row; 2 finely in calls with unmasked tokens",
+    "whether activations may be rounded: 0 not at all; 1 freely in calls with unmasked tokens, and to 8 bits, in steps "
+    "of each group of int4, in any call that meets int4 row by row; 2 finely in calls with unmasked tokens; 3 freely in "
+    "calls with unmasked tokens",
 )
 _READ = Operand(
     "read",

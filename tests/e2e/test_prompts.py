@@ -15,7 +15,7 @@ import pytest
 
 import shadowc
 from shadowc.checkpoint.resolve import resolve
-from shadowc.emit.prompts import FINELY, FREELY
+from shadowc.emit.prompts import FINELY, FREELY, FREELY_IN_PROMPTS
 from shadowc.runtime import variants
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.library import OpLibrary
@@ -157,13 +157,15 @@ def test_masks_of_every_layer_hardly_change_by_a_rounded_prompt(own_masks: Path)
 
 def test_the_first_layers_of_a_prompt_round_finely_and_int4_in_more_of_them(own_masks: Path) -> None:
     """Of the eight layers of opt-mini; int4 is told from the others by how the graph stores it."""
-    first = {"ffn": 4, "attention": 6} if own_masks.name == "int4" else {"ffn": 3, "attention": 5}
+    int4 = own_masks.name == "int4"
+    first = {"ffn": 4, "attention": 6} if int4 else {"ffn": 3, "attention": 5}
+    freely = FREELY_IN_PROMPTS if int4 else FREELY
     graph = onnx.load(own_masks / MODEL_FILE, load_external_data=False).graph
     found = {
         node.name: attribute.i for node in graph.node for attribute in node.attribute if attribute.name == FEW_DIGITS
     }
     expected = {
-        f"layers.{layer}.{kind}": FREELY if layer >= first[kind] else FINELY for layer in range(8) for kind in first
+        f"layers.{layer}.{kind}": freely if layer >= first[kind] else FINELY for layer in range(8) for kind in first
     }
     assert found == expected
 

@@ -42,8 +42,8 @@ OF_THE_CPU = (
     "test_int4_columns_are_summed_exactly_whatever_the_number_of_rows_and_groups",
     "test_int4_factors_without_digits_are_added_as_floats",
     "test_extreme_int4_weights_meet_extreme_digits_without_saturating",
-    "test_int4_tokens_that_may_round_do_so_to_sixteen_bits",
-    "test_int4_tokens_that_may_round_do_so_to_sixteen_bits_in_attention",
+    "test_int4_tokens_that_may_round_do_so_to_eight_bits",
+    "test_int4_tokens_that_may_round_do_so_to_eight_bits_in_attention",
     # A cache narrower than the activations.
     "test_attention_rounds_to_a_float16_cache_as_ieee_does_and_attends_to_what_it_stored",
     "test_a_kernel_that_attends_to_unrounded_keys_would_be_found",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tokens that meet int4 weights where results may be rounded freely (`few_digits` 1): rows and factors of 16 bits."""
+"""Tokens that meet int4 weights where results may be rounded freely (`few_digits` 1): rows and factors of 8 bits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from tests.plugins import elsewhere, kernels, numpy_reference, test_sparse_atten
 from tests.plugins.test_few_digits import distance
 
 TOGETHER = {"avx2": 8, "avx512": 8, "avx512_icelake": 16, "avx512_zen4": 8, "avx512_amx": 16}
-"""Rows whose factors are rounded together, by level (kInt4Rows in plugins/cpu/int4_sum-inl.h). Others take floats."""
-TWO_DIGITS = 32600
-"""What the largest value of two digits becomes."""
-SIXTEEN_BITS = 1e-4
-"""What is lost, of the largest value of a result; a digit less loses some 1e-2."""
+"""Rows whose factors are rounded together, by level (kInt4Rows in plugins/cpu/int4_fetch-inl.h). Others take floats."""
+ONE_DIGIT = 127
+"""What the largest value of a digit becomes, of a group of a row or of the factors that are rounded together."""
+EIGHT_BITS = 2e-2
+"""What is lost, of the largest value of a result; a bit less loses twice as much as is lost here."""
+OF_A_ROW = 0.006
+"""What is lost of a row of normal values, in root mean squares, and as much again of factors."""
 NEARER = 0.5
 """Hidden values that differ in their last bits round to neighbours, now and then: less than the rounding itself."""
 
@@ -63,22 +65,18 @@ def to_whole(x, most, axis=None):
     return np.round(x / step) * step
 
 
-def rounded_rows(x, at, most):
-    """What rows are multiplied as. With AVX-512 VNNI first halves of groups have four bits more."""
-    if at.startswith("avx512_"):
-        halves = x.reshape(*x.shape[:-1], -1, 2, INT4_GROUP // 2)
-        steps = np.abs(x).max(-1)[..., None, None, None] / most * np.array([1 / 16, 1])[:, None]
-        return (np.round(halves / steps) * steps).reshape(x.shape)
-    return to_whole(x, most, -1)
+def rounded_rows(x, most):
+    """What rows are multiplied as: every group of columns in steps of its own."""
+    return to_whole(x.reshape(*x.shape[:-1], -1, INT4_GROUP), most, -1).reshape(x.shape)
 
 
-def as_defined(arrays, at, most=TWO_DIGITS, row=TWO_DIGITS):
+def as_defined(arrays, at, most=ONE_DIGIT, row=ONE_DIGIT):
     """The FFN of tokens that compute every neuron, in float64; factors are rounded by as many neurons as are added.
 
     AVX-512 VNNI adds two groups of columns at a time, and a last one without a second in floats.
     """
     fc1, fc2 = np.moveaxis(numpy_reference.real(arrays["w"], arrays["scales"]), 1, 0)
-    hidden = np.maximum(rounded_rows(arrays["x"].astype(np.float64), at, row) @ fc1.T + arrays["b1"], 0)
+    hidden = np.maximum(rounded_rows(arrays["x"].astype(np.float64), row) @ fc1.T + arrays["b1"], 0)
     factors = hidden[..., None] * arrays["scales"][:, 1].astype(np.float64)  # [B,S,F,groups]
     whole = factors.reshape(*hidden.shape[:2], -1, TOGETHER[at], factors.shape[-1])
     rounded = to_whole(whole, most, 3).reshape(factors.shape)
@@ -105,33 +103,33 @@ def test_rows_and_factors_of_tokens_are_rounded_as_defined(level, E):
     exact = numpy_reference.sparse_ffn(**arrays)[0]
     found, defined = ffn(arrays), as_defined(arrays, level)
     assert nearer(found, defined, exact) < NEARER
-    assert 1e-6 < distance(found, exact) < SIXTEEN_BITS
+    assert 1e-3 < distance(found, exact) < EIGHT_BITS
 
 
 @pytest.mark.parametrize("at", ["avx512_zen4", "avx2"])
-@pytest.mark.parametrize("planted", [{"most": 127}, {"most": TWO_DIGITS / 2}, {"row": 127}, {"row": TWO_DIGITS / 2}])
+@pytest.mark.parametrize("planted", [{"most": ONE_DIGIT / 8}, {"most": 63}, {"row": ONE_DIGIT / 8}, {"row": 63}])
 def test_a_coarser_rounding_of_tokens_would_be_noticed(planted, at):
-    """A digit less and one bit less, of the factors and of the rows."""
+    """Three bits less and one bit less, of the factors and of the rows."""
     arrays = dense_tokens(1, B=5, F=96, E=320)
     exact = numpy_reference.sparse_ffn(**arrays)[0]
     assert nearer(as_defined(arrays, at, **planted), as_defined(arrays, at), exact) > 2 * NEARER
 
 
 @pytest.mark.parametrize("skip_zeros", [0, 1])
-def test_tokens_of_any_mask_are_rounded_to_sixteen_bits(level, skip_zeros):
+def test_tokens_of_any_mask_are_rounded_to_eight_bits(level, skip_zeros):
     for seed, shape in enumerate([{"F": 70, "E": 64}, {"F": 41, "E": 192, "block": 3}, {"F": 1030, "E": 1088, "B": 3}]):
         arrays = operands(seed, norm=True, **shape)
         block = shape.get("block", 1)
         found = ffn(arrays, skip_zeros=skip_zeros, block=block)
-        kernels.assert_close(found, numpy_reference.sparse_ffn(**arrays, block=block)[0], SIXTEEN_BITS)
+        kernels.assert_close(found, numpy_reference.sparse_ffn(**arrays, block=block)[0], EIGHT_BITS)
 
 
 @pytest.mark.parametrize("cache", test_sparse_attention.CACHES)
-def test_attention_of_tokens_is_rounded_to_sixteen_bits(level, cache):
+def test_attention_of_tokens_is_rounded_to_eight_bits(level, cache):
     for seed, shape in enumerate([{"H": 4, "D": 64}, {"H": 4, "D": 80}, {"H": 2, "D": 32, "B": 3}]):
         arrays = test_sparse_attention.operands(np.random.default_rng(seed), dtype="int4", cache=cache, **shape)
         found, exact = attention(arrays), attention(arrays, few_digits=0)
-        tolerance = max(SIXTEEN_BITS, kernels.CACHE_TOLERANCE[cache])
+        tolerance = max(EIGHT_BITS, kernels.CACHE_TOLERANCE[cache])
         for name in ("y", "context"):
             kernels.assert_close(found[name], exact[name], tolerance)
         assert (found["y"] != exact["y"]).any()
@@ -141,11 +139,12 @@ def test_attention_of_tokens_is_rounded_to_sixteen_bits(level, cache):
         np.testing.assert_array_equal(found["read"], exact["read"])
 
 
-def test_where_rounding_has_to_be_fine_tokens_are_exact(level):
+@pytest.mark.parametrize("few_digits", [2, 3])
+def test_where_rounding_has_to_be_fine_or_only_prompts_may_round_tokens_are_exact(level, few_digits):
     arrays = operands(2, B=3, F=70, E=192)
-    np.testing.assert_array_equal(ffn(arrays, few_digits=2), ffn(arrays, few_digits=0))
+    np.testing.assert_array_equal(ffn(arrays, few_digits=few_digits), ffn(arrays, few_digits=0))
     arrays = test_sparse_attention.operands(np.random.default_rng(2), dtype="int4", B=2, H=4, D=64)
-    found, exact = attention(arrays, few_digits=2), attention(arrays, few_digits=0)
+    found, exact = attention(arrays, few_digits=few_digits), attention(arrays, few_digits=0)
     np.testing.assert_array_equal(found["y"], exact["y"])
 
 
@@ -161,9 +160,9 @@ def test_a_token_has_the_same_bits_alone_and_in_a_batch_of_one_mask(level, rows,
         np.testing.assert_array_equal(ffn(alone, skip_zeros=0)[0], together[row])
 
 
-def test_a_token_among_tokens_of_other_masks_is_rounded_to_sixteen_bits(level):
+def test_a_token_among_tokens_of_other_masks_is_rounded_to_eight_bits(level):
     arrays = operands(7, B=40, F=600, E=192)
-    kernels.assert_close(ffn(arrays), numpy_reference.sparse_ffn(**arrays)[0], SIXTEEN_BITS)
+    kernels.assert_close(ffn(arrays), numpy_reference.sparse_ffn(**arrays)[0], EIGHT_BITS)
 
 
 def test_keys_and_results_of_a_token_have_the_same_bits_alone_and_in_a_batch(level):
@@ -182,6 +181,20 @@ def test_tokens_repeat_their_bits_at_any_number_of_threads(level):
         np.testing.assert_array_equal(ffn(arrays, threads=threads), first)
 
 
+@pytest.mark.parametrize("spike", [1.0, 300.0])
+def test_what_a_row_loses_is_small_whatever_its_largest_value_is(level, spike):
+    """Steps are those of each group: one large value, as rows of trained models have, makes only its group coarse."""
+    arrays = dense_tokens(8, B=4, F=64, E=512)
+    arrays["x"][..., 70] *= spike
+    arrays["b1"][:] = 1e4  # all fire, and factors are the same
+    exact = numpy_reference.sparse_ffn(**arrays)[0]
+    rows, exact_rows = rounded_rows(arrays["x"].astype(np.float64), ONE_DIGIT), arrays["x"].astype(np.float64)
+    others = np.delete(np.arange(512), np.arange(64, 128))
+    lost = np.sqrt(np.mean((rows - exact_rows)[..., others] ** 2) / np.mean(exact_rows[..., others] ** 2))
+    assert lost < OF_A_ROW * 1.5
+    assert nearer(ffn(arrays), as_defined(arrays, level), exact) < NEARER
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf, 1e35, 1e-38])
 def test_a_token_that_has_no_digits_is_summed_in_floats(level, value):
     arrays = operands(5, B=3, F=70, E=192)
@@ -190,7 +203,7 @@ def test_a_token_that_has_no_digits_is_summed_in_floats(level, value):
     arrays["x"][1, 0, 3] = value
     found, exact = ffn(arrays), ffn(arrays, few_digits=0)
     np.testing.assert_array_equal(found[[0, 2]], clean[[0, 2]])
-    kernels.assert_close(found[1], exact[1], SIXTEEN_BITS)
+    kernels.assert_close(found[1], exact[1], EIGHT_BITS)
 
 
 def test_levels_that_meet_int4_with_floats_round_nothing():

@@ -35,8 +35,8 @@ IN_ATTENTION = {"float32": kernels.TOLERANCE, "bfloat16": 2.0**-6, "int4": 6e-2}
 OF_ITS_ROUNDING = 1e-3
 """Hidden values that differ in their last bits round to neighbours: far less than the rounding itself."""
 
-BY_ROW = {"float32": 0, "bfloat16": 0, "int4": 1e-4}
-"""The same of rows outside of blocks, which have two digits where they meet int4 (test_int4_tokens.py)."""
+BY_ROW = {"float32": 0, "bfloat16": 0, "int4": 2e-2}
+"""The same of rows outside of blocks, which have one digit where they meet int4 (test_int4_tokens.py)."""
 
 of_every_type = pytest.mark.parametrize("dtype", TYPES)
 

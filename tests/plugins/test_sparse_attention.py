@@ -374,8 +374,8 @@ def test_attention_refuses_attributes_and_types_when_the_session_is_made():
 
 
 @pytest.mark.parametrize("B", [1, 3])
-def test_int4_tokens_that_may_round_do_so_to_sixteen_bits_in_attention(B):
+def test_int4_tokens_that_may_round_do_so_to_eight_bits_in_attention(B):
     arrays = operands(np.random.default_rng(B), B=B, H=6, D=64, dtype="int4", shared=True)
     found, exact = (kernels.run(SPARSE_ATTENTION, arrays, **choice) for choice in ({"few_digits": 1}, {}))
     for name in ("y", "context"):
-        kernels.assert_close(found[name], exact[name], 1e-4)
+        kernels.assert_close(found[name], exact[name], 2e-2)

@@ -315,12 +315,12 @@ def test_int4_columns_are_summed_exactly_whatever_the_number_of_rows_and_groups(
 
 
 @pytest.mark.parametrize("B", [1, 3])
-def test_int4_tokens_that_may_round_do_so_to_sixteen_bits(B):
+def test_int4_tokens_that_may_round_do_so_to_eight_bits(B):
     """The rest of what they promise is in test_int4_tokens.py; this is for builds that find bad accesses and races."""
-    for seed, (F, E) in enumerate([(1, 64), (70, 192), (2000, 1088)]):
+    for seed, (F, E) in enumerate([(1, 64), (70, 192), (2000, 1088), (700, 2048)]):
         arrays = operands(np.random.default_rng(seed), B=B, F=F, E=E, dtype="int4", shared=True)
         found = [ffn(arrays, few_digits=1, skip_zeros=skip_zeros)[0] for skip_zeros in (0, 1)]
-        kernels.assert_close(found[0], numpy_reference.sparse_ffn(**arrays)[0], 1e-4)
+        kernels.assert_close(found[0], numpy_reference.sparse_ffn(**arrays)[0], 2e-2)
         np.testing.assert_array_equal(found[0], found[1])
 
 

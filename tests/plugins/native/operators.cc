@@ -117,7 +117,7 @@ Tensors PredictUnits(const Call& call, const shadowc::Parallel& parallel) {
 
 // Prompts are not rounded here: of attribute few_digits this is what tokens make.
 shadowc::Int4Digits Int4DigitsOf(const Call& call) {
-  return call.Int("few_digits", 0) == 1 ? shadowc::Int4Digits::kTwo : shadowc::Int4Digits::kThree;
+  return call.Int("few_digits", 0) == 1 ? shadowc::Int4Digits::kOne : shadowc::Int4Digits::kThree;
 }
 
 Tensors SparseFfn(const Call& call, const shadowc::Parallel& parallel) {
