@@ -113,7 +113,7 @@ HWY_INLINE void ProjectOutInOrder(const AttentionArgs& a, const Head<Int4Pair>& 
       };
       rows[c] = w + (d + c) * a.width, once[c] = row_at(d + 8 + c), twice[c] = row_at(d + 16 + c);
     }
-    AddDigits(y, rows, 8, h + d, width, a.int4_digits, RowsAhead<8>{twice, once});
+    AddEight(y, rows, h + d, width, a.int4_digits, RowsAhead<8>{twice, once});
   }
 }
 

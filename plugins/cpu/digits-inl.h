@@ -30,7 +30,7 @@
 #include "types.h"
 
 // HWY_AVX3_DL is the first x86 target with VNNI; better targets have lower numbers. Those from AVX2 on
-// without it multiply bytes in pairs, into 16 bits: enough for int4 (int4-inl.h).
+// without it multiply bytes in pairs, into 16 bits: enough for int4 (int4_avx2-inl.h).
 #undef SHADOWC_DIGITS
 #undef SHADOWC_PAIRS
 #if HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3_DL
@@ -83,15 +83,15 @@ HWY_INLINE float LargestOf(const float* x, size_t n) {
 }
 
 // The 8 bits of a group of x, which meets int4: digits of its first and of its second half, what x / digit
-// is, and 8 * sum of x as rounded. Its rounding is at most 0.018 of it (root mean squares; one value that is
-// not zero), 0.006 of normal values. x is finite.
+// is, and 8 * sum of x as rounded. What is lost is at most 0.031 of the group (root mean squares), some 0.006
+// of normal values. x is finite.
 HWY_INLINE void RoundGroup(const float* x, int8_t* first, int8_t* second, float* step, float* offset) {
   constexpr size_t kHalf = kInt4Group / 2;
   const DF df;
   const hn::RebindToSigned<DF> di;
   const hn::Rebind<int8_t, DF> d8;
   const float largest = LargestOf(x, kInt4Group);
-  const bool some = largest > kLeastWithDigits;  // what is less beside others is nothing
+  const bool some = largest > 1e-35f;  // steps below it are no normal numbers
   const VF scale = hn::Set(df, some ? kMostOneDigit / largest : 0.0f);
   auto sum = hn::Zero(di);
   for (size_t i = 0; i < kHalf; i += hn::Lanes(df)) {

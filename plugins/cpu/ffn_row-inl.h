@@ -137,11 +137,7 @@ inline void EightsInOrder(const FfnArgs& a, const Activations<Int4Pair>& row, co
     DotEight(row, now, next, a.width, h);
     Activate<8, Int4Pair>(a, neurons, k, h);
     std::fill(h + (after - k), h + 8, 0.0f);
-    if (a.int4_digits == Int4Digits::kOne) {
-      AddEight<1>(y, now, next, h, a.width);
-    } else {
-      AddEight<3>(y, now, next, h, a.width);
-    }
+    AddEight(y, now.second, h, a.width, a.int4_digits, ColumnsQuarters{next, a.width / (2 * kInt4Group)});
     now = next;
   }
 }

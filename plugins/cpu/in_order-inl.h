@@ -31,7 +31,7 @@ namespace shadowc {
 namespace HWY_NAMESPACE {
 
 // Whether rows of n weights of type W are read so: a quarter of a row is whole lines, and half a batch is far
-// enough ahead.
+// enough ahead. Those of int4 are (int4_in_order-inl.h) where those of int8 would be.
 template <class W>
 HWY_INLINE bool ReadsInOrder(size_t n) {
   return kReadInOrder && std::is_same_v<W, int8_t> && n % (4 * kLine) == 0 && n >= 2048;

@@ -4,8 +4,8 @@
 // Unpacking to floats costs seven instructions for every vector of weights, several times what their bytes
 // cost. With AVX-512 two groups of 64 weights are one register of bytes instead: products are taken with the
 // digits of x (see digits-inl.h), and the second kind with the digits of the factors (int4_sum-inl.h). The
-// high halves are not cut out: a byte is low + 16 * high, and what low adds to a product with it is taken
-// back in the product with low alone. Without AVX-512: int4_avx2-inl.h.
+// high halves are not cut out, but for rounded rows: a byte is low + 16 * high, and what low adds to a
+// product with it is taken back in the product with low alone. Without AVX-512: int4_avx2-inl.h.
 
 #if defined(SHADOWC_CPU_INT4_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef SHADOWC_CPU_INT4_INL_H_
@@ -44,7 +44,7 @@ struct Activations<Int4Pair> {
   // stride].
   const int8_t* digits = nullptr;
   size_t stride = 0;
-  const float* offsets = nullptr;  // [groups], 8 * sum of x / step: weights are stored plus 8
+  const float* offsets = nullptr;  // [groups], 8 * sum of x / step (rounded: of x): weights are stored plus 8
   const float* steps = nullptr;    // [groups]; null: not rounded, all have this step
   double step = 0.0;
 
@@ -254,13 +254,14 @@ HWY_INLINE void DotRounded(const Activations<Int4Pair>& row, const Int4Pointer* 
         sums = hn::SumOfMulQuadAccumulate(d32, LowHalves(halves), high, sums);
         return hn::MulAdd(hn::ConvertTo(df, sums), hn::TableLookupLanes(scale, order), sum);
       };
+      const auto step = fetch.At(g);
       if (HWY_UNLIKELY(g + 1 == groups)) {
+        step(0), step(1), step(2), step(3);
         const auto load = [=](const uint8_t* p) HWY_ATTR { return hn::LoadN(d8, p, kInt4Group / 2); };
         a0 = add(load(at(w0, g)), s0, a0), a1 = add(load(at(w1, g)), s1, a1);
         a2 = add(load(at(w2, g)), s2, a2), a3 = add(load(at(w3, g)), s3, a3);
         break;
       }
-      const auto step = fetch.At(g);
       step(0), a0 = add(hn::LoadU(d8, at(w0, g)), s0, a0);
       step(1), a1 = add(hn::LoadU(d8, at(w1, g)), s1, a1);
       step(2), a2 = add(hn::LoadU(d8, at(w2, g)), s2, a2);

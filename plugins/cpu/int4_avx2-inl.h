@@ -51,7 +51,7 @@ HWY_INLINE hn::Vec<GroupInts> GroupSums(hn::Vec<GroupBytes> low, hn::Vec<GroupBy
 
 template <>
 struct Activations<Int4Pair> : DigitRow {
-  const float* offsets = nullptr;  // [groups], 8 * sum of X in the group: weights are stored plus 8
+  const float* offsets = nullptr;  // [groups], 8 * sum of X (one digit: of x): weights are stored plus 8
   const float* steps = nullptr;    // [groups], of a row of one digit; null: it has three, and one step
 
   static size_t Bytes(size_t n) { return DigitRow::Bytes(n) + n / kInt4Group * sizeof(float); }

@@ -45,9 +45,10 @@ struct GroupFactors {
   alignas(64) int32_t offset[kGroups];  // 8 * sum of X: weights are stored plus 8
 #endif
 
-  // Of groups g ... g + count, in kPlaces digits. False if a factor has none: it is tiny, infinite or NaN.
+  // Of groups g ... g + count, in kPlaces digits. Bit j: group g + j has them; not if a factor is tiny,
+  // infinite or NaN.
   template <size_t kPlaces, class Row>
-  HWY_INLINE bool Split(Row row, size_t rows, const float* h, size_t g, size_t count) {
+  HWY_INLINE uint32_t Split(Row row, size_t rows, const float* h, size_t g, size_t count) {
     constexpr float reach = kPlaces == 1 ? kMostOneDigit : kMost;
     const DF df;
     const hn::RebindToSigned<DF> di;
@@ -63,14 +64,15 @@ struct GroupFactors {
     const auto some = hn::RebindMask(df, hn::Gt(most, hn::Zero(di)));
     const auto fits = hn::And(hn::Gt(largest, hn::Set(df, kLeastWithDigits)),
                               hn::Lt(largest, hn::Set(df, kMostWithDigits)));
-    if (!hn::AllTrue(df, hn::Or(hn::Not(some), fits))) return false;
     const VF of_one = hn::Mul(largest, hn::Set(df, 1.0f / reach));
     hn::StoreU(of_one, df, step);
 #if SHADOWC_DIGITS
     hn::StoreU(hn::Mul(of_one, hn::Set(df, 1.0f / 16)), df, step16);
 #endif
     Store<kPlaces>(factors, hn::IfThenElseZero(some, hn::Div(hn::Set(df, reach), largest)));
-    return true;
+    uint8_t bits[8] = {};
+    hn::StoreMaskBits(df, hn::Or(hn::Not(some), fits), bits);
+    return bits[0] | bits[1] << 8;
   }
 
  private:

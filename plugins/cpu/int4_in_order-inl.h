@@ -31,49 +31,60 @@ struct EightRecords {
   Int4Pointer first[8], second[8];
 };
 
-// What is fetched while quarter kQuarter of `now` is read: what is read a whole batch, three and two quarters
-// later. `next` follows `now`.
+static_assert(!kReadInOrder || kInt4Rows == 8);
+
+HWY_INLINE void FetchScales(const Int4Pointer* rows, size_t row, size_t line) {
+  PrefetchL2(rows[row].scales + line * (kLine / sizeof(float)));
+}
+
+// What is fetched while a line of each of some rows is read: lines of three parts of a batch, a part's `at`
+// bytes from where its rows begin. A quarter of columns lasts half as many steps as one of rows and has twice
+// the rows, so one of its steps fetches two lines of each of the latter's: those of `upper`.
+struct FetchStep3 {
+  struct Lines {
+    const Int4Pointer *rows, *upper;  // upper: for row 4 and those behind it
+    size_t at, upper_at;
+    HWY_INLINE void Fetch(size_t c) const {
+      PrefetchL2(c < 4 ? &rows[c].pairs->both + at : &upper[c - 4].pairs->both + upper_at);
+    }
+  } whole, three, two;  // a whole batch later, three and two quarters
+
+  HWY_INLINE void operator()(size_t c) const { whole.Fetch(c), three.Fetch(c), two.Fetch(c); }
+  static HWY_INLINE Lines OfColumns(const Int4Pointer* rows, size_t at) { return {rows, rows + 4, at, at}; }
+  static HWY_INLINE Lines OfRows(const Int4Pointer* rows, size_t at) { return {rows, rows, at, at + kLine}; }
+};
+
+// While quarter kQuarter (0, 1) of `now` is read; `next` follows it; `lines`: of a half of a record.
 template <size_t kQuarter>
-struct BatchFetch {
+struct RowsQuarter {
   const EightRecords &now, &next;
-  size_t lines;  // of a half of a record
+  size_t lines;
 
-  struct Step {
-    const Int4Pointer *whole, *three, *two;  // rows
-    size_t whole_at, three_at, two_at;       // bytes
-    HWY_INLINE void operator()(size_t c) const {
-      constexpr size_t kRows = kQuarter < 2 ? 4 : 8;
-      // A quarter of columns lasts half as many steps as one of rows, and fetches two lines of them in each.
-      const auto fetch = [c](const Int4Pointer* rows, size_t at, bool of_columns) HWY_ATTR {
-        const size_t row = of_columns || kRows == 4 ? c : c % 4, line = of_columns || kRows == 4 ? 0 : c / 4;
-        PrefetchL2(&rows[row].pairs->both + at + line * kLine);
-      };
-      fetch(whole, whole_at, kQuarter >= 2);
-      fetch(three, three_at, (kQuarter + 3) % 4 >= 2);
-      fetch(two, two_at, (kQuarter + 2) % 4 >= 2);
-    }
-  };
-
-  HWY_INLINE Step At(size_t g) const {
-    const size_t s = g / 2;
-    if constexpr (kQuarter < 2) {
-      FetchScales(next.first + 4 * kQuarter, s / 2 % 4, s / 8);
-      const Int4Pointer* columns = now.second + s % 2 * 4;
-      const size_t at = s * kLine, half = s / 2 * kLine, upper = half + lines / 2 * kLine;
-      if constexpr (kQuarter == 0) return {next.first, columns, columns, at, upper, half};
-      return {next.first + 4, next.first, columns, at, at, upper};
-    } else {
-      FetchScales(next.second, s % 8, s / 8);
-      const size_t at = s * kLine;
-      if constexpr (kQuarter == 2) return {next.second, next.first + 4, next.first, at, 2 * at, 2 * at};
-      const size_t rows_at = 2 * (at - lines / 2 * kLine);
-      return {next.second, next.second, next.first + 4, at, at - lines / 2 * kLine, rows_at};
-    }
+  HWY_INLINE FetchStep3 At(size_t g) const {
+    const size_t s = g / 2, at = s * kLine, lower = s / 2 * kLine, upper = lower + lines / 2 * kLine;
+    const Int4Pointer *same = next.first + 4 * kQuarter, *columns = now.second + s % 2 * 4;
+    FetchScales(same, s / 2 % 4, s / 8);
+    const auto of = [](const Int4Pointer* rows, size_t from)
+                        HWY_ATTR { return FetchStep3::OfRows(rows, from); };
+    if constexpr (kQuarter == 0) return {of(same, at), of(columns, upper), of(columns, lower)};
+    return {of(same, at), of(next.first, at), of(columns, upper)};
   }
+};
 
- private:
-  static HWY_INLINE void FetchScales(const Int4Pointer* rows, size_t row, size_t line) {
-    PrefetchL2(rows[row].scales + line * (kLine / sizeof(float)));
+// While the second halves are read.
+struct ColumnsQuarters {
+  const EightRecords& next;
+  size_t lines;
+
+  HWY_INLINE FetchStep3 At(size_t g) const {
+    using F = FetchStep3;
+    const size_t s = g / 2, at = s * kLine, half = lines / 2 * kLine;
+    FetchScales(next.second, s % 8, s / 8);
+    if (g < lines)
+      return {F::OfColumns(next.second, at), F::OfRows(next.first + 4, 2 * at),
+              F::OfRows(next.first, 2 * at)};
+    return {F::OfColumns(next.second, at), F::OfColumns(next.second, at - half),
+            F::OfRows(next.first + 4, 2 * (at - half))};
   }
 };
 
@@ -81,30 +92,20 @@ struct BatchFetch {
 HWY_INLINE void DotEight(const Activations<Int4Pair>& row, const EightRecords& now, const EightRecords& next,
                          size_t n, float* h) {
   const size_t lines = n / (2 * kInt4Group);
-  DotDigits(row, now.first, n, BatchFetch<0>{now, next, lines}, h);
-  DotDigits(row, now.first + 4, n, BatchFetch<1>{now, next, lines}, h + 4);
+  DotDigits(row, now.first, n, RowsQuarter<0>{now, next, lines}, h);
+  DotDigits(row, now.first + 4, n, RowsQuarter<1>{now, next, lines}, h + 4);
 }
 
-// y += h times rows of n weights.
+// y += h times eight rows of n weights.
 template <class Fetch>
-HWY_INLINE void AddDigits(float* y, const Int4Pointer* rows, size_t count, const float* h, size_t n,
-                          Int4Digits digits, Fetch fetch) {
+HWY_INLINE void AddEight(float* y, const Int4Pointer* rows, const float* h, size_t n, Int4Digits digits,
+                         Fetch fetch) {
   const Listed<Int4Pair> listed{rows};
   if (digits == Int4Digits::kOne) {
-    AxpyDigits<1>(y, listed, count, h, 0, n / kInt4Group, fetch);
+    AxpyDigits<1>(y, listed, 8, h, n, fetch);
   } else {
-    AxpyDigits<3>(y, listed, count, h, 0, n / kInt4Group, fetch);
+    AxpyDigits<3>(y, listed, 8, h, n, fetch);
   }
-}
-
-// y += the second halves of a batch, times h.
-template <size_t kPlaces>
-HWY_INLINE void AddEight(float* y, const EightRecords& now, const EightRecords& next, const float* h,
-                         size_t n) {
-  const size_t lines = n / (2 * kInt4Group);
-  const Listed<Int4Pair> rows{now.second};
-  AxpyDigits<kPlaces>(y, rows, 8, h, 0, lines, BatchFetch<2>{now, next, lines});
-  AxpyDigits<kPlaces>(y, rows, 8, h, lines, 2 * lines, BatchFetch<3>{now, next, lines});
 }
 
 // Rows of a record that lie one behind the other: the kRows that follow twice and once as far ahead as
@@ -122,8 +123,8 @@ struct RowsAhead {
     }
   };
   HWY_INLINE Step At(size_t g) const {
-    const size_t s = g / 2;
-    PrefetchL2(twice[s % kRows].scales + s / kRows * (kLine / sizeof(float)));
+    const size_t s = g / 2, i = kRows == 4 ? s / 2 : s;
+    FetchScales(twice, i % kRows, i / kRows);
     return {twice, once, s * kLine};
   }
 };

@@ -224,22 +224,25 @@ HWY_INLINE void LookUpGroup(Row row, size_t count, const float* h, size_t g, flo
 
 #if SHADOWC_DIGITS || SHADOWC_PAIRS
 
-// As AxpyTile, for one row and at most kInt4Rows weight rows, with factors of kPlaces digits. fetch.At(g),
-// and what it gives with every c below kInt4Rows, is called while groups g and g + 1 are read.
+// As AxpyTile, for one row and at most kInt4Rows weight rows, with factors of kPlaces digits; of pairs of
+// groups that have none, in floats. fetch.At(g), and what it gives with every c below kInt4Rows, is called
+// while groups g and g + 1 are read.
 template <size_t kPlaces, class Row, class Fetch>
-HWY_INLINE void AxpyDigits(float* HWY_RESTRICT y, Row row, size_t count, const float* h, size_t begin,
-                           size_t end_group, Fetch fetch) {
+HWY_INLINE void AxpyDigits(float* HWY_RESTRICT y, Row row, size_t count, const float* h, size_t n,
+                           Fetch fetch) {
+  const size_t groups = n / kInt4Group;
   GroupFactors factors;
-  for (size_t first = begin; first < end_group; first += GroupFactors::kGroups) {
-    const size_t here = std::min(GroupFactors::kGroups, end_group - first);
-    const bool split = count != 0 && factors.Split<kPlaces>(row, count, h, first, here);
+  for (size_t first = 0; first < groups; first += GroupFactors::kGroups) {
+    const size_t here = std::min(GroupFactors::kGroups, groups - first);
+    const uint32_t split = count == 0 ? 0 : factors.Split<kPlaces>(row, count, h, first, here);
     for (size_t j = 0; j < here; j += 2) {
       const size_t end = std::min(here, j + 2);
       const auto step = fetch.At(first + j);
-      const bool within = kGroupsAtOnce == 2 && split && j + 2 == end;  // between what is read
-      for (size_t c = 0; !within && c < kInt4Rows; ++c) step(c);
+      constexpr uint32_t kAtOnce = (1 << kGroupsAtOnce) - 1;
+      const bool within = kGroupsAtOnce == 2 && j + 2 == end && (split >> j & kAtOnce) == kAtOnce;
+      for (size_t c = 0; !within && c < kInt4Rows; ++c) step(c);  // otherwise between what is read
       for (size_t i = j; i < end;) {
-        const bool add = split && i + kGroupsAtOnce <= end;
+        const bool add = i + kGroupsAtOnce <= end && (split >> i & kAtOnce) == kAtOnce;
         float* to = y + (first + i) * kInt4Group;
         if (add) {
           AddGroups<kPlaces>(factors, i, row, count, first + i, to, step);
@@ -255,8 +258,7 @@ HWY_INLINE void AxpyDigits(float* HWY_RESTRICT y, Row row, size_t count, const f
 template <size_t kPlaces, class Row, class Later>
 HWY_INLINE void AxpyGroups(float* HWY_RESTRICT y, Row row, size_t count, const float* h, size_t n,
                            size_t later_count, Later later) {
-  const size_t groups = n / kInt4Group;
-  AxpyDigits<kPlaces>(y, row, count, h, 0, groups, RowsFetch<Later>(later, later_count, count, groups));
+  AxpyDigits<kPlaces>(y, row, count, h, n, RowsFetch<Later>(later, later_count, count, n / kInt4Group));
 }
 
 template <size_t kRows, class Row, class Later>

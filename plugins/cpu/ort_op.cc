@@ -344,6 +344,12 @@ Rounding RoundingOf(const Node& node) {
   return few_digits == 2 ? Rounding::kFinely : Rounding::kFreely;
 }
 
+void CheckFewDigits(const Node& node, Problems* problems) {
+  const int64_t few_digits = node.Int("few_digits", 0);
+  if (few_digits < 0 || few_digits > 3)
+    problems->Add("attribute few_digits", "0 to 3", std::to_string(few_digits));
+}
+
 Int4Digits Int4DigitsOf(const Node& node) {
   return node.Int("few_digits", 0) == 1 ? Int4Digits::kOne : Int4Digits::kThree;
 }

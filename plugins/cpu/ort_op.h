@@ -248,6 +248,7 @@ struct OpBase : Ort::CustomOpBase<Op, Made, true> {
 // Constant scores that mask nothing have a tail of one token. Where 1, int4 has one digit in all calls.
 Rounding RoundingOf(const Node& node);
 Int4Digits Int4DigitsOf(const Node& node);
+void CheckFewDigits(const Node& node, Problems* problems);
 
 // Of a norm that a sparse operator takes; the default of ONNX's LayerNormalization.
 inline constexpr const char* kEpsilon = "epsilon";

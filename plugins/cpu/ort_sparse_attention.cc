@@ -72,6 +72,7 @@ class SparseAttentionKernel : public Kernel {
     const std::string kv = node.Text("kv", "all");
     Problems problems(kName, node_);
     if (kv != "all" && kv != "active") problems.Add("attribute kv", "'all' or 'active'", "'" + kv + "'");
+    CheckFewDigits(node, &problems);
     CheckWeightType(node, kW, &problems);
     problems.ThrowIfAny();
     kv_active_only_ = kv == "active";

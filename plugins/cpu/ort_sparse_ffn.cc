@@ -23,6 +23,7 @@ class SparseFfnKernel : public Kernel {
         epsilon_(node.Float(kEpsilon, kDefaultEpsilon)) {
     Problems problems(kName, node_);
     if (block_ < 1) problems.Add("attribute block", "at least 1", std::to_string(block_));
+    CheckFewDigits(node, &problems);
     CheckWeightType(node, kW, &problems);
     problems.ThrowIfAny();
   }

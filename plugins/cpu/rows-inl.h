@@ -95,7 +95,7 @@ inline constexpr bool kPrefetchInOrder = HWY_ARCH_X86 && std::is_same_v<P, const
 inline constexpr bool kPrefetchOneByOne =
     HWY_ARCH_X86 && HWY_TARGET <= HWY_AVX3_DL && HWY_TARGET != HWY_AVX3_ZEN4;
 
-// Whether int8 rows are read in an order in which they can be fetched several times, not at once
+// Whether rows of int8 and int4 are read in an order in which they can be fetched several times, not at once
 // (in_order-inl.h).
 inline constexpr bool kReadInOrder = HWY_ARCH_X86 && HWY_TARGET == HWY_AVX3_ZEN4;
 

@@ -94,8 +94,8 @@ def load(
             compiled, by default int8 and int4 with 8 bits, or 16 in a row with outliers (12 with AVX2), int4 with one
             scale a row, bf16 with activations of bf16 where the CPU multiplies those. Masks are the same; where every
             layer makes masks of its own (styles dejavu, shadow+) the first layers take 16 bits in int8 (12 with AVX2)
-            and leave int4 and bf16 as they are, and hardly a unit differs (docs/decisions.md). In layers that take 8
-            bits in prompts, tokens meet int4 weights with 16.
+            and leave int4 and bf16 as they are, and hardly a unit differs (docs/decisions.md). Where they do not,
+            tokens meet int4 weights with 8 bits too, in steps of every 64 values.
 
     Raises:
         InputError: no engine is there, or an argument is out of range.

@@ -107,8 +107,8 @@ _ROUNDING = Attribute(
     "int",
     0,
     "whether activations may be rounded: 0 not at all; 1 freely in calls with unmasked tokens, and to 8 bits, in steps "
-    "of each group of int4, in any call that meets int4 row by row; 2 finely in calls with unmasked tokens; 3 freely in "
-    "calls with unmasked tokens",
+    "of each group of int4, in any call that meets int4 row by row; 2 finely in calls with unmasked tokens; 3 freely "
+    "in calls with unmasked tokens",
 )
 _READ = Operand(
     "read",

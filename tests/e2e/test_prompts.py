@@ -175,7 +175,7 @@ def freely(model: onnx.ModelProto) -> onnx.ModelProto:
     changed = variants._copy(model)
     for node in changed.graph.node:
         if any(one.name == FEW_DIGITS for one in node.attribute):
-            variants._set_int(node, FEW_DIGITS, FREELY)
+            variants._set_int(node, FEW_DIGITS, FREELY_IN_PROMPTS)
     return changed
 
 

@@ -109,7 +109,7 @@ def call(rng: np.random.Generator) -> tuple[OpSpec, Arrays, dict[str, object]]:
         rows = {"S": int(rng.choice([0, 1, S, 40])), "N": int(rng.integers(0, 300)), "E": int(rng.integers(1, 330))}
         return MATMUL_ROWS, test_matmul_rows.operands(rng, B=B, **rows), {}
     prompt = int(rng.integers(8) == 0)
-    rounding = prompt * int(rng.integers(1, 3)) or int(dtype == "int4" and S % 2)
+    rounding = prompt * int(rng.integers(1, 4)) or int(dtype == "int4" and S % 2)
     if prompt:  # enough rows and weights for panels
         B, S, Z = int(rng.integers(1, 3)), int(rng.integers(20, 40)), 0
     if which == 1:

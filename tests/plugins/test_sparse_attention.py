@@ -140,9 +140,10 @@ def test_attention_equals_its_definition_when_work_is_cut_into_tiles(B, S, H, D,
     assert_as_defined(arrays, layer=1)
 
 
-@pytest.mark.parametrize(("H", "D"), [(16, 128), (18, 128)])
-def test_attention_of_wide_rows_equals_its_definition(H, D):
-    arrays = operands(np.random.default_rng(22), H=H, D=D, T=9, dtype="int8", norm=True)
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize(("H", "D"), [(16, 128), (18, 128), (64, 36)])
+def test_attention_of_wide_rows_equals_its_definition(H, D, dtype):
+    arrays = operands(np.random.default_rng(22), H=H, D=D, T=9, dtype=dtype, norm=True)
     assert_as_defined(arrays, layer=1)
 
 

@@ -76,12 +76,13 @@ def test_ffn_equals_its_definition_when_work_is_cut_into_pieces_and_tiles(rows, 
     assert_as_defined(arrays, layer=1, block=16, skip_zeros=0)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("E", [2048, 2304, 2320])
 @pytest.mark.parametrize("F", [1, 4, 11, 300])
 @pytest.mark.parametrize("block", [1, 16])
 @pytest.mark.parametrize("skip_zeros", [0, 1])
-def test_ffn_of_wide_rows_equals_its_definition_however_many_neurons_are_left_over(E, F, block, skip_zeros):
-    arrays = operands(np.random.default_rng(14), F=F, E=E, block=block, dtype="int8", norm=True)
+def test_ffn_of_wide_rows_equals_its_definition_however_many_neurons_are_left_over(E, F, block, skip_zeros, dtype):
+    arrays = operands(np.random.default_rng(14), F=F, E=E, block=block, dtype=dtype, norm=True)
     assert_as_defined(arrays, layer=1, block=block, skip_zeros=skip_zeros)
     other, _ = ffn(arrays, layer=1, block=block, skip_zeros=1 - skip_zeros, threads=1)
     np.testing.assert_array_equal(ffn(arrays, layer=1, block=block, skip_zeros=skip_zeros)[0], other)
@@ -322,6 +323,33 @@ def test_int4_tokens_that_may_round_do_so_to_eight_bits(B):
         found = [ffn(arrays, few_digits=1, skip_zeros=skip_zeros)[0] for skip_zeros in (0, 1)]
         kernels.assert_close(found[0], numpy_reference.sparse_ffn(**arrays)[0], 2e-2)
         np.testing.assert_array_equal(found[0], found[1])
+
+
+@pytest.mark.parametrize("value", [1.0, -1.0])
+@pytest.mark.parametrize("stored", [0x00, 0xFF, 0xF0, 0x0F])
+def test_extreme_int4_weights_meet_extreme_bytes_without_saturating(stored, value):
+    arrays = operands(np.random.default_rng(16), F=24, E=1088, Z=0, dtype="int4")
+    arrays["x"][:] = value  # 127 of 127, as all factors are
+    arrays["w"][:] = stored
+    arrays["scales"][:] = 0.01
+    arrays["b1"][:] = 30
+    found, _ = ffn(arrays, few_digits=1)
+    kernels.assert_close(found, numpy_reference.sparse_ffn(**arrays)[0])
+
+
+@pytest.mark.parametrize("E", [192, 2304, 2560])
+@pytest.mark.parametrize("few_digits", [0, 1])
+def test_int4_groups_whose_factors_have_no_digits_leave_the_bits_of_others(E, few_digits):
+    """Whatever groups of columns are split together: with and without zeros, of one token and of many."""
+    arrays = operands(np.random.default_rng(17), F=24, E=E, Z=0, dtype="int4")
+    changed = arrays | {"scales": arrays["scales"].copy()}
+    changed["scales"][:, 1, 2] = 1e-36
+    (found, other), (clean, _) = (
+        [ffn(one, few_digits=few_digits, skip_zeros=skip_zeros)[0] for skip_zeros in (0, 1)]
+        for one in (changed, arrays)
+    )
+    np.testing.assert_array_equal(found, other)
+    np.testing.assert_array_equal(np.delete(found, np.s_[128:256], -1), np.delete(clean, np.s_[128:256], -1))
 
 
 @pytest.mark.parametrize("value", [1.0, -1.0])
