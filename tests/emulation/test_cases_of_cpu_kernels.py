@@ -42,6 +42,8 @@ OF_THE_CPU = (
     "test_int4_columns_are_summed_exactly_whatever_the_number_of_rows_and_groups",
     "test_int4_factors_without_digits_are_added_as_floats",
     "test_extreme_int4_weights_meet_extreme_digits_without_saturating",
+    "test_extreme_int4_weights_meet_extreme_bytes_without_saturating",
+    "test_int4_groups_whose_factors_have_no_digits_leave_the_bits_of_others",
     "test_int4_tokens_that_may_round_do_so_to_eight_bits",
     "test_int4_tokens_that_may_round_do_so_to_eight_bits_in_attention",
     # A cache narrower than the activations.
