@@ -37,6 +37,12 @@ struct Head {
         w(PointerOf<W>(a.w, a.scales) + h * 4 * part_size),
         scales(a.scales + h * 4 * a.head_size),
         bias(a.bqkv + h * 3 * a.head_size) {}
+  // Row `row` behind `from`, where what is read after this record follows row `last`.
+  HWY_INLINE Pointer<W> RowFrom(Pointer<W> from, size_t last, size_t width, size_t row) const {
+    if (row <= last) return from + row * width;
+    return after == nullptr ? from + last * width : after + (row - last - 1) * width;
+  }
+
   // What is read after this record, to prefetch it as this one ends; the last row of this one if nothing is
   // known.
   Pointer<W> after{};
@@ -61,18 +67,13 @@ HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, 
                                 : std::max(kColumns, kAheadBytes / (RowElements<W>(width) * sizeof(W)));
   const Pointer<W> w = head.w + part * head.part_size;
   const size_t last = (following + 1) * d_end - 1;  // row of the last part that will be read
-  const auto row_at = [&](size_t row) HWY_ATTR {
-    return row <= last             ? w + row * width
-           : head.after == nullptr ? w + last * width
-                                   : head.after + (row - last - 1) * width;
-  };
   const float *scales = head.scales + part * d_end, *bias = head.bias + part * d_end;
   for (size_t d = 0; d < d_end; d += kColumns) {
     const size_t here = std::min(kColumns, d_end - d);
     Pointer<W> rows[kColumns], ahead[kColumns];
     for (size_t c = 0; c < kColumns; ++c) {
       rows[c] = w + (d + std::min(c, here - 1)) * width;
-      ahead[c] = row_at(d + ahead_rows + c);
+      ahead[c] = head.RowFrom(w, last, width, d + ahead_rows + c);
     }
     const Pointer<W>* later = ahead;
     float dots[kTileRows * kColumns];
@@ -80,7 +81,7 @@ HWY_INLINE void Project(const AttentionArgs& a, const Head<W>& head, Part part, 
     if constexpr (kReadInOrder && kIsInt4<W>) {
       if (count == 1 && x[0]->Exact() && ReadsInOrder<int8_t>(width)) {
         Pointer<W> once[kColumns];
-        for (size_t c = 0; c < kColumns; ++c) once[c] = row_at(d + ahead_rows / 2 + c);
+        for (size_t c = 0; c < kColumns; ++c) once[c] = head.RowFrom(w, last, width, d + ahead_rows / 2 + c);
         DotDigits(*x[0], rows, width, RowsAhead<kColumns>{ahead, once}, dots);
         for (size_t c = 0; c < here; ++c) out[0][d + c] = (dots[c] + bias[d + c]) * factor;
         continue;
@@ -106,12 +107,9 @@ HWY_INLINE void ProjectOutInOrder(const AttentionArgs& a, const Head<Int4Pair>& 
   for (size_t d = 0; d < a.head_size; d += 8) {
     Int4Pointer rows[8], once[8], twice[8];
     for (size_t c = 0; c < 8; ++c) {
-      const auto row_at = [&](size_t row) HWY_ATTR {
-        return row < a.head_size       ? w + row * a.width
-               : head.after == nullptr ? w + (a.head_size - 1) * a.width
-                                       : head.after + (row - a.head_size) * a.width;
-      };
-      rows[c] = w + (d + c) * a.width, once[c] = row_at(d + 8 + c), twice[c] = row_at(d + 16 + c);
+      rows[c] = w + (d + c) * a.width;
+      once[c] = head.RowFrom(w, a.head_size - 1, a.width, d + 8 + c);
+      twice[c] = head.RowFrom(w, a.head_size - 1, a.width, d + 16 + c);
     }
     AddEight(y, rows, h + d, width, a.int4_digits, RowsAhead<8>{twice, once});
   }

@@ -3,25 +3,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import onnx
 import pytest
 
 import shadowc
 from shadowc.checkpoint.resolve import resolve
 from shadowc.emit.prompts import FREELY
-from shadowc.runtime import variants
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.library import OpLibrary
 from shadowc.runtime.load import load_cpu
 from shadowc.runtime.prompts import Batch
 from shadowc.sparsity.predictor import Predictor
-from shadowc.spec.ops import FEW_DIGITS
 from tests.e2e.compiled import options
-from tests.e2e.test_prompts import MOST_UNITS, ROWS, text_ids
+from tests.e2e.test_prompts import MOST_UNITS, ROWS, freely, text_ids
 
 TOKENS = 40
 MOST_BITS = 5e-4
@@ -84,16 +82,7 @@ def test_where_layers_make_masks_of_their_own_tokens_are_exact(engines: dict[str
     np.testing.assert_array_equal(bits, exact_bits)
 
 
-def freely(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph whose tokens round in every layer."""
-    changed = variants._copy(model)
-    for node in changed.graph.node:
-        if any(one.name == FEW_DIGITS for one in node.attribute):
-            variants._set_int(node, FEW_DIGITS, FREELY)
-    return changed
-
-
 def test_tokens_of_8_bits_would_change_masks_there(engines: dict[str, Path]) -> None:
     rounded, exact = rounded_and_exact(engines["shadow+"])
-    (masks, _), (exact_masks, _) = one_by_one(rounded._variant(freely)), one_by_one(exact)
+    (masks, _), (exact_masks, _) = one_by_one(rounded._variant(partial(freely, rounding=FREELY))), one_by_one(exact)
     assert units_that_differ(masks, exact_masks) > MOST_UNITS

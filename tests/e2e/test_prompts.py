@@ -170,12 +170,12 @@ def test_the_first_layers_of_a_prompt_round_finely_and_int4_in_more_of_them(own_
     assert found == expected
 
 
-def freely(model: onnx.ModelProto) -> onnx.ModelProto:
-    """The graph that rounds freely in every layer that rounds at all."""
+def freely(model: onnx.ModelProto, rounding: int = FREELY_IN_PROMPTS) -> onnx.ModelProto:
+    """The graph that rounds so in every layer that rounds at all."""
     changed = variants._copy(model)
     for node in changed.graph.node:
         if any(one.name == FEW_DIGITS for one in node.attribute):
-            variants._set_int(node, FEW_DIGITS, FREELY_IN_PROMPTS)
+            variants._set_int(node, FEW_DIGITS, rounding)
     return changed
 
 

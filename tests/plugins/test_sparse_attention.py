@@ -367,6 +367,8 @@ def test_attention_refuses_attributes_and_types_when_the_session_is_made():
     arrays = operands(np.random.default_rng(33))
     with pytest.raises(Exception, match="attribute kv must be 'all' or 'active', found 'some'"):
         attend(arrays, kv="some")
+    with pytest.raises(Exception, match="attribute few_digits must be 0 to 3, found 4"):
+        attend(arrays, few_digits=4)
     arrays["w"] = arrays["w"].astype(np.int32)
     with pytest.raises(
         Exception, match=r"the element type of w must be float32, bfloat16, int8, or uint8 .*, found int32"
