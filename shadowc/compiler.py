@@ -102,7 +102,6 @@ class _Compile:
         self.options = options
         self.stages = Stages(options, progress)
         self.out = options.out or Path(f"{_base_name(options.model)}.engine")
-        self._waited = False
 
     def run(self) -> CompileSummary:
         from shadowc.emit.target import target
@@ -120,7 +119,7 @@ class _Compile:
         programs = self.stages.programs(checkpoint, predictor)
         source = checkpoint.weights if predictor is None else JoinedSource(checkpoint.weights, predictor.as_source())
         with self.stages.cache.alone(str(self.out.resolve()), self._tell_waiting):
-            finished = self._finished(key) if self._waited else None
+            finished = self._finished(key)  # another process may have written it since the look above
             if finished is not None:
                 return self._up_to_date(finished, checkpoint)
             return self._write(checkpoint, programs, source, predictor, key)
@@ -158,7 +157,6 @@ class _Compile:
         return CompileSummary(self.out, manifest, costs, up_to_date=True, left_out=checkpoint.unused)
 
     def _tell_waiting(self) -> None:
-        self._waited = True
         self.stages.progress.note(f"waits for another process that writes {self.out}")
 
     def _build_key(self, checkpoint: Checkpoint) -> str:
