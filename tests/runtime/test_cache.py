@@ -17,6 +17,7 @@ from shadowc.runtime.decoder import Decoder
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import load_cpu, read_manifest
 from shadowc.runtime.prompts import Batch
+from shadowc.runtime.weights_memory import LARGE_PAGE
 from shadowc.spec.errors import InputError, InternalError
 from tests.conftest import TINY
 
@@ -52,17 +53,35 @@ def text(tokens: int = 40) -> np.ndarray:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc tells what is committed")
-def test_room_takes_memory_as_it_is_filled() -> None:
+def test_much_room_takes_memory_as_it_is_filled() -> None:
     def committed() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
-    kv = KvCache(1, (1, 32, 64), limit=4096, likely=4096)  # a key and a value of 32 MiB
+    kv = KvCache(3, (1, 32, 64), limit=8192, likely=8192)  # three keys and values of 64 MiB each
+    assert 6 * (64 << 20) > cache.MOST_LARGE
     before = committed()
     kv.reserve(1)
     for buffer in kv._past.values():
         buffer[:, :, 0] = 1.0
-    assert kv.capacity == 4096
+    assert kv.capacity == 8192
     assert committed() - before < 4 << 20
+
+
+def test_keys_and_values_of_a_usual_text_lie_one_behind_the_other_from_the_start_of_a_large_page() -> None:
+    kv = KvCache(3, (1, 3, 64), limit=2048, likely=1490, dtype=np.float16)
+    kv.reserve(33)
+    places = [buffer.ctypes.data for buffer in kv._past.values()]
+    assert kv.capacity == 1504
+    assert places[0] % LARGE_PAGE == 0
+    assert np.diff(places).tolist() == [3 * 1504 * 64 * 2] * 5
+    assert all((buffer == 0.0).all() for buffer in kv._past.values())
+
+
+def test_less_than_a_large_page_takes_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache, "large_zeros", None)
+    kv = KvCache(1, (1, 3, 64), limit=2048, likely=1490, dtype=np.float16)
+    assert kv.reserve(33)
+    assert sum(buffer.nbytes for buffer in kv._past.values()) < LARGE_PAGE
 
 
 def test_the_buffer_is_updated_in_place(engine: Engine) -> None:
@@ -88,6 +107,19 @@ def test_growing_forgets_nothing(name: str, request: pytest.FixtureRequest) -> N
     assert decoder._cache.capacity == 40
 
 
+@pytest.mark.usefixtures("small_steps")
+def test_neither_does_growing_from_one_stretch_of_memory_to_another(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache, "LARGE_PAGE", 1)
+    batch = Batch(np.zeros((1, 1), np.int64), np.zeros(1, np.int64))
+    decoder = Decoder(engine._session, engine.manifest.model, batch, likely=20)
+    assert error_of_steps(engine, decoder, text()) <= TOLERANCE
+    keys, values = (decoder._cache._past[f"0.{part}"] for part in ("key", "value"))
+    assert decoder._cache.capacity == 40
+    assert values.ctypes.data - keys.ctypes.data == keys.nbytes
+
+
 def test_the_cache_is_float16_unless_weights_are_float32(folders: dict[str, Path]) -> None:
     for folder in folders.values():
         decoder = decoder_of(load_cpu(folder))
@@ -109,7 +141,7 @@ def test_capacity_grows_in_steps_up_to_the_context() -> None:
 @pytest.mark.usefixtures("small_steps")
 def test_room_that_will_be_needed_is_made_at_once_but_not_where_a_graph_computes_with_all_of_it() -> None:
     kv = KvCache(2, (1, 4, 16), 50, likely=30)
-    assert [kv.reserve(slots) for slots in (1, 30, 33)] == [True, False, True]
+    assert [kv.reserve(slots) for slots in (1, 32, 33)] == [True, False, True]
     reference = KvCache(2, (1, 4, 16), 50, likely=30, in_place=False)
     assert reference.reserve(1)
     assert reference.capacity == 8
