@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 STEP_SLOTS = 256
 FEW_SLOTS = 16
 """Room whose end is known is made in multiples of these."""
-MOST_LARGE = 256 << 20
+MOST_LARGE = 512 << 20
 """Bytes of keys and values up to which they lie in large pages."""
 Floats = npt.NDArray[np.floating[Any]]
 

@@ -57,8 +57,8 @@ def test_much_room_takes_memory_as_it_is_filled() -> None:
     def committed() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
-    kv = KvCache(3, (1, 32, 64), limit=8192, likely=8192)  # three keys and values of 64 MiB each
-    assert 6 * (64 << 20) > cache.MOST_LARGE
+    kv = KvCache(5, (1, 32, 64), limit=8192, likely=8192)  # five keys and values of 64 MiB each
+    assert 10 * (64 << 20) > cache.MOST_LARGE
     before = committed()
     kv.reserve(1)
     for buffer in kv._past.values():
