@@ -58,7 +58,7 @@ def test_much_room_takes_memory_as_it_is_filled() -> None:
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
 
     kv = KvCache(5, (1, 32, 64), limit=8192, likely=8192)  # five keys and values of 64 MiB each
-    assert 10 * (64 << 20) > cache.MOST_LARGE
+    assert cache.MOST_LARGE < 10 * (64 << 20)
     before = committed()
     kv.reserve(1)
     for buffer in kv._past.values():
