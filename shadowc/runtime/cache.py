@@ -37,8 +37,8 @@ def paged_zeros(shape: tuple[int, ...], dtype: npt.DTypeLike = np.float32) -> Fl
 def large_zeros(count: int, shape: tuple[int, ...], dtype: npt.DTypeLike) -> list[Floats]:
     """Buffers of zeros, one behind the other in large pages, all committed when their first slots are written.
 
-    A token writes one slot of every head, and heads lie 4 KiB and more apart: in small pages each of some 1,500 slots
-    of OPT-1.3B waits for the page's address, which nothing can fetch ahead.
+    A token writes one slot of every head. In small pages these lie in a page each, 1,536 of OPT-1.3B, and each waits
+    for its page's address, which comes from memory too and cannot be fetched ahead.
     """
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     apart = -(-size // 64) * 64

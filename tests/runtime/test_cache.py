@@ -181,6 +181,18 @@ def test_a_cache_that_forgets_when_it_grows_is_caught(engine: Engine, monkeypatc
     assert error_of_steps(engine, decoder_of(engine), text()) > 100 * TOLERANCE
 
 
+def test_buffers_that_overlap_in_one_stretch_of_memory_are_caught(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def overlapping(count: int, shape: tuple[int, ...], dtype: object) -> list[np.ndarray]:
+        heads = np.zeros((count + shape[1], *shape[2:]), dtype)  # type: ignore[call-overload]  # a dtype
+        return [heads[None, at : at + shape[1]] for at in range(count)]
+
+    monkeypatch.setattr(cache, "LARGE_PAGE", 1)
+    monkeypatch.setattr(cache, "large_zeros", overlapping)
+    assert error_of_steps(engine, decoder_of(engine), text(20)) > 100 * TOLERANCE
+
+
 def test_a_stale_entry_is_caught(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     honest = KvCache.advance
 
