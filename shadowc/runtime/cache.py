@@ -93,7 +93,7 @@ class KvCache:
         if slots > self._limit:
             raise InternalError(f"cache of {slots} slots asked for, the context has {self._limit}")
         try:
-            self._enlarge(self._capacity_of(slots))
+            self._enlarge(slots)
         except OSError:  # the system refuses address space for what may never be filled
             self._likely = 0
             self._enlarge_or_refuse(slots)
@@ -101,7 +101,7 @@ class KvCache:
 
     def _enlarge_or_refuse(self, slots: int) -> None:
         try:
-            self._enlarge(self._capacity_of(slots))
+            self._enlarge(slots)
         except OSError as error:
             B, H, D = self._shape
             buffers = len(self._names) * (1 if self._in_place else 2)
@@ -112,7 +112,8 @@ class KvCache:
                 hint="give fewer prompts at once, or fewer tokens",
             ) from error
 
-    def _enlarge(self, capacity: int) -> None:
+    def _enlarge(self, slots: int) -> None:
+        capacity = self._capacity_of(slots)
         room = self._room(capacity)
         present = room if self._in_place else self._room(capacity)
         self._present = {}
