@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One round of decoding: every setting of one engine once, in one process, after a measure of the memory's bandwidth.
+"""One round of decoding: all settings of one engine in turns, in one process, the memory's pace between them.
 
 `python -m benchmarks.decoding ENGINE --settings dense,0.5/0.2` prints a `Round` as one line of JSON. Rounds are
 processes of their own so that a long series can be stopped between two of them, and so that only they need to
@@ -14,11 +14,15 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from shadowc.measure.settings import STREAM_BYTES, STREAM_REPEATS
+from shadowc.measure.rounds import Turn, in_turns, mean_seconds
+from shadowc.measure.settings import STREAM_BYTES, STREAM_REPEATS, pace_of
+from shadowc.measure.turns import Text, turn_sizes
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import load_cpu
 from shadowc.spec.density import Density
@@ -62,10 +66,15 @@ class Setting:
 class Sample:
     """One setting in one round."""
 
-    ms: float
-    """Per token."""
     size: float
     """Bytes per token: what the kernels counted, and LM head, predictor, norms and biases."""
+    turns: tuple[Turn, ...]
+    """A few tokens each, between those of the other settings."""
+
+    @property
+    def ms(self) -> float:
+        """Per token."""
+        return mean_seconds(self.turns) * 1e3
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +87,22 @@ class Round:
     """Share of the weights in large pages; None where the system does not tell."""
     samples: Mapping[str, Sample]
 
+    @staticmethod
+    def of(content: Mapping[str, Any]) -> Round:
+        """Read what `asdict` made of one, through JSON."""
+        samples = {
+            text: Sample(one["size"], tuple(Turn(**{**turn, "paces": tuple(turn["paces"])}) for turn in one["turns"]))
+            for text, one in content["samples"].items()
+        }
+        return Round(content["stream"], content["large_pages"], samples)
+
 
 def one_round(folder: Path, settings: Sequence[str], *, turn: int, tokens: int, threads: int | None = None) -> Round:
-    """Decode `tokens` tokens under every setting, after a few that are not timed.
+    """Decode `tokens` tokens under every setting, a few of each in turns, after some that are not timed.
 
     Args:
         folder: an engine of target cpu.
-        settings: as `Setting.parse` takes them, in the order in which they run.
+        settings: as `Setting.parse` takes them, in the order of their turns.
         turn: number of the round; each has a prompt of its own.
         tokens: timed per setting.
         threads: of the operators; None: one per core.
@@ -94,22 +112,23 @@ def one_round(folder: Path, settings: Sequence[str], *, turn: int, tokens: int, 
         ValueError: a setting that is none.
     """
     wanted = {text: Setting.parse(text) for text in settings}
-    first = load_cpu(folder, threads=threads, skip_zeros=False)
+    first = load_cpu(folder, threads=threads, skip_zeros=False, memory="renewed")  # in large pages, whoever wrote it
     kinds = dict.fromkeys((setting.density is None, setting.skip_zeros) for setting in wanted.values())
     engines = {kind: _variant(first, twin=kind[0], skip_zeros=kind[1]) for kind in kinds}
     vocab = first.manifest.model.vocab
     prompt = np.random.default_rng([turn, PROMPT_TOKENS]).integers(_LOWEST_TOKEN, vocab, (1, PROMPT_TOKENS))
 
-    def decode(setting: Setting, count: int) -> Sample:
-        engine = engines[setting.density is None, setting.skip_zeros]
-        engine.generate(prompt, max_new_tokens=count + 1, min_new_tokens=count + 1, density=setting.density)
-        stats = engine.last_stats
-        return Sample(stats.seconds / stats.tokens * 1e3, stats.bytes_read)
-
+    sizes, texts = turn_sizes(tokens), []
     for setting in wanted.values():
-        decode(setting, WARM_TOKENS)
+        engine, density = engines[setting.density is None, setting.skip_zeros], setting.density or Density()
+        engine.generate(prompt, WARM_TOKENS, WARM_TOKENS, density)
+        texts.append(Text(engine, prompt, density, [0, *sizes]))
     stream = first.op_library.stream_read(STREAM_BYTES, first.threads, STREAM_REPEATS)
-    samples = {text: decode(setting, tokens) for text, setting in wanted.items()}
+    pace = pace_of(first.op_library, first.weights, first.threads) or partial(float, stream)
+    turns = in_turns(texts, sizes, pace)
+    samples = {
+        name: Sample(text.bytes_read, tuple(taken)) for name, text, taken in zip(wanted, texts, turns, strict=True)
+    }
     return Round(stream, None if first.weights is None else first.weights.large_pages, samples)
 
 

@@ -20,16 +20,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from benchmarks.decoding import Round, Sample
+from benchmarks.decoding import Round
 from benchmarks.peers import machine
 from shadowc.emit.folder import hash_file
-from shadowc.measure.bench import FLOOR_SHARE
+from shadowc.measure.bench import floor_seconds
+from shadowc.measure.rounds import mean_seconds
 from shadowc.runtime.cores import usable_cores
 from shadowc.runtime.library import OpLibrary
 
 ROOT = Path(__file__).resolve().parents[1]
-STREAM_SHARE = FLOOR_SHARE
-"""Of the stream: what a token's bytes are held against."""
+FORMAT = 2
+"""Of the file of rounds."""
 _TAIL = 3
 
 
@@ -83,18 +84,20 @@ class Ledger:
         asked: what is measured.
 
     Raises:
-        LedgerError: the file holds what was measured with other options.
+        LedgerError: the file holds what was measured with other options, or was written by another version.
     """
 
     def __init__(self, path: Path, asked: Asked) -> None:
         self.path, self.asked = path, asked
         if path.is_file():
             self.content: dict[str, Any] = json.loads(path.read_text("utf-8"))
+            if self.content.get("format") != FORMAT:
+                raise LedgerError(f"{path} was written by another version: name another --out")
             found = self.content["asked"]
             if found != json.loads(json.dumps(asdict(asked))):
                 raise LedgerError(f"{path} was measured with {found}, asked is {asdict(asked)}: name another --out")
         else:
-            self.content = {"asked": asdict(asked), "machine": asdict(machine.here()), "engines": {}}
+            self.content = {"format": FORMAT, "asked": asdict(asked), "machine": asdict(machine.here()), "engines": {}}
 
     def require_same(self, launcher: str) -> None:
         """Refuse to add rounds to those of another machine, launcher or op library: their medians would be of neither.
@@ -116,14 +119,7 @@ class Ledger:
 
     def rounds(self, name: str) -> list[Round]:
         """The rounds of one engine."""
-        return [
-            Round(
-                found["stream"],
-                found["large_pages"],
-                {setting: Sample(**sample) for setting, sample in found["samples"].items()},
-            )
-            for found in self.content["engines"].get(name, {}).get("rounds", [])
-        ]
+        return [Round.of(found) for found in self.content["engines"].get(name, {}).get("rounds", [])]
 
     def facts(self, name: str) -> Mapping[str, Any]:
         """What was noted about an engine."""
@@ -170,9 +166,7 @@ def measure(folder: Path, asked: Asked, turn: int, launcher: str = "") -> Round:
     if done.returncode != 0:
         end = " / ".join(done.stderr.strip().splitlines()[-_TAIL:])
         raise LedgerError(f"round {turn + 1} of {folder} failed (exit status {done.returncode}): {end}")
-    found = json.loads(done.stdout)
-    samples = {setting: Sample(**sample) for setting, sample in found["samples"].items()}
-    return Round(found["stream"], found["large_pages"], samples)
+    return Round.of(json.loads(done.stdout))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +179,9 @@ class Figures:
     size: float
     """Bytes per token."""
     floor_ms: float
-    """Of each round, its bytes at STREAM_SHARE of its stream."""
+    """Of each round, its bytes at 0.9 of what the memory gave before and behind each turn."""
+    above_ms: float | None
+    """Of each round, the time beyond the floor, of turns during which memory kept its pace; None without any."""
     ratio: float
     """Of each round, its time over that of the base."""
 
@@ -194,14 +190,29 @@ def figures(rounds: Sequence[Round], setting: str, base: str) -> Figures:
     """Medians over at least one round; ratios and floors are taken within each."""
     samples = [found.samples[setting] for found in rounds]
     times = [sample.ms for sample in samples]
+    steady = [(kept, one.size) for one in samples if (kept := [turn for turn in one.turns if turn.steady])]
+    above = [(mean_seconds(turns) - floor_seconds(turns, size)) * 1e3 for turns, size in steady]
     return Figures(
         ms=median(times),
         lowest=min(times),
         highest=max(times),
         size=median(sample.size for sample in samples),
-        floor_ms=median(found.samples[setting].size / (STREAM_SHARE * found.stream) * 1e3 for found in rounds),
+        floor_ms=median(floor_seconds(one.turns, one.size) * 1e3 for one in samples),
+        above_ms=median(above) if above else None,
         ratio=median(found.samples[setting].ms / found.samples[base].ms for found in rounds),
     )
+
+
+FLOOR_TOLD = (
+    "*floor*: the bytes at 0.9 of what the memory gave before and behind each turn of a few tokens; *above it*: of "
+    "turns during which memory kept its pace within a fifth."
+)
+"""For the foot of a table that has both."""
+
+
+def above(figure: Figures) -> str:
+    """A table's cell: milliseconds above the floor."""
+    return "" if figure.above_ms is None else f"{figure.above_ms:.2f}"
 
 
 def threads_of(asked: int | None) -> int:

@@ -6,12 +6,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.decoding import DENSE, ZEROS, Setting
-from benchmarks.rounds import Ledger, figures, surroundings
+from benchmarks.rounds import FLOOR_TOLD, Ledger, above, figures, surroundings
 from shadowc.spec.manifest import EngineManifest
 
 _HEADS = (
     "engine", "zeros", "kept", "zeros skipped", "ms per token", "lowest to highest", "MB per token", "speed-up",
-    "of its bytes", "floor, ms",
+    "of its bytes", "floor, ms", "above it",
 )  # fmt: skip
 
 
@@ -46,6 +46,7 @@ def markdown(engines: Sequence[tuple[str, EngineManifest]], ledger: Ledger) -> s
                 f"{1 / figure.ratio:.2f}x",
                 f"{figure.size / found[DENSE].size:.1%}",
                 f"{figure.floor_ms:.2f}",
+                above(figure),
             )
             lines.append(f"| {' | '.join(cells)} |")
     fewest = min(len(ledger.rounds(name)) for name, _ in engines)
@@ -53,6 +54,6 @@ def markdown(engines: Sequence[tuple[str, EngineManifest]], ledger: Ledger) -> s
         "Medians of {} rounds, one engine after the other in each. *zeros*: share of ReLU outputs that were 0 while "
         "the dense twin decoded, from the bytes that its kernels counted. *kept*: heads/neurons, a random predictor's "
         "for dummy weights, the trained one's for opt-mini. *speed-up*: over the same engine's dense twin in the same "
-        "round. *floor*: the bytes at 0.9 of the stream. {}"
+        "round. {} {}"
     )
-    return "\n".join([*lines, "", note.format(fewest, surroundings(ledger))]) + "\n"
+    return "\n".join([*lines, "", note.format(fewest, FLOOR_TOLD, surroundings(ledger))]) + "\n"

@@ -297,10 +297,10 @@ def _row(
         ms_highest=max(times) * 1e3,
         ms_by_round=tuple(one * 1e3 for one in times),
         megabytes_per_token=size / 1e6,
-        floor_ms=median(_floor(turns, size) for turns in rounds) * 1e3,
-        above_floor_ms=_median_of((mean_seconds(turns) - _floor(turns, size)) * 1e3 for turns in steady),
+        floor_ms=median(floor_seconds(turns, size) for turns in rounds) * 1e3,
+        above_floor_ms=_median_of((mean_seconds(turns) - floor_seconds(turns, size)) * 1e3 for turns in steady),
         gigabytes_per_second=size / seconds / 1e9,
-        share_of_stream=_median_of(FLOOR_SHARE * _floor(turns, size) / mean_seconds(turns) for turns in steady),
+        share_of_stream=_median_of(FLOOR_SHARE * floor_seconds(turns, size) / mean_seconds(turns) for turns in steady),
         steady_turns=sum(map(len, steady)) / sum(map(len, rounds)),
         turns=tuple(
             TurnRow(number, turn.seconds * 1e3, turn.pace / 1e9, turn.steady)
@@ -312,7 +312,7 @@ def _row(
     )
 
 
-def _floor(turns: Sequence[Turn], size: float) -> float:
+def floor_seconds(turns: Sequence[Turn], size: float) -> float:
     """Seconds per token that its bytes take at FLOOR_SHARE of the pace of the turns."""
     whole = sum(turn.tokens * size / (FLOOR_SHARE * turn.pace) for turn in turns)
     return whole / sum(turn.tokens for turn in turns)

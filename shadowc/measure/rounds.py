@@ -96,6 +96,44 @@ def mean_seconds(turns: Sequence[Turn]) -> float:
     return sum(turn.seconds * turn.tokens for turn in turns) / sum(turn.tokens for turn in turns)
 
 
+def in_turns(
+    texts: Sequence[Text], sizes: Sequence[int], pace: Callable[[], float], behind: Callable[[], None] = lambda: None
+) -> list[list[Turn]]:
+    """Write texts to their end, a turn of each after the other.
+
+    Args:
+        texts: not yet begun, each with a first turn of no timed tokens and one of each of `sizes`.
+        sizes: tokens of each timed turn.
+        pace: measures what memory gives in this moment, bytes per second.
+        behind: called after every timed turn.
+
+    Returns:
+        The timed turns of each text.
+
+    Raises:
+        ShadowcError: as `generate` does.
+    """
+    turns: list[list[Turn]] = [[] for _ in texts]
+    try:
+        for text in texts:  # the prompt and what is not timed behind it
+            sleep(REST_SECONDS)
+            text.go_on()
+        sleep(REST_SECONDS)
+        before = pace()
+        for size in sizes:
+            for text, taken in zip(texts, turns, strict=True):
+                text.go_on()
+                sleep(REST_SECONDS)
+                after = pace()
+                taken.append(Turn(fmean(text.seconds[-size:]), size, (before, after)))
+                before = after
+                behind()
+    finally:
+        for text in texts:
+            text.close()
+    return turns
+
+
 class Counter:
     """Tells how many runs are over.
 
@@ -165,24 +203,7 @@ def _decode_in_turns(
     """Of each job, its turns and bytes per token."""
     sizes = turn_sizes(tokens)
     texts = [Text(variant.engine, prompt, setting.density, [0, *sizes]) for setting, variant in side.jobs]
-    turns: list[list[Turn]] = [[] for _ in texts]
-    try:
-        for text in texts:  # the prompt and what is not timed behind it
-            sleep(REST_SECONDS)
-            text.go_on()
-        sleep(REST_SECONDS)
-        before = pace()
-        for size in sizes:
-            for text, taken in zip(texts, turns, strict=True):
-                text.go_on()
-                sleep(REST_SECONDS)
-                behind = pace()
-                taken.append(Turn(fmean(text.seconds[-size:]), size, (before, behind)))
-                before = behind
-                counter.more()
-    finally:
-        for text in texts:
-            text.close()
+    turns = in_turns(texts, sizes, pace, counter.more)
     return [(taken, text.bytes_read) for text, taken in zip(texts, turns, strict=True)]
 
 

@@ -134,7 +134,7 @@ def on_cpu(
         variants=(*twins, *sparse),
         jobs=tuple(jobs),
         bandwidth=lambda: library.stream_read(STREAM_BYTES, used, STREAM_REPEATS),
-        pace=_pace(library, first.weights, used),
+        pace=pace_of(library, first.weights, used),
         threads=used,
         isa=library.isa,
         takes_turns=True,
@@ -144,8 +144,11 @@ def on_cpu(
     )
 
 
-def _pace(library: OpLibrary, weights: WeightsMemory | None, threads: int) -> Callable[[], float] | None:
-    """Reads memory that is kept for it: fresh memory takes the system longer than reading it."""
+def pace_of(library: OpLibrary, weights: WeightsMemory | None, threads: int) -> Callable[[], float] | None:
+    """What measures the memory's bandwidth in a moment, bytes per second; None for weights that caches may hold.
+
+    It reads memory that is kept for it: fresh memory takes the system longer than reading it.
+    """
     from shadowc.runtime.weights_memory import private_memory
 
     if weights is None or weights.content.size < LEAST_WEIGHTS:

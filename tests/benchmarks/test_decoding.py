@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import decoding
-from benchmarks.decoding import Round, Sample, Setting, one_round
-from benchmarks.rounds import Asked, Ledger, LedgerError, figures, measure, surroundings
+from benchmarks.decoding import Round, Setting, one_round
+from benchmarks.rounds import Asked, Ledger, LedgerError, above, figures, measure, surroundings
 from shadowc.runtime.load import read_manifest
 from shadowc.spec.density import Density
+from tests.benchmarks.samples import sample
 from tests.e2e.conftest import sequence_engine, sparse_engine, stage_cache
 
 __all__ = ["sequence_engine", "sparse_engine", "stage_cache"]
@@ -29,7 +30,7 @@ def short_stream(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def a_round(stream: float, **samples: tuple[float, float]) -> Round:
-    return Round(stream, None, {name: Sample(*sample) for name, sample in samples.items()})
+    return Round(stream, None, {name: sample(*each, (stream, stream)) for name, each in samples.items()})
 
 
 @pytest.mark.parametrize(
@@ -128,6 +129,24 @@ def test_ratios_and_floors_are_taken_within_each_round() -> None:
     assert found.ratio == pytest.approx(0.5, abs=ROUNDING)  # of 2, 0.5, 0.5; the medians alone would say 1
     assert found.floor_ms == pytest.approx(0.5, abs=ROUNDING)  # 9 MB at 0.9 of 20 GB/s
     assert (found.ms, found.lowest, found.highest) == (20.0, 10.0, 45.0)
+
+
+def test_the_floor_is_of_each_turn_and_what_is_above_it_of_turns_at_a_steady_pace() -> None:
+    found = Round(10e9, None, {"dense": sample(3.0, 9e6, (10e9, 10e9), (10e9, 30e9), (5e9, 5e9))})
+    shown = figures([found], "dense", "dense")
+    assert shown.floor_ms == pytest.approx((1 + 0.5 + 2) / 3, abs=ROUNDING)
+    assert shown.above_ms == pytest.approx((2 + 1) / 2, abs=ROUNDING)
+    moved = Round(10e9, None, {"dense": sample(3.0, 9e6, (10e9, 30e9))})
+    assert above(figures([moved], "dense", "dense")) == ""
+
+
+def test_a_file_of_another_version_is_refused(tmp_path: Path) -> None:
+    Ledger(tmp_path / "x.json", ASKED).add("opt-x", a_round(10e9, dense=(4.0, 2e6)))
+    content = json.loads((tmp_path / "x.json").read_text())
+    del content["format"]
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    with pytest.raises(LedgerError, match="was written by another version: name another --out"):
+        Ledger(tmp_path / "x.json", ASKED)
 
 
 def test_the_foot_of_a_table_has_the_streams_of_all_engines(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import decoding
-from benchmarks.decoding import DENSE, ZEROS, Round, Sample, one_round
+from benchmarks.decoding import DENSE, ZEROS, Round, one_round
 from benchmarks.exact.__main__ import make_lowered, settings_of
 from benchmarks.exact.shifted import Lowered, lower
 from benchmarks.exact.table import markdown, zeros_counted
@@ -19,6 +19,7 @@ from benchmarks.rounds import Asked, Ledger
 from shadowc.checkpoint.dummy import DummyWeights
 from shadowc.checkpoint.opt import OptFacts, config_dict, layer_names
 from shadowc.runtime.load import read_manifest
+from tests.benchmarks.samples import sample
 from tests.conftest import TINY
 from tests.e2e.conftest import sparse_engine, stage_cache
 
@@ -110,7 +111,7 @@ def test_the_table_has_a_row_per_setting_with_its_speed_over_its_own_twin(sparse
     settings = settings_of("0.5/0.5")
     ledger = Ledger(tmp_path / "x.json", Asked("fp32", "token", settings, 4, 1))
     times = dict(zip(settings, (10.0, 8.0, 5.0, 4.0), strict=True))
-    ledger.add("opt-x", Round(20e9, 1.0, {name: Sample(ms, dense) for name, ms in times.items()}))
+    ledger.add("opt-x", Round(20e9, 1.0, {name: sample(ms, dense) for name, ms in times.items()}))
     rows = [line.split(" | ") for line in markdown([("opt-x", manifest)], ledger).splitlines() if "| opt-x" in line]
     assert [(row[2], row[3], row[7]) for row in rows] == [
         ("dense twin", "no", "1.00x"),

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.decoding import Round, Sample
+from benchmarks.decoding import Round
 from benchmarks.rounds import Asked, Ledger
 from benchmarks.styles import __main__ as styles
 from benchmarks.styles import parts, quality, table
@@ -18,6 +18,7 @@ from shadowc.checkpoint.opt import OptFacts, published_config
 from shadowc.compiler import compile as compile_engine
 from shadowc.measure.evaluate import METHODS
 from shadowc.sparsity.networks import BUDGET, byte_share, cost_share
+from tests.benchmarks.samples import sample
 from tests.conftest import TOKENIZER_TEXT
 from tests.e2e import compiled
 from tests.e2e.conftest import sparse_engine, stage_cache
@@ -60,7 +61,7 @@ def ledger(tmp_path: Path) -> Ledger:
         )  # fmt: skip
         for _ in range(2):
             times = {"dense": 40.0, "0.5/0.5": 25 + BYTES[name] / 30e6, "0.5/0.2": 15 + BYTES[name] / 30e6}
-            made.add(name, Round(30e9, None, {text: Sample(ms, 1e9) for text, ms in times.items()}))
+            made.add(name, Round(30e9, None, {text: sample(ms, 1e9) for text, ms in times.items()}))
     return made
 
 

@@ -253,7 +253,7 @@ def test_turns_during_which_memory_changed_its_pace_say_nothing_of_the_floor() -
 def test_memory_is_read_between_turns(sparse_engine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     paces, ran = iter(np.arange(1, 1000) * 1e9), []
     go_on = Text.go_on
-    monkeypatch.setattr(settings, "_pace", lambda *_: lambda: ran.append("pace") or next(paces))
+    monkeypatch.setattr(settings, "pace_of", lambda *_: lambda: ran.append("pace") or next(paces))
     monkeypatch.setattr(Text, "go_on", lambda text: ran.append("turn") or go_on(text))
     report = bench(sparse_engine, densities=[Density(0.5, 0.5)], rounds=1, tokens=6, skip_zeros=False)
     # both prompts, then two turns of the twin and of the engine
