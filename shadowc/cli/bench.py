@@ -29,6 +29,9 @@ def bench(
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", help="Length of the prompt whose first token is timed.", min=1)
     ] = 33,
+    batch: Annotated[
+        int, typer.Option("--batch", help="Rows decoded at once, each with a prompt of its own.", min=1)
+    ] = 1,
     skip_zeros: Annotated[
         bool | None,
         typer.Option(
@@ -45,7 +48,7 @@ def bench(
     ] = None,
     json: flags.AsJson = False,
 ) -> None:
-    """Measure batch-1 decoding beside the dense twin: time, its parts, bytes read, bandwidth, first token."""
+    """Measure decoding beside the dense twin: time, its parts, bytes read, bandwidth, first token."""
     from shadowc.measure.bench import bench as run_bench
     from shadowc.runtime.load import read_manifest
 
@@ -62,7 +65,7 @@ def bench(
     with render.progress() as progress:
         report = run_bench(
             engine, densities=wanted, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens,
-            skip_zeros=skip_zeros, threads=threads, memory=memory, progress=progress,
+            batch=batch, skip_zeros=skip_zeros, threads=threads, memory=memory, progress=progress,
         )  # fmt: skip
     if json:
         render.as_json(asdict(report))

@@ -35,7 +35,7 @@ def _show_surroundings(report: BenchReport) -> None:
     where = f"{report.threads} threads, {report.isa}" if report.threads else report.isa
     stream = "a stream reads" if report.threads else "a copy reads and writes"
     render.line(
-        f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens; "
+        f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens{_rows_of(report)}; "
         f"{stream} {report.stream_gigabytes_per_second:.1f} GB/s here{_apart(report.round_trip_ns_by_round)}"
     )
     large, read = report.large_pages, report.weights_stream_by_round
@@ -50,6 +50,10 @@ def _show_surroundings(report: BenchReport) -> None:
         render.line(f"small pages cost bandwidth on many machines: compare with --memory {others}")
     elif read and all(own < SLOW_WEIGHTS * one for own, one in zip(read, report.stream_by_round, strict=True)):
         render.line("the weights lie in slower memory than the stream: compare with --memory private")
+
+
+def _rows_of(report: BenchReport) -> str:
+    return f" in each of {report.batch} rows at once" if report.batch > 1 else ""
 
 
 def _apart(round_trips: Sequence[float]) -> str:
@@ -142,9 +146,10 @@ def _parts(shares: Shares) -> tuple[str, ...]:
 
 
 def _show_prompts(report: BenchReport) -> None:
+    prompts = "prompt" if report.batch == 1 else f"{report.batch} prompts"
     render.line("")
     render.table(
-        (f"prompt of {report.prompt_tokens} tokens", "first token, ms", "lowest to highest", "prompt tokens/s"),
+        (f"{prompts} of {report.prompt_tokens} tokens", "first token, ms", "lowest to highest", "prompt tokens/s"),
         [
             (
                 row.label,

@@ -28,6 +28,9 @@ from shadowc.spec.progress import NullProgress, Progress
 from shadowc.spec.whole import require_whole
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from shadowc.runtime.weights_memory import Kind
     from shadowc.spec.manifest import EngineManifest
 
@@ -89,11 +92,11 @@ class PromptRow:
     skip_zeros: bool
     mask: Mask
     first_token_ms: float
-    """From the call to the first token."""
+    """From the call to the first token, of all rows."""
     ms_lowest: float
     ms_highest: float
     tokens_per_second: float
-    """Of the prompt."""
+    """Of the prompts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +124,8 @@ class BenchReport:
     rounds: int
     tokens: int
     prompt_tokens: int
+    batch: int
+    """Rows decoded at once; times and bytes per token are those of a step over its rows."""
     stream_gigabytes_per_second: float
     stream_by_round: tuple[float, ...]
     """Gigabytes per second."""
@@ -151,12 +156,13 @@ def bench(
     rounds: int = 5,
     tokens: int = 24,
     prompt_tokens: int = PROMPT_TOKENS,
+    batch: int = 1,
     skip_zeros: bool | None = None,
     threads: int | None = None,
     memory: Kind | None = None,
     progress: Progress | None = None,
 ) -> BenchReport:
-    """Measures batch-1 decoding at every density; on the CPU with `skip_zeros` off and on.
+    """Measures decoding at every density; on the CPU with `skip_zeros` off and on.
 
     Args:
         folder: the engine.
@@ -166,13 +172,14 @@ def bench(
         rounds: how often the whole table is measured.
         tokens: timed of every setting in every round.
         prompt_tokens: length of the prompt whose first token is timed.
+        batch: rows decoded at once, each with a prompt of its own.
         skip_zeros: measure only with it (True) or without it; None: both.
         threads: intra-op threads; None: one per core.
         memory: where the weights lie, see `shadowc.load`; for target cpu.
         progress: told about runs.
 
     Raises:
-        InputError: the prompt leaves no room in the model's context.
+        InputError: the prompt leaves no room in the model's context, or the rows none in a plan.
         UnsupportedError: an argument that the engine's target does not have.
         ShadowcError: the engine cannot be loaded here, see `shadowc.load`.
     """
@@ -180,12 +187,13 @@ def bench(
 
     progress = progress or NullProgress()
     manifest = read_manifest(folder)
-    _check_lengths(rounds, prompt_tokens, tokens, manifest)
-    side, loading = _side(folder, manifest, densities, prompt_tokens, skip_zeros, threads, memory)
+    _check_lengths(rounds, prompt_tokens, tokens, batch, manifest)
+    prompt = prompt_ids(manifest, prompt_tokens, batch)
+    side, loading = _side(folder, manifest, densities, prompt, skip_zeros, threads, memory)
     with progress.stage("bench"):
         counter = Counter(progress, side, rounds, len(turn_sizes(tokens)))
-        found = measure(side, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens, counter=counter)
-        shares = _profiled(side, counter)
+        found = measure(side, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens, counter=counter, batch=batch)
+        shares = _profiled(side, counter, batch)
     times = found.times
     rows = tuple(
         _row(setting, found.turns[index], times[0], found.sizes[index], shares.get(setting))
@@ -199,6 +207,7 @@ def bench(
         rounds=rounds,
         tokens=tokens,
         prompt_tokens=prompt_tokens,
+        batch=batch,
         stream_gigabytes_per_second=median(found.stream) / 1e9,
         stream_by_round=tuple(one / 1e9 for one in found.stream),
         weights_stream_by_round=tuple(one / 1e9 for one in found.weights_stream),
@@ -208,7 +217,7 @@ def bench(
         load_to_first_token_seconds=loading,
         rows=rows,
         prompts=tuple(
-            _prompt_row(variant, found.prompts[index], prompt_tokens) for index, variant in enumerate(side.variants)
+            _prompt_row(variant, found.prompts[index], prompt.size) for index, variant in enumerate(side.variants)
         ),
         break_even=tuple(_break_evens(side, times)),
         noise=noise(
@@ -221,11 +230,14 @@ def bench(
     )
 
 
-def _check_lengths(rounds: int, prompt_tokens: int, tokens: int, manifest: EngineManifest) -> None:
-    require_whole(rounds=rounds, prompt_tokens=prompt_tokens, tokens=tokens)
+def _check_lengths(rounds: int, prompt_tokens: int, tokens: int, batch: int, manifest: EngineManifest) -> None:
+    require_whole(rounds=rounds, prompt_tokens=prompt_tokens, tokens=tokens, batch=batch)
     if rounds < 1 or tokens < 1:
         raise InputError(f"rounds is {rounds} and tokens {tokens}, expected 1 or more", hint="for example 5 and 24")
     part = manifest.tensorrt
+    if batch < 1 or (part is not None and batch > part.max_batch):
+        most = "or more" if part is None else f"to {part.max_batch}, as the engine was compiled"
+        raise InputError(f"batch is {batch}, expected 1 {most}", hint="for example --batch 1")
     context = manifest.model.positions if part is None else min(manifest.model.positions, part.max_context)
     room, most = context - STEP_PROMPT_TOKENS, context - 1
     if tokens_generated(tokens) > room:
@@ -246,7 +258,7 @@ def _side(
     folder: Path,
     manifest: EngineManifest,
     densities: Sequence[Density],
-    prompt_tokens: int,
+    prompt: npt.NDArray[np.int64],
     skip_zeros: bool | None,
     threads: int | None,
     memory: Kind | None,
@@ -257,7 +269,7 @@ def _side(
 
     began = perf_counter()
     engine = load(folder, threads=threads, memory=memory)
-    engine.generate(prompt_ids(manifest, prompt_tokens), max_new_tokens=1)
+    engine.generate(prompt, max_new_tokens=1)
     seconds = perf_counter() - began
     if not isinstance(engine, Engine):
         return settings.on_gpu(folder, engine, densities, skip_zeros), seconds
@@ -267,13 +279,13 @@ def _side(
     return settings.on_cpu(folder, manifest, densities, flags, threads, weights), seconds
 
 
-def _profiled(side: Side, counter: Counter) -> dict[Setting, Shares]:
+def _profiled(side: Side, counter: Counter, batch: int) -> dict[Setting, Shares]:
     from shadowc.runtime.engine import Engine
 
     found: dict[Setting, Shares] = {}
     for variant in side.variants:
         if isinstance(variant.engine, Engine):
-            prompt = prompt_ids(variant.engine.manifest, STEP_PROMPT_TOKENS)
+            prompt = prompt_ids(variant.engine.manifest, STEP_PROMPT_TOKENS, batch)
             shares = profile(variant, variant.engine, prompt)
             found |= dict(zip(map(variant.setting, variant.densities), shares, strict=True))
         counter.more(len(variant.densities))

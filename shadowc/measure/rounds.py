@@ -36,9 +36,9 @@ REST_SECONDS = 0.06
 a core that this one needs."""
 
 
-def prompt_ids(manifest: EngineManifest, tokens: int) -> npt.NDArray[np.int64]:
-    """A prompt [1,S], the same every time; ids below 4 are special."""
-    return np.random.default_rng(0).integers(4, manifest.model.vocab, (1, tokens), dtype=np.int64)
+def prompt_ids(manifest: EngineManifest, tokens: int, batch: int = 1) -> npt.NDArray[np.int64]:
+    """Prompts [B,S], the same every time, each row another; ids below 4 are special."""
+    return np.random.default_rng(0).integers(4, manifest.model.vocab, (batch, tokens), dtype=np.int64)
 
 
 STEADY = 1.2
@@ -155,7 +155,9 @@ class Counter:
         self._progress.advance(self._done, self._whole, "runs")
 
 
-def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter: Counter) -> Found:
+def measure(
+    side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter: Counter, batch: int = 1
+) -> Found:
     """Measure everything so often, interleaved, after one run of each that is not timed.
 
     Args:
@@ -164,9 +166,10 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
         tokens: timed per setting.
         prompt_tokens: length of the prompt whose first token is timed.
         counter: is told of every run.
+        batch: rows decoded at once.
     """
     manifest = side.variants[0].engine.manifest
-    steps, prompt = prompt_ids(manifest, STEP_PROMPT_TOKENS), prompt_ids(manifest, prompt_tokens)
+    steps, prompt = prompt_ids(manifest, STEP_PROMPT_TOKENS, batch), prompt_ids(manifest, prompt_tokens, batch)
     stream: list[float] = []
     weights_stream: list[float] = []
     round_trips: list[float] = []

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
@@ -100,7 +100,7 @@ def profile(variant: Variant, engine: Engine, prompt: npt.NDArray[np.int64]) -> 
     Args:
         variant: names the densities.
         engine: its engine.
-        prompt: ids [1,S] that fit into one run of the graph.
+        prompt: ids [B,S] that fit into one run of the graph.
     """
     sparsity = variant.engine.manifest.sparsity
     refresh = sparsity.refresh if variant.mask == "sequence" and sparsity else 0
@@ -110,9 +110,10 @@ def profile(variant: Variant, engine: Engine, prompt: npt.NDArray[np.int64]) -> 
         profiled = engine.profiled(Path(folder))
         for density in variant.densities:
             profiled.generate(prompt, max_new_tokens=count, min_new_tokens=count, density=density)
-            steps.append(profiled.last_stats.tokens)
+            steps.append(profiled.last_stats.tokens // len(prompt))
         recordings = profiled.recordings()
-    return list(by_generation(recordings, steps))
+    found = by_generation(recordings, steps)
+    return [replace(one, ms_per_token=one.ms_per_token / len(prompt)) for one in found]
 
 
 def _whole(tokens: int, refresh: int) -> int:

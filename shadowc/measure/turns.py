@@ -40,7 +40,7 @@ class Text:
 
     Args:
         engine: whose texts have caches of their own.
-        prompt: ids [1,S], read in the first turn.
+        prompt: ids [B,S], read in the first turn.
         density: of all tokens.
         sizes: tokens timed in each turn.
     """
@@ -49,7 +49,7 @@ class Text:
         self, engine: CausalEngine, prompt: npt.NDArray[np.int64], density: Density, sizes: Sequence[int]
     ) -> None:
         self.seconds: list[float] = []
-        """Of every token that was timed; those of a run all at its first."""
+        """Of every token that was timed, of several rows a step's over the rows; those of a run all at its first."""
         self.bytes_read = 0.0
         """Per token, known after the last turn."""
         self._engine, self._prompt, self._density, self._sizes = engine, prompt, density, sizes
@@ -99,7 +99,7 @@ class Text:
         if self._known == 1:
             return
         if self._began is not None:
-            self.seconds.append(perf_counter() - self._began)
+            self.seconds.append((perf_counter() - self._began) / len(self._prompt))
         if len(self.seconds) == self._ends[0] and len(self._ends) > 1:
             del self._ends[0]
             self._others.release()
