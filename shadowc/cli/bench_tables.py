@@ -34,8 +34,9 @@ def show(report: BenchReport) -> None:
 def _show_surroundings(report: BenchReport) -> None:
     where = f"{report.threads} threads, {report.isa}" if report.threads else report.isa
     stream = "a stream reads" if report.threads else "a copy reads and writes"
+    rows = f" in each of {report.batch} rows at once" if report.batch > 1 else ""
     render.line(
-        f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens{_rows_of(report)}; "
+        f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens{rows}; "
         f"{stream} {report.stream_gigabytes_per_second:.1f} GB/s here{_apart(report.round_trip_ns_by_round)}"
     )
     large, read = report.large_pages, report.weights_stream_by_round
@@ -50,10 +51,6 @@ def _show_surroundings(report: BenchReport) -> None:
         render.line(f"small pages cost bandwidth on many machines: compare with --memory {others}")
     elif read and all(own < SLOW_WEIGHTS * one for own, one in zip(read, report.stream_by_round, strict=True)):
         render.line("the weights lie in slower memory than the stream: compare with --memory private")
-
-
-def _rows_of(report: BenchReport) -> str:
-    return f" in each of {report.batch} rows at once" if report.batch > 1 else ""
 
 
 def _apart(round_trips: Sequence[float]) -> str:

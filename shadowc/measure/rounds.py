@@ -155,9 +155,7 @@ class Counter:
         self._progress.advance(self._done, self._whole, "runs")
 
 
-def measure(
-    side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter: Counter, batch: int = 1
-) -> Found:
+def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter: Counter, batch: int = 1) -> Found:
     """Measure everything so often, interleaved, after one run of each that is not timed.
 
     Args:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import itertools
 import json
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,7 +76,7 @@ def test_rows_that_an_engine_does_not_take_are_refused(
     manifest = read_manifest(sparse_engine)
     if most is not None:
         part: Any = SimpleNamespace(max_batch=most, max_context=64)
-        manifest = replace(manifest, tensorrt=part)
+        manifest = manifest.model_copy(update={"tensorrt": part})
     with pytest.raises(InputError, match=f"batch is {batch}, expected {expected}"):
         bench_module._check_lengths(1, 4, 4, batch, manifest)
 
