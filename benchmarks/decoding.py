@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One round of decoding: all settings of one engine in turns, in one process, the memory's pace between them.
+"""One round of decoding: all settings of one engine in one process, in turns, with the memory's pace between these.
 
 `python -m benchmarks.decoding ENGINE --settings dense,0.5/0.2` prints a `Round` as one line of JSON. Rounds are
 processes of their own so that a long series can be stopped between two of them, and so that only they need to
@@ -14,11 +14,11 @@ import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from shadowc.measure.rounds import Turn, in_turns, mean_seconds
 from shadowc.measure.settings import STREAM_BYTES, STREAM_REPEATS, pace_of
@@ -69,7 +69,7 @@ class Sample:
     size: float
     """Bytes per token: what the kernels counted, and LM head, predictor, norms and biases."""
     turns: tuple[Turn, ...]
-    """A few tokens each, between those of the other settings."""
+    """A few tokens each, between those of the other settings; one of all where caches may hold the weights."""
 
     @property
     def ms(self) -> float:
@@ -98,7 +98,7 @@ class Round:
 
 
 def one_round(folder: Path, settings: Sequence[str], *, turn: int, tokens: int, threads: int | None = None) -> Round:
-    """Decode `tokens` tokens under every setting, a few of each in turns, after some that are not timed.
+    """Decode `tokens` tokens under every setting, after some that are not timed; of a large model a few in turns.
 
     Args:
         folder: an engine of target cpu.
@@ -118,18 +118,27 @@ def one_round(folder: Path, settings: Sequence[str], *, turn: int, tokens: int, 
     vocab = first.manifest.model.vocab
     prompt = np.random.default_rng([turn, PROMPT_TOKENS]).integers(_LOWEST_TOKEN, vocab, (1, PROMPT_TOKENS))
 
-    sizes, texts = turn_sizes(tokens), []
-    for setting in wanted.values():
-        engine, density = engines[setting.density is None, setting.skip_zeros], setting.density or Density()
+    jobs = [(engines[one.density is None, one.skip_zeros], one.density or Density()) for one in wanted.values()]
+    for engine, density in jobs:
         engine.generate(prompt, WARM_TOKENS, WARM_TOKENS, density)
-        texts.append(Text(engine, prompt, density, [0, *sizes]))
     stream = first.op_library.stream_read(STREAM_BYTES, first.threads, STREAM_REPEATS)
-    pace = pace_of(first.op_library, first.weights, first.threads) or partial(float, stream)
-    turns = in_turns(texts, sizes, pace)
-    samples = {
-        name: Sample(text.bytes_read, tuple(taken)) for name, text, taken in zip(wanted, texts, turns, strict=True)
-    }
-    return Round(stream, None if first.weights is None else first.weights.large_pages, samples)
+    pace = pace_of(first.op_library, first.weights, first.threads)
+    if pace is None:
+        samples = [_at_once(engine, prompt, density, tokens, stream) for engine, density in jobs]
+    else:
+        sizes = turn_sizes(tokens)
+        texts = [Text(engine, prompt, density, [0, *sizes]) for engine, density in jobs]
+        turns = in_turns(texts, sizes, pace)
+        samples = [Sample(text.bytes_read, tuple(taken)) for text, taken in zip(texts, turns, strict=True)]
+    large = None if first.weights is None else first.weights.large_pages
+    return Round(stream, large, dict(zip(wanted, samples, strict=True)))
+
+
+def _at_once(engine: Engine, prompt: npt.NDArray[np.int64], density: Density, tokens: int, stream: float) -> Sample:
+    """One turn of all tokens: of weights that caches may hold a turn of few would be what it takes to wake up."""
+    engine.generate(prompt, tokens + 1, tokens + 1, density)
+    stats = engine.last_stats
+    return Sample(stats.bytes_read, (Turn(stats.seconds / stats.tokens, stats.tokens, (stream, stream)),))
 
 
 def _variant(first: Engine, *, twin: bool, skip_zeros: bool) -> Engine:

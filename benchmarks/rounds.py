@@ -204,8 +204,8 @@ def figures(rounds: Sequence[Round], setting: str, base: str) -> Figures:
 
 
 FLOOR_TOLD = (
-    "*floor*: the bytes at 0.9 of what the memory gave before and behind each turn of a few tokens; *above it*: of "
-    "turns during which memory kept its pace within a fifth."
+    "*floor*: the bytes at 0.9 of what the memory gave before and behind each turn of a few tokens (of models that "
+    "caches may hold: of the round's stream); *above it*: of turns during which memory kept its pace within a fifth."
 )
 """For the foot of a table that has both."""
 

@@ -12,6 +12,7 @@ import pytest
 from benchmarks import decoding
 from benchmarks.decoding import Round, Setting, one_round
 from benchmarks.rounds import Asked, Ledger, LedgerError, above, figures, measure, surroundings
+from shadowc.measure import settings
 from shadowc.runtime.load import read_manifest
 from shadowc.spec.density import Density
 from tests.benchmarks.samples import sample
@@ -63,6 +64,23 @@ def test_a_round_has_the_bytes_of_each_setting(engine: str, request: pytest.Fixt
     assert sizes["dense+zeros"] < sizes["dense"]
     assert min(sample.ms for sample in found.samples.values()) > 0
     assert found.stream > 0
+
+
+def test_settings_of_a_large_model_take_turns_and_each_has_the_pace_of_its_moment(
+    sparse_engine: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = {"turn": 0, "tokens": 6, "threads": 1}
+    (whole,) = one_round(sparse_engine, ["0.5/0.2"], **asked).samples["0.5/0.2"].turns
+    assert whole.tokens == 6
+    monkeypatch.setattr(settings, "LEAST_WEIGHTS", 1)
+    monkeypatch.setattr(settings, "PACE_BYTES", 1 << 20)
+    found = one_round(sparse_engine, ["dense", "0.5/0.2"], **asked)
+    dense, sparse = (found.samples[name].turns for name in ("dense", "0.5/0.2"))
+    assert [turn.tokens for turn in dense] == [turn.tokens for turn in sparse] == [4, 2]
+    assert [dense[0].paces[1], sparse[0].paces[1], dense[1].paces[1]] == [
+        sparse[0].paces[0], dense[1].paces[0], sparse[1].paces[0],
+    ]  # fmt: skip
+    assert found.samples["0.5/0.2"].size == one_round(sparse_engine, ["0.5/0.2"], **asked).samples["0.5/0.2"].size
 
 
 def test_every_round_has_a_prompt_of_its_own(sparse_engine: Path) -> None:
