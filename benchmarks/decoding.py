@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from shadowc.measure.rounds import Turn, in_turns, mean_seconds
 from shadowc.measure.settings import STREAM_BYTES, STREAM_REPEATS, pace_of
-from shadowc.measure.turns import Text, turn_sizes
+from shadowc.measure.turns import Text, tokens_generated, turn_sizes
 from shadowc.runtime.engine import Engine
 from shadowc.runtime.load import load_cpu
 from shadowc.spec.density import Density
@@ -109,14 +109,16 @@ def one_round(folder: Path, settings: Sequence[str], *, turn: int, tokens: int, 
 
     Raises:
         ShadowcError: the engine cannot be loaded here.
-        ValueError: a setting that is none.
+        ValueError: a setting that is none, or more tokens than the model has room for.
     """
     wanted = {text: Setting.parse(text) for text in settings}
     first = load_cpu(folder, threads=threads, skip_zeros=False, memory="renewed")  # in large pages, whoever wrote it
     kinds = dict.fromkeys((setting.density is None, setting.skip_zeros) for setting in wanted.values())
     engines = {kind: _variant(first, twin=kind[0], skip_zeros=kind[1]) for kind in kinds}
-    vocab = first.manifest.model.vocab
-    prompt = np.random.default_rng([turn, PROMPT_TOKENS]).integers(_LOWEST_TOKEN, vocab, (1, PROMPT_TOKENS))
+    model = first.manifest.model
+    if PROMPT_TOKENS + tokens_generated(tokens) > model.positions:
+        raise ValueError(f"{tokens} tokens behind {PROMPT_TOKENS}: {model.name} has room for {model.positions} in all")
+    prompt = np.random.default_rng([turn, PROMPT_TOKENS]).integers(_LOWEST_TOKEN, model.vocab, (1, PROMPT_TOKENS))
 
     jobs = [(engines[one.density is None, one.skip_zeros], one.density or Density()) for one in wanted.values()]
     for engine, density in jobs:

@@ -205,7 +205,8 @@ def figures(rounds: Sequence[Round], setting: str, base: str) -> Figures:
 
 FLOOR_TOLD = (
     "*floor*: the bytes at 0.9 of what the memory gave before and behind each turn of a few tokens (of models that "
-    "caches may hold: of the round's stream); *above it*: of turns during which memory kept its pace within a fifth."
+    "caches may hold: of the round's stream); *above it*: of turns during which memory kept its pace within a fifth "
+    "(of those models: of all)."
 )
 """For the foot of a table that has both."""
 
@@ -223,10 +224,13 @@ def threads_of(asked: int | None) -> int:
 def surroundings(ledger: Ledger) -> str:
     """Machine, threads, streams and load, as a sentence for the foot of a table."""
     asked, here = ledger.asked, ledger.content["machine"]
-    streams = [found.stream / 1e9 for name in ledger.content["engines"] for found in ledger.rounds(name)]
+    every = [found for name in ledger.content["engines"] for found in ledger.rounds(name)]
+    streams = [turn.pace / 1e9 for found in every for sample in found.samples.values() for turn in sample.turns]
+    large = [found.large_pages for found in every if found.large_pages is not None]
+    pages = f", {min(large):.0%} of the weights or more in large pages" if large else ""
     loads = ledger.loads()
     return (
         f"{here['cpu']}, {asked.threads} threads, {asked.weights} weights, a mask per {asked.mask}, "
-        f"{asked.tokens} tokens a sample; the stream read {median(streams):.1f} GB/s "
+        f"{asked.tokens} tokens a sample{pages}; around the turns the stream read {median(streams):.1f} GB/s "
         f"({min(streams):.1f} to {max(streams):.1f}); load average behind a round {min(loads):.1f} to {max(loads):.1f}."
     )

@@ -38,7 +38,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         library = OpLibrary.installed()
         options.cache = options.cache.resolve()
         here = machine.here()
-        doubt = machine.noise(here.cores)
         checkpoint = write_checkpoint(options.model, options.cache / "checkpoints")
     except (ValueError, ShadowcError) as error:
         parser.error(str(error))
@@ -61,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         vocab=int(str(read_config(checkpoint)["vocab_size"])),
         memory=machine.available_memory() - int(options.reserve_gib * 2**30),
     )
+    _note("waiting for a quiet machine")
+    doubt = machine.noise(here.cores)
     settings = {entrant.label: entrant.settings for entrant in field}
     outcome = race(launches, settings, plan, lambda: library.stream_read(STREAM_BYTES, threads, STREAM_REPEATS), _note)
     outcome = _in_order(replace(outcome, results=(*outcome.results, *failures)), field)

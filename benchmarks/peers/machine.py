@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +13,9 @@ _CPUINFO = Path("/proc/cpuinfo")
 _MEMINFO = Path("/proc/meminfo")
 _BUSY = 0.3
 """Runnable processes beside the race's own, on average over a minute, from which figures are called doubtful."""
+
+_PATIENCE, _PAUSE = 180.0, 2.0
+"""Seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +56,14 @@ def available_memory() -> int:
     return _memory("MemAvailable")
 
 
-def noise(cores: int) -> str:
-    """A sentence if others keep this machine busy; else nothing. To be asked before the race starts."""
-    load = os.getloadavg()[0]
+def noise(cores: int, patience: float = _PATIENCE) -> str:
+    """A sentence if others keep this machine busy; else nothing. To be asked before the race starts.
+
+    Waits up to `patience` seconds for the load to fall: making the contestants' models is a load as well.
+    """
+    deadline = time.monotonic() + patience
+    while (load := os.getloadavg()[0]) > _BUSY * cores and time.monotonic() < deadline:
+        time.sleep(_PAUSE)
     if load <= _BUSY * cores:
         return ""
     return f"load average {load:.1f} on {cores} cores before the first round: others were running, doubt these figures"

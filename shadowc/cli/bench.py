@@ -29,6 +29,9 @@ def bench(
     prompt_tokens: Annotated[
         int, typer.Option("--prompt-tokens", help="Length of the prompt whose first token is timed.", min=1)
     ] = 33,
+    context_tokens: Annotated[
+        int, typer.Option("--context-tokens", help="Tokens in front of those that are timed.", min=1)
+    ] = 16,
     batch: Annotated[
         int, typer.Option("--batch", help="Rows decoded at once, each with a prompt of its own.", min=1)
     ] = 1,
@@ -65,7 +68,8 @@ def bench(
     with render.progress() as progress:
         report = run_bench(
             engine, densities=wanted, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens,
-            batch=batch, skip_zeros=skip_zeros, threads=threads, memory=memory, progress=progress,
+            context_tokens=context_tokens, batch=batch, skip_zeros=skip_zeros, threads=threads, memory=memory,
+            progress=progress,
         )  # fmt: skip
     if json:
         render.as_json(asdict(report))

@@ -7,6 +7,7 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING
 
 from shadowc.cli import render
+from shadowc.measure.rounds import CONTEXT_TOKENS
 from shadowc.runtime.weights_memory import ENOUGH_LARGE_PAGES
 
 if TYPE_CHECKING:
@@ -35,8 +36,10 @@ def _show_surroundings(report: BenchReport) -> None:
     where = f"{report.threads} threads, {report.isa}" if report.threads else report.isa
     stream = "a stream reads" if report.threads else "a copy reads and writes"
     rows = f" in each of {report.batch} rows at once" if report.batch > 1 else ""
+    behind = f" behind {report.context_tokens}" if report.context_tokens != CONTEXT_TOKENS else ""
     render.line(
-        f"{report.model}, {report.weights}, {where}; median of {report.rounds} rounds of {report.tokens} tokens{rows}; "
+        f"{report.model}, {report.weights}, {where}; "
+        f"median of {report.rounds} rounds of {report.tokens} tokens{behind}{rows}; "
         f"{stream} {report.stream_gigabytes_per_second:.1f} GB/s here{_apart(report.round_trip_ns_by_round)}"
     )
     large, read = report.large_pages, report.weights_stream_by_round
@@ -98,6 +101,8 @@ def _show_decoding(report: BenchReport) -> None:
             for name, row in zip(names, report.rows, strict=True)
         ],
     )
+    if report.batch > 1:
+        render.line("a token: of a step its share of the rows; first tokens: those of all prompts")
     if not report.weights_stream_by_round:  # nor was memory read between turns
         render.line("floor: the bytes at 0.9 of the stream of the same round")
         return

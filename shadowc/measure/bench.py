@@ -18,7 +18,7 @@ from shadowc.measure import settings
 from shadowc.measure.break_even import BreakEven, break_even
 from shadowc.measure.mask_cost import MaskCost, mask_cost
 from shadowc.measure.noise import Noise, noise
-from shadowc.measure.rounds import STEP_PROMPT_TOKENS, Counter, Turn, mean_seconds, measure, prompt_ids
+from shadowc.measure.rounds import CONTEXT_TOKENS, Counter, Turn, mean_seconds, measure, prompt_ids
 from shadowc.measure.settings import Mask, Setting, Side, Variant
 from shadowc.measure.shares import Shares, profile
 from shadowc.measure.turns import tokens_generated, turn_sizes
@@ -124,6 +124,8 @@ class BenchReport:
     rounds: int
     tokens: int
     prompt_tokens: int
+    context_tokens: int
+    """In front of the tokens that are timed. What attention reads of them is in no byte and no floor here."""
     batch: int
     """Rows decoded at once; times and bytes per token are those of a step over its rows."""
     stream_gigabytes_per_second: float
@@ -156,6 +158,7 @@ def bench(
     rounds: int = 5,
     tokens: int = 24,
     prompt_tokens: int = PROMPT_TOKENS,
+    context_tokens: int = CONTEXT_TOKENS,
     batch: int = 1,
     skip_zeros: bool | None = None,
     threads: int | None = None,
@@ -172,6 +175,7 @@ def bench(
         rounds: how often the whole table is measured.
         tokens: timed of every setting in every round.
         prompt_tokens: length of the prompt whose first token is timed.
+        context_tokens: in front of the tokens that are timed.
         batch: rows decoded at once, each with a prompt of its own.
         skip_zeros: measure only with it (True) or without it; None: both.
         threads: intra-op threads; None: one per core.
@@ -187,12 +191,16 @@ def bench(
 
     progress = progress or NullProgress()
     manifest = read_manifest(folder)
-    _check_lengths(rounds, prompt_tokens, tokens, batch, manifest)
+    _check_lengths(rounds, prompt_tokens, context_tokens, tokens, manifest)
+    _check_batch(batch, manifest)
     prompt = prompt_ids(manifest, prompt_tokens, batch)
     side, loading = _side(folder, manifest, densities, prompt, skip_zeros, threads, memory)
     with progress.stage("bench"):
         counter = Counter(progress, side, rounds, len(turn_sizes(tokens)))
-        found = measure(side, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens, counter=counter, batch=batch)
+        found = measure(
+            side, rounds=rounds, tokens=tokens, prompt_tokens=prompt_tokens, context_tokens=context_tokens, batch=batch,
+            counter=counter,
+        )  # fmt: skip
         shares = _profiled(side, counter, batch)
     times = found.times
     rows = tuple(
@@ -207,6 +215,7 @@ def bench(
         rounds=rounds,
         tokens=tokens,
         prompt_tokens=prompt_tokens,
+        context_tokens=context_tokens,
         batch=batch,
         stream_gigabytes_per_second=median(found.stream) / 1e9,
         stream_by_round=tuple(one / 1e9 for one in found.stream),
@@ -230,22 +239,30 @@ def bench(
     )
 
 
-def _check_lengths(rounds: int, prompt_tokens: int, tokens: int, batch: int, manifest: EngineManifest) -> None:
-    require_whole(rounds=rounds, prompt_tokens=prompt_tokens, tokens=tokens, batch=batch)
-    if rounds < 1 or tokens < 1:
-        raise InputError(f"rounds is {rounds} and tokens {tokens}, expected 1 or more", hint="for example 5 and 24")
+def _check_batch(batch: int, manifest: EngineManifest) -> None:
+    require_whole(batch=batch)
     part = manifest.tensorrt
     if batch < 1 or (part is not None and batch > part.max_batch):
         most = "or more" if part is None else f"to {part.max_batch}, as the engine was compiled"
         raise InputError(f"batch is {batch}, expected 1 {most}", hint="for example --batch 1")
+
+
+def _check_lengths(rounds: int, prompt_tokens: int, context_tokens: int, tokens: int, manifest: EngineManifest) -> None:
+    require_whole(rounds=rounds, prompt_tokens=prompt_tokens, context_tokens=context_tokens, tokens=tokens)
+    if rounds < 1 or tokens < 1:
+        raise InputError(f"rounds is {rounds} and tokens {tokens}, expected 1 or more", hint="for example 5 and 24")
+    part = manifest.tensorrt
     context = manifest.model.positions if part is None else min(manifest.model.positions, part.max_context)
-    room, most = context - STEP_PROMPT_TOKENS, context - 1
+    if context_tokens < 1:
+        raise InputError(f"context_tokens is {context_tokens}, expected 1 or more", hint="for example 16")
+    room, most = context - context_tokens, context - 1
     if tokens_generated(tokens) > room:
         fitting = room - tokens_generated(0)
+        shorter = "fewer tokens in front of them" if context_tokens > 1 else "a model with a longer context"
         raise InputError(
-            f"{tokens} tokens are to be timed; behind a prompt of {STEP_PROMPT_TOKENS} and a first token "
+            f"{tokens} tokens are to be timed; behind a prompt of {context_tokens} and a first token "
             f"{manifest.model.name} has room for {max(fitting, 0)}",
-            hint=f"--tokens {fitting}" if fitting > 0 else "a model with a longer context",
+            hint=f"--tokens {fitting}" if fitting > 0 else shorter,
         )
     if not 1 <= prompt_tokens <= most:
         raise InputError(
@@ -280,12 +297,15 @@ def _side(
 
 
 def _profiled(side: Side, counter: Counter, batch: int) -> dict[Setting, Shares]:
+    """Of a run behind a prompt that is one run of the graph, however many its rows are."""
+    from shadowc.runtime.decoder import PROMPT_CHUNKS, chunks
     from shadowc.runtime.engine import Engine
 
     found: dict[Setting, Shares] = {}
     for variant in side.variants:
         if isinstance(variant.engine, Engine):
-            prompt = prompt_ids(variant.engine.manifest, STEP_PROMPT_TOKENS, batch)
+            fitting = next(chunks(0, CONTEXT_TOKENS, batch, PROMPT_CHUNKS))[1]
+            prompt = prompt_ids(variant.engine.manifest, fitting, batch)
             shares = profile(variant, variant.engine, prompt)
             found |= dict(zip(map(variant.setting, variant.densities), shares, strict=True))
         counter.more(len(variant.densities))

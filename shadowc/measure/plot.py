@@ -149,7 +149,8 @@ def _note(report: BenchReport) -> str:
     where = f"{report.isa}, {report.threads} threads" if report.threads else report.isa
     stream = report.stream_by_round
     parts = [
-        f"{where}; batch 1, {report.tokens} tokens a sample, medians of {report.rounds} interleaved rounds",
+        f"{where}; batch {report.batch}, {report.tokens} tokens a sample, "
+        f"medians of {report.rounds} interleaved rounds",
         f"the stream read {report.stream_gigabytes_per_second:.1f} GB/s ({min(stream):.1f} to {max(stream):.1f})",
     ]
     return "; ".join([*parts, report.noise.warning] if report.noise.warning else parts)

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from shadowc.spec.manifest import EngineManifest
     from shadowc.spec.progress import Progress
 
-STEP_PROMPT_TOKENS = 16
-"""In front of the tokens that are timed."""
+CONTEXT_TOKENS = 16
+"""In front of the tokens that are timed, if nothing else is asked for."""
 REST_SECONDS = 0.06
 """Before a turn or a prompt: under an older ONNX Runtime threads of the engine that ran before spin on for so long, on
 a core that this one needs."""
@@ -112,6 +112,7 @@ def in_turns(
 
     Raises:
         ShadowcError: as `generate` does.
+        InternalError: a text ended before its last turn.
     """
     turns: list[list[Turn]] = [[] for _ in texts]
     try:
@@ -155,7 +156,9 @@ class Counter:
         self._progress.advance(self._done, self._whole, "runs")
 
 
-def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter: Counter, batch: int = 1) -> Found:
+def measure(
+    side: Side, *, rounds: int, tokens: int, prompt_tokens: int, context_tokens: int, batch: int, counter: Counter
+) -> Found:
     """Measure everything so often, interleaved, after one run of each that is not timed.
 
     Args:
@@ -163,11 +166,12 @@ def measure(side: Side, *, rounds: int, tokens: int, prompt_tokens: int, counter
         rounds: how often.
         tokens: timed per setting.
         prompt_tokens: length of the prompt whose first token is timed.
-        counter: is told of every run.
+        context_tokens: in front of those that are timed.
         batch: rows decoded at once.
+        counter: is told of every run.
     """
     manifest = side.variants[0].engine.manifest
-    steps, prompt = prompt_ids(manifest, STEP_PROMPT_TOKENS, batch), prompt_ids(manifest, prompt_tokens, batch)
+    steps, prompt = prompt_ids(manifest, context_tokens, batch), prompt_ids(manifest, prompt_tokens, batch)
     stream: list[float] = []
     weights_stream: list[float] = []
     round_trips: list[float] = []

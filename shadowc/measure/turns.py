@@ -8,6 +8,8 @@ from threading import Semaphore, Thread
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
+from shadowc.spec.errors import InternalError
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
@@ -57,7 +59,7 @@ class Text:
         self._known = 0
         self._began: float | None = None
         self._error: BaseException | None = None
-        self._closed = False
+        self._closed, self._ended = False, False
         self._mine, self._others = Semaphore(0), Semaphore(0)
         self._thread = Thread(target=self._write, name="shadowc-text", daemon=True)
 
@@ -66,7 +68,10 @@ class Text:
 
         Raises:
             ShadowcError: as `generate` does.
+            InternalError: the text has ended: it has had all its turns, or its context has no room for them.
         """
+        if self._ended:
+            raise InternalError(f"a text ended behind {len(self.seconds)} of {sum(self._sizes)} timed tokens")
         if self._thread.ident is None:
             self._thread.start()
         self._mine.release()
@@ -91,6 +96,7 @@ class Text:
         except BaseException as error:  # raised where the turn was given
             self._error = error
         finally:
+            self._ended = True
             self._others.release()
 
     def _behind_a_token(self, _: Any) -> None:

@@ -70,8 +70,8 @@ def test_settings_of_a_large_model_take_turns_and_each_has_the_pace_of_its_momen
     sparse_engine: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = {"turn": 0, "tokens": 6, "threads": 1}
-    (whole,) = one_round(sparse_engine, ["0.5/0.2"], **asked).samples["0.5/0.2"].turns
-    assert whole.tokens == 6
+    at_once = one_round(sparse_engine, ["dense"], **asked).samples["dense"]
+    assert [turn.tokens for turn in at_once.turns] == [6]
     monkeypatch.setattr(settings, "LEAST_WEIGHTS", 1)
     monkeypatch.setattr(settings, "PACE_BYTES", 1 << 20)
     found = one_round(sparse_engine, ["dense", "0.5/0.2"], **asked)
@@ -80,7 +80,12 @@ def test_settings_of_a_large_model_take_turns_and_each_has_the_pace_of_its_momen
     assert [dense[0].paces[1], sparse[0].paces[1], dense[1].paces[1]] == [
         sparse[0].paces[0], dense[1].paces[0], sparse[1].paces[0],
     ]  # fmt: skip
-    assert found.samples["0.5/0.2"].size == one_round(sparse_engine, ["0.5/0.2"], **asked).samples["0.5/0.2"].size
+    assert found.samples["dense"].size == at_once.size
+
+
+def test_more_tokens_than_there_is_room_for_are_refused(sparse_engine: Path) -> None:
+    with pytest.raises(ValueError, match=r"47 tokens behind 16: .* has room for 64 in all"):
+        one_round(sparse_engine, ["dense"], turn=0, tokens=47)
 
 
 def test_every_round_has_a_prompt_of_its_own(sparse_engine: Path) -> None:

@@ -72,7 +72,7 @@ def a_row(mask: str, share: float, ms: float, *, neurons: float | None = None, z
 
 def a_report(*rows: BenchRow) -> BenchReport:
     found: Any = SimpleNamespace(
-        model="opt-x", weights="int8", threads=2, isa="some", rounds=3, tokens=4, rows=rows,
+        model="opt-x", weights="int8", threads=2, isa="some", rounds=3, tokens=4, batch=8, rows=rows,
         stream_gigabytes_per_second=30.0, stream_by_round=(29.0, 30.0, 31.0),
         noise=SimpleNamespace(warning="not quiet: a neighbour"),
     )  # fmt: skip
@@ -98,6 +98,7 @@ def test_a_panel_has_each_mask_with_its_floor_and_the_twin(tmp_path: Path) -> No
         ("bytes at 0.9 of the stream", [0.2], [5.0]),
     ]
     assert panel.title == "opt-x, int8"
+    assert "some, 2 threads; batch 8, 4 tokens a sample" in Figure.made.note
     assert (tmp_path / "plot.png").read_text() == "drawn"
 
 

@@ -14,7 +14,7 @@ from shadowc.measure.bench import bench
 from shadowc.measure.turns import TURN_TOKENS, Text, tokens_generated, turn_sizes
 from shadowc.runtime.load import load_cpu
 from shadowc.spec.density import Density
-from shadowc.spec.errors import InputError
+from shadowc.spec.errors import InputError, InternalError
 
 if TYPE_CHECKING:
     from shadowc.runtime.engine import Engine
@@ -77,6 +77,19 @@ def test_bytes_are_those_of_the_same_text_alone(engine: Engine) -> None:
         engine.generate(PROMPT, new, new, density)
         assert text.bytes_read == engine.last_stats.bytes_read
     assert texts[1].bytes_read < texts[0].bytes_read
+
+
+def test_a_text_that_has_ended_has_no_more_turns(engine: Engine) -> None:
+    whole = Text(engine, PROMPT, Density(), turn_sizes(2))
+    whole.go_on()
+    with pytest.raises(InternalError, match="ended behind 2 of 2 timed tokens"):
+        whole.go_on()
+    room = engine.manifest.model.positions - PROMPT.shape[1]
+    short = Text(engine, PROMPT, Density(), [0, room + 8, 4])
+    short.go_on()
+    short.go_on()  # the context ends in this turn
+    with pytest.raises(InternalError, match=f"of {room + 12} timed tokens"):
+        short.go_on()
 
 
 def test_texts_that_are_closed_before_their_end_leave_no_thread(engine: Engine) -> None:

@@ -7,6 +7,8 @@ import errno
 import mmap
 import re
 import shutil
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -40,15 +42,41 @@ def test_memory_holds_the_bytes_of_the_file(tmp_path, kind):
     assert not memory.content.flags.writeable
 
 
-def resident(memory: WeightsMemory) -> int:
-    """Bytes of a mapping that are resident in this process, from the system's own table."""
+def resident(memory: WeightsMemory, field: str = "Rss:") -> int:
+    """Bytes of a mapping that are resident in this process, from the system's own table; "Pss:": its share of them."""
     first, inside, total = memory.content.ctypes.data, False, 0
     for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
         if found := re.match(r"^([0-9a-f]+)-([0-9a-f]+) ", line):
             inside = int(found[1], 16) <= first < int(found[2], 16)
-        elif inside and line.startswith("Rss:"):
+        elif inside and line.startswith(field):
             total += int(line.split()[1]) << 10
     return total
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from shadowc.runtime.weights_memory import WeightsMemory
+memory = WeightsMemory.open(Path(sys.argv[1]), sys.argv[2])
+print(int(memory.content.sum()), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="the system does not tell what is resident")
+@pytest.mark.parametrize(("kind", "share"), [("shared", 0.5), ("private", 1.0)])
+def test_two_processes_have_one_page_cache_of_a_mapped_file_and_two_private_copies(tmp_path, kind, share):
+    path, size = tmp_path / "weights.bin", 16 * LARGE_PAGE
+    content = np.random.default_rng(3).integers(0, 256, size).astype(np.uint8)
+    path.write_bytes(content.tobytes())
+    memory = WeightsMemory.open(path, kind)
+    total = int(memory.content.sum())
+    command = [sys.executable, "-c", HOLDER, str(path), kind]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert int(other.stdout.readline()) == total
+        assert resident(memory) >= size
+        assert resident(memory, "Pss:") == pytest.approx(share * resident(memory), rel=0.05)
+        other.communicate()
 
 
 @pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="the system does not tell what is resident")

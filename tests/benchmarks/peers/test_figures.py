@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.peers import machine
 from benchmarks.peers.figures import Result, Sample, allowed_ms, common_first_tokens, residents, row
 from benchmarks.peers.lineup import entrants
 from benchmarks.peers.machine import physical_cores
@@ -123,3 +124,13 @@ def test_two_threads_of_a_core_are_one_core() -> None:
     assert physical_cores(processors, set(range(8))) == 4
     assert physical_cores(processors, {0, 1, 2}) == 2
     assert physical_cores([{"processor": "0"}, {"processor": "1"}], {0, 1}) == 2
+
+
+def test_a_race_waits_for_the_load_to_fall_and_is_doubtful_if_it_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = iter([2.0, 1.0, 0.6, 9.0])
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
+    monkeypatch.setattr(machine.time, "sleep", lambda _: None)
+    assert machine.noise(2) == ""
+    assert next(loads) == 9.0  # it asked three times
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (2.0, 0.0, 0.0))
+    assert "load average 2.0 on 2 cores" in machine.noise(2, patience=0.0)
