@@ -15,11 +15,16 @@ from shadowc.cli.app import app
 Shadowc = Callable[..., Result]
 
 
+def environment(home: Path) -> dict[str, str]:
+    """What commands read; tests of other folders in this process may set the same variables meanwhile."""
+    return {"SHADOWC_CACHE": str(home / "cache"), "XDG_STATE_HOME": str(home / "state"), "HF_HUB_OFFLINE": "1"}
+
+
 @pytest.fixture(scope="session")
 def cli_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A cache of its own for all command-line tests of this session, and no network."""
     home = tmp_path_factory.mktemp("cli")
-    wanted = {"SHADOWC_CACHE": str(home / "cache"), "XDG_STATE_HOME": str(home / "state"), "HF_HUB_OFFLINE": "1"}
+    wanted = environment(home)
     before = {name: os.environ.get(name) for name in (*wanted, "SHADOWC_DEBUG")}
     os.environ.update(wanted)
     os.environ.pop("SHADOWC_DEBUG", None)
@@ -34,7 +39,8 @@ def cli_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 @pytest.fixture(scope="session")
 def shadowc(cli_home: Path) -> Shadowc:
     """Run a command in this process: `shadowc("run", engine, "text")`."""
-    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+    env = environment(cli_home)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments], env=env)
 
 
 @pytest.fixture(scope="session")
