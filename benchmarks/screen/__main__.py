@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """`python -m benchmarks.screen`, from the repository root: which criterion, which style, at which density, on a model.
 
-    python -m benchmarks.screen --model opt-mini --data CALIBRATION --text TEST --out FOLDER [--grid [N]] [--parts [N]]
+    python -m benchmarks.screen --model opt-mini --data CALIBRATION --text TEST --out FOLDER
+        [--grid [N]] [--parts [N]] [--dealt-out [N]]
 
 Every criterion is recorded once, every predictor trained once, and everything is evaluated under protocol decode (each
 token under the mask that its own step would use) beside rankings that know no context, the true scores, random masks
 and the mask of the prompt. All is kept in FOLDER as it is found: a run that was stopped goes on where it was, and
-further criteria, styles, densities, --grid and --parts cost only themselves. There: `figures.csv`, `report.json`,
-`report.md` and, with matplotlib, `quality.png`.
+further criteria, styles, densities, --grid, --parts and --dealt-out cost only themselves. There: `figures.csv`,
+`report.json`, `report.md` and, with matplotlib, `quality.png`.
 """
 
 from __future__ import annotations
@@ -18,10 +19,11 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.screen import drawing, plan, table
+from benchmarks.screen import context, drawing, plan, table
 from benchmarks.screen.learned import Learned, lacking, with_rankings
 from benchmarks.screen.measured import Line, Measured
 from shadowc.checkpoint.finite import check_finite
@@ -88,7 +90,7 @@ def screen(asked: plan.Plan, origin: Origin, given: argparse.Namespace) -> str:
         learned = Learned(given.out, asked, checkpoint, model, origin, progress, say)
         measured = Measured(given.out, model, checkpoint, corpus, asked.seed, progress)
         work = _Work(asked, learned, measured, say)
-        found = work.done(about, grid=given.grid, seeds=given.seeds, parts=given.parts)
+        found = work.done(about, grid=given.grid, seeds=given.seeds, parts=given.parts, dealt=given.dealt_out)
         return _write(found, given.out, say)
 
 
@@ -106,9 +108,10 @@ class _Work:
         self._asked, self._learned, self._measured, self._say = asked, learned, measured, say
         self._traces: dict[str, ImportanceTrace] = {}
         self._hashes: dict[str, str] = {}
+        self._known: dict[str, dict[str, Any]] = {}
 
-    def done(self, about: Mapping[str, Any], *, grid: int, seeds: int, parts: int) -> table.Found:
-        """Do everything; the grid and the parts of so many of the best criteria."""
+    def done(self, about: Mapping[str, Any], *, grid: int, seeds: int, parts: int, dealt: int) -> table.Found:
+        """Do everything; the grid, the parts and the predictors of inputs dealt out of so many of the best criteria."""
         asked = self._asked
         self._traces = self._learned.traces()
         if asked.host not in self._traces:
@@ -117,7 +120,7 @@ class _Work:
         dense, *found = self._bare(densities)
         for criterion in self._traces:
             found += self._of_criterion(criterion, densities, [asked.seed])
-        best = table.best_criteria(found, max(grid, parts))
+        best = table.best_criteria(found, max(grid, parts, dealt))
         every: list[Line] = []
         if grid:
             for criterion in best[:grid]:
@@ -126,6 +129,9 @@ class _Work:
         alone = self._bare(asked.parts())[1:] if parts else []
         for criterion in best[:parts]:
             alone += self._of_criterion(criterion, asked.parts(), [asked.seed])
+        controls: list[Line] = []
+        for criterion in best[:dealt]:
+            controls += self._dealt_out(criterion, [*densities, *(asked.parts() if criterion in best[:parts] else ())])
         facts = {
             **about,
             "host": asked.host,
@@ -134,7 +140,9 @@ class _Work:
             "traces": {name: trace.meta["key"] for name, trace in self._traces.items()},
             "predictors": self._hashes,
         }
-        return table.Found(facts, dense, found, best, every, alone)
+        if controls:
+            facts["context"] = self._known
+        return table.Found(facts, dense, found, best, every, alone, controls)
 
     def _bare(self, densities: Sequence[Density]) -> list[Line]:
         """The dense model, random masks, and those of the prompt, which need a predictor's units."""
@@ -170,12 +178,29 @@ class _Work:
                     self._hashes[name] = lines[0].predictor.rpartition(" ")[2]
                     yield from lines
 
+    def _dealt_out(self, criterion: str, densities: Sequence[Density]) -> Iterator[Line]:
+        """Predictors of a criterion that learned from inputs of other tokens."""
+        asked, trace = self._asked, self._traces[criterion]
+        other = context.dealt_out(trace, asked.seed)
+        for style in asked.styles:
+            settings = asked.of_predictor(style, densities)
+            if settings:
+                made = self._learned.predictor(other, style, asked.seed, context.DEALT)
+                name = f"{criterion}-{style}-{asked.seed} {context.DEALT}"
+                self._say(f"{name}: {len(settings)} settings")
+                lines = self._measured.predictor(name, criterion, made, str(other.meta["key"]), settings)
+                self._hashes[name] = lines[0].predictor.rpartition(" ")[2]
+                own = self._predictor(criterion, style)
+                both = {"own": context.known(own), context.DEALT: context.known(made)}
+                self._known.setdefault(criterion, {})[style] = both
+                yield from (replace(line, style=f"{style} {context.DEALT}") for line in lines)
+
     def _predictor(self, criterion: str, style: Style) -> Predictor:
         return self._learned.predictor(self._traces[criterion], style, self._asked.seed)
 
 
 def _write(found: table.Found, folder: Path, say: Say) -> str:
-    text = table.as_markdown(found)
+    text = table.as_markdown(found) + context.as_markdown(found)
     for name, content in (
         ("figures.csv", table.as_csv(found)), ("report.json", table.as_json(found)), ("report.md", text),
     ):  # fmt: skip
@@ -275,6 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--grid", help=f"{len(plan.GRID)} densities and several seeds, of N best criteria ({plan.BEST})", **best)
     add("--seeds", type=int, default=plan.GRID_SEEDS, help="of the grid's predictors (%(default)s)")
     add("--parts", help=f"heads alone and neurons alone too, of N best criteria ({plan.BEST})", **best)
+    add("--dealt-out", help=f"predictors of N best criteria that read other tokens' inputs ({plan.BEST})", **best)
     add("--tokens", type=int, default=TOKENS, help="evaluated at least, where the text has them (%(default)s)")
     add("--window", type=int, help="tokens of a window; default: the model's context")
     add("--positions", type=int, default=4096, help="recorded of the calibration text (%(default)s)")

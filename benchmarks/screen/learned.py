@@ -92,14 +92,14 @@ class Learned:
                 self._say(f"{criterion} is left out: {error}")
         return found
 
-    def predictor(self, trace: ImportanceTrace, style: Style, seed: int) -> Predictor:
-        """Return the predictor of a style that learned a trace.
+    def predictor(self, trace: ImportanceTrace, style: Style, seed: int, of: str = "") -> Predictor:
+        """Return the predictor of a style that learned a trace; `of` tells traces of one criterion apart.
 
         Raises:
             InputError: a predictor of something else is in its place, or the trace teaches nothing.
         """
         criterion = str(trace.meta["criterion"])
-        folder = self._folder / "predictors" / f"{criterion}-{style}-{seed}"
+        folder = self._folder / "predictors" / f"{criterion}-{style}-{seed} {of}".strip()
         options = chosen_labels(self._plan.training(style, seed), criterion)
         if not (folder / META_FILE).is_file():
             self._say(f"{criterion}: trains style {style}, seed {seed}")

@@ -18,7 +18,7 @@ DENSITIES = (0.2, 0.5, 0.8)
 GRID = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 GRID_SEEDS = 3
 BEST = 3
-"""Criteria that the grid and the parts are measured of, unless a number is given."""
+"""Criteria that the grid, the parts and what knows no context are measured of, unless a number is given."""
 RANKINGS = ("static", "normalised")
 """Methods that know no context, by every criterion."""
 

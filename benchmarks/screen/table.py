@@ -33,6 +33,8 @@ class Found:
     """Criteria of the grid and of the parts, the best first; empty: neither was asked for."""
     grid: Sequence[Line]
     parts: Sequence[Line]
+    dealt: Sequence[Line] = ()
+    """Of predictors that learned from inputs of other tokens, see context.py."""
 
     @property
     def lines(self) -> Iterator[Line]:
@@ -44,6 +46,7 @@ class Found:
         yield from self.screen
         yield from self.grid
         yield from self.parts
+        yield from self.dealt
 
 
 def main_metric(line: Line) -> Metric:
@@ -117,7 +120,7 @@ def as_markdown(found: Found) -> str:
     """Return the tables."""
     dense = found.dense.row.intervals[0]
     sections = [
-        f"Dense: {dense.value:.4f} bits per byte {_span(dense, plain=True)}. All other figures are bits per byte above "
+        f"Dense: {dense.value:.4f} bits per byte {span(dense, plain=True)}. All other figures are bits per byte above "
         "it; *not read* is the effective sparsity, the predictor's own bytes counted as read.\n",
         *_criteria(found),
         *_rankings(found.screen),
@@ -136,19 +139,19 @@ def _criteria(found: Found) -> Iterator[str]:
     names = best_criteria(lines)
     means = {name: mean_of([x for x in lines if x.learned and x.criterion == name]) for name in names}
     yield "## Criteria, in the mean over styles, scopes and densities\n"
-    yield _heading("criterion", "predictors", "95 %", "behind the best", "95 %", "static", "normalised", "oracle")
+    yield heading("criterion", "predictors", "95 %", "behind the best", "95 %", "static", "normalised", "oracle")
     rest = dict.fromkeys(x.criterion for x in lines if x.criterion and x.criterion not in means)
     for name in (*names, *rest):
         cells = ["", "", "", ""]
         if name in means:
             behind = difference(means[name], means[names[0]])
             above = difference(means[name], main_metric(found.dense))
-            cells = [f"{above.value:+.4f}", _span(above), "" if name == names[0] else f"{behind.value:+.4f}"]
-            cells.append("" if name == names[0] else _span(behind))
+            cells = [f"{above.value:+.4f}", span(above), "" if name == names[0] else f"{behind.value:+.4f}"]
+            cells.append("" if name == names[0] else span(behind))
         for style in ("static", "normalised", "oracle"):
             some = [x.above_dense for x in lines if x.criterion == name and x.style == style]
             cells.append(f"{math.fsum(some) / len(some):+.4f}" if some else "")
-        yield _row(f"`{name}`", *cells)
+        yield row_of(f"`{name}`", *cells)
     yield ""
     for name, kinds in found.about["borrowed"].items():
         yield f"- `{name}` has no formula for {' and '.join(kinds)}: ranked as by `{found.about['host']}`."
@@ -167,13 +170,13 @@ def _rankings(lines: Sequence[Line]) -> Iterator[str]:
         return
     yield "## Rankings by criteria against a random one, in the mean over scopes and densities\n"
     yield "`random` ranks all units once, by a draw, and keeps that ranking for all tokens.\n"
-    yield _heading("ranking by", "static: behind `random`", "95 %", "normalised: behind `random`", "95 %")
+    yield heading("ranking by", "static: behind `random`", "95 %", "normalised: behind `random`", "95 %")
     for criterion in dict.fromkeys(name for name, _ in by_name if name != "random"):
         cells = []
         for style in RANKINGS:
             gap = difference(mean_of(by_name[criterion, style]), mean_of(by_name["random", style]))
-            cells += [f"{gap.value:+.4f}", _span(gap)]
-        yield _row(f"`{criterion}`", *cells)
+            cells += [f"{gap.value:+.4f}", span(gap)]
+        yield row_of(f"`{criterion}`", *cells)
     yield ""
 
 
@@ -185,24 +188,24 @@ def _by_density(lines: Sequence[Line]) -> Iterator[str]:
     columns = list(dict.fromkeys(line.column for line in sorted(with_criterion, key=lambda x: not x.learned)))
     for density in dict.fromkeys(line.row.setting.density for line in lines):
         here = [line for line in with_criterion if line.row.setting.density == density]
-        yield f"## {_kept(density)} kept\n"
-        yield _heading("criterion", *columns)
+        yield f"## {kept(density)} kept\n"
+        yield heading("criterion", *columns)
         for name in names:
             by_column = {line.column: f"{line.above_dense:+.3f}" for line in here if line.criterion == name}
-            yield _row(f"`{name}`", *(by_column.get(column, "") for column in columns))
+            yield row_of(f"`{name}`", *(by_column.get(column, "") for column in columns))
         shares = {column: [x.row.sparsity for x in here if x.column == column] for column in columns}
-        yield _row("*not read*", *(_range(found) for found in shares.values()))
+        yield row_of("*not read*", *(_range(found) for found in shares.values()))
         yield ""
 
 
 def _references(lines: Sequence[Line]) -> Iterator[str]:
     yield "## Without a criterion\n"
-    yield _heading("masks", "kept", "protocol", "above dense", "95 %", "not read")
+    yield heading("masks", "kept", "protocol", "above dense", "95 %", "not read")
     for line in lines:
         if not line.criterion:
             setting, above = line.row.setting, line.row.above_dense[0]
-            yield _row(
-                line.column, _kept(setting.density), setting.protocol, f"{above.value:+.4f}", _span(above),
+            yield row_of(
+                line.column, kept(setting.density), setting.protocol, f"{above.value:+.4f}", span(above),
                 f"{line.row.sparsity:.1%}",
             )  # fmt: skip
     yield ""
@@ -212,7 +215,7 @@ def _differences(lines: Sequence[Line]) -> Iterator[str]:
     """The best style of every one of the best criteria against all others, paired."""
     yield "## Styles of one criterion, paired\n"
     yield "How far each lies above the best predictor of its criterion and density; the bytes read differ a little.\n"
-    yield _heading("criterion", "kept", "best predictor", "other", "difference", "95 %")
+    yield heading("criterion", "kept", "best predictor", "other", "difference", "95 %")
     for criterion in best_criteria(lines, BEST):
         mine = [line for line in lines if line.criterion == criterion]
         for density in dict.fromkeys(line.row.setting.density for line in mine):
@@ -221,8 +224,8 @@ def _differences(lines: Sequence[Line]) -> Iterator[str]:
             for other in here:
                 if other is not first:
                     gap = difference(main_metric(other), main_metric(first))
-                    cells = (f"{gap.value:+.4f}", _span(gap))
-                    yield _row(f"`{criterion}`", _kept(density), first.column, other.column, *cells)
+                    cells = (f"{gap.value:+.4f}", span(gap))
+                    yield row_of(f"`{criterion}`", kept(density), first.column, other.column, *cells)
     yield ""
 
 
@@ -233,10 +236,10 @@ def _grid(lines: Sequence[Line]) -> Iterator[str]:
         columns = list(dict.fromkeys(line.column for line in sorted(mine, key=lambda x: not x.learned)))
         seeds = len({line.seed for line in mine if line.learned})
         yield f"## Grid: `{criterion}`, {seeds} predictor seeds (mean, half of the span in brackets)\n"
-        yield _heading("kept", *columns)
+        yield heading("kept", *columns)
         for density in sorted({line.row.setting.density for line in mine}, key=lambda one: one.heads):
             here = [line for line in mine if line.row.setting.density == density]
-            yield _row(_kept(density), *(_over_seeds([x for x in here if x.column == column]) for column in columns))
+            yield row_of(kept(density), *(_over_seeds([x for x in here if x.column == column]) for column in columns))
         yield ""
 
 
@@ -254,15 +257,16 @@ def _parts(found: Found) -> Iterator[str]:
         mine = [x for x in (*found.parts, *found.screen) if x.criterion == criterion]
         columns = list(dict.fromkeys(line.column for line in sorted(mine, key=lambda x: not x.learned)))
         yield f"## Parts: {f'`{criterion}`' if criterion else 'without a criterion'}\n"
-        yield _heading("kept: heads / neurons", *columns, "not read")
+        yield heading("kept: heads / neurons", *columns, "not read")
         for density in dict.fromkeys(line.row.setting.density for line in mine):
             here = {line.column: line for line in mine if line.row.setting.density == density}
             cells = [f"{here[column].above_dense:+.3f}" if column in here else "" for column in columns]
-            yield _row(_kept(density), *cells, _range([line.row.sparsity for line in here.values()]))
+            yield row_of(kept(density), *cells, _range([line.row.sparsity for line in here.values()]))
         yield ""
 
 
-def _kept(density: Density) -> str:
+def kept(density: Density) -> str:
+    """Return the shares of a density: one where they are alike."""
     if density.heads == density.neurons:
         return f"{density.heads:g}"
     return f"{density.heads:g} / {density.neurons:g}"
@@ -275,18 +279,21 @@ def _range(shares: Sequence[float]) -> str:
     return f"{low} %" if low == high else f"{low} to {high} %"
 
 
-def _span(found: Interval, *, plain: bool = False) -> str:
+def span(found: Interval, *, plain: bool = False) -> str:
+    """Return an interval in brackets; nothing where it is not known."""
     if not math.isfinite(found.low):
         return ""
     shape: Callable[[float], str] = (lambda value: f"{value:.4f}") if plain else (lambda value: f"{value:+.4f}")
     return f"[{shape(found.low)}, {shape(found.high)}]"
 
 
-def _heading(*names: str) -> str:
-    return f"{_row(*names)}\n{_row(*(['---'] * len(names)))}"
+def heading(*names: str) -> str:
+    """Return the first two lines of a table."""
+    return f"{row_of(*names)}\n{row_of(*(['---'] * len(names)))}"
 
 
-def _row(*cells: str) -> str:
+def row_of(*cells: str) -> str:
+    """Return a line of a table."""
     return f"| {' | '.join(cells)} |"
 
 

@@ -11,20 +11,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 
 from benchmarks.screen import __main__ as command
-from benchmarks.screen import plan, table
+from benchmarks.screen import context, plan, table
+from benchmarks.screen.context import DEALT
 from benchmarks.screen.measured import Line
+from shadowc.checkpoint.opt import OptFacts
 from shadowc.eval.metric import Metric
 from shadowc.eval.request import Setting
 from shadowc.eval.run import Row
 from shadowc.eval.torch_model import TorchModel
 from shadowc.sparsity import train as training
 from shadowc.sparsity.criteria import aggregates
-from tests.sparsity.conftest import _one_thread
+from shadowc.sparsity.importance import ImportanceTrace
+from shadowc.spec.options import TrainOptions
+from tests.sparsity.conftest import _one_thread, make_trace, plant, small_facts
 
-__all__ = ["_one_thread"]
+__all__ = ["_one_thread", "make_trace", "plant", "small_facts"]
 
 SENTENCES = (
     "One neuron is one record, and a record that is not read costs nothing.",
@@ -59,11 +64,11 @@ def run(tiny_checkpoint: Path, texts: tuple[Path, Path]) -> Screen:
 
 @pytest.fixture(scope="module")
 def whole(run: Screen, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A screen with its grid and parts. Read only."""
+    """A screen with its grid, its parts and predictors of other tokens' inputs. Read only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "GRID", (0.25, 0.5))
         out = tmp_path_factory.mktemp("screen") / "whole"
-        assert run(out, "--grid", "1", "--seeds", "2", "--parts", "1") == 0
+        assert run(out, "--grid", "1", "--seeds", "2", "--parts", "1", "--dealt-out", "1") == 0
     return out
 
 
@@ -86,8 +91,9 @@ def refused(capsys: pytest.CaptureFixture[str], run: Screen, *arguments: Any, **
 
 def test_every_criterion_meets_every_style_and_scope_that_it_has(whole: Path) -> None:
     half = [
-        x for x in figures(whole) if x["head_density"] == x["neuron_density"] == "0.5" and x["predictor_seed"] != "1"
-    ]
+        x for x in figures(whole)
+        if x["head_density"] == x["neuron_density"] == "0.5" and x["predictor_seed"] != "1" and DEALT not in x["style"]
+    ]  # fmt: skip
     found = {(x["criterion"], x["style"], x["scope"]) for x in half}
     assert len(found) == len(half)
     both = ("local", "global")
@@ -117,8 +123,9 @@ def test_the_grid_has_its_seeds_and_the_parts_mask_one_kind(whole: Path) -> None
 def test_the_best_criterion_is_that_of_the_lowest_mean_over_its_predictors(whole: Path) -> None:
     (best,) = json.loads((whole / "report.json").read_text())["best"]
     learned = [
-        x for x in figures(whole) if x["predictor_seed"] == "0" and x["head_density"] == x["neuron_density"] == "0.5"
-    ]
+        x for x in figures(whole)
+        if x["predictor_seed"] == "0" and x["head_density"] == x["neuron_density"] == "0.5" and DEALT not in x["style"]
+    ]  # fmt: skip
     means = {}
     for name in ("plainact", "snip"):
         some = [float(x["bits_per_byte"]) for x in learned if x["criterion"] == name]
@@ -140,11 +147,53 @@ def test_everything_is_there_with_its_hashes(whole: Path) -> None:
     report = json.loads((whole / "report.json").read_text())
     assert set(report["traces"]) == {"plainact", "snip", "magnitude", "jacov"}
     hashes = report["predictors"]
-    assert len(hashes) == 6 + 3
-    first = [found for name, found in hashes.items() if name.endswith("-0")]
-    assert len(set(first)) == len(first) == 6
+    assert len(hashes) == 6 + 3 + 3
+    first = [found for name, found in hashes.items() if not name.endswith("-1")]
+    assert len(set(first)) == len(first) == 6 + 3
     assert report["text"]["tokens"] >= 60
     assert len(report["rows"]) == len(figures(whole))
+
+
+def test_every_style_has_a_predictor_of_other_tokens_inputs_beside_it(whole: Path) -> None:
+    report = json.loads((whole / "report.json").read_text())
+    (best,) = report["best"]
+    lines = [x for x in figures(whole) if x["style"].endswith(DEALT)]
+    assert {x["criterion"] for x in lines} == {best}
+    one_kind = {(x["head_density"], x["neuron_density"]) for x in lines}
+    assert one_kind == {("0.5", "0.5"), ("0.5", "1.0"), ("1.0", "0.5")}
+    assert {(x["style"].removesuffix(f" {DEALT}"), x["scope"]) for x in lines} == {
+        ("shadow", "local"), ("shadow", "global"), ("dejavu", "local"), ("shadow+", "local"),
+    }  # fmt: skip
+    assert set(report["context"]) == {best}
+    assert all(set(both) == {"own", DEALT} for both in report["context"][best].values())
+    told = (whole / "report.md").read_text().partition(f"know the context? `{best}`")[2]
+    above = next(x["above_dense"] for x in lines if x["style"] == f"shadow+ {DEALT}" and x["neuron_density"] == "1.0")
+    row = next(line for line in told.splitlines() if line.startswith("| shadow+ local | 0.5 / 1 |"))
+    assert row.split(" | ")[3] == f"{float(above):+.4f}"
+
+
+def test_inputs_are_dealt_out_alike_in_all_layers_and_scores_stay(whole: Path) -> None:
+    trace = ImportanceTrace.load(whole / "traces" / "plainact")
+    other = context.dealt_out(trace, 3)
+    assert sorted(other.order_M) == list(range(len(trace.sequence_M)))
+    for layer in range(1, trace.layers):
+        np.testing.assert_array_equal(other.input_ME(layer), trace.input_ME(layer)[other.order_M])
+        np.testing.assert_array_equal(other.ffn_input_ME(layer), trace.ffn_input_ME(layer)[other.order_M])
+        np.testing.assert_array_equal(other.neurons_MF(layer), trace.neurons_MF(layer))
+    np.testing.assert_array_equal(other.context_ME, trace.context_ME[other.order_M])
+    assert not np.array_equal(other.context_ME, trace.context_ME)
+    assert other.meta["key"] != trace.meta["key"] == ImportanceTrace.load(trace.folder).meta["key"]
+
+
+def test_what_a_context_tells_is_lost_where_inputs_were_dealt_out(
+    plant: Callable[..., ImportanceTrace], small_facts: OptFacts
+) -> None:
+    trace = plant(dependent=True)
+    options = TrainOptions(neuron_block=8, width=32, epochs=8)
+    own, other = (training.train(one, small_facts, options) for one in (trace, context.dealt_out(trace, 0)))
+    recall = [context.known(one)["recall"]["neurons"]["0.2"] for one in (own, other)]
+    assert recall[0]["predictor"] > recall[0]["normalised"] + 0.2
+    assert abs(recall[1]["predictor"] - recall[1]["normalised"]) < 0.1
 
 
 def test_masks_of_a_prompt_are_those_of_style_shadow_whatever_comes_first(
