@@ -86,14 +86,6 @@ struct Activations<Int4Pair> {
   float OffsetOf(size_t g) const;
 };
 
-// Loaded once, not again by every instruction that reads it, as compilers do where registers are few: a core
-// of Zen 4 loads 64 bytes in a cycle, and products took 1.4 of the time (from L1).
-template <class V>
-HWY_INLINE V InRegister(V v) {
-  asm("" : "+v"(v.raw));
-  return v;
-}
-
 // The digits that 64 pairs meet.
 struct PairDigits {
   hn::Vec<hn::ScalableTag<int8_t>> p[3], q[3];

@@ -163,17 +163,20 @@ struct GroupFactors {
       auto top = hn::Zero(di), upper = top, all = top;
       for (size_t k = kInWord; k-- > 0;) {
         const auto x = hn::NearestInt(hn::Mul(factors[word * kInWord + k], scale));
-        const auto x1 = hn::ShiftRight<8>(hn::Add(x, half)), x2 = hn::ShiftRight<8>(hn::Add(x1, half));
         all = hn::Or(hn::ShiftLeft<8>(all), hn::And(x, byte));
-        upper = hn::Or(hn::ShiftLeft<8>(upper), hn::And(x1, byte));
-        top = hn::Or(hn::ShiftLeft<8>(top), hn::And(x2, byte));
+        if constexpr (kPlaces == 3) {
+          const auto x1 = hn::ShiftRight<8>(hn::Add(x, half)), x2 = hn::ShiftRight<8>(hn::Add(x1, half));
+          upper = hn::Or(hn::ShiftLeft<8>(upper), hn::And(x1, byte));
+          top = hn::Or(hn::ShiftLeft<8>(top), hn::And(x2, byte));
+        }
         sum = hn::Add(sum, x);
       }
       const auto store = [&](auto digits, size_t digit) HWY_ATTR {
         hn::StoreU(hn::Or(digits, hn::ShiftLeft<16>(digits)), di,
                    reinterpret_cast<int32_t*>(words[word][digit]));
       };
-      store(top, 0), store(upper, 1), store(all, 2);
+      if constexpr (kPlaces == 3) store(top, 0), store(upper, 1);
+      store(all, 2);
     }
     hn::StoreU(hn::ShiftLeft<3>(sum), di, offset);
   }

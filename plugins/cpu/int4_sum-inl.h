@@ -152,7 +152,6 @@ struct WordSums {
 };
 
 // y[0 ... 8) and y[16 ... 24) += (sums - offset) * step; lanes of `sums` are columns in that order.
-template <size_t kPlaces>
 HWY_INLINE void AddWords(const WordSums& sums, int32_t offset, float step, float* HWY_RESTRICT y) {
   const hn::Repartition<int16_t, GroupBytes> d16;
   const GroupInts d32;
@@ -160,8 +159,7 @@ HWY_INLINE void AddWords(const WordSums& sums, int32_t offset, float step, float
   // all + 256 * upper, and 65536 * top.
   const auto places = hn::BitCast(d16, hn::Set(d32, (256 << 16) + 1));
   const auto join = [=](auto lower, auto top) HWY_ATTR {
-    auto whole = hn::WidenMulPairwiseAdd(d32, lower, places);
-    if constexpr (kPlaces == 3) whole = hn::Add(whole, hn::BitCast(d32, top));
+    const auto whole = hn::Add(hn::WidenMulPairwiseAdd(d32, lower, places), hn::BitCast(d32, top));
     return hn::ConvertTo(df, hn::Sub(whole, hn::Set(d32, offset)));
   };
   const auto zero = hn::Zero(d16);
@@ -175,40 +173,70 @@ HWY_INLINE void AddWords(const WordSums& sums, int32_t offset, float step, float
   add(hn::ConcatLowerLower(df, b, a), y), add(hn::ConcatUpperUpper(df, b, a), y + 16);
 }
 
+// y [64] += the rows' group g, which is number j of `factors`, of one digit: sums less the offset fit 16
+// bits.
+template <class Row>
+HWY_INLINE void AddRounded(const GroupFactors& factors, size_t j, Row row, size_t count, size_t g,
+                           float* HWY_RESTRICT y) {
+  static_assert(kInt4Rows * (15 + 8) * 128 < 1 << 15);
+  const GroupBytes d8;
+  const hn::Repartition<int8_t, GroupBytes> di8;
+  const hn::Repartition<int16_t, GroupBytes> d16;
+  const GroupInts d32;
+  const GroupFloats df;
+  const auto start = hn::Set(d16, static_cast<int16_t>(-factors.offset[j]));
+  // Of the lower and of the upper halves of blocks of 16 bytes.
+  auto low0 = start, high0 = start, low1 = start, high1 = start;
+  for (size_t k = 0; k < count; k += 2) {
+    const auto first = InRegister(LoadGroup(row(k), g));
+    const auto second = InRegister(LoadGroup(row(std::min(k + 1, count - 1)), g));
+    const auto x = hn::BitCast(di8, hn::Set(d32, static_cast<int32_t>(factors.words[k / 2][2][j])));
+    const auto add = [=](auto woven, auto& low, auto& high) HWY_ATTR {
+      low = hn::Add(low, hn::SatWidenMulPairwiseAdd(d16, LowHalves(woven), x));
+      high = hn::Add(high, hn::SatWidenMulPairwiseAdd(d16, HighHalves(woven), x));
+    };
+    add(hn::InterleaveLower(d8, first, second), low0, high0);
+    add(hn::InterleaveUpper(d8, first, second), low1, high1);
+  }
+  const auto step = hn::Set(df, factors.step[j]);
+  const auto add = [=](auto whole, float* to) HWY_ATTR {
+    hn::StoreU(hn::MulAdd(hn::ConvertTo(df, whole), step, hn::LoadU(df, to)), df, to);
+  };
+  const auto eight = [=](auto sums, float* to) HWY_ATTR {
+    add(hn::PromoteLowerTo(d32, sums), to), add(hn::PromoteUpperTo(d32, sums), to + 16);
+  };
+  eight(low0, y), eight(low1, y + 8);
+  eight(high0, y + kInt4Group / 2), eight(high1, y + kInt4Group / 2 + 8);
+}
+
 // y [64] += the rows' group g, which is number j of `factors`.
 template <size_t kPlaces, class Row, class Fetch>
 HWY_INLINE void AddGroups(const GroupFactors& factors, size_t j, Row row, size_t count, size_t g,
                           float* HWY_RESTRICT y, Fetch) {
+  if constexpr (kPlaces == 1) return AddRounded(factors, j, row, count, g, y);
   const GroupBytes d8;
   const hn::Repartition<int8_t, GroupBytes> di8;
   const hn::Repartition<int16_t, GroupBytes> d16;
-  const hn::Repartition<uint16_t, GroupBytes> du16;
   const GroupInts d32;
-  const auto mask = hn::Set(d8, 15);
   // Bytes of the lower halves of blocks of 16, then of the upper ones: two rows are woven at a time.
   HWY_UNROLL(2)
   for (size_t side = 0; side < 2; ++side) {
     const auto zero = hn::Zero(d16);
     WordSums low{zero, zero, zero}, high{zero, zero, zero};
     for (size_t k = 0; k < count; k += 2) {
-      const auto load = [=](size_t r) HWY_ATTR {
-        return hn::LoadU(d8, &row(std::min(r, count - 1)).pairs[g * (kInt4Group / 2)].both);
-      };
-      const auto first = load(k), second = load(k + 1);
+      const auto first = LoadGroup(row(k), g), second = LoadGroup(row(std::min(k + 1, count - 1)), g);
       const auto woven =
           side == 0 ? hn::InterleaveLower(d8, first, second) : hn::InterleaveUpper(d8, first, second);
-      const auto low_bytes = hn::And(woven, mask);
-      const auto high_bytes = hn::And(hn::BitCast(d8, hn::ShiftRight<4>(hn::BitCast(du16, woven))), mask);
+      const auto low_bytes = LowHalves(woven), high_bytes = HighHalves(woven);
       const auto add = [&](size_t digit, auto& of_low, auto& of_high) HWY_ATTR {
         const auto x = hn::BitCast(di8, hn::Set(d32, static_cast<int32_t>(factors.words[k / 2][digit][j])));
         of_low = hn::Add(of_low, hn::SatWidenMulPairwiseAdd(d16, low_bytes, x));
         of_high = hn::Add(of_high, hn::SatWidenMulPairwiseAdd(d16, high_bytes, x));
       };
-      if constexpr (kPlaces == 3) add(0, low.top, high.top), add(1, low.upper, high.upper);
-      add(2, low.all, high.all);
+      add(0, low.top, high.top), add(1, low.upper, high.upper), add(2, low.all, high.all);
     }
-    AddWords<kPlaces>(low, factors.offset[j], factors.step[j], y + side * 8);
-    AddWords<kPlaces>(high, factors.offset[j], factors.step[j], y + side * 8 + kInt4Group / 2);
+    AddWords(low, factors.offset[j], factors.step[j], y + side * 8);
+    AddWords(high, factors.offset[j], factors.step[j], y + side * 8 + kInt4Group / 2);
   }
 }
 inline constexpr size_t kGroupsAtOnce = 1;
