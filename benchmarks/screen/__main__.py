@@ -139,9 +139,8 @@ class _Work:
             "borrowed": {name: lacking(trace) for name, trace in self._traces.items() if lacking(trace)},
             "traces": {name: trace.meta["key"] for name, trace in self._traces.items()},
             "predictors": self._hashes,
+            "context": self._known,
         }
-        if controls:
-            facts["context"] = self._known
         return table.Found(facts, dense, found, best, every, alone, controls)
 
     def _bare(self, densities: Sequence[Density]) -> list[Line]:
@@ -169,31 +168,34 @@ class _Work:
             return
         for seed in seeds:
             for style in asked.styles:
-                settings = asked.of_predictor(style, densities)
-                if settings:
-                    made = self._learned.predictor(trace, style, seed)
-                    name = f"{criterion}-{style}-{seed}"
-                    self._say(f"{name}: {len(settings)} settings")
-                    lines = self._measured.predictor(name, criterion, made, key, settings)
-                    self._hashes[name] = lines[0].predictor.rpartition(" ")[2]
-                    yield from lines
+                yield from self._of_style(trace, style, seed, densities)
 
     def _dealt_out(self, criterion: str, densities: Sequence[Density]) -> Iterator[Line]:
-        """Predictors of a criterion that learned from inputs of other tokens."""
-        asked, trace = self._asked, self._traces[criterion]
-        other = context.dealt_out(trace, asked.seed)
-        for style in asked.styles:
-            settings = asked.of_predictor(style, densities)
-            if settings:
-                made = self._learned.predictor(other, style, asked.seed, context.DEALT)
-                name = f"{criterion}-{style}-{asked.seed} {context.DEALT}"
-                self._say(f"{name}: {len(settings)} settings")
-                lines = self._measured.predictor(name, criterion, made, str(other.meta["key"]), settings)
-                self._hashes[name] = lines[0].predictor.rpartition(" ")[2]
-                own = self._predictor(criterion, style)
-                both = {"own": context.known(own), context.DEALT: context.known(made)}
+        """Predictors of a criterion that learned from inputs of other tokens, where one learned from its own."""
+        seed, dealt = self._asked.seed, context.DEALT
+        other = context.dealt_out(self._traces[criterion], seed)
+        for style in self._asked.styles:
+            lines = self._of_style(other, style, seed, densities, dealt)
+            if lines:
+                own, made = self._predictor(criterion, style), self._learned.predictor(other, style, seed, dealt)
+                both = {"own": context.known(own), dealt: context.known(made)}
                 self._known.setdefault(criterion, {})[style] = both
-                yield from (replace(line, style=f"{style} {context.DEALT}") for line in lines)
+                yield from (replace(line, style=f"{style} {dealt}") for line in lines)
+
+    def _of_style(
+        self, trace: ImportanceTrace, style: Style, seed: int, densities: Sequence[Density], of: str = ""
+    ) -> list[Line]:
+        """One predictor of a trace; `of` tells traces of one criterion apart."""
+        settings = self._asked.of_predictor(style, densities)
+        if not settings:
+            return []
+        criterion = str(trace.meta["criterion"])
+        made = self._learned.predictor(trace, style, seed, of)
+        name = f"{criterion}-{style}-{seed} {of}".strip()
+        self._say(f"{name}: {len(settings)} settings")
+        lines = self._measured.predictor(name, criterion, made, str(trace.meta["key"]), settings)
+        self._hashes[name] = lines[0].predictor.rpartition(" ")[2]
+        return lines
 
     def _predictor(self, criterion: str, style: Style) -> Predictor:
         return self._learned.predictor(self._traces[criterion], style, self._asked.seed)

@@ -62,7 +62,7 @@ def known(predictor: Predictor) -> dict[str, Any]:
     report = predictor.meta["report"]
     found = {
         kind: {
-            density: {method: one["recall"] for method, one in methods.items() if not method.startswith("static-")}
+            density: {method: one["recall"] for method, one in methods.items()}
             for density, methods in report["found"][kind]["local"].items()
         }
         for kind in UNIT_KINDS
@@ -72,10 +72,8 @@ def known(predictor: Predictor) -> dict[str, Any]:
 
 def as_markdown(found: Found) -> str:
     """Return the tables of every criterion whose predictors have the control."""
-    recalls = found.about.get("context", {})
-    return "\n".join(
-        part for criterion, styles in recalls.items() for part in (*_bits(found, criterion), *_recalls(styles))
-    )
+    recalls = found.about["context"].items()
+    return "\n".join(part for criterion, styles in recalls for part in (*_bits(found, criterion), *_recalls(styles)))
 
 
 def _bits(found: Found, criterion: str) -> Iterator[str]:
