@@ -107,11 +107,22 @@ class Stages:
         if options.predictor == "none":
             return None
         if options.predictor != "train":
-            return Predictor.load(Path(options.predictor), checkpoint.facts)
+            return self._given(Path(options.predictor), checkpoint)
         if checkpoint.dummy:
             train, fill = options.train, options.collect.fill
             return Predictor.dummy(checkpoint.facts, train.neuron_block, train.width, options.seed, train.style, fill)
         return self._trained(checkpoint)
+
+    def _given(self, folder: Path, checkpoint: Checkpoint) -> Predictor:
+        """What the user trained; of another checkpoint of this shape it is taken, and that is said."""
+        from shadowc.sparsity.predictor import Predictor
+        from shadowc.sparsity.trained_on import trained_on_another
+
+        found = Predictor.load(folder, checkpoint.facts)
+        another = trained_on_another(found.meta, folder, checkpoint.described, self.options.model)
+        if another is not None:
+            self.progress.note(f"{another}; what its masks cost here, `shadowc eval` tells of the engine")
+        return found
 
     def _trained(self, checkpoint: Checkpoint) -> Predictor:
         """Collect and train, each from the cache if it was done before."""

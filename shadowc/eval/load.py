@@ -11,8 +11,6 @@ from shadowc.spec.errors import InputError
 from shadowc.spec.progress import NullProgress
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
     from shadowc.eval.engine_model import EngineModel
     from shadowc.eval.torch_model import TorchModel
     from shadowc.sparsity.importance import Origin
@@ -49,6 +47,7 @@ def torch_model(
     from shadowc.eval.torch_model import TorchModel
     from shadowc.sparsity.predictor import Predictor, check_folder
     from shadowc.sparsity.reference import load_torch_model
+    from shadowc.sparsity.trained_on import trained_on_another
 
     progress = progress or NullProgress()
     if predictor is not None:
@@ -65,37 +64,16 @@ def torch_model(
     kept.check(checkpoint.facts)
     if predictor is not None:
         found = Predictor.load(predictor, checkpoint.facts)
-        require_trained_on(found.meta, predictor, checkpoint.described, origin)
+        another = trained_on_another(found.meta, predictor, checkpoint.described, origin.model)
+        if another is not None:
+            raise InputError(
+                another, hint=f"shadowc train {origin.flags}, or name the checkpoint that it was trained on"
+            )
         found.scope(scope)  # refused before weights are read
     with progress.stage("weights"):
         check_finite(checkpoint, progress.advance)
         model = load_torch_model(checkpoint)
     return TorchModel(model, checkpoint, found, scope=scope, seed=origin.seed, kept=kept)
-
-
-def require_trained_on(meta: Mapping[str, object], folder: Path, model: Mapping[str, str], origin: Origin) -> None:
-    """Refuse a predictor whose trace came from another checkpoint; the shape of both may be the same.
-
-    Args:
-        meta: the predictor's.
-        folder: where it is.
-        model: `ModelCheckpoint.described` of the checkpoint.
-        origin: the same as it was typed.
-
-    Raises:
-        InputError: both hashes are known, and they differ.
-    """
-    from shadowc.checkpoint.digest import differing_part
-
-    told = meta.get("model")
-    known = told if isinstance(told, dict) else {}
-    trained = str(known.get("identity") or "")
-    if trained and trained != model["identity"]:
-        raise InputError(
-            f"the predictor in {folder} was trained on another checkpoint: model hash {trained[:16]} "
-            f"({known.get('name')}), and {origin.model} has {model['identity'][:16]}; {differing_part(known, model)}",
-            hint=f"shadowc train {origin.flags}, or name the checkpoint that it was trained on",
-        )
 
 
 def engine_model(folder: Path, *, threads: int | None = None, refresh: int | None = None, seed: int = 0) -> EngineModel:

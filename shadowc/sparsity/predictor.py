@@ -245,8 +245,8 @@ class Predictor:
     def require_fit(self, facts: ModelFacts) -> None:
         """Check that every tensor has the shape that the model needs.
 
-        A predictor of another model of the same shape passes (fine-tuned copies share one); `meta["model"]` tells
-        whose it is.
+        A predictor of another model of the same shape passes (fine-tuned copies share one); `trained_on`
+        tells whose it is.
 
         Raises:
             InputError: it is for a model of another shape; all differences are listed.

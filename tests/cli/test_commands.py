@@ -8,14 +8,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import ANY
 
 import pytest
 from typer.testing import Result
 
+from shadowc.checkpoint.resolve import resolve
 from shadowc.cli.inspect import sparsity_facts
 from shadowc.runtime.load import read_manifest
+from shadowc.sparsity.predictor import Predictor
 from shadowc.spec.manifest import MANIFEST_FILE
 from tests.cli.conftest import Shadowc
 
@@ -52,6 +55,21 @@ def test_compile_json_is_the_manifest_with_the_costs(shadowc: Shadowc, engine: P
     assert found["manifest"] == json.loads((out / MANIFEST_FILE).read_text())
     assert found["manifest"]["sparsity"] is None
     assert {"checkpoint", "trace", "passes", "emit", "parity"} <= {stage["name"] for stage in found["stages"]}
+
+
+@pytest.mark.parametrize("other", [True, False])
+def test_compile_tells_that_a_predictor_was_trained_on_another_checkpoint_and_takes_it(
+    shadowc: Shadowc, tiny_checkpoint: Path, tmp_path: Path, other: bool
+) -> None:
+    checkpoint = resolve(str(tiny_checkpoint))
+    found = Predictor.dummy(checkpoint.facts, 16, 32)
+    told = {"name": "cousin", "identity": "0123456789abcdef0"} if other else checkpoint.described
+    replace(found, meta={**found.meta, "model": told}).save(tmp_path / "predictor")
+    engine = ("--predictor", tmp_path / "predictor", "--out", tmp_path / "e")
+    result = shadowc("compile", "--model", tiny_checkpoint, *engine)
+    assert result.exit_code == 0, result.output
+    said = f"was trained on another checkpoint: model hash 0123456789abcdef (cousin), and {tiny_checkpoint} has"
+    assert (said in " ".join(result.stderr.split())) == other
 
 
 def test_compile_dumps_the_graph_after_every_pass(
