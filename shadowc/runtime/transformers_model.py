@@ -136,7 +136,6 @@ class OPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
     """
 
     config_class = OPTConfig
-    _is_stateful = True  # no assistants: what they propose could not be taken back
 
     def __init__(self, engine: CausalEngine, density: float | Density | None = None) -> None:
         super().__init__(_config(engine.model))
@@ -308,6 +307,8 @@ class _ContextEnd(StoppingCriteria):  # type: ignore[misc]  # transformers is un
 
 _ARGUMENTS = ("generation_config", "logits_processor", "stopping_criteria")
 """How transformers' `generate` orders what comes after the ids."""
+_ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+"""Each makes transformers propose several tokens at once and take back those that the model would not have chosen."""
 
 
 def _refuse(named: dict[str, Any], configs: tuple[Any, ...]) -> None:
@@ -325,6 +326,12 @@ def _refuse(named: dict[str, Any], configs: tuple[Any, ...]) -> None:
         raise UnsupportedError(
             "use_cache=False: an engine generates with its cache; without it all tokens would be read as a prompt",
             hint="leave use_cache out",
+        )
+    assistants = [name for name in _ASSISTANTS if setting(name) not in (None, False)]
+    if assistants:
+        raise UnsupportedError(
+            f"{' and '.join(assistants)}: what an assistant proposes could not be taken back from an engine's cache",
+            hint=f"leave {' and '.join(assistants)} out",
         )
     wrong = [name for name in ("cache_implementation", "prefill_chunk_size") if setting(name) is not None]
     if wrong:

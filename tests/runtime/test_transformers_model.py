@@ -320,7 +320,8 @@ REFUSED: dict[str, tuple[type[Exception], dict[str, Any]]] = {
     "another cache": (UnsupportedError, {"cache_implementation": "static"}),
     "chunks": (UnsupportedError, {"prefill_chunk_size": 4}),
     "hidden states": (UnsupportedError, {"output_hidden_states": True, "return_dict_in_generate": True}),
-    "an assistant": (ValueError, {"prompt_lookup_num_tokens": 3}),
+    "an assistant": (UnsupportedError, {"prompt_lookup_num_tokens": 3}),
+    "its own first layers as an assistant": (UnsupportedError, {"assistant_early_exit": 2}),
     "padding on the right": (InputError, {"attention_mask": torch.tensor([[1, 1, 1, 1, 1, 0, 0]])}),
 }
 
