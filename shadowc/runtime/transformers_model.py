@@ -186,10 +186,10 @@ class OPTForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]  #
 
         Raises:
             InputError: the prompt leaves no room in the context, or the padding is not on the left.
-            UnsupportedError: it would have to run without a cache, or with one of another kind.
+            UnsupportedError: it would have to run without a cache, with one of another kind, or with an assistant.
         """
-        given = arguments[0] if arguments else named.get("generation_config")
-        _refuse(named, (given, self.generation_config))
+        settings = {**named, **dict(zip(_ARGUMENTS, arguments, strict=False))}
+        _refuse(settings, (settings.get("generation_config"), self.generation_config))
         ids_BS = named.get("input_ids") if inputs is None else inputs
         slots = 1 if ids_BS is None else int(ids_BS.shape[-1])
         positions, name = self.engine.model.positions, self.engine.model.name
@@ -305,7 +305,14 @@ class _ContextEnd(StoppingCriteria):  # type: ignore[misc]  # transformers is un
         return torch.full((len(input_ids),), input_ids.shape[1] >= self._positions, device=input_ids.device)
 
 
-_ARGUMENTS = ("generation_config", "logits_processor", "stopping_criteria")
+_ARGUMENTS = (
+    "generation_config",
+    "logits_processor",
+    "stopping_criteria",
+    "prefix_allowed_tokens_fn",
+    "synced_gpus",
+    "assistant_model",
+)
 """How transformers' `generate` orders what comes after the ids."""
 _ASSISTANTS = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 """Each makes transformers propose several tokens at once and take back those that the model would not have chosen."""

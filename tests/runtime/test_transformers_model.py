@@ -333,6 +333,11 @@ def test_what_would_give_other_tokens_is_refused(model: OPTForCausalLM, name: st
         model.generate(random_ids(1), max_new_tokens=3, do_sample=False, **settings)
 
 
+def test_an_assistant_by_position_is_refused_too(model: OPTForCausalLM) -> None:
+    with pytest.raises(UnsupportedError, match="assistant_model"):
+        model.generate(random_ids(1), None, None, None, None, None, model, max_new_tokens=3)
+
+
 def test_no_cache_in_a_configuration_is_refused_too(model: OPTForCausalLM) -> None:
     with pytest.raises(UnsupportedError, match="use_cache"):
         model.generate(random_ids(1), GenerationConfig(use_cache=False, max_new_tokens=3))
